@@ -1,0 +1,34 @@
+# add_mpi_test(NAME x_test SOURCES x_test.cpp LIBRARIES y RANKS 1 2 4 [TIMEOUT s] [ARGS ...])
+#
+# One executable, one ctest test per rank count (x_test.np2). ctest's TIMEOUT is the outer net; the watchdog of
+# tests/support/mpi_main.cpp fires 10 s earlier and names the test that hangs.
+set(MPI_TEST_FLAGS "")
+if(MPI_CXX_LIBRARY_VERSION_STRING MATCHES "Open MPI")
+  set(MPI_TEST_FLAGS --oversubscribe --bind-to none)
+endif()
+set(MCPP_TEST_ENVIRONMENT
+  "OMP_NUM_THREADS=1;OMPI_MCA_mpi_yield_when_idle=1;OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1")
+set(MCPP_TEST_DEVICE "cpu" CACHE STRING "Device the multi-rank tests run on: cpu or cuda")
+
+function(add_mpi_test)
+  cmake_parse_arguments(PARSE_ARGV 0 T "" "NAME;TIMEOUT" "SOURCES;LIBRARIES;RANKS;ARGS")
+  if(T_UNPARSED_ARGUMENTS OR NOT T_RANKS)
+    message(FATAL_ERROR "add_mpi_test(${T_NAME}): RANKS is required; unknown: ${T_UNPARSED_ARGUMENTS}")
+  endif()
+  if(NOT T_TIMEOUT)
+    set(T_TIMEOUT 120)
+  endif()
+  add_executable(${T_NAME} ${T_SOURCES})
+  target_link_libraries(${T_NAME} PRIVATE ${T_LIBRARIES} mpi_gtest_main)
+  mcpp_warnings(${T_NAME})
+  target_precompile_headers(${T_NAME} REUSE_FROM mcpp_precompiled)
+  foreach(n IN LISTS T_RANKS)
+    set(test ${T_NAME}.np${n})
+    add_test(NAME ${test} COMMAND ${MPIEXEC_EXECUTABLE} ${MPIEXEC_NUMPROC_FLAG} ${n} ${MPI_TEST_FLAGS}
+      ${MPIEXEC_PREFLAGS} $<TARGET_FILE:${T_NAME}> ${MPIEXEC_POSTFLAGS} ${T_ARGS}
+      --gtest_output=xml:${CMAKE_BINARY_DIR}/test-results/${test}.xml)
+    math(EXPR watchdog "${T_TIMEOUT} - 10")
+    set_tests_properties(${test} PROPERTIES PROCESSORS ${n} TIMEOUT ${T_TIMEOUT} LABELS "mpi;np${n}"
+      ENVIRONMENT "TEST_RANKS=${n};TEST_WATCHDOG_S=${watchdog};TEST_DEVICE=${MCPP_TEST_DEVICE};${MCPP_TEST_ENVIRONMENT}")
+  endforeach()
+endfunction()

@@ -1,0 +1,65 @@
+# Imported targets for LibTorch, straight from its files.
+#
+# The wheel's own find_package(Torch) demands a CUDA toolkit with nvcc that matches, and picks up a system NCCL that
+# lacks symbols; neither is needed to compile and link against the wheel. Hence these targets:
+#   LibTorch::torch       headers, libtorch_cpu, libc10
+#   LibTorch::torch_cuda  libtorch_cuda, libc10_cuda, the wheel's NCCL and CUDA headers; only if LibTorch has CUDA
+#
+# Torch_ROOT: the folder that holds include/ and lib/ (the wheel's torch/ folder, or an unpacked libtorch).
+
+set(Torch_ROOT "$ENV{Torch_ROOT}" CACHE PATH "Folder of LibTorch that holds include/ and lib/")
+if(NOT Torch_ROOT OR NOT EXISTS "${Torch_ROOT}/lib/libtorch_cpu.so")
+  message(FATAL_ERROR "No LibTorch at Torch_ROOT='${Torch_ROOT}' (lib/libtorch_cpu.so is missing). "
+    "Run scripts/build.sh, which sets one up, or pass -DTorch_ROOT=/path/to/torch.")
+endif()
+
+file(STRINGS "${Torch_ROOT}/include/torch/headeronly/version.h" torch_version_lines
+  REGEX "#define TORCH_VERSION_(MAJOR|MINOR|PATCH) ")
+list(TRANSFORM torch_version_lines REPLACE "[^0-9]" "")
+list(JOIN torch_version_lines "." LibTorch_VERSION)
+
+file(GLOB torch_nvidia_folders "${Torch_ROOT}/../nvidia/*/lib")
+if(NOT TARGET LibTorch::torch)
+  foreach(library c10 torch_cpu)
+    add_library(LibTorch::${library} SHARED IMPORTED)
+    set_target_properties(LibTorch::${library} PROPERTIES IMPORTED_LOCATION "${Torch_ROOT}/lib/lib${library}.so")
+  endforeach()
+  add_library(LibTorch::torch INTERFACE IMPORTED)
+  target_include_directories(LibTorch::torch SYSTEM INTERFACE
+    "${Torch_ROOT}/include" "${Torch_ROOT}/include/torch/csrc/api/include")
+  target_link_libraries(LibTorch::torch INTERFACE LibTorch::torch_cpu LibTorch::c10)
+  # The wheel's headers carry fmt 12 of their own; header-only use keeps it the only one in the program.
+  target_compile_definitions(LibTorch::torch INTERFACE FMT_HEADER_ONLY=1 USE_DISTRIBUTED USE_C10D)
+  # libtorch_cpu of a CUDA wheel needs libcudart and libcupti, which lie beside it.
+  foreach(folder IN LISTS torch_nvidia_folders)
+    target_link_options(LibTorch::torch INTERFACE "LINKER:-rpath-link,${folder}")
+  endforeach()
+endif()
+
+set(LibTorch_HAS_CUDA OFF)
+if(EXISTS "${Torch_ROOT}/lib/libtorch_cuda.so")
+  find_path(LibTorch_NCCL_INCLUDE nccl.h HINTS "${NCCL_ROOT}/include" "${Torch_ROOT}/../nvidia/nccl/include"
+    NO_DEFAULT_PATH)
+  find_library(LibTorch_NCCL_LIBRARY NAMES nccl libnccl.so.2 HINTS "${NCCL_ROOT}/lib"
+    "${Torch_ROOT}/../nvidia/nccl/lib" NO_DEFAULT_PATH)
+  file(GLOB cuda_include_folders "${Torch_ROOT}/../nvidia/cu1*/include" "${Torch_ROOT}/../nvidia/cuda_runtime/include")
+  find_path(LibTorch_CUDA_INCLUDE cuda_runtime_api.h HINTS ${cuda_include_folders} ENV CUDA_HOME
+    PATH_SUFFIXES include NO_DEFAULT_PATH)
+  find_library(LibTorch_CUDART_LIBRARY NAMES libcudart.so.13 libcudart.so.12 cudart HINTS ${torch_nvidia_folders}
+    ENV CUDA_HOME PATH_SUFFIXES lib64 lib NO_DEFAULT_PATH)
+  if(LibTorch_NCCL_INCLUDE AND LibTorch_NCCL_LIBRARY AND LibTorch_CUDA_INCLUDE AND LibTorch_CUDART_LIBRARY)
+    set(LibTorch_HAS_CUDA ON)
+    if(NOT TARGET LibTorch::torch_cuda)
+      add_library(LibTorch::torch_cuda_library SHARED IMPORTED)
+      set_target_properties(LibTorch::torch_cuda_library PROPERTIES
+        IMPORTED_LOCATION "${Torch_ROOT}/lib/libtorch_cuda.so")
+      add_library(LibTorch::c10_cuda SHARED IMPORTED)
+      set_target_properties(LibTorch::c10_cuda PROPERTIES IMPORTED_LOCATION "${Torch_ROOT}/lib/libc10_cuda.so")
+      add_library(LibTorch::torch_cuda INTERFACE IMPORTED)
+      target_include_directories(LibTorch::torch_cuda SYSTEM INTERFACE
+        "${LibTorch_NCCL_INCLUDE}" "${LibTorch_CUDA_INCLUDE}")
+      target_link_libraries(LibTorch::torch_cuda INTERFACE
+        LibTorch::torch LibTorch::torch_cuda_library LibTorch::c10_cuda "${LibTorch_NCCL_LIBRARY}" "${LibTorch_CUDART_LIBRARY}")
+    endif()
+  endif()
+endif()

@@ -1,0 +1,257 @@
+#include "megatron_cpp/checkpoint/safetensors.h"
+
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <set>
+#include <utility>
+
+namespace megatron {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr std::pair<at::ScalarType, std::string_view> kDtypeNames[] = {
+    {at::kDouble, "F64"}, {at::kFloat, "F32"}, {at::kHalf, "F16"}, {at::kBFloat16, "BF16"}, {at::kLong, "I64"},
+    {at::kInt, "I32"},    {at::kShort, "I16"}, {at::kChar, "I8"},  {at::kByte, "U8"},       {at::kBool, "BOOL"},
+};
+
+std::optional<at::ScalarType> dtype_from_name(const std::string& name) {
+  for (const auto& [dtype, known] : kDtypeNames) {
+    if (known == name) return dtype;
+  }
+  return std::nullopt;
+}
+
+std::string_view name_from_dtype(at::ScalarType dtype, const std::string& tensor) {
+  for (const auto& [known, name] : kDtypeNames) {
+    if (known == dtype) return name;
+  }
+  TORCH_CHECK_VALUE(false, "tensor ", tensor, ": safetensors has no name for dtype ", dtype);
+}
+
+std::string system_reason() { return std::strerror(errno); }
+
+/// Owns an open file descriptor.
+class FileDescriptor {
+ public:
+  explicit FileDescriptor(int descriptor) : descriptor_(descriptor) {}
+  ~FileDescriptor() {
+    if (descriptor_ >= 0) ::close(descriptor_);
+  }
+  FileDescriptor(const FileDescriptor&) = delete;
+  FileDescriptor& operator=(const FileDescriptor&) = delete;
+  int get() const { return descriptor_; }
+
+ private:
+  int descriptor_;
+};
+
+/// Number of bytes of a tensor, or nothing if the shape is negative or its product overflows.
+std::optional<int64_t> byte_count(const std::vector<int64_t>& shape, at::ScalarType dtype) {
+  auto bytes = static_cast<int64_t>(c10::elementSize(dtype));
+  for (const int64_t size : shape) {
+    if (size < 0 || __builtin_mul_overflow(bytes, size, &bytes)) return std::nullopt;
+  }
+  return bytes;
+}
+
+SafetensorsEntry parse_entry(const std::string& name, const Json& json, const std::filesystem::path& path) {
+  SafetensorsEntry entry{};
+  try {
+    const auto dtype_name = json.at("dtype").get<std::string>();
+    const auto dtype = dtype_from_name(dtype_name);
+    TORCH_CHECK_VALUE(dtype.has_value(), path.string(), ": tensor ", name, " has unknown dtype ", dtype_name);
+    entry.dtype = *dtype;
+    entry.shape = json.at("shape").get<std::vector<int64_t>>();
+    const auto offsets = json.at("data_offsets").get<std::vector<int64_t>>();
+    TORCH_CHECK_VALUE(offsets.size() == 2, path.string(), ": tensor ", name, " has ", offsets.size(), " data offsets");
+    entry.begin = offsets[0];
+    entry.end = offsets[1];
+  } catch (const nlohmann::json::exception& error) {
+    TORCH_CHECK_VALUE(false, path.string(), ": header entry of tensor ", name, ": ", error.what());
+  }
+  const auto expected = byte_count(entry.shape, entry.dtype);
+  TORCH_CHECK_VALUE(expected && entry.begin >= 0 && entry.end >= entry.begin && entry.end - entry.begin == *expected,
+                    path.string(), ": tensor ", name, " of shape ", at::IntArrayRef(entry.shape), " and dtype ",
+                    entry.dtype, " does not fit its bytes [", entry.begin, ", ", entry.end, ")");
+  return entry;
+}
+
+void check_layout(const std::map<std::string, SafetensorsEntry>& entries, int64_t data_bytes,
+                  const std::filesystem::path& path) {
+  std::vector<std::pair<const SafetensorsEntry*, const std::string*>> by_begin;
+  by_begin.reserve(entries.size());
+  for (const auto& [name, entry] : entries) by_begin.emplace_back(&entry, &name);
+  std::sort(by_begin.begin(), by_begin.end(), [](const auto& a, const auto& b) {
+    return std::pair(a.first->begin, a.first->end) < std::pair(b.first->begin, b.first->end);
+  });
+  int64_t position = 0;
+  for (const auto& [entry, name] : by_begin) {
+    TORCH_CHECK_VALUE(entry->end <= data_bytes, path.string(), ": truncated: tensor ", *name, " ends at byte ",
+                      entry->end, " of the data, the file has ", data_bytes);
+    TORCH_CHECK_VALUE(entry->begin == position, path.string(), ": tensor ", *name, " begins at byte ", entry->begin,
+                      " of the data, expected ", position, " (overlap or hole)");
+    position = entry->end;
+  }
+  TORCH_CHECK_VALUE(position == data_bytes, path.string(), ": ", data_bytes - position,
+                    " bytes after the last tensor belong to none");
+}
+
+/// Writes to `<path>.partial`, then flushes and renames: a reader sees the whole file or none.
+class CompleteFile {
+ public:
+  explicit CompleteFile(std::filesystem::path path)
+      : path_(std::move(path)),
+        partial_(path_.string() + ".partial"),
+        file_(::open(partial_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644)) {
+    TORCH_CHECK(file_.get() >= 0, "cannot write ", partial_.string(), ": ", system_reason());
+  }
+  void write(const void* data, size_t bytes) {
+    const auto* position = static_cast<const char*>(data);
+    while (bytes > 0) {
+      const ssize_t written = ::write(file_.get(), position, bytes);
+      if (written < 0 && errno == EINTR) continue;
+      TORCH_CHECK(written > 0, "cannot write ", partial_.string(), ": ", system_reason());
+      position += written;
+      bytes -= static_cast<size_t>(written);
+    }
+  }
+  void commit() {
+    TORCH_CHECK(::fsync(file_.get()) == 0, "cannot flush ", partial_.string(), ": ", system_reason());
+    TORCH_CHECK(::rename(partial_.c_str(), path_.c_str()) == 0, "cannot rename ", partial_.string(), ": ",
+                system_reason());
+    // The rename itself is on disk only once the folder is.
+    auto folder = path_.parent_path();
+    if (folder.empty()) folder = ".";
+    const FileDescriptor directory(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    TORCH_CHECK(directory.get() >= 0 && ::fsync(directory.get()) == 0, "cannot flush folder ", folder.string(), ": ",
+                system_reason());
+  }
+
+ private:
+  std::filesystem::path path_;
+  std::filesystem::path partial_;
+  FileDescriptor file_;
+};
+
+}  // namespace
+
+SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : path_(path) {
+  const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  TORCH_CHECK_VALUE(file.get() >= 0, "cannot open ", path.string(), ": ", system_reason());
+  struct stat status {};
+  TORCH_CHECK_VALUE(::fstat(file.get(), &status) == 0 && S_ISREG(status.st_mode), path.string(),
+                    " is not a regular file");
+  const int64_t file_bytes = status.st_size;
+  TORCH_CHECK_VALUE(file_bytes >= 8, path.string(), ": ", file_bytes, " bytes are no safetensors file");
+  void* address = ::mmap(nullptr, static_cast<size_t>(file_bytes), PROT_READ, MAP_PRIVATE, file.get(), 0);
+  TORCH_CHECK_VALUE(address != MAP_FAILED, "cannot map ", path.string(), ": ", system_reason());
+  mapping_ = std::shared_ptr<const std::byte>(
+      static_cast<const std::byte*>(address),
+      [file_bytes](const std::byte* base) { ::munmap(const_cast<std::byte*>(base), static_cast<size_t>(file_bytes)); });
+
+  uint64_t header_bytes = 0;
+  std::memcpy(&header_bytes, mapping_.get(), sizeof(header_bytes));
+  TORCH_CHECK_VALUE(header_bytes <= static_cast<uint64_t>(file_bytes - 8), path.string(), ": header of ", header_bytes,
+                    " bytes does not fit a file of ", file_bytes);
+  data_begin_ = 8 + static_cast<int64_t>(header_bytes);
+  const auto* header_begin = reinterpret_cast<const char*>(mapping_.get()) + 8;
+  // The parser's own object type would drop the first of two equal names silently: collect them on the way.
+  std::set<std::string> seen;
+  std::string repeated;
+  const Json header = Json::parse(
+      header_begin, header_begin + header_bytes,
+      [&](int depth, Json::parse_event_t event, Json& parsed) {
+        if (depth == 1 && event == Json::parse_event_t::key) {
+          const auto name = parsed.get<std::string>();
+          if (!seen.insert(name).second) repeated = name;
+        }
+        return true;
+      },
+      /*allow_exceptions=*/false);
+  TORCH_CHECK_VALUE(header.is_object(), path.string(), ": the header is not a JSON object");
+  TORCH_CHECK_VALUE(repeated.empty(), path.string(), ": tensor ", repeated, " appears twice in the header");
+  for (const auto& [name, value] : header.items()) {
+    if (name == "__metadata__") {
+      TORCH_CHECK_VALUE(value.is_object(), path.string(), ": __metadata__ is not a JSON object");
+      for (const auto& [key, text] : value.items()) {
+        TORCH_CHECK_VALUE(text.is_string(), path.string(), ": metadata ", key, " is not a string");
+        metadata_.emplace(key, text.get<std::string>());
+      }
+    } else {
+      entries_.emplace(name, parse_entry(name, value, path));
+    }
+  }
+  check_layout(entries_, file_bytes - data_begin_, path);
+}
+
+const SafetensorsEntry& SafetensorsFile::entry(const std::string& name) const {
+  const auto found = entries_.find(name);
+  TORCH_CHECK_VALUE(found != entries_.end(), path_.string(), ": no tensor ", name);
+  return found->second;
+}
+
+at::Tensor SafetensorsFile::view(const std::string& name) const {
+  const auto& found = entry(name);
+  // from_blob wants a mutable pointer; the mapping is private and callers copy before anyone can write.
+  auto* data = const_cast<std::byte*>(mapping_.get() + data_begin_ + found.begin);
+  return at::from_blob(data, found.shape, at::TensorOptions().dtype(found.dtype));
+}
+
+at::Tensor SafetensorsFile::read(const std::string& name) const { return view(name).clone(); }
+
+at::Tensor SafetensorsFile::read_slice(const std::string& name, int64_t dim, int64_t begin, int64_t length) const {
+  const auto& shape = entry(name).shape;
+  const bool has_dimension = dim >= 0 && dim < static_cast<int64_t>(shape.size());
+  const int64_t rows = has_dimension ? shape[static_cast<size_t>(dim)] : 0;
+  TORCH_CHECK_VALUE(has_dimension && begin >= 0 && length >= 0 && begin <= rows && length <= rows - begin,
+                    path_.string(), ": tensor ", name, " of shape ", at::IntArrayRef(shape), " has no ", length,
+                    " rows from ", begin, " on in dimension ", dim);
+  return view(name).narrow(dim, begin, length).clone(at::MemoryFormat::Contiguous);
+}
+
+void write_safetensors(const std::filesystem::path& path, const std::vector<NamedTensor>& tensors,
+                       const std::map<std::string, std::string>& metadata) {
+  Json header = Json::object();
+  if (!metadata.empty()) header["__metadata__"] = metadata;
+  int64_t position = 0;
+  for (const auto& [name, tensor] : tensors) {
+    TORCH_CHECK_VALUE(name != "__metadata__" && !header.contains(name), path.string(), ": tensor name ", name,
+                      " is reserved or given twice");
+    const auto bytes = static_cast<int64_t>(tensor.nbytes());
+    header[name] = {{"dtype", name_from_dtype(tensor.scalar_type(), name)},
+                    {"shape", tensor.sizes().vec()},
+                    {"data_offsets", {position, position + bytes}}};
+    position += bytes;
+  }
+  auto text = header.dump();
+  text.resize((text.size() + 7) / 8 * 8, ' ');  // values start at a multiple of 8 bytes
+  const uint64_t header_bytes = text.size();
+
+  CompleteFile file(path);
+  file.write(&header_bytes, sizeof(header_bytes));
+  file.write(text.data(), text.size());
+  for (const auto& [name, tensor] : tensors) {
+    const auto values = tensor.detach().to(at::kCPU).contiguous();
+    file.write(values.const_data_ptr(), values.nbytes());
+  }
+  file.commit();
+}
+
+void write_file(const std::filesystem::path& path, std::string_view text) {
+  CompleteFile file(path);
+  file.write(text.data(), text.size());
+  file.commit();
+}
+
+}  // namespace megatron

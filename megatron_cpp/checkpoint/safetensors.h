@@ -1,0 +1,78 @@
+// Reading and writing safetensors files.
+//
+// Format: 8 bytes little-endian header length, a JSON header (name -> dtype, shape, data_offsets), then the raw
+// little-endian row-major values (https://github.com/huggingface/safetensors#format).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace megatron {
+
+/// What the header says of one tensor.
+struct SafetensorsEntry {
+  at::ScalarType dtype;
+  std::vector<int64_t> shape;
+  int64_t begin;  ///< first byte, counted from the end of the header
+  int64_t end;    ///< one past the last byte
+};
+
+/// A safetensors file, memory-mapped: reading a slice of a large tensor touches only the slice.
+class SafetensorsFile {
+ public:
+  /// Opens the file and checks its header against its size: offsets that overlap, leave a hole or run past the end,
+  /// and shapes that contradict the byte counts, are refused.
+  /// @throws c10::ValueError naming the file, and the tensor where one is at fault.
+  explicit SafetensorsFile(const std::filesystem::path& path);
+
+  const std::filesystem::path& path() const { return path_; }
+  bool contains(const std::string& name) const { return entries_.count(name) > 0; }
+  /// All tensors by name.
+  const std::map<std::string, SafetensorsEntry>& entries() const { return entries_; }
+  /// The header's `__metadata__`.
+  const std::map<std::string, std::string>& metadata() const { return metadata_; }
+
+  /// A copy of the whole tensor, on the CPU.
+  /// @throws c10::ValueError naming the file and the tensor if it isn't there.
+  at::Tensor read(const std::string& name) const;
+
+  /// A copy of rows [begin, begin + length) of dimension `dim`, on the CPU.
+  /// @throws c10::ValueError naming file, tensor and range if the tensor isn't there or the range isn't in it.
+  at::Tensor read_slice(const std::string& name, int64_t dim, int64_t begin, int64_t length) const;
+
+ private:
+  const SafetensorsEntry& entry(const std::string& name) const;
+  at::Tensor view(const std::string& name) const;
+
+  std::filesystem::path path_;
+  std::shared_ptr<const std::byte> mapping_;  ///< the whole file; unmapped with the last owner
+  int64_t data_begin_ = 0;
+  std::map<std::string, SafetensorsEntry> entries_;
+  std::map<std::string, std::string> metadata_;
+};
+
+/// A tensor and the name it has in a file.
+struct NamedTensor {
+  std::string name;
+  at::Tensor tensor;
+};
+
+/// Writes `tensors` (any device, any strides) in the order given. The file appears under its name only when it is
+/// complete and flushed to disk: it is written beside it as `<name>.partial` and renamed.
+/// @throws c10::ValueError naming the tensor (unsupported dtype, a name given twice); c10::Error naming the file and
+///         the system's reason if it can't be written.
+void write_safetensors(const std::filesystem::path& path, const std::vector<NamedTensor>& tensors,
+                       const std::map<std::string, std::string>& metadata = {});
+
+/// Writes `text` as the file `path`, complete or not at all (as write_safetensors does).
+/// @throws c10::Error naming the file and the system's reason.
+void write_file(const std::filesystem::path& path, std::string_view text);
+
+}  // namespace megatron

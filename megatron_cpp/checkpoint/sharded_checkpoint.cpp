@@ -1,0 +1,603 @@
+#include "megatron_cpp/checkpoint/sharded_checkpoint.h"
+
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+#include <fcntl.h>
+#include <stdio.h>  // renameat2
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <string_view>
+#include <system_error>
+#include <utility>
+
+#include "megatron_cpp/checkpoint/safetensors.h"
+#include "parallel/agree.h"
+#include "parallel/collectives.h"
+#include "parallel/shard.h"
+
+namespace megatron {
+
+namespace internal {
+
+/// Rows [rows.begin, rows.end) of dimension `dim`, stored in `file` under the tensor's name.
+struct CheckpointPiece {
+  std::string file;
+  int64_t dim = 0;
+  parallel::Range rows;
+};
+
+struct CheckpointTensor {
+  std::string dtype;  ///< as c10::toString writes it
+  std::vector<int64_t> shape;
+  std::vector<CheckpointPiece> pieces;
+};
+
+/// What manifest.json says.
+struct CheckpointManifest {
+  int64_t step = 0;
+  std::string state;
+  std::map<std::string, int64_t> file_bytes;
+  std::map<std::string, CheckpointTensor> tensors;
+};
+
+}  // namespace internal
+
+namespace {
+
+namespace fs = std::filesystem;
+using internal::CheckpointManifest;
+using internal::CheckpointPiece;
+using internal::CheckpointTensor;
+using Json = nlohmann::ordered_json;
+
+constexpr int64_t kFormatVersion = 1;
+constexpr const char* kManifest = "manifest.json";
+constexpr const char* kLatest = "latest";
+constexpr std::string_view kStepPrefix = "step-";
+constexpr std::string_view kPartial = ".partial";
+
+// ---------------------------------------------------------------------------------------------------------- names
+
+std::string zero_padded(int64_t number, size_t width) {
+  auto digits = std::to_string(number);
+  if (digits.size() < width) digits.insert(0, width - digits.size(), '0');
+  return digits;
+}
+
+std::string step_name(int64_t step) { return std::string(kStepPrefix) + zero_padded(step, 8); }
+
+std::string rank_file(int rank, int num_ranks) {
+  return "rank-" + zero_padded(rank, 4) + "-of-" + zero_padded(num_ranks, 4) + ".safetensors";
+}
+
+/// The step of a folder called step-N; nothing for any other name, step-N.partial included.
+std::optional<int64_t> step_of(const fs::path& folder) {
+  const auto name = folder.filename().string();
+  if (!name.starts_with(kStepPrefix)) return std::nullopt;
+  int64_t step = 0;
+  const auto* end = name.data() + name.size();
+  const auto [stopped, error] = std::from_chars(name.data() + kStepPrefix.size(), end, step);
+  if (error != std::errc() || stopped != end || step < 0) return std::nullopt;
+  return step;
+}
+
+/// The folders called step-N, the highest step first.
+std::vector<std::pair<int64_t, fs::path>> step_folders(const fs::path& directory) {
+  std::vector<std::pair<int64_t, fs::path>> folders;
+  if (!fs::is_directory(directory)) return folders;
+  for (const auto& entry : fs::directory_iterator(directory)) {
+    const auto step = step_of(entry.path());
+    if (step && entry.is_directory()) folders.emplace_back(*step, entry.path());
+  }
+  std::sort(folders.rbegin(), folders.rend());
+  return folders;
+}
+
+// ------------------------------------------------------------------------------------------------- slices, pieces
+
+/// The rows of the global tensor that `tensor` holds.
+parallel::Range rows_of(const ShardedTensor& tensor) {
+  return {tensor.global_begin, tensor.global_begin + tensor.local.size(tensor.dim)};
+}
+
+parallel::Range intersect(const parallel::Range& a, const parallel::Range& b) {
+  return {std::max(a.begin, b.begin), std::min(a.end, b.end)};
+}
+
+/// `shape` with `length` rows in dimension `dim`.
+std::vector<int64_t> slice_shape(std::vector<int64_t> shape, int64_t dim, int64_t length) {
+  shape[static_cast<size_t>(dim)] = length;
+  return shape;
+}
+
+bool is_dim_of(int64_t dim, const std::vector<int64_t>& shape) {
+  return dim >= 0 && dim < static_cast<int64_t>(shape.size());
+}
+
+void check_slice(const ShardedTensor& tensor) {
+  const auto& shape = tensor.global_shape;
+  TORCH_CHECK_VALUE(is_dim_of(tensor.dim, shape) && tensor.local.dim() == static_cast<int64_t>(shape.size()), "tensor ",
+                    tensor.name, " of shape ", at::IntArrayRef(shape), " has no slice of shape ", tensor.local.sizes(),
+                    " in dimension ", tensor.dim);
+  const auto rows = rows_of(tensor);
+  TORCH_CHECK_VALUE(rows.begin >= 0 && rows.end <= shape[static_cast<size_t>(tensor.dim)] &&
+                        tensor.local.sizes() == slice_shape(shape, tensor.dim, rows.length()),
+                    "tensor ", tensor.name, " of shape ", at::IntArrayRef(shape), " has no slice of shape ",
+                    tensor.local.sizes(), " at row ", rows.begin, " of dimension ", tensor.dim);
+}
+
+/// Refuses pieces that leave an element of the tensor out or hold it twice.
+void check_pieces(const std::string& name, const CheckpointTensor& tensor) {
+  const auto tensor_text = c10::str("tensor ", name, " of shape ", at::IntArrayRef(tensor.shape));
+  auto pieces = tensor.pieces;
+  std::stable_sort(pieces.begin(), pieces.end(),
+                   [](const auto& a, const auto& b) { return a.rows.begin < b.rows.begin; });
+  const int64_t dim = pieces.empty() ? 0 : pieces.front().dim;
+  TORCH_CHECK_VALUE(is_dim_of(dim, tensor.shape), tensor_text, " has no dimension ", dim, " to be split in");
+  const int64_t num_rows = tensor.shape[static_cast<size_t>(dim)];
+  const auto check_gap = [&](int64_t begin, int64_t end) {
+    TORCH_CHECK_VALUE(begin >= end, tensor_text, ": rows [", begin, ", ", end, ") of dimension ", dim,
+                      " are in no piece");
+  };
+  int64_t position = 0;
+  const CheckpointPiece* previous = nullptr;
+  for (const auto& piece : pieces) {
+    TORCH_CHECK_VALUE(piece.dim == dim, tensor_text, " is split in dimensions ", dim, " and ", piece.dim);
+    TORCH_CHECK_VALUE(piece.rows.begin >= 0 && piece.rows.begin < piece.rows.end && piece.rows.end <= num_rows,
+                      tensor_text, " has no rows [", piece.rows.begin, ", ", piece.rows.end, ") of dimension ", dim,
+                      ", said to be in ", piece.file);
+    TORCH_CHECK_VALUE(piece.rows.begin >= position, tensor_text, ": row ", piece.rows.begin, " of dimension ", dim,
+                      " is in two pieces, in ", previous->file, " and ", piece.file);
+    check_gap(position, piece.rows.begin);
+    position = piece.rows.end;
+    previous = &piece;
+  }
+  check_gap(position, num_rows);
+}
+
+// ------------------------------------------------------------------------------------------------------- manifest
+
+/// An object of a manifest that knows where it stands in the file.
+class ManifestObject {
+ public:
+  ManifestObject(const Json& json, const fs::path& file, std::string key)
+      : json_(json), file_(file), key_(std::move(key)) {
+    TORCH_CHECK_VALUE(json_.is_object(), file_.string(), ": ", key_.empty() ? "the whole" : "key " + key_,
+                      " is not a JSON object");
+  }
+  template <class T>
+  T get(const std::string& name) const {
+    const auto& value = at(name);
+    try {
+      return value.template get<T>();
+    } catch (const nlohmann::json::exception& error) {
+      TORCH_CHECK_VALUE(false, file_.string(), ": key ", path_to(name), ": ", error.what());
+    }
+  }
+  ManifestObject object(const std::string& name) const { return {at(name), file_, path_to(name)}; }
+  std::vector<ManifestObject> objects(const std::string& name) const {
+    std::vector<ManifestObject> result;
+    const auto& array = at(name);
+    TORCH_CHECK_VALUE(array.is_array(), file_.string(), ": key ", path_to(name), " is not a JSON array");
+    for (const auto& element : array) {
+      result.emplace_back(element, file_, path_to(name) + "[" + std::to_string(result.size()) + "]");
+    }
+    return result;
+  }
+  std::vector<std::string> names() const {
+    std::vector<std::string> result;
+    for (const auto& [name, value] : json_.items()) result.push_back(name);
+    return result;
+  }
+
+ private:
+  std::string path_to(const std::string& name) const { return key_.empty() ? name : key_ + "/" + name; }
+  const Json& at(const std::string& name) const {
+    const auto found = json_.find(name);
+    TORCH_CHECK_VALUE(found != json_.end(), file_.string(), ": there is no key ", path_to(name));
+    return *found;
+  }
+
+  const Json& json_;
+  const fs::path& file_;
+  std::string key_;
+};
+
+Json manifest_json(const CheckpointManifest& manifest) {
+  Json tensors = Json::object();
+  for (const auto& [name, tensor] : manifest.tensors) {
+    Json pieces = Json::array();
+    for (const auto& piece : tensor.pieces) {
+      pieces.push_back(
+          {{"file", piece.file}, {"dim", piece.dim}, {"begin", piece.rows.begin}, {"length", piece.rows.length()}});
+    }
+    tensors[name] = {{"dtype", tensor.dtype}, {"shape", tensor.shape}, {"pieces", std::move(pieces)}};
+  }
+  return {{"format_version", kFormatVersion},
+          {"step", manifest.step},
+          {"state", manifest.state},
+          {"files", manifest.file_bytes},
+          {"tensors", std::move(tensors)}};
+}
+
+CheckpointTensor parse_tensor(const ManifestObject& object) {
+  CheckpointTensor tensor{object.get<std::string>("dtype"), object.get<std::vector<int64_t>>("shape"), {}};
+  for (const auto& piece : object.objects("pieces")) {
+    const auto begin = piece.get<int64_t>("begin");
+    int64_t end = 0;
+    if (__builtin_add_overflow(begin, piece.get<int64_t>("length"), &end)) end = -1;  // check_pieces refuses it
+    tensor.pieces.push_back({piece.get<std::string>("file"), piece.get<int64_t>("dim"), {begin, end}});
+  }
+  return tensor;
+}
+
+/// Reads and checks the manifest in `folder`: what it returns is consistent in itself.
+CheckpointManifest read_manifest(const fs::path& folder) {
+  const auto file = folder / kManifest;
+  std::ifstream stream(file);
+  TORCH_CHECK_VALUE(stream, "cannot open ", file.string(), ": ", std::strerror(errno));
+  const auto json = Json::parse(stream, /*cb=*/nullptr, /*allow_exceptions=*/false);
+  TORCH_CHECK_VALUE(!json.is_discarded(), file.string(), " is not JSON");
+  const ManifestObject root(json, file, "");
+  const auto version = root.get<int64_t>("format_version");
+  TORCH_CHECK_VALUE(version == kFormatVersion, file.string(), ": format_version is ", version, ", this program reads ",
+                    kFormatVersion);
+  CheckpointManifest manifest{root.get<int64_t>("step"), root.get<std::string>("state"), {}, {}};
+  const auto files = root.object("files");
+  for (const auto& name : files.names()) manifest.file_bytes.emplace(name, files.get<int64_t>(name));
+  const auto tensors = root.object("tensors");
+  for (const auto& name : tensors.names()) {
+    auto tensor = parse_tensor(tensors.object(name));
+    try {
+      check_pieces(name, tensor);
+    } catch (const c10::ValueError& error) {
+      TORCH_CHECK_VALUE(false, file.string(), ": ", error.what_without_backtrace());
+    }
+    for (const auto& piece : tensor.pieces) {
+      TORCH_CHECK_VALUE(manifest.file_bytes.count(piece.file) > 0, file.string(), ": key files has no ", piece.file,
+                        ", which tensor ", name, " names");
+    }
+    manifest.tensors.emplace(name, std::move(tensor));
+  }
+  return manifest;
+}
+
+void check_files(const fs::path& folder, const CheckpointManifest& manifest) {
+  for (const auto& [name, bytes] : manifest.file_bytes) {
+    const auto file = folder / name;
+    TORCH_CHECK_VALUE(fs::is_regular_file(file), file.string(), " is missing");
+    const auto found = static_cast<int64_t>(fs::file_size(file));
+    TORCH_CHECK_VALUE(found == bytes, file.string(), " has ", found, " bytes, the manifest says ", bytes);
+  }
+}
+
+// --------------------------------------------------------------------------------------------------------- saving
+
+/// The text of every rank, on every rank. Collective: two all-gathers.
+std::vector<std::string> gather_texts(const std::string& text, const parallel::GroupPtr& group) {
+  const auto lengths = parallel::all_gather(at::full({1}, static_cast<int64_t>(text.size()), at::kLong), group);
+  const int64_t longest = lengths.max().item<int64_t>();
+  auto letters = at::zeros({1, longest}, at::kByte);
+  std::memcpy(letters.mutable_data_ptr(), text.data(), text.size());
+  letters = parallel::all_gather(letters, group);
+  std::vector<std::string> texts;
+  for (int64_t rank = 0; rank < lengths.numel(); ++rank) {
+    const auto* begin = static_cast<const char*>(letters.const_data_ptr()) + rank * longest;
+    texts.emplace_back(begin, static_cast<size_t>(lengths[rank].item<int64_t>()));
+  }
+  return texts;
+}
+
+bool is_written(const ShardedTensor& tensor) { return tensor.main_replica && tensor.local.size(tensor.dim) > 0; }
+
+/// This rank's part of the manifest, as JSON for merge_parts: also the tensors that it doesn't write, so that one which
+/// nobody writes is noticed.
+std::string manifest_part(const CheckpointContents& contents, const std::string& file) {
+  TORCH_CHECK_VALUE(contents.step >= 0, "checkpoint of step ", contents.step);
+  CheckpointManifest part{contents.step, {}, {}, {}};
+  for (const auto& tensor : contents.tensors) {
+    check_slice(tensor);
+    CheckpointTensor entry{c10::toString(tensor.local.scalar_type()), tensor.global_shape, {}};
+    if (is_written(tensor)) entry.pieces.push_back({file, tensor.dim, rows_of(tensor)});
+    const bool is_new = part.tensors.emplace(tensor.name, std::move(entry)).second;
+    TORCH_CHECK_VALUE(is_new, "tensor ", tensor.name, " is given twice");
+  }
+  return manifest_json(part).dump();
+}
+
+/// The manifest of all ranks' parts; its file_bytes are still missing.
+CheckpointManifest merge_parts(const std::vector<std::string>& parts, const CheckpointContents& contents) {
+  CheckpointManifest manifest{contents.step, contents.state, {}, {}};
+  for (size_t rank = 0; rank < parts.size(); ++rank) {
+    const auto json = Json::parse(parts[rank]);
+    const fs::path origin = "the list of rank " + std::to_string(rank);
+    const ManifestObject part(json, origin, "");
+    const auto step = part.get<int64_t>("step");
+    TORCH_CHECK_VALUE(step == contents.step, "rank ", rank, " saves step ", step, ", rank 0 step ", contents.step);
+    const auto tensors = part.object("tensors");
+    for (const auto& name : tensors.names()) {
+      const auto tensor = parse_tensor(tensors.object(name));
+      auto& merged = manifest.tensors.try_emplace(name, CheckpointTensor{tensor.dtype, tensor.shape, {}}).first->second;
+      TORCH_CHECK_VALUE(tensor.dtype == merged.dtype && tensor.shape == merged.shape, "tensor ", name, " is ",
+                        tensor.dtype, " ", at::IntArrayRef(tensor.shape), " on rank ", rank, ", ", merged.dtype, " ",
+                        at::IntArrayRef(merged.shape), " on ranks before it");
+      merged.pieces.insert(merged.pieces.end(), tensor.pieces.begin(), tensor.pieces.end());
+    }
+  }
+  for (const auto& [name, tensor] : manifest.tensors) check_pieces(name, tensor);
+  return manifest;
+}
+
+void write_own_file(const fs::path& file, const std::vector<ShardedTensor>& tensors) {
+  std::vector<NamedTensor> slices;
+  for (const auto& tensor : tensors) {
+    if (is_written(tensor)) slices.push_back({tensor.name, tensor.local});
+  }
+  if (!slices.empty()) write_safetensors(file, slices);
+}
+
+/// What a killed run left behind, and an empty folder to write to.
+void prepare_folder(const fs::path& directory, const fs::path& partial) {
+  fs::create_directories(directory);
+  for (const auto& entry : fs::directory_iterator(directory)) {
+    const auto name = entry.path().filename().string();
+    if ((name.starts_with(kStepPrefix) || name.starts_with(kLatest)) && name.ends_with(kPartial)) {
+      fs::remove_all(entry.path());
+    }
+  }
+  fs::create_directory(partial);
+}
+
+/// Renames are on disk only once the folder that holds them is.
+void flush_folder(const fs::path& folder) {
+  const int descriptor = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  const bool flushed = descriptor >= 0 && ::fsync(descriptor) == 0;
+  const int reason = errno;
+  if (descriptor >= 0) ::close(descriptor);
+  TORCH_CHECK(flushed, "cannot flush folder ", folder.string(), ": ", std::strerror(reason));
+}
+
+/// Renames `partial` to `folder`. A folder that had this name goes: at one stroke where the file system can exchange
+/// two names.
+void move_into_place(const fs::path& partial, const fs::path& folder) {
+  if (!fs::exists(folder)) {
+    fs::rename(partial, folder);
+  } else if (::renameat2(AT_FDCWD, partial.c_str(), AT_FDCWD, folder.c_str(), RENAME_EXCHANGE) == 0) {
+    fs::remove_all(partial);
+  } else {
+    const fs::path replaced = folder.string() + ".replaced" + std::string(kPartial);
+    fs::rename(folder, replaced);
+    fs::rename(partial, folder);
+    fs::remove_all(replaced);
+  }
+}
+
+/// Removes checkpoints up to `step` but the `keep_last` newest. Later ones are of a run that this one didn't start
+/// from.
+void remove_old(const fs::path& directory, int64_t step, int64_t keep_last) {
+  int64_t num_kept = 0;
+  for (const auto& [found, folder] : step_folders(directory)) {
+    if (found > step || num_kept++ < keep_last) continue;
+    const fs::path doomed = folder.string() + std::string(kPartial);
+    std::error_code error;
+    fs::rename(folder, doomed, error);  // half removed, it must not be called step-N
+    if (!error) fs::remove_all(doomed, error);
+    if (error) TORCH_WARN("cannot remove the old checkpoint ", folder.string(), ": ", error.message());
+  }
+}
+
+/// Rank 0, when all files are written: completes the folder and makes it the latest.
+void publish(const fs::path& partial, const fs::path& folder, CheckpointManifest& manifest) {
+  for (const auto& [name, tensor] : manifest.tensors) {
+    for (const auto& piece : tensor.pieces) {
+      const auto [entry, is_new] = manifest.file_bytes.try_emplace(piece.file, 0);
+      if (!is_new) continue;
+      const auto file = partial / piece.file;
+      TORCH_CHECK(fs::is_regular_file(file), file.string(),
+                  " was written, but rank 0 doesn't see it: the folder must be on a file system that all ranks share");
+      entry->second = static_cast<int64_t>(fs::file_size(file));
+    }
+  }
+  write_file(partial / kManifest, manifest_json(manifest).dump(1) + "\n");
+  const auto directory = folder.parent_path();
+  move_into_place(partial, folder);
+  flush_folder(directory);
+  const auto link = directory / (kLatest + std::string(kPartial));
+  fs::create_directory_symlink(folder.filename(), link);
+  fs::rename(link, directory / kLatest);
+  flush_folder(directory);
+}
+
+// -------------------------------------------------------------------------------------------------------- loading
+
+/// Whether a piece of the same tensor holds elements of `wanted`. Where both are split in different dimensions, the
+/// piece has all rows of the wanted dimension and the wanted slice all of the piece's.
+bool overlaps(const CheckpointPiece& piece, const ShardedTensor& wanted) {
+  const auto rows = rows_of(wanted);
+  return piece.dim == wanted.dim ? intersect(piece.rows, rows).length() > 0 : rows.length() > 0;
+}
+
+void copy_overlap(const SafetensorsFile& file, const CheckpointPiece& piece, const ShardedTensor& wanted) {
+  const auto rows = rows_of(wanted);
+  if (piece.dim == wanted.dim) {
+    const auto shared = intersect(piece.rows, rows);
+    wanted.local.narrow(wanted.dim, shared.begin - rows.begin, shared.length())
+        .copy_(file.read_slice(wanted.name, piece.dim, shared.begin - piece.rows.begin, shared.length()));
+  } else {
+    wanted.local.narrow(piece.dim, piece.rows.begin, piece.rows.length())
+        .copy_(file.read_slice(wanted.name, wanted.dim, rows.begin, rows.length()));
+  }
+}
+
+/// Opens the file of a piece unless it is open, and checks that it holds what the manifest says.
+void open_piece(const fs::path& folder, const CheckpointPiece& piece, const std::string& name,
+                const CheckpointTensor& tensor, std::map<std::string, SafetensorsFile>& open_files) {
+  auto found = open_files.find(piece.file);
+  if (found == open_files.end()) {
+    try {
+      found = open_files.emplace(piece.file, SafetensorsFile(folder / piece.file)).first;
+    } catch (const c10::Error& error) {
+      TORCH_CHECK_VALUE(false, "tensor ", name, ": ", error.what_without_backtrace());
+    }
+  }
+  const auto& file = found->second;
+  const auto expected = slice_shape(tensor.shape, piece.dim, piece.rows.length());
+  const auto entry = file.entries().find(name);
+  TORCH_CHECK_VALUE(entry != file.entries().end(), file.path().string(), ": no tensor ", name,
+                    ", the manifest says that a piece of it is there");
+  TORCH_CHECK_VALUE(entry->second.shape == expected && c10::toString(entry->second.dtype) == tensor.dtype,
+                    file.path().string(), ": tensor ", name, " is ", entry->second.dtype, " ",
+                    at::IntArrayRef(entry->second.shape), ", the manifest says ", tensor.dtype, " ",
+                    at::IntArrayRef(expected));
+}
+
+fs::path resolve_checkpoint(const fs::path& path) {
+  for (const auto& candidate : {path, path / kLatest}) {
+    if (fs::is_regular_file(candidate / kManifest)) return fs::canonical(candidate);
+  }
+  TORCH_CHECK_VALUE(false, path.string(), " is no checkpoint: neither ", kManifest, " nor ", kLatest, "/", kManifest,
+                    " is there");
+}
+
+// --------------------------------------------------------------------------------------------------- what to save
+
+void append_segments(std::vector<ShardedTensor>& result, const ParameterShard& shard, const at::Tensor& values,
+                     const std::string& prefix, const CheckpointName& published_name,
+                     const parallel::ProcessGroups& groups) {
+  const bool is_whole = shard.rule != GradientRule::kSharded;
+  const bool main_replica = parallel::group_rank(groups.dp) == 0 && (!is_whole || parallel::group_rank(groups.tp) == 0);
+  for (const auto& segment : shard.segments) {
+    result.push_back({prefix + published_name(segment.name),
+                      values.detach().narrow(segment.dim, segment.local_begin, segment.length), segment.global_shape,
+                      segment.dim, segment.length > 0 ? segment.global_begin : 0, main_replica});
+  }
+}
+
+}  // namespace
+
+std::vector<ShardedTensor> sharded_tensors(const std::vector<ParameterShard>& parameters,
+                                           const CheckpointName& published_name,
+                                           const parallel::ProcessGroups& groups) {
+  std::vector<ShardedTensor> result;
+  for (const auto& shard : parameters) append_segments(result, shard, shard.parameter, "", published_name, groups);
+  return result;
+}
+
+std::vector<ShardedTensor> sharded_tensors(const AdamW& optimizer, const CheckpointName& published_name,
+                                           const parallel::ProcessGroups& groups) {
+  std::vector<ShardedTensor> result;
+  for (size_t i = 0; i < optimizer.parameters().size(); ++i) {
+    const auto& shard = optimizer.parameters()[i];
+    const auto& moments = optimizer.moments()[i];
+    append_segments(result, shard, moments.exp_avg, "optimizer.exp_avg.", published_name, groups);
+    append_segments(result, shard, moments.exp_avg_sq, "optimizer.exp_avg_sq.", published_name, groups);
+  }
+  return result;
+}
+
+fs::path save_checkpoint(const fs::path& directory, const CheckpointContents& contents, const parallel::GroupPtr& world,
+                         const SaveCheckpointOptions& options) {
+  const bool is_first = parallel::group_rank(world) == 0;
+  const auto own_file = rank_file(parallel::group_rank(world), parallel::group_size(world));
+  const auto folder = directory / step_name(contents.step);
+  const fs::path partial = folder.string() + std::string(kPartial);
+
+  std::string own_part;
+  parallel::agree_on([&] { own_part = manifest_part(contents, own_file); }, world);
+  const auto parts = gather_texts(own_part, world);
+  CheckpointManifest manifest;  // of rank 0 alone
+  try {
+    const auto prepare = [&] {
+      if (!is_first) return;
+      manifest = merge_parts(parts, contents);
+      prepare_folder(directory, partial);
+    };
+    parallel::agree_on(prepare, world);
+    parallel::agree_on([&] { write_own_file(partial / own_file, contents.tensors); }, world);
+    parallel::agree_on(
+        [&] {
+          if (is_first) publish(partial, folder, manifest);
+        },
+        world);
+  } catch (const parallel::AgreedError&) {  // on every rank: nobody writes any more
+    std::error_code ignored;
+    if (is_first) fs::remove_all(partial, ignored);
+    throw;
+  }
+  if (is_first && options.keep_last > 0) remove_old(directory, contents.step, options.keep_last);
+  return folder;
+}
+
+CheckpointReader::CheckpointReader(const fs::path& path)
+    : folder_(resolve_checkpoint(path)), manifest_(std::make_shared<CheckpointManifest>(read_manifest(folder_))) {}
+
+int64_t CheckpointReader::step() const { return manifest_->step; }
+
+const std::string& CheckpointReader::state() const { return manifest_->state; }
+
+std::vector<std::string> CheckpointReader::names() const {
+  std::vector<std::string> result;
+  result.reserve(manifest_->tensors.size());
+  for (const auto& [name, tensor] : manifest_->tensors) result.push_back(name);
+  return result;
+}
+
+bool CheckpointReader::contains(const std::string& name) const { return manifest_->tensors.count(name) > 0; }
+
+const std::vector<int64_t>& CheckpointReader::global_shape(const std::string& name) const {
+  const auto found = manifest_->tensors.find(name);
+  TORCH_CHECK_VALUE(found != manifest_->tensors.end(), (folder_ / kManifest).string(), ": no tensor ", name);
+  return found->second.shape;
+}
+
+void CheckpointReader::load(const std::vector<ShardedTensor>& tensors, UnusedTensors unused) const {
+  const auto manifest_file = (folder_ / kManifest).string();
+  std::set<std::string> asked;
+  std::map<std::string, SafetensorsFile> open_files;
+  for (const auto& wanted : tensors) {
+    check_slice(wanted);
+    asked.insert(wanted.name);
+    const auto found = manifest_->tensors.find(wanted.name);
+    TORCH_CHECK_VALUE(found != manifest_->tensors.end(), manifest_file, ": no tensor ", wanted.name,
+                      "; asked for one of shape ", at::IntArrayRef(wanted.global_shape));
+    const auto& tensor = found->second;
+    TORCH_CHECK_VALUE(tensor.shape == wanted.global_shape && tensor.dtype == c10::toString(wanted.local.scalar_type()),
+                      manifest_file, ": tensor ", wanted.name, " is ", tensor.dtype, " ", at::IntArrayRef(tensor.shape),
+                      ", asked for as ", wanted.local.scalar_type(), " ", at::IntArrayRef(wanted.global_shape));
+    for (const auto& piece : tensor.pieces) {
+      if (overlaps(piece, wanted)) open_piece(folder_, piece, wanted.name, tensor, open_files);
+    }
+  }
+  for (const auto& [name, tensor] : manifest_->tensors) {
+    TORCH_CHECK_VALUE(unused == UnusedTensors::kAllow || asked.count(name) > 0, manifest_file, ": tensor ", name,
+                      " of shape ", at::IntArrayRef(tensor.shape), " is not asked for");
+  }
+  const at::NoGradGuard no_grad;
+  for (const auto& wanted : tensors) {
+    for (const auto& piece : manifest_->tensors.at(wanted.name).pieces) {
+      if (overlaps(piece, wanted)) copy_overlap(open_files.at(piece.file), piece, wanted);
+    }
+  }
+}
+
+std::optional<fs::path> latest_checkpoint(const fs::path& directory) {
+  for (const auto& [step, folder] : step_folders(directory)) {
+    try {
+      check_files(folder, read_manifest(folder));
+      return folder;
+    } catch (const std::exception& error) {
+      TORCH_WARN("passing over the broken checkpoint ", folder.string(), ": ", parallel::error_text(error));
+    }
+  }
+  return std::nullopt;
+}
+
+}  // namespace megatron

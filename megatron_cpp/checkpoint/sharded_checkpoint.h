@@ -1,0 +1,121 @@
+// Training checkpoints: every rank writes what it holds, any number of ranks reads it back.
+//
+//   checkpoints/step-00000100/rank-0000-of-0004.safetensors   the slices that rank 0 writes, under their tensors' names
+//   checkpoints/step-00000100/manifest.json                   step, state, files; each tensor's dtype, shape, pieces
+//   checkpoints/latest -> step-00000100                       replaced last
+//
+// A folder is called step-N only when it is complete and flushed; until then it is step-N.partial.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "megatron_cpp/optimizer/adamw.h"
+#include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "parallel/group.h"
+#include "parallel/process_groups.h"
+
+namespace megatron {
+
+/// Rows [global_begin, global_begin + local.size(dim)) of dimension `dim` of the global tensor `name`.
+struct ShardedTensor {
+  std::string name;
+  at::Tensor local;  ///< a view of the rank's memory, without gradient: loading writes through it
+  std::vector<int64_t> global_shape;
+  int64_t dim = 0;
+  int64_t global_begin = 0;
+  /// Whether this rank writes the slice: replicas are written once.
+  bool main_replica = true;
+};
+
+/// The name of a parameter or segment in this program -> its name in a checkpoint.
+using CheckpointName = std::function<std::string(const std::string&)>;
+
+/// The segments of all parameters, in their order. Tensor-parallel rank 0 writes the replicated ones, data-parallel
+/// rank 0 writes at all. A segment of length 0 (a vocabulary shard that is all padding) gives an entry without rows, so
+/// that every rank asks a checkpoint for the same tensors. Not collective.
+std::vector<ShardedTensor> sharded_tensors(const std::vector<ParameterShard>& parameters,
+                                           const CheckpointName& published_name, const parallel::ProcessGroups& groups);
+
+/// The same segments of the optimizer's moments, as "optimizer.exp_avg." and "optimizer.exp_avg_sq." + published name.
+/// (num_steps() is a number: it belongs in CheckpointContents::state.) Not collective.
+std::vector<ShardedTensor> sharded_tensors(const AdamW& optimizer, const CheckpointName& published_name,
+                                           const parallel::ProcessGroups& groups);
+
+/// What one checkpoint holds.
+struct CheckpointContents {
+  int64_t step = 0;
+  std::string state;                   ///< small text (JSON): sampler position, anything; that of rank 0 is kept
+  std::vector<ShardedTensor> tensors;  ///< of this rank; a name at most once
+};
+
+struct SaveCheckpointOptions {
+  /// How many checkpoints up to this step to keep, this one included; older ones are removed. 0: all.
+  int64_t keep_last = 0;
+};
+
+/// Writes `contents` as <directory>/step-N and points <directory>/latest at it. A step-N of an earlier run is replaced,
+/// what a killed run left behind (*.partial) is removed. `directory` must be the same, shared folder on every rank; it
+/// is made if it doesn't exist.
+/// @return the folder written.
+/// @throws parallel::AgreedError on every rank, with the same text, if a rank couldn't write, or if the ranks' slices
+///         don't cover every element of a tensor exactly once (naming it); `latest` and older checkpoints then stay as
+///         they were.
+/// Collective over `world`: the lists of pieces (about 100 bytes a tensor and rank) in two all-gathers, and four small
+/// ones of agreement; no values are sent.
+std::filesystem::path save_checkpoint(const std::filesystem::path& directory, const CheckpointContents& contents,
+                                      const parallel::GroupPtr& world, const SaveCheckpointOptions& options = {});
+
+/// Tensors of a checkpoint that a load doesn't ask for.
+enum class UnusedTensors {
+  kRefuse,
+  kAllow,  ///< such as the moments, when only the parameters are wanted
+};
+
+namespace internal {
+struct CheckpointManifest;
+}
+
+/// A complete checkpoint, read in any layout whatever layout wrote it. Not collective: a rank reads what it needs, and
+/// callers wrap construction and load in parallel::agree_on.
+class CheckpointReader {
+ public:
+  /// @param path  a step folder, a link to one (`latest`), or the folder that holds `latest`.
+  /// @throws c10::ValueError naming the path, or the manifest and the key in it that is missing or wrong.
+  explicit CheckpointReader(const std::filesystem::path& path);
+
+  /// The step folder, links resolved: it stays the same when `latest` moves on.
+  const std::filesystem::path& folder() const { return folder_; }
+  int64_t step() const;
+  /// CheckpointContents::state, as it was given.
+  const std::string& state() const;
+  /// All tensors, sorted.
+  std::vector<std::string> names() const;
+  bool contains(const std::string& name) const;
+  /// @throws c10::ValueError naming the manifest and the tensor if it isn't there.
+  const std::vector<int64_t>& global_shape(const std::string& name) const;
+
+  /// Fills each `local`, in place and without gradient, from the pieces that overlap it; only these are read.
+  /// @throws c10::ValueError, before anything is filled: naming manifest and tensor, and what is asked and what there,
+  ///         if a tensor is missing or has another shape or dtype, or if one isn't asked for and `unused` is kRefuse;
+  ///         naming tensor and file, if a file is missing, truncated or holds something else than the manifest says.
+  void load(const std::vector<ShardedTensor>& tensors, UnusedTensors unused = UnusedTensors::kRefuse) const;
+
+ private:
+  std::filesystem::path folder_;
+  std::shared_ptr<const internal::CheckpointManifest> manifest_;
+};
+
+/// The complete checkpoint of the highest step in `directory`: its manifest can be read and every file named there has
+/// its size. A warning names each newer one that is broken. Nothing if there is none, or no such directory. Not
+/// collective: rank 0 asks, and broadcasts the answer.
+std::optional<std::filesystem::path> latest_checkpoint(const std::filesystem::path& directory);
+
+}  // namespace megatron

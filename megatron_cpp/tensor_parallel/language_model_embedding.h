@@ -1,0 +1,40 @@
+// The embedding at the bottom of a language model.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/nn/pimpl.h>
+
+#include <vector>
+
+#include "megatron_cpp/tensor_parallel/vocab_parallel_embedding.h"
+
+namespace megatron {
+
+/// Token ids [B, S] to [S, B, H], or this rank's rows [S/t, B, H] under sequence parallelism, in three steps, so that
+/// others (image features) can put rows between the first two and share the one collective.
+class LanguageModelEmbeddingImpl : public ParallelModule {
+ public:
+  LanguageModelEmbeddingImpl(const VocabParallelEmbeddingOptions& options, const parallel::GroupPtr& tp);
+
+  /// This rank's summand; see VocabParallelEmbedding::partial.
+  at::Tensor partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out = {});
+  /// What this rank owns of the sum; see VocabParallelEmbedding::reduce. Collective over tp.
+  at::Tensor reduce(const at::Tensor& partial);
+  /// What a model adds after the sum. Step3.7 has neither learned positions nor dropout: this is where they would go.
+  /// @param position_ids  [B, S] int64 or undefined; handed through.
+  at::Tensor finish(const at::Tensor& embeddings, const at::Tensor& position_ids);
+
+  /// The three steps in a row. Collective over tp.
+  at::Tensor forward(const at::Tensor& input_ids, const at::Tensor& position_ids = {});
+
+  std::vector<ParameterShard> own_parameters() const override { return {}; }
+
+  const parallel::GroupPtr& tp() const { return word_embeddings->tp(); }
+  bool sequence_parallel() const { return word_embeddings->options().sequence_parallel(); }
+  int64_t hidden_size() const { return word_embeddings->options().hidden_size(); }
+
+  VocabParallelEmbedding word_embeddings{nullptr};
+};
+TORCH_MODULE(LanguageModelEmbedding);
+
+}  // namespace megatron

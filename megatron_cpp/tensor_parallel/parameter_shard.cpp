@@ -1,0 +1,143 @@
+#include "megatron_cpp/tensor_parallel/parameter_shard.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/PhiloxRNGEngine.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+#include <functional>
+#include <numbers>
+#include <set>
+#include <string_view>
+#include <utility>
+
+namespace megatron {
+namespace {
+
+/// FNV-1a over the name, then the seed: the same on every machine, unlike std::hash.
+uint64_t generator_key(uint64_t seed, std::string_view name) {
+  uint64_t hash = 14695981039346656037ULL;
+  auto mix = [&hash](unsigned char byte) { hash = (hash ^ byte) * 1099511628211ULL; };
+  for (const char letter : name) mix(static_cast<unsigned char>(letter));
+  for (int shift = 0; shift < 64; shift += 8) mix(static_cast<unsigned char>(seed >> shift));
+  return hash;
+}
+
+/// Normal values number 2i and 2i+1 of a stream: Box-Muller on the uniform pair (u1, u2), u1 in (0, 1].
+std::pair<float, float> normal_pair(uint64_t key, int64_t pair) {
+  at::Philox4_32 engine(key, /*subsequence=*/static_cast<uint64_t>(pair), /*offset=*/0);
+  const double u1 = (static_cast<double>(engine()) + 1.0) / 4294967296.0;
+  const double u2 = static_cast<double>(engine()) / 4294967296.0;
+  const double radius = std::sqrt(-2.0 * std::log(u1));
+  const double angle = 2.0 * std::numbers::pi * u2;
+  return {static_cast<float>(radius * std::cos(angle)), static_cast<float>(radius * std::sin(angle))};
+}
+
+/// Values [first, first + count) of the stream `key`.
+void fill_normal(float* out, int64_t first, int64_t count, uint64_t key, float standard_deviation) {
+  int64_t index = first;
+  const int64_t end = first + count;
+  while (index < end) {
+    const auto [even, odd] = normal_pair(key, index / 2);
+    if (index % 2 == 0) {
+      *out++ = even * standard_deviation;
+      if (++index == end) break;
+    }
+    *out++ = odd * standard_deviation;
+    ++index;
+  }
+}
+
+/// The segment's slice, [length in `dim`], generated row by row of the global tensor's trailing dimensions.
+at::Tensor normal_slice(const ParameterSegment& segment, uint64_t seed, float standard_deviation) {
+  auto shape = segment.global_shape;
+  const auto dim = static_cast<size_t>(segment.dim);
+  int64_t outer = 1;
+  int64_t inner = 1;
+  for (size_t d = 0; d < dim; ++d) outer *= shape[d];
+  for (size_t d = dim + 1; d < shape.size(); ++d) inner *= shape[d];
+  const int64_t global_rows = shape[dim];
+  shape[dim] = segment.length;
+  auto values = at::empty(shape, at::kFloat);
+  const uint64_t key = generator_key(seed, segment.name);
+  float* data = values.mutable_data_ptr<float>();
+  const int64_t row_values = segment.length * inner;
+  if (outer == 1) {
+    constexpr int64_t kGrain = 1 << 14;
+    at::parallel_for(0, row_values, kGrain, [&](int64_t begin, int64_t end) {
+      fill_normal(data + begin, segment.global_begin * inner + begin, end - begin, key, standard_deviation);
+    });
+  } else {
+    at::parallel_for(0, outer, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t o = begin; o < end; ++o) {
+        fill_normal(data + o * row_values, (o * global_rows + segment.global_begin) * inner, row_values, key,
+                    standard_deviation);
+      }
+    });
+  }
+  return values;
+}
+
+std::string join(const std::string& prefix, const std::string& name) {
+  return prefix.empty() ? name : prefix + "." + name;
+}
+
+}  // namespace
+
+ParameterShard replicated_parameter(std::string name, const at::Tensor& parameter, GradientRule rule,
+                                    InitialValue initial_value, bool weight_decay) {
+  TORCH_INTERNAL_ASSERT(rule != GradientRule::kSharded && parameter.dim() > 0);
+  ParameterSegment segment{name, parameter.sizes().vec(), 0, 0, 0, parameter.size(0)};
+  return {std::move(name), parameter, rule, {std::move(segment)}, initial_value, weight_decay};
+}
+
+ParameterShard sharded_parameter(std::string name, const at::Tensor& parameter, std::vector<int64_t> global_shape,
+                                 int64_t dim, int64_t begin, InitialValue initial_value, bool weight_decay) {
+  ParameterSegment segment{name, std::move(global_shape), dim, begin, 0, parameter.size(dim)};
+  return {std::move(name), parameter, GradientRule::kSharded, {std::move(segment)}, initial_value, weight_decay};
+}
+
+std::vector<ParameterShard> parameter_shards(const torch::nn::Module& root) {
+  std::vector<ParameterShard> all;
+  std::set<std::string> spoken_for;
+  // Walks down from `module`; a ParallelModule speaks for all below it that is no ParallelModule.
+  const std::function<void(const torch::nn::Module&, const std::string&)> visit = [&](const torch::nn::Module& module,
+                                                                                      const std::string& prefix) {
+    if (const auto* parallel_module = dynamic_cast<const ParallelModule*>(&module)) {
+      for (auto& shard : parallel_module->own_parameters()) {
+        shard.name = join(prefix, shard.name);
+        for (auto& segment : shard.segments) segment.name = join(prefix, segment.name);
+        TORCH_CHECK_VALUE(spoken_for.insert(shard.name).second, "parameter ", shard.name,
+                          " is listed by two parallel modules");
+        all.push_back(std::move(shard));
+      }
+    }
+    for (const auto& child : module.named_children()) visit(*child.value(), join(prefix, child.key()));
+  };
+  visit(root, "");
+  for (const auto& parameter : root.named_parameters()) {
+    TORCH_CHECK_VALUE(spoken_for.count(parameter.key()) > 0, "no parallel module says how parameter ", parameter.key(),
+                      " is sharded: give it to a megatron::ParallelModule that lists it in own_parameters()");
+  }
+  return all;
+}
+
+void initialize_parameters(const std::vector<ParameterShard>& parameters, uint64_t seed) {
+  const at::NoGradGuard no_grad;
+  for (const auto& shard : parameters) {
+    auto parameter = shard.parameter;
+    parameter.zero_();
+    for (const auto& segment : shard.segments) {
+      if (segment.length == 0) continue;
+      auto target = parameter.narrow(segment.dim, segment.local_begin, segment.length);
+      if (shard.initial_value.kind == InitialValue::Kind::kConstant) {
+        target.fill_(shard.initial_value.value);
+      } else {
+        target.copy_(normal_slice(segment, seed, static_cast<float>(shard.initial_value.value)));
+      }
+    }
+  }
+}
+
+}  // namespace megatron

@@ -1,0 +1,84 @@
+// What a rank knows of each of its parameters: which part of which global tensor it is, how its gradient is completed,
+// and how it starts. Gradient reduction, gradient norm, optimizer, initialisation and checkpoints read this list and
+// nothing else.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/nn/module.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace megatron {
+
+/// How the gradient that backward leaves on this rank relates to the gradient of the global parameter, over the
+/// tensor-parallel group. (Over data parallelism every gradient is partial.)
+enum class GradientRule {
+  /// Each rank holds a part of the parameter and the whole gradient of that part.
+  kSharded,
+  /// Every rank holds the parameter and the same, whole gradient.
+  kReplicated,
+  /// Every rank holds the parameter and a part of its gradient: the sum over the group is the gradient. Norm weights
+  /// under sequence parallelism, q/k norms (heads are split), a projector or tower that sees this rank's images only.
+  kReplicatedPartial,
+};
+
+/// How a parameter starts: every element `value`, or normally distributed around 0 with standard deviation `value`.
+struct InitialValue {
+  enum class Kind { kConstant, kNormal };
+  Kind kind = Kind::kConstant;
+  double value = 0.0;
+
+  static InitialValue constant(double value) { return {Kind::kConstant, value}; }
+  static InitialValue normal(double standard_deviation) { return {Kind::kNormal, standard_deviation}; }
+};
+
+/// Rows [local_begin, local_begin + length) of dimension `dim` of the rank's tensor are rows
+/// [global_begin, global_begin + length) of the global tensor `name`.
+struct ParameterSegment {
+  std::string name;                   ///< dotted; in ParallelModule::own_parameters relative to the module
+  std::vector<int64_t> global_shape;  ///< without vocabulary padding: rows beyond it exist on no checkpoint
+  int64_t dim = 0;                    ///< the sharded dimension; 0 for a replicated parameter
+  int64_t global_begin = 0;
+  int64_t local_begin = 0;
+  int64_t length = 0;  ///< 0: nothing of this tensor lies here (a vocabulary shard that is all padding)
+};
+
+/// One parameter of this rank. A fused parameter (q, k and v in one matrix) has several segments; elements that belong
+/// to no segment are padding and stay 0.
+struct ParameterShard {
+  std::string name;  ///< dotted; in ParallelModule::own_parameters relative to the module
+  at::Tensor parameter;
+  GradientRule rule = GradientRule::kReplicated;
+  std::vector<ParameterSegment> segments;
+  InitialValue initial_value;
+  bool weight_decay = true;  ///< false for norms and biases
+};
+
+/// A replicated parameter: one segment, the whole of it.
+ParameterShard replicated_parameter(std::string name, const at::Tensor& parameter, GradientRule rule,
+                                    InitialValue initial_value, bool weight_decay);
+
+/// A parameter whose dimension `dim` is split evenly over a group: this rank holds rows [begin, begin + local size).
+ParameterShard sharded_parameter(std::string name, const at::Tensor& parameter, std::vector<int64_t> global_shape,
+                                 int64_t dim, int64_t begin, InitialValue initial_value, bool weight_decay);
+
+/// A module that can say how its parameters are sharded.
+class ParallelModule : public torch::nn::Module {
+ public:
+  /// This module's parameters, and those of descendants that are no ParallelModule themselves; names relative to this
+  /// module. Not collective.
+  virtual std::vector<ParameterShard> own_parameters() const = 0;
+};
+
+/// All parameters below `root`, in the order of the module tree, with full names.
+/// @throws c10::ValueError naming a parameter that no ParallelModule speaks for, or two do. Not collective.
+std::vector<ParameterShard> parameter_shards(const torch::nn::Module& root);
+
+/// Gives every parameter its initial value. An element depends on `seed`, its segment's name and its global index only
+/// (Philox 4x32-10, Salmon et al., SC 2011; Box-Muller), so every rank makes its own slice, and runs with different
+/// group sizes start alike. In place, without gradient; not collective.
+void initialize_parameters(const std::vector<ParameterShard>& parameters, uint64_t seed);
+
+}  // namespace megatron

@@ -1,0 +1,59 @@
+// A linear layer whose input columns are split over the tensor-parallel group.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/nn/pimpl.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "parallel/group.h"
+
+namespace megatron {
+
+struct RowParallelLinearOptions {
+  RowParallelLinearOptions(int64_t in_features, int64_t out_features)
+      : in_features_(in_features), out_features_(out_features) {}
+
+  TORCH_ARG(int64_t, in_features);
+  TORCH_ARG(int64_t, out_features);
+  TORCH_ARG(bool, bias) = false;
+  /// The output becomes this rank's rows of the sequence.
+  TORCH_ARG(bool, sequence_parallel) = false;
+  /// The input is this rank's columns already; otherwise every rank has all and takes its own.
+  TORCH_ARG(bool, input_is_parallel) = true;
+  /// Sum the ranks' products; otherwise the output is this rank's partial sum, without bias.
+  TORCH_ARG(bool, reduce_output) = true;
+  /// See linear_with_communication.
+  TORCH_ARG(bool, accumulate_into_grad) = false;
+  TORCH_ARG(double, init_std) = 0.02;
+};
+
+/// Y = X Aᵀ + b, A [F, C] split by columns over `tp`: rank r of t holds columns [r·C/t, (r+1)·C/t).
+class RowParallelLinearImpl : public ParallelModule {
+ public:
+  /// @throws c10::ValueError if C is not divisible by t, or sequence_parallel goes with an input that isn't parallel.
+  RowParallelLinearImpl(RowParallelLinearOptions options, parallel::GroupPtr tp);
+
+  /// @param input  [S, .., C/t], this rank's columns; [S, .., C] with input_is_parallel(false).
+  /// @return       [S, .., F], equal on every rank; [S/t, .., F] with sequence_parallel; this rank's summand [S, .., F]
+  ///               without reduce_output.
+  /// Comm: forward 1 all-reduce of the output's elements; sequence_parallel: forward 1 reduce-scatter, backward 1
+  /// all-gather of them; input_is_parallel(false): backward 1 all-gather of the input's.
+  /// Collective over tp. Throws c10::ValueError, before anything is sent, if sizes don't fit (S % t with
+  /// sequence_parallel).
+  at::Tensor forward(const at::Tensor& input);
+
+  std::vector<ParameterShard> own_parameters() const override;
+
+  at::Tensor weight;  ///< [F, C/t]
+  at::Tensor bias;    ///< [F], on every rank; undefined without bias. Added after the sum, once.
+
+ private:
+  RowParallelLinearOptions options_;
+  parallel::GroupPtr tp_;
+};
+TORCH_MODULE(RowParallelLinear);
+
+}  // namespace megatron

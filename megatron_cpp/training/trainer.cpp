@@ -1,0 +1,47 @@
+#include "megatron_cpp/training/trainer.h"
+
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+
+#include "parallel/collectives.h"
+
+namespace megatron {
+
+Trainer::Trainer(const std::vector<ParameterShard>& parameters, const parallel::ProcessGroups& groups,
+                 const TrainerOptions& options)
+    : groups_(groups),
+      options_(options),
+      gradients_(parameters, groups.tp, groups.dp, groups.tp_dp),
+      optimizer_(gradients_.parameters(), options.adamw) {
+  options_.learning_rate.validate();
+  TORCH_CHECK_VALUE(options_.clip_grad_norm >= 0, "clip_grad_norm ", options_.clip_grad_norm, " is below 0");
+}
+
+StepResult Trainer::step(const std::function<at::Tensor(int64_t)>& loss_sum, int64_t num_micro_batches,
+                         int64_t num_loss_tokens) {
+  TORCH_CHECK_VALUE(num_loss_tokens > 0, "the global batch has no loss token");
+  const int64_t step_number = optimizer_.num_steps() + 1;
+  gradients_.zero();
+  at::Tensor loss;
+  for (int64_t micro_batch = 0; micro_batch < num_micro_batches; ++micro_batch) {
+    const auto mean = loss_sum(micro_batch) / static_cast<double>(num_loss_tokens);
+    mean.backward();
+    loss = loss.defined() ? loss + mean.detach() : mean.detach();
+  }
+  gradients_.reduce();
+  StepResult result;
+  result.loss = parallel::all_reduce(loss.reshape({1}), groups_.dp).item<double>();
+  result.grad_norm = gradients_.norm();
+  result.learning_rate = options_.learning_rate.at(step_number);
+  TORCH_CHECK_VALUE(std::isfinite(result.loss) && std::isfinite(result.grad_norm), "step ", step_number, ": loss ",
+                    result.loss, " and gradient norm ", result.grad_norm, " are not both finite");
+  if (options_.clip_grad_norm > 0 && result.grad_norm > options_.clip_grad_norm) {
+    gradients_.scale(options_.clip_grad_norm / result.grad_norm);
+  }
+  optimizer_.step(result.learning_rate);
+  return result;
+}
+
+}  // namespace megatron

@@ -1,0 +1,59 @@
+// One optimizer step over micro-batches and ranks.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "megatron_cpp/optimizer/adamw.h"
+#include "megatron_cpp/optimizer/gradient_buffer.h"
+#include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "megatron_cpp/training/learning_rate.h"
+#include "parallel/process_groups.h"
+
+namespace megatron {
+
+struct TrainerOptions {
+  AdamWOptions adamw;
+  LearningRateSchedule learning_rate;
+  double clip_grad_norm = 1.0;  ///< 0: no clipping
+};
+
+/// What a step did; equal on every rank.
+struct StepResult {
+  double loss = 0.0;       ///< mean over the loss tokens of the global batch
+  double grad_norm = 0.0;  ///< before clipping
+  double learning_rate = 0.0;
+};
+
+/// Forward and backward over the micro-batches, gradient reduction, clipping by the global norm, AdamW.
+class Trainer {
+ public:
+  /// @param parameters  the model's, from parameter_shards(); those that need no gradient are left alone.
+  Trainer(const std::vector<ParameterShard>& parameters, const parallel::ProcessGroups& groups,
+          const TrainerOptions& options);
+
+  /// One step. The loss is the sum of the token losses over the loss tokens of the whole global batch, of all
+  /// micro-batches and data-parallel ranks together, so that tokens weigh alike wherever they are.
+  /// @param loss_sum           for micro-batch i of this data-parallel rank, in [0, num_micro_batches): the sum of its
+  ///                           token losses, a scalar, equal over tp.
+  /// @param num_loss_tokens    of the global batch; equal on every rank.
+  /// Comm: what loss_sum does; GradientBuffer::reduce and norm; 1 all-reduce of one element over dp. Collective over tp
+  /// and dp. Throws c10::ValueError, on every rank alike, if there is no loss token, or loss or gradient is not finite
+  /// (naming the step and both; the parameters are left as they were).
+  StepResult step(const std::function<at::Tensor(int64_t)>& loss_sum, int64_t num_micro_batches,
+                  int64_t num_loss_tokens);
+
+  AdamW& optimizer() { return optimizer_; }
+  const AdamW& optimizer() const { return optimizer_; }
+
+ private:
+  parallel::ProcessGroups groups_;
+  TrainerOptions options_;
+  GradientBuffer gradients_;
+  AdamW optimizer_;
+};
+
+}  // namespace megatron

@@ -1,0 +1,46 @@
+// The dense feed-forward of a decoder layer.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/nn/module.h>
+#include <torch/nn/pimpl.h>
+
+#include <cstdint>
+
+#include "megatron_cpp/tensor_parallel/column_parallel_linear.h"
+#include "megatron_cpp/tensor_parallel/row_parallel_linear.h"
+#include "megatron_cpp/transformer/transformer_config.h"
+#include "parallel/group.h"
+
+namespace megatron {
+
+/// silu(gate) * up; with limit L > 0: min(silu(gate), L) * clamp(up, -L, L).
+/// @param gate_up  [.., 2F], gate in the first F columns, up in the others.
+/// @return         [.., F]. Its backward saves gate_up only; double backward throws c10::NotImplementedError.
+/// No communication. Throws c10::ValueError if the number of columns is odd.
+at::Tensor clamped_swiglu(const at::Tensor& gate_up, double limit);
+
+/// linear_fc2(clamped_swiglu(linear_fc1(x))), F split over `tp`: rank r of t computes columns [r·F/t, (r+1)·F/t) of
+/// gate_proj and up_proj (one fused product) and their summand of down_proj (linear_fc2.weight).
+class MLPImpl : public torch::nn::Module {
+ public:
+  /// @param swiglu_limit  0: no clamp.
+  /// @throws c10::ValueError if ffn_hidden_size is not divisible by t.
+  MLPImpl(const TransformerConfig& config, double swiglu_limit, const parallel::GroupPtr& tp);
+
+  /// @param input  [S, B, H], equal on every rank; with sequence_parallel [S/t, B, H], this rank's rows.
+  /// @return       the same shape.
+  /// Comm: forward 1 all-reduce of S·B·H elements, backward 1; sequence_parallel: forward 1 all-gather and 1
+  /// reduce-scatter, backward 2 all-gathers (1 if linear_fc1 needs no gradient) and 1 reduce-scatter. Collective over
+  /// tp.
+  at::Tensor forward(const at::Tensor& input);
+
+  ColumnParallelLinear linear_fc1{nullptr};  ///< gate_proj [F, H] and up_proj [F, H]
+  RowParallelLinear linear_fc2{nullptr};     ///< down_proj [H, F]
+
+ private:
+  double swiglu_limit_;
+};
+TORCH_MODULE(MLP);
+
+}  // namespace megatron

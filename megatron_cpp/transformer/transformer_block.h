@@ -1,0 +1,33 @@
+// A stack of decoder layers and the norm at its end.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/nn/module.h>
+#include <torch/nn/modules/container/modulelist.h>
+#include <torch/nn/pimpl.h>
+
+#include "megatron_cpp/transformer/attention.h"
+#include "megatron_cpp/transformer/rms_norm.h"
+#include "megatron_cpp/transformer/transformer_config.h"
+#include "parallel/group.h"
+
+namespace megatron {
+
+/// final_layernorm(layer L-1(... layer 0(x))), one TransformerLayer per entry of config.layers.
+class TransformerBlockImpl : public torch::nn::Module {
+ public:
+  /// @throws c10::ValueError as TransformerConfig::validate(t) does.
+  TransformerBlockImpl(const TransformerConfig& config, const parallel::GroupPtr& tp);
+
+  /// @param hidden_states  [S, B, H], equal on every rank; with sequence_parallel [S/t, B, H], this rank's rows.
+  /// @param attention      of the whole sequence, equal on every rank.
+  /// @return               the shape of hidden_states.
+  /// Comm: that of the layers; the norm's none. Collective over tp.
+  at::Tensor forward(const at::Tensor& hidden_states, const AttentionInput& attention);
+
+  torch::nn::ModuleList layers{nullptr};  ///< of TransformerLayer
+  RMSNorm final_layernorm{nullptr};
+};
+TORCH_MODULE(TransformerBlock);
+
+}  // namespace megatron

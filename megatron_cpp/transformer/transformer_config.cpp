@@ -1,0 +1,52 @@
+#include "megatron_cpp/transformer/transformer_config.h"
+
+#include <c10/util/Exception.h>
+
+#include <string>
+
+#include "parallel/shard.h"
+
+namespace megatron {
+namespace {
+
+void validate_layer(const TransformerConfig& config, int64_t number, int t) {
+  const auto& layer = config.layers[static_cast<size_t>(number)];
+  const std::string prefix = "layer " + std::to_string(number) + " ";
+  TORCH_CHECK_VALUE(layer.num_attention_heads > 0, prefix, "num_attention_heads ", layer.num_attention_heads,
+                    " is not positive");
+  parallel::even_shard_size(layer.num_attention_heads, t, prefix + "num_attention_heads");
+  TORCH_CHECK_VALUE(layer.num_attention_heads % config.num_query_groups == 0, prefix, "num_attention_heads ",
+                    layer.num_attention_heads, " is not divisible by num_query_groups ", config.num_query_groups);
+  TORCH_CHECK_VALUE(layer.sliding_window >= 0, prefix, "sliding_window ", layer.sliding_window, " is negative");
+  TORCH_CHECK_VALUE(layer.rope_theta > 0.0, prefix, "rope_theta ", layer.rope_theta, " is not positive");
+  TORCH_CHECK_VALUE(layer.swiglu_limit >= 0.0, prefix, "swiglu_limit ", layer.swiglu_limit, " is negative");
+  const int64_t rotary_dim = layer.rotary_dim(config.head_dim);
+  TORCH_CHECK_VALUE(rotary_dim % 2 == 0 && rotary_dim >= 2 && rotary_dim <= config.head_dim, prefix, "rotates ",
+                    rotary_dim, " elements of a head (head_dim ", config.head_dim, ", partial_rotary_factor ",
+                    layer.partial_rotary_factor, "): wanted an even number from 2 to head_dim");
+}
+
+}  // namespace
+
+int64_t AttentionLayerConfig::rotary_dim(int64_t head_dim) const {
+  return static_cast<int64_t>(static_cast<double>(head_dim) * partial_rotary_factor);
+}
+
+void TransformerConfig::validate(int tensor_parallel_size) const {
+  const auto check_positive = [](int64_t value, const char* name) {
+    TORCH_CHECK_VALUE(value > 0, name, " ", value, " is not positive");
+  };
+  check_positive(vocabulary_size, "vocabulary_size");
+  check_positive(hidden_size, "hidden_size");
+  check_positive(head_dim, "head_dim");
+  check_positive(num_query_groups, "num_query_groups");
+  check_positive(ffn_hidden_size, "ffn_hidden_size");
+  TORCH_CHECK_VALUE(rms_norm_eps > 0.0, "rms_norm_eps ", rms_norm_eps, " is not positive");
+  TORCH_CHECK_VALUE(init_std >= 0.0, "init_std ", init_std, " is negative");
+  parallel::even_shard_size(hidden_size, tensor_parallel_size, "hidden_size");
+  parallel::even_shard_size(num_query_groups, tensor_parallel_size, "num_query_groups");
+  parallel::even_shard_size(ffn_hidden_size, tensor_parallel_size, "ffn_hidden_size");
+  for (int64_t number = 0; number < num_layers(); ++number) validate_layer(*this, number, tensor_parallel_size);
+}
+
+}  // namespace megatron

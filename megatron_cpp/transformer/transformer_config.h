@@ -1,0 +1,56 @@
+// Sizes and options of a decoder.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace megatron {
+
+/// The frequency scaling that configurations call rope_type "llama3": wavelengths beyond
+/// original_max_position_embeddings / low_freq_factor are stretched by `factor`, those below
+/// original_max_position_embeddings / high_freq_factor stay, and between them the two are blended linearly.
+struct Llama3RopeScaling {
+  double factor = 1.0;
+  double low_freq_factor = 1.0;
+  double high_freq_factor = 4.0;
+  int64_t original_max_position_embeddings = 8192;
+};
+
+/// What may differ from layer to layer.
+struct AttentionLayerConfig {
+  int64_t num_attention_heads = 0;                ///< query heads
+  int64_t sliding_window = 0;                     ///< positions a token attends to, itself included; 0: all before it
+  double rope_theta = 10000.0;                    ///< base of the rotary frequencies
+  double partial_rotary_factor = 1.0;             ///< share of each head that is rotated, from its beginning
+  std::optional<Llama3RopeScaling> rope_scaling;  ///< Step3.7: of full-attention layers only
+  double swiglu_limit = 0.0;                      ///< of the layer's feed-forward; 0: no clamp
+
+  /// Rotated elements of a head: head_dim * partial_rotary_factor, rounded down.
+  int64_t rotary_dim(int64_t head_dim) const;
+};
+
+/// A decoder with grouped-query attention, norms of q and k, a gate per head, and SwiGLU feed-forwards.
+struct TransformerConfig {
+  int64_t vocabulary_size = 0;
+  int64_t hidden_size = 0;
+  int64_t head_dim = 0;
+  int64_t num_query_groups = 0;  ///< key/value heads, the same in every layer
+  int64_t ffn_hidden_size = 0;
+  double rms_norm_eps = 1e-5;
+  double init_std = 0.02;             ///< standard deviation of the initial weights of matrices
+  bool sequence_parallel = false;     ///< between the tensor-parallel parts a rank holds its rows of the sequence
+  bool accumulate_into_grad = false;  ///< see linear_with_communication
+  std::vector<AttentionLayerConfig> layers;  ///< one entry per layer
+
+  int64_t num_layers() const { return static_cast<int64_t>(layers.size()); }
+
+  /// Not collective.
+  /// @throws c10::ValueError naming the layer and the numbers: a size that isn't positive; hidden_size,
+  ///         num_query_groups, ffn_hidden_size or a layer's num_attention_heads not divisible by
+  ///         `tensor_parallel_size`; heads not divisible by groups; a window or limit below 0; a number of rotated
+  ///         elements that is odd, or not in [2, head_dim].
+  void validate(int tensor_parallel_size) const;
+};
+
+}  // namespace megatron

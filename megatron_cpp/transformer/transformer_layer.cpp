@@ -1,0 +1,26 @@
+#include "megatron_cpp/transformer/transformer_layer.h"
+
+#include <ATen/ATen.h>
+
+namespace megatron {
+
+TransformerLayerImpl::TransformerLayerImpl(const TransformerConfig& config, int64_t layer_number,
+                                           const parallel::GroupPtr& tp) {
+  const auto& layer = config.layers.at(static_cast<size_t>(layer_number));
+  const auto norm = [&] {
+    return RMSNorm(config.hidden_size, config.rms_norm_eps, hidden_norm_rule(config.sequence_parallel, tp));
+  };
+  input_layernorm = register_module("input_layernorm", norm());
+  self_attention = register_module("self_attention", SelfAttention(config, layer, tp));
+  pre_mlp_layernorm = register_module("pre_mlp_layernorm", norm());
+  mlp = register_module("mlp", MLP(config, layer.swiglu_limit, tp));
+}
+
+at::Tensor TransformerLayerImpl::feed_forward(const at::Tensor& normed) { return mlp->forward(normed); }
+
+at::Tensor TransformerLayerImpl::forward(const at::Tensor& hidden_states, const AttentionInput& attention) {
+  const auto attended = hidden_states + self_attention->forward(input_layernorm->forward(hidden_states), attention);
+  return attended + feed_forward(pre_mlp_layernorm->forward(attended));
+}
+
+}  // namespace megatron

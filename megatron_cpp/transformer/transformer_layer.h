@@ -1,0 +1,43 @@
+// One decoder layer.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/nn/module.h>
+#include <torch/nn/pimpl.h>
+
+#include <cstdint>
+
+#include "megatron_cpp/transformer/attention.h"
+#include "megatron_cpp/transformer/mlp.h"
+#include "megatron_cpp/transformer/rms_norm.h"
+#include "megatron_cpp/transformer/transformer_config.h"
+#include "parallel/group.h"
+
+namespace megatron {
+
+/// h = x + self_attention(input_layernorm(x));  y = h + feed_forward(pre_mlp_layernorm(h)).
+class TransformerLayerImpl : public torch::nn::Module {
+ public:
+  /// @param layer_number  index into config.layers.
+  /// @throws c10::ValueError as the parts' constructors do.
+  TransformerLayerImpl(const TransformerConfig& config, int64_t layer_number, const parallel::GroupPtr& tp);
+
+  /// @param hidden_states  [S, B, H], equal on every rank; with sequence_parallel [S/t, B, H], this rank's rows.
+  /// @param attention      of the whole sequence, equal on every rank.
+  /// @return               the shape of hidden_states.
+  /// Comm: that of SelfAttention and MLP. Collective over tp.
+  at::Tensor forward(const at::Tensor& hidden_states, const AttentionInput& attention);
+
+  RMSNorm input_layernorm{nullptr};
+  SelfAttention self_attention{nullptr};
+  RMSNorm pre_mlp_layernorm{nullptr};
+  MLP mlp{nullptr};
+
+ private:
+  /// What follows the second norm. The one place that knows which kind of feed-forward a layer has: a mixture of
+  /// experts would be a second module beside `mlp`, chosen in the constructor and called here.
+  at::Tensor feed_forward(const at::Tensor& normed);
+};
+TORCH_MODULE(TransformerLayer);
+
+}  // namespace megatron

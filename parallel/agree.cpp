@@ -1,0 +1,47 @@
+#include "parallel/agree.h"
+
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+
+#include <cstring>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+
+#include "parallel/collectives.h"
+
+namespace parallel {
+
+std::string error_text(const std::exception& error) {
+  const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
+  return torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
+}
+
+void agree(bool ok, const std::string& message, const GroupPtr& group) {
+  const int t = group->getSize();
+  const auto verdicts = all_gather(at::full({1}, ok ? 1 : 0, at::kInt), group);
+  const auto* rank_ok = verdicts.const_data_ptr<int>();
+  int first_failed = -1;
+  int num_failed = 0;
+  for (int rank = 0; rank < t; ++rank) {
+    if (rank_ok[rank] != 0) continue;
+    if (first_failed < 0) first_failed = rank;
+    ++num_failed;
+  }
+  if (num_failed == 0) return;
+  auto text = broadcast_text(message, first_failed, group);
+  if (num_failed < t) {
+    text += " (rank " + std::to_string(first_failed) + ", one of " + std::to_string(num_failed) + " of " +
+            std::to_string(t) + ")";
+  }
+  throw AgreedError(text);
+}
+
+std::string broadcast_text(const std::string& text, int root, const GroupPtr& group) {
+  auto length = at::full({1}, static_cast<int64_t>(text.size()), at::kLong);
+  length = broadcast(length, root, group);
+  auto letters = at::empty({length.item<int64_t>()}, at::kByte);
+  if (group->getRank() == root) std::memcpy(letters.mutable_data_ptr(), text.data(), text.size());
+  letters = broadcast(letters, root, group);
+  return {static_cast<const char*>(letters.const_data_ptr()), static_cast<size_t>(letters.numel())};
+}
+
+}  // namespace parallel

@@ -1,0 +1,160 @@
+#include "parallel/collectives.h"
+
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+
+#include <numeric>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <utility>
+
+#include "parallel/shard.h"
+
+namespace parallel {
+namespace {
+
+c10d::ReduceOp reduce_op(Reduction reduction) {
+  switch (reduction) {
+    case Reduction::kSum:
+      return c10d::ReduceOp::SUM;
+    case Reduction::kMax:
+      return c10d::ReduceOp::MAX;
+    case Reduction::kMin:
+      return c10d::ReduceOp::MIN;
+  }
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+/// A finished result, or one whose Work is held until it is waited for.
+PendingTensor pending(at::Tensor output, c10::intrusive_ptr<c10d::Work> work, at::Tensor input) {
+  // The input must outlive the collective on its stream: it goes with the Work.
+  return {std::move(output), [work = std::move(work), input = std::move(input)] { work->wait(); }};
+}
+
+PendingTensor finished(at::Tensor output) {
+  return {std::move(output), [] {}};
+}
+
+/// [t*R, ..., C] -> [R, ..., t*C]: blocks of rows become blocks of columns.
+at::Tensor rows_to_columns(const at::Tensor& gathered, int t) {
+  auto parts = gathered.chunk(t, 0);
+  return at::cat(parts, -1);
+}
+
+at::Tensor columns_to_rows(const at::Tensor& input, int t) { return at::cat(input.chunk(t, -1), 0); }
+
+// A 0-dimensional tensor would lose its place in the dimension that is gathered.
+void check_has_dimension(const at::Tensor& input, const char* operation) {
+  TORCH_CHECK_VALUE(input.dim() > 0, operation, ": a tensor without dimensions has no rows");
+}
+
+}  // namespace
+
+int group_rank(const GroupPtr& group) { return group->getRank(); }
+int group_size(const GroupPtr& group) { return group->getSize(); }
+
+PendingTensor::PendingTensor(at::Tensor tensor, std::function<void()> wait)
+    : tensor_(std::move(tensor)), wait_(std::move(wait)) {}
+
+at::Tensor PendingTensor::wait() {
+  wait_();
+  return std::move(tensor_);
+}
+
+PendingTensor start_all_reduce(const at::Tensor& input, const GroupPtr& group) {
+  if (group->getSize() == 1) return finished(input);
+  auto result = input.clone(at::MemoryFormat::Contiguous);
+  std::vector<at::Tensor> tensors{result};
+  return pending(result, group->allreduce(tensors), {});
+}
+
+at::Tensor all_reduce(const at::Tensor& input, const GroupPtr& group, Reduction reduction) {
+  if (group->getSize() == 1) return input;
+  auto result = input.clone(at::MemoryFormat::Contiguous);
+  all_reduce_in_place(result, group, reduction);
+  return result;
+}
+
+void all_reduce_in_place(at::Tensor& tensor, const GroupPtr& group, Reduction reduction) {
+  if (group->getSize() == 1) return;
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), "all_reduce_in_place needs a contiguous tensor, got strides ",
+                    tensor.strides());
+  c10d::AllreduceOptions options;
+  options.reduceOp = reduce_op(reduction);
+  options.asyncOp = false;
+  std::vector<at::Tensor> tensors{tensor};
+  group->allreduce(tensors, options)->wait();
+}
+
+PendingTensor start_all_gather(const at::Tensor& input, const GroupPtr& group) {
+  if (group->getSize() == 1) return finished(input);
+  check_has_dimension(input, "all_gather");
+  auto contiguous = input.contiguous();
+  auto shape = input.sizes().vec();
+  shape[0] *= group->getSize();
+  auto output = at::empty(shape, contiguous.options());
+  auto work = group->all_gather_single(output, contiguous);
+  return pending(output, std::move(work), contiguous);
+}
+
+at::Tensor all_gather(const at::Tensor& input, const GroupPtr& group) { return start_all_gather(input, group).wait(); }
+
+at::Tensor all_gather_last_dim(const at::Tensor& input, const GroupPtr& group) {
+  if (group->getSize() == 1) return input;
+  check_has_dimension(input, "all_gather_last_dim");
+  if (input.dim() == 1) return all_gather(input, group);
+  return rows_to_columns(all_gather(input, group), group->getSize());
+}
+
+PendingTensor start_reduce_scatter(const at::Tensor& input, const GroupPtr& group) {
+  if (group->getSize() == 1) return finished(input);
+  check_has_dimension(input, "reduce_scatter");
+  auto shape = input.sizes().vec();
+  shape[0] = even_shard_size(shape[0], group->getSize(), "reduce_scatter: number of rows", "group");
+  auto contiguous = input.contiguous();
+  auto output = at::empty(shape, contiguous.options());
+  auto work = group->reduce_scatter_single(output, contiguous);
+  return pending(output, std::move(work), contiguous);
+}
+
+at::Tensor reduce_scatter(const at::Tensor& input, const GroupPtr& group) {
+  return start_reduce_scatter(input, group).wait();
+}
+
+at::Tensor reduce_scatter_last_dim(const at::Tensor& input, const GroupPtr& group) {
+  if (group->getSize() == 1) return input;
+  check_has_dimension(input, "reduce_scatter_last_dim");
+  even_shard_size(input.size(-1), group->getSize(), "reduce_scatter_last_dim: number of columns", "group");
+  if (input.dim() == 1) return reduce_scatter(input, group);
+  return reduce_scatter(columns_to_rows(input, group->getSize()), group);
+}
+
+at::Tensor all_to_all(const at::Tensor& input, const std::vector<int64_t>& output_splits,
+                      const std::vector<int64_t>& input_splits, const GroupPtr& group) {
+  if (group->getSize() == 1) return input;
+  check_has_dimension(input, "all_to_all");
+  auto contiguous = input.contiguous();
+  auto shape = input.sizes().vec();
+  if (!output_splits.empty()) shape[0] = std::accumulate(output_splits.begin(), output_splits.end(), int64_t{0});
+  auto output = at::empty(shape, contiguous.options());
+  auto receive = output_splits;
+  auto send = input_splits;
+  c10d::AllToAllOptions options;
+  options.asyncOp = false;
+  group->all_to_all_single(output, contiguous, receive, send, options)->wait();
+  return output;
+}
+
+at::Tensor broadcast(const at::Tensor& input, int root, const GroupPtr& group) {
+  if (group->getSize() == 1) return input;
+  auto result = input.clone(at::MemoryFormat::Contiguous);
+  c10d::BroadcastOptions options;
+  options.rootRank = root;
+  options.asyncOp = false;
+  std::vector<at::Tensor> tensors{result};
+  group->broadcast(tensors, options)->wait();
+  return result;
+}
+
+void barrier(const GroupPtr& group) { group->barrier()->wait(); }
+
+}  // namespace parallel

@@ -1,0 +1,71 @@
+// Collectives on tensors, out of place and without gradient (mappings.h has the differentiable ones).
+//
+// All are collective over `group`: every rank calls them with the same shapes and dtype, in the same order. Inputs are
+// made contiguous; a group of one rank sends nothing and returns its input as it is. They throw what the backend
+// throws: c10::DistBackendError when a peer doesn't arrive in time.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <vector>
+
+#include "parallel/group.h"
+
+namespace parallel {
+
+enum class Reduction { kSum, kMax, kMin };
+
+/// A result that is being computed: on NCCL the collective runs beside what is issued after it.
+class PendingTensor {
+ public:
+  PendingTensor(at::Tensor tensor, std::function<void()> wait);
+  /// The result; work issued after this call sees it complete. Call it once.
+  at::Tensor wait();
+
+ private:
+  at::Tensor tensor_;
+  std::function<void()> wait_;
+};
+
+/// Sum (or maximum, minimum) of `input` over the ranks, same shape. Sends 2(t-1)/t of the tensor.
+at::Tensor all_reduce(const at::Tensor& input, const GroupPtr& group, Reduction reduction = Reduction::kSum);
+
+/// all_reduce into `tensor` itself, which must be contiguous: for buffers too large to hold twice.
+void all_reduce_in_place(at::Tensor& tensor, const GroupPtr& group, Reduction reduction = Reduction::kSum);
+
+/// Starts an all_reduce (sum).
+PendingTensor start_all_reduce(const at::Tensor& input, const GroupPtr& group);
+
+/// [R, ...] of each rank -> [t*R, ...], in the order of the ranks. Sends (t-1)/t of the result.
+at::Tensor all_gather(const at::Tensor& input, const GroupPtr& group);
+
+/// Starts an all_gather.
+PendingTensor start_all_gather(const at::Tensor& input, const GroupPtr& group);
+
+/// [..., C] of each rank -> [..., t*C]. Sends (t-1)/t of the result.
+at::Tensor all_gather_last_dim(const at::Tensor& input, const GroupPtr& group);
+
+/// [R, ...], R divisible by t -> this rank's R/t rows of the sum. Sends (t-1)/t of the input.
+/// @throws c10::ValueError if R % t != 0.
+at::Tensor reduce_scatter(const at::Tensor& input, const GroupPtr& group);
+
+/// Starts a reduce_scatter.
+PendingTensor start_reduce_scatter(const at::Tensor& input, const GroupPtr& group);
+
+/// [..., C], C divisible by t -> this rank's C/t columns of the sum. Sends (t-1)/t of the input.
+/// @throws c10::ValueError if C % t != 0.
+at::Tensor reduce_scatter_last_dim(const at::Tensor& input, const GroupPtr& group);
+
+/// Sends input_splits[q] rows to each rank q, in order, and receives output_splits[q] from it; empty splits: equal.
+/// Sends what isn't kept.
+at::Tensor all_to_all(const at::Tensor& input, const std::vector<int64_t>& output_splits,
+                      const std::vector<int64_t>& input_splits, const GroupPtr& group);
+
+/// The tensor of rank `root`; on the others `input` gives shape and dtype. Sends (t-1)/t of the tensor.
+at::Tensor broadcast(const at::Tensor& input, int root, const GroupPtr& group);
+
+/// Returns when every rank of the group has called it.
+void barrier(const GroupPtr& group);
+
+}  // namespace parallel

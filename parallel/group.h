@@ -1,0 +1,21 @@
+// The one way a group of ranks reaches a layer: as an argument of type GroupPtr.
+#pragma once
+
+#include <c10/util/intrusive_ptr.h>
+
+namespace c10d {
+class ProcessGroup;
+}  // namespace c10d
+
+namespace parallel {
+
+/// A group of ranks. Never null, never defaulted; groups of one rank are legal everywhere and send nothing.
+using GroupPtr = c10::intrusive_ptr<c10d::ProcessGroup>;
+
+/// This rank's number r in the group, in [0, t). Not collective.
+int group_rank(const GroupPtr& group);
+
+/// Number of ranks t of the group. Not collective.
+int group_size(const GroupPtr& group);
+
+}  // namespace parallel

@@ -1,0 +1,367 @@
+#include "parallel/mpi_backend.h"
+
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <utility>
+
+#include "parallel/mpi_check.h"
+
+namespace parallel {
+namespace {
+
+using Milliseconds = std::chrono::milliseconds;
+
+/// A collective that was finished when it was issued.
+class FinishedWork final : public c10d::Work {
+ public:
+  explicit FinishedWork(std::vector<at::Tensor> outputs)
+      : future_(c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()))),
+        outputs_(std::move(outputs)) {
+    future_->markCompleted(c10::IValue(outputs_));
+  }
+  bool isCompleted() override { return true; }
+  bool isSuccess() const override { return true; }
+  bool wait(Milliseconds /*timeout*/) override { return true; }
+  void synchronize() override {}
+  void abort() override {}
+  std::vector<at::Tensor> result() override { return outputs_; }
+  c10::intrusive_ptr<c10::ivalue::Future> getFuture() override { return future_; }
+
+ private:
+  c10::intrusive_ptr<c10::ivalue::Future> future_;
+  std::vector<at::Tensor> outputs_;
+};
+
+c10::intrusive_ptr<c10d::Work> finished(std::vector<at::Tensor> outputs) {
+  return c10::make_intrusive<FinishedWork>(std::move(outputs));
+}
+
+/// MPI moves values of the same width; what they mean is settled here.
+MPI_Datatype transport_type(const at::Tensor& tensor) {
+  switch (tensor.element_size()) {
+    case 1:
+      return MPI_UINT8_T;
+    case 2:
+      return MPI_UINT16_T;
+    case 4:
+      return MPI_UINT32_T;
+    default:
+      return MPI_UINT64_T;
+  }
+}
+
+int to_count(int64_t elements) {
+  TORCH_CHECK_VALUE(elements <= std::numeric_limits<int>::max(), "a collective of ", elements,
+                    " elements with one rank exceeds MPI's count of ", std::numeric_limits<int>::max());
+  return static_cast<int>(elements);
+}
+
+void check_tensor(const at::Tensor& tensor, const char* operation) {
+  TORCH_CHECK_VALUE(tensor.defined() && tensor.is_cpu(), operation, ": the MPI backend takes tensors on the CPU, got ",
+                    tensor.defined() ? tensor.device().str() : "an undefined one");
+  switch (tensor.scalar_type()) {
+    case at::kDouble:
+    case at::kFloat:
+    case at::kBFloat16:
+    case at::kHalf:
+    case at::kLong:
+    case at::kInt:
+    case at::kByte:
+    case at::kBool:
+      return;
+    default:
+      TORCH_CHECK_VALUE(false, operation, ": dtype ", tensor.scalar_type(), " is not supported by the MPI backend");
+  }
+}
+
+bool is_half(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kBFloat16 || tensor.scalar_type() == at::kHalf;
+}
+
+void accumulate(at::Tensor& sum, const at::Tensor& part, c10d::ReduceOp::RedOpType op) {
+  switch (op) {
+    case c10d::ReduceOp::SUM:
+    case c10d::ReduceOp::AVG:
+      if (sum.scalar_type() == at::kBool) {
+        sum.logical_or_(part);
+      } else {
+        sum.add_(part);
+      }
+      return;
+    case c10d::ReduceOp::PRODUCT:
+      sum.mul_(part);
+      return;
+    case c10d::ReduceOp::MIN:
+      at::minimum_out(sum, sum, part);
+      return;
+    case c10d::ReduceOp::MAX:
+      at::maximum_out(sum, sum, part);
+      return;
+    default:
+      TORCH_CHECK_VALUE(false, "reduction ", static_cast<int>(op), " is not supported by the MPI backend");
+  }
+}
+
+/// Reduces `parts` [t, n] over its rows, in the order of the ranks, into `output` [n].
+void reduce_parts(at::Tensor output, const at::Tensor& parts, c10d::ReduceOp::RedOpType op) {
+  const int64_t t = parts.size(0);
+  auto sum = is_half(parts) ? parts[0].to(at::kFloat) : output;
+  if (!is_half(parts)) {
+    if (t > 1 && (op == c10d::ReduceOp::SUM) && parts.scalar_type() != at::kBool) {
+      at::add_out(sum, parts[0], parts[1]);
+    } else {
+      sum.copy_(parts[0]);
+      if (t > 1) accumulate(sum, parts[1], op);
+    }
+  } else if (t > 1) {
+    accumulate(sum, parts[1], op);
+  }
+  for (int64_t rank = 2; rank < t; ++rank) accumulate(sum, parts[rank], op);
+  if (op == c10d::ReduceOp::AVG) sum.div_(t);
+  if (is_half(parts)) output.copy_(sum);
+}
+
+/// A contiguous tensor that holds, or will hold, the values of `tensor`: itself, or a new one to copy from or to.
+at::Tensor contiguous_or_new(const at::Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : at::empty(tensor.sizes(), tensor.options());
+}
+
+void copy_back(const at::Tensor& target, const at::Tensor& values) {
+  if (!target.is_same(values)) target.copy_(values);
+}
+
+/// Up to this many bytes an all-reduce gathers everything and sums: one message instead of two.
+constexpr int64_t kGatherBytes = 1 << 14;
+
+}  // namespace
+
+MpiBackend::MpiBackend(MpiCommunicator communicator, std::string name, Milliseconds timeout)
+    : c10d::Backend(communicator.rank(), communicator.size()),
+      communicator_(std::move(communicator)),
+      name_(std::move(name)),
+      timeout_(timeout) {}
+
+std::string MpiBackend::where() const {
+  return "group " + name_ + ", rank " + std::to_string(rank_) + " of " + std::to_string(size_);
+}
+
+Milliseconds MpiBackend::deadline(Milliseconds requested) const {
+  return requested == c10d::kUnsetTimeout ? timeout_ : requested;
+}
+
+void MpiBackend::finish(MPI_Request request, const char* operation, int64_t elements, InFlight in_flight,
+                        Milliseconds timeout) {
+  const auto start = std::chrono::steady_clock::now();
+  // Spinning keeps short collectives short; after that a core is left to whoever has work.
+  constexpr int kSpins = 2000;
+  for (int64_t poll = 0;; ++poll) {
+    int done = 0;
+    MCPP_MPI_CHECK(MPI_Test(&request, &done, MPI_STATUS_IGNORE));
+    if (done != 0) return;
+    if (poll < kSpins) continue;
+    sched_yield();
+    if (std::chrono::steady_clock::now() - start > timeout) break;
+  }
+  new InFlight(std::move(in_flight));  // never freed, on purpose
+  TORCH_CHECK_WITH(DistBackendError, false, operation, " of ", elements, " elements timed out after ", timeout.count(),
+                   " ms (", where(), "): a rank of the group has not arrived");
+}
+
+void MpiBackend::exchange(const at::Tensor& output, const std::vector<int64_t>& output_counts, const at::Tensor& input,
+                          const std::vector<int64_t>& input_counts, const char* operation, Milliseconds timeout) {
+  const auto ranks = static_cast<size_t>(size_);
+  InFlight in_flight{{output, input}, std::vector<int>(4 * ranks)};
+  int* send_counts = in_flight.counts.data();
+  int* send_begins = send_counts + ranks;
+  int* receive_counts = send_begins + ranks;
+  int* receive_begins = receive_counts + ranks;
+  int64_t sent = 0;
+  int64_t received = 0;
+  for (size_t peer = 0; peer < ranks; ++peer) {
+    send_counts[peer] = to_count(input_counts[peer]);
+    send_begins[peer] = to_count(sent);
+    receive_counts[peer] = to_count(output_counts[peer]);
+    receive_begins[peer] = to_count(received);
+    sent += input_counts[peer];
+    received += output_counts[peer];
+  }
+  MPI_Request request = MPI_REQUEST_NULL;
+  MCPP_MPI_CHECK(MPI_Ialltoallv(input.const_data_ptr(), send_counts, send_begins, transport_type(input),
+                                output.mutable_data_ptr(), receive_counts, receive_begins, transport_type(output),
+                                communicator_.get(), &request));
+  finish(request, operation, input.numel(), std::move(in_flight), timeout);
+}
+
+void MpiBackend::gather(const at::Tensor& output, const at::Tensor& input, const char* operation,
+                        Milliseconds timeout) {
+  const int count = to_count(input.numel());
+  MPI_Request request = MPI_REQUEST_NULL;
+  MCPP_MPI_CHECK(MPI_Iallgather(input.const_data_ptr(), count, transport_type(input), output.mutable_data_ptr(), count,
+                                transport_type(output), communicator_.get(), &request));
+  finish(request, operation, input.numel(), {{output, input}, {}}, timeout);
+}
+
+c10::intrusive_ptr<c10d::Work> MpiBackend::broadcast(std::vector<at::Tensor>& tensors,
+                                                     const c10d::BroadcastOptions& options) {
+  for (auto& tensor : tensors) {
+    check_tensor(tensor, "broadcast");
+    const auto buffer = tensor.contiguous();
+    MPI_Request request = MPI_REQUEST_NULL;
+    MCPP_MPI_CHECK(MPI_Ibcast(buffer.mutable_data_ptr(), to_count(buffer.numel()), transport_type(buffer),
+                              static_cast<int>(options.rootRank), communicator_.get(), &request));
+    finish(request, "broadcast", buffer.numel(), {{buffer}, {}}, deadline(options.timeout));
+    copy_back(tensor, buffer);
+  }
+  return finished(tensors);
+}
+
+c10::intrusive_ptr<c10d::Work> MpiBackend::allreduce(std::vector<at::Tensor>& tensors,
+                                                     const c10d::AllreduceOptions& options) {
+  const auto timeout = deadline(options.timeout);
+  for (auto& tensor : tensors) {
+    check_tensor(tensor, "all_reduce");
+    const auto input = tensor.contiguous().view({-1});
+    const int64_t elements = input.numel();
+    auto result = tensor.is_contiguous() ? tensor.view({-1}) : at::empty_like(input);
+    if (static_cast<int64_t>(input.nbytes()) <= kGatherBytes) {
+      const auto parts = at::empty({size_, elements}, input.options());
+      gather(parts, input, "all_reduce", timeout);
+      reduce_parts(result, parts, options.reduceOp);
+    } else {
+      // Reduce-scatter and all-gather, each rank reducing ceil(elements / t) of them: (t-1)/t of the bytes, twice.
+      const int64_t share = (elements + size_ - 1) / size_;
+      std::vector<int64_t> shares(static_cast<size_t>(size_));
+      for (int peer = 0; peer < size_; ++peer) {
+        shares[static_cast<size_t>(peer)] = std::clamp<int64_t>(elements - peer * share, 0, share);
+      }
+      const int64_t mine = shares[static_cast<size_t>(rank_)];
+      const auto parts = at::empty({size_, mine}, input.options());
+      exchange(parts, std::vector<int64_t>(shares.size(), mine), input, shares, "all_reduce", timeout);
+      auto reduced = at::empty({mine}, input.options());
+      reduce_parts(reduced, parts, options.reduceOp);
+      const auto gathered = at::empty({size_ * share}, input.options());
+      auto padded = mine == share ? reduced : at::constant_pad_nd(reduced, {0, share - mine});
+      gather(gathered, padded, "all_reduce", timeout);
+      result.copy_(gathered.narrow(0, 0, elements));
+    }
+    if (!tensor.is_contiguous()) tensor.copy_(result.view(tensor.sizes()));
+  }
+  return finished(tensors);
+}
+
+c10::intrusive_ptr<c10d::Work> MpiBackend::allgather(std::vector<std::vector<at::Tensor>>& outputs,
+                                                     std::vector<at::Tensor>& inputs,
+                                                     const c10d::AllgatherOptions& options) {
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    check_tensor(inputs[i], "all_gather");
+    TORCH_CHECK_VALUE(static_cast<int>(outputs[i].size()) == size_, "all_gather: ", outputs[i].size(),
+                      " output tensors for ", where());
+    std::vector<int64_t> counts;
+    counts.reserve(outputs[i].size());
+    for (const auto& output : outputs[i]) {
+      check_tensor(output, "all_gather");
+      TORCH_CHECK_VALUE(output.scalar_type() == inputs[i].scalar_type(), "all_gather: output ", output.scalar_type(),
+                        " for input ", inputs[i].scalar_type(), " (", where(), ")");
+      counts.push_back(output.numel());
+    }
+    TORCH_CHECK_VALUE(counts[static_cast<size_t>(rank_)] == inputs[i].numel(), "all_gather: this rank's output has ",
+                      counts[static_cast<size_t>(rank_)], " elements, its input ", inputs[i].numel(), " (", where(),
+                      ")");
+    const auto input = inputs[i].contiguous().view({-1});
+    InFlight in_flight{{}, std::vector<int>(2 * counts.size())};
+    int* receive_counts = in_flight.counts.data();
+    int* receive_begins = receive_counts + counts.size();
+    int64_t total = 0;
+    for (size_t peer = 0; peer < counts.size(); ++peer) {
+      receive_counts[peer] = to_count(counts[peer]);
+      receive_begins[peer] = to_count(total);
+      total += counts[peer];
+    }
+    const auto gathered = at::empty({total}, input.options());
+    in_flight.tensors = {gathered, input};
+    MPI_Request request = MPI_REQUEST_NULL;
+    MCPP_MPI_CHECK(MPI_Iallgatherv(input.const_data_ptr(), to_count(input.numel()), transport_type(input),
+                                   gathered.mutable_data_ptr(), receive_counts, receive_begins,
+                                   transport_type(gathered), communicator_.get(), &request));
+    finish(request, "all_gather", input.numel(), std::move(in_flight), deadline(options.timeout));
+    int64_t begin = 0;
+    for (auto& output : outputs[i]) {
+      output.copy_(gathered.narrow(0, begin, output.numel()).view(output.sizes()));
+      begin += output.numel();
+    }
+  }
+  return finished(outputs.empty() ? std::vector<at::Tensor>{} : outputs.front());
+}
+
+c10::intrusive_ptr<c10d::Work> MpiBackend::all_gather_single(at::Tensor& output, at::Tensor& input,
+                                                             const c10d::AllgatherOptions& options) {
+  check_tensor(input, "all_gather");
+  check_tensor(output, "all_gather");
+  TORCH_CHECK_VALUE(output.numel() == size_ * input.numel() && output.scalar_type() == input.scalar_type(),
+                    "all_gather: output ", output.sizes(), " ", output.scalar_type(), " does not hold ", size_,
+                    " inputs ", input.sizes(), " ", input.scalar_type(), " (", where(), ")");
+  const auto buffer = contiguous_or_new(output);
+  gather(buffer, input.contiguous(), "all_gather", deadline(options.timeout));
+  copy_back(output, buffer);
+  return finished({output});
+}
+
+c10::intrusive_ptr<c10d::Work> MpiBackend::reduce_scatter_single(at::Tensor& output, at::Tensor& input,
+                                                                 const c10d::ReduceScatterOptions& options) {
+  check_tensor(input, "reduce_scatter");
+  check_tensor(output, "reduce_scatter");
+  TORCH_CHECK_VALUE(input.numel() == size_ * output.numel() && output.scalar_type() == input.scalar_type(),
+                    "reduce_scatter: input ", input.sizes(), " ", input.scalar_type(), " is not ", size_, " outputs ",
+                    output.sizes(), " ", output.scalar_type(), " (", where(), ")");
+  const auto parts = at::empty({size_, output.numel()}, input.options());
+  const std::vector<int64_t> counts(static_cast<size_t>(size_), output.numel());
+  exchange(parts, counts, input.contiguous(), counts, "reduce_scatter", deadline(options.timeout));
+  const auto buffer = contiguous_or_new(output);
+  reduce_parts(buffer.view({-1}), parts, options.reduceOp);
+  copy_back(output, buffer);
+  return finished({output});
+}
+
+c10::intrusive_ptr<c10d::Work> MpiBackend::all_to_all_single(at::Tensor& output, at::Tensor& input,
+                                                             std::vector<int64_t>& output_split_sizes,
+                                                             std::vector<int64_t>& input_split_sizes,
+                                                             const c10d::AllToAllOptions& options) {
+  check_tensor(input, "all_to_all");
+  check_tensor(output, "all_to_all");
+  TORCH_CHECK_VALUE(output.scalar_type() == input.scalar_type(), "all_to_all: output ", output.scalar_type(),
+                    " for input ", input.scalar_type(), " (", where(), ")");
+  auto element_counts = [&](const at::Tensor& tensor, const std::vector<int64_t>& splits, const char* which) {
+    const int64_t rows = tensor.dim() == 0 ? 1 : tensor.size(0);
+    if (splits.empty()) {
+      TORCH_CHECK_VALUE(rows % size_ == 0, "all_to_all: ", rows, " ", which, " rows are not divisible by ", where());
+      return std::vector<int64_t>(static_cast<size_t>(size_), tensor.numel() / size_);
+    }
+    const int64_t sum = std::accumulate(splits.begin(), splits.end(), int64_t{0});
+    TORCH_CHECK_VALUE(static_cast<int>(splits.size()) == size_ && sum == rows, "all_to_all: ", splits.size(), " ",
+                      which, " splits of together ", sum, " rows for ", rows, " rows (", where(), ")");
+    const int64_t row_elements = rows == 0 ? 0 : tensor.numel() / rows;
+    auto counts = splits;
+    for (auto& count : counts) count *= row_elements;
+    return counts;
+  };
+  const auto output_counts = element_counts(output, output_split_sizes, "output");
+  const auto input_counts = element_counts(input, input_split_sizes, "input");
+  const auto buffer = contiguous_or_new(output);
+  exchange(buffer, output_counts, input.contiguous(), input_counts, "all_to_all", deadline(options.timeout));
+  copy_back(output, buffer);
+  return finished({output});
+}
+
+c10::intrusive_ptr<c10d::Work> MpiBackend::barrier(const c10d::BarrierOptions& options) {
+  MPI_Request request = MPI_REQUEST_NULL;
+  MCPP_MPI_CHECK(MPI_Ibarrier(communicator_.get(), &request));
+  finish(request, "barrier", 0, {}, deadline(options.timeout));
+  return finished({});
+}
+
+}  // namespace parallel

@@ -1,0 +1,80 @@
+// A c10d::Backend over MPI, for tensors on the CPU.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <string>
+#include <torch/csrc/distributed/c10d/Backend.hpp>
+#include <vector>
+
+#include "parallel/mpi_communicator.h"
+
+namespace parallel {
+
+/// MPI collectives behind c10d's interface. One process group can carry it beside NCCL (ProcessGroup::setBackend).
+///
+/// Tensors: on the CPU, any strides (outputs that aren't contiguous are filled through a copy), float64, float32,
+/// bfloat16, float16, int64, int32, uint8 or bool. MPI only moves bytes; sums are made here, in the order of the ranks,
+/// bfloat16 and float16 accumulated in float32 and rounded once. So a sum has the same bits on every rank.
+///
+/// Every call finishes before it returns: Open MPI makes no progress on a non-blocking collective while this thread
+/// computes, so there is nothing to overlap with. Calls start non-blocking and are polled, so that a peer that never
+/// arrives becomes an error after `timeout`, not a hang.
+///
+/// Collective over the communicator's ranks, same operations in the same order. Throws c10::DistBackendError naming
+/// operation, group, sizes and ranks on a timeout; c10::ValueError before anything is sent for a tensor that isn't on
+/// the CPU, has another dtype, or whose size doesn't fit the group.
+class MpiBackend final : public c10d::Backend {
+ public:
+  /// @param name     the group's name in messages ("tp").
+  /// @param timeout  how long one collective may wait for its peers.
+  MpiBackend(MpiCommunicator communicator, std::string name, std::chrono::milliseconds timeout);
+
+  const std::string getBackendName() const override { return "mpi"; }
+  void setTimeout(std::chrono::milliseconds timeout) override { timeout_ = timeout; }
+
+  c10::intrusive_ptr<c10d::Work> broadcast(std::vector<at::Tensor>& tensors,
+                                           const c10d::BroadcastOptions& options) override;
+  c10::intrusive_ptr<c10d::Work> allreduce(std::vector<at::Tensor>& tensors,
+                                           const c10d::AllreduceOptions& options) override;
+  /// Output tensors may differ in size between ranks (uneven gather).
+  c10::intrusive_ptr<c10d::Work> allgather(std::vector<std::vector<at::Tensor>>& outputs,
+                                           std::vector<at::Tensor>& inputs,
+                                           const c10d::AllgatherOptions& options) override;
+  c10::intrusive_ptr<c10d::Work> all_gather_single(at::Tensor& output, at::Tensor& input,
+                                                   const c10d::AllgatherOptions& options) override;
+  c10::intrusive_ptr<c10d::Work> reduce_scatter_single(at::Tensor& output, at::Tensor& input,
+                                                       const c10d::ReduceScatterOptions& options) override;
+  /// Split sizes count rows of dimension 0; empty means equal splits.
+  c10::intrusive_ptr<c10d::Work> all_to_all_single(at::Tensor& output, at::Tensor& input,
+                                                   std::vector<int64_t>& output_split_sizes,
+                                                   std::vector<int64_t>& input_split_sizes,
+                                                   const c10d::AllToAllOptions& options) override;
+  c10::intrusive_ptr<c10d::Work> barrier(const c10d::BarrierOptions& options) override;
+  void shutdown() override {}
+
+ private:
+  /// What MPI reads and writes until a request is complete.
+  struct InFlight {
+    std::vector<at::Tensor> tensors;
+    std::vector<int> counts;
+  };
+  /// Polls `request` until it is complete; throws when the deadline passes, keeping `in_flight` for good, because MPI
+  /// may still use it.
+  void finish(MPI_Request request, const char* operation, int64_t elements, InFlight in_flight,
+              std::chrono::milliseconds timeout);
+  /// Exchanges `counts` elements with every rank: MPI_Ialltoallv on contiguous tensors.
+  void exchange(const at::Tensor& output, const std::vector<int64_t>& output_counts, const at::Tensor& input,
+                const std::vector<int64_t>& input_counts, const char* operation, std::chrono::milliseconds timeout);
+  /// Gathers `input` of every rank into `output` [t * numel]: MPI_Iallgather on contiguous tensors.
+  void gather(const at::Tensor& output, const at::Tensor& input, const char* operation,
+              std::chrono::milliseconds timeout);
+  std::string where() const;
+  std::chrono::milliseconds deadline(std::chrono::milliseconds requested) const;
+
+  MpiCommunicator communicator_;
+  std::string name_;
+  std::chrono::milliseconds timeout_;
+};
+
+}  // namespace parallel

@@ -1,0 +1,37 @@
+// Ownership of MPI communicators.
+#pragma once
+
+#include <mpi.h>
+
+namespace parallel {
+
+/// Owns a communicator of its own (a duplicate or a split), so that its messages never match anybody else's. Move-only;
+/// freed on destruction, at the latest before MPI_Finalize.
+class MpiCommunicator {
+ public:
+  /// A duplicate of MPI_COMM_WORLD. Collective over all ranks.
+  static MpiCommunicator duplicate_world();
+
+  /// The ranks of this communicator that pass the same `color`, ordered by their rank here. Collective over it.
+  MpiCommunicator split(int color) const;
+
+  /// The ranks that share this host's memory, ordered by their rank here. Collective over it.
+  MpiCommunicator split_by_host() const;
+
+  MpiCommunicator(MpiCommunicator&& other) noexcept;
+  MpiCommunicator& operator=(MpiCommunicator&& other) noexcept;
+  MpiCommunicator(const MpiCommunicator&) = delete;
+  MpiCommunicator& operator=(const MpiCommunicator&) = delete;
+  ~MpiCommunicator();
+
+  MPI_Comm get() const { return communicator_; }
+  int rank() const;
+  int size() const;
+
+ private:
+  explicit MpiCommunicator(MPI_Comm communicator);
+
+  MPI_Comm communicator_ = MPI_COMM_NULL;
+};
+
+}  // namespace parallel

@@ -1,0 +1,92 @@
+#include "parallel/nccl_groups.h"
+
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/util/Exception.h>
+#include <unistd.h>
+
+#include <array>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
+#include <torch/csrc/distributed/c10d/TCPStore.hpp>
+#include <utility>
+
+#include "parallel/mpi_check.h"
+#include "parallel/process_groups.h"
+#include "parallel/runtime.h"
+
+namespace parallel {
+namespace {
+
+std::string own_host_name() {
+  std::array<char, 256> name{};
+  TORCH_CHECK(gethostname(name.data(), name.size() - 1) == 0, "gethostname failed: ", std::strerror(errno));
+  return name.data();
+}
+
+/// World rank 0 opens the store on a free port; everyone connects to the address it sends around.
+c10::intrusive_ptr<c10d::Store> open_store(Runtime& runtime, const ProcessGroupsOptions& options) {
+  std::array<char, 512> address{};
+  int port = 0;
+  c10d::TCPStoreOptions store_options;
+  store_options.numWorkers = static_cast<size_t>(runtime.size());
+  store_options.waitWorkers = false;
+  store_options.timeout = options.timeout;
+  c10::intrusive_ptr<c10d::TCPStore> store;
+  if (runtime.rank() == 0) {
+    const auto host = options.master_address.empty() ? own_host_name() : options.master_address;
+    TORCH_CHECK_VALUE(host.size() < address.size(), "master address is too long: ", host);
+    std::memcpy(address.data(), host.data(), host.size());
+    store_options.isServer = true;
+    store_options.port = 0;
+    store = c10::make_intrusive<c10d::TCPStore>(host, store_options);
+    port = store->getPort();
+  }
+  MCPP_MPI_CHECK(MPI_Bcast(address.data(), static_cast<int>(address.size()), MPI_CHAR, 0, runtime.world().get()));
+  MCPP_MPI_CHECK(MPI_Bcast(&port, 1, MPI_INT, 0, runtime.world().get()));
+  if (runtime.rank() != 0) {
+    store_options.isServer = false;
+    store_options.port = static_cast<uint16_t>(port);
+    store = c10::make_intrusive<c10d::TCPStore>(address.data(), store_options);
+  }
+  return store;
+}
+
+}  // namespace
+
+bool has_nccl() { return true; }
+
+void add_nccl_backends(Runtime& runtime, ProcessGroups& groups, const ProcessGroupsOptions& options) {
+  const auto device = runtime.device();
+  const c10::cuda::CUDAGuard guard(device);
+  const auto store = open_store(runtime, options);
+  c10::intrusive_ptr<c10d::ProcessGroupNCCL> world_backend;
+  const std::array<std::pair<const char*, GroupPtr>, 4> named = {
+      {{"tp-cp-ep-dp-pp", groups.world}, {"tp", groups.tp}, {"dp", groups.dp}, {"tp-dp", groups.tp_dp}}};
+  for (const auto& [dims, group] : named) {
+    auto nccl_options = c10d::ProcessGroupNCCL::Options::create();
+    nccl_options->timeout = options.timeout;
+    nccl_options->group_name = group->getGroupName();
+    const auto ranks = groups.grid.group_of(runtime.rank(), dims);
+    nccl_options->global_ranks_in_group.assign(ranks.begin(), ranks.end());
+    if (world_backend) {
+      nccl_options->split_from = world_backend;
+      nccl_options->split_color = groups.grid.group_index_of(runtime.rank(), dims);
+    }
+    const auto prefix =
+        std::string(dims) + "/" + std::to_string(groups.grid.group_index_of(runtime.rank(), dims)) + "/";
+    auto group_store = c10::make_intrusive<c10d::PrefixStore>(prefix, store);
+    auto backend = c10::make_intrusive<c10d::ProcessGroupNCCL>(group_store, group->getRank(), group->getSize(),
+                                                               std::move(nccl_options));
+    backend->setBoundDeviceId(device);
+    backend->eagerConnectSingleDevice(device);
+    group->setBackend(at::kCUDA, c10d::ProcessGroup::NCCL, backend);
+    group->setBoundDeviceId(device);
+    if (!world_backend) world_backend = backend;
+  }
+}
+
+}  // namespace parallel

@@ -1,0 +1,19 @@
+// NCCL behind the same process groups, for ranks that have a GPU.
+#pragma once
+
+namespace parallel {
+
+class Runtime;
+struct ProcessGroups;
+struct ProcessGroupsOptions;
+
+/// Whether this build has NCCL (MCPP_WITH_NCCL).
+bool has_nccl();
+
+/// Adds a c10d::ProcessGroupNCCL to each group, bound to the runtime's device. The store is a TCPStore on world rank 0
+/// whose address goes out over MPI; communicators are connected here, and the groups' are split from the world's.
+/// Collective over all ranks.
+/// @throws c10::ValueError if the build has no NCCL.
+void add_nccl_backends(Runtime& runtime, ProcessGroups& groups, const ProcessGroupsOptions& options);
+
+}  // namespace parallel

@@ -1,0 +1,45 @@
+// The groups of ranks a program trains with.
+#pragma once
+
+#include <chrono>
+#include <string>
+
+#include "parallel/group.h"
+#include "parallel/rank_grid.h"
+
+namespace parallel {
+
+class Runtime;
+
+struct ProcessGroupsOptions {
+  /// How long a collective may wait for its peers before it becomes an error.
+  std::chrono::milliseconds timeout = std::chrono::minutes(10);
+  /// NCCL's rendezvous: an address of world rank 0 that all hosts can route to. Empty: rank 0's own host name, which
+  /// may resolve to 127.x there and fail on more than one host.
+  std::string master_address;
+};
+
+/// One c10d::ProcessGroup for each kind of parallelism, each carrying MPI for tensors on the CPU and, where the rank
+/// has a GPU, NCCL for tensors on it. A value; the groups live as long as a copy does.
+struct ProcessGroups {
+  RankGrid grid;
+  GroupPtr world;
+  GroupPtr tp;     ///< tensor and sequence parallel
+  GroupPtr dp;     ///< data parallel
+  GroupPtr tp_dp;  ///< both together: where partial gradients of replicated parameters are summed
+
+  ProcessGroups(RankGrid grid, GroupPtr world, GroupPtr tp, GroupPtr dp, GroupPtr tp_dp);
+  ProcessGroups(const ProcessGroups&);
+  ProcessGroups(ProcessGroups&&) noexcept;
+  ProcessGroups& operator=(const ProcessGroups&);
+  ProcessGroups& operator=(ProcessGroups&&) noexcept;
+  ~ProcessGroups();
+};
+
+/// Makes the groups of this rank. Collective over all ranks of the MPI world. The runtime shuts them down before
+/// MPI_Finalize.
+/// @throws c10::ValueError on every rank if the grid doesn't fit the world, or asks for a kind that isn't built yet
+///         (context, expert and pipeline parallelism).
+ProcessGroups make_process_groups(Runtime& runtime, const RankGrid& grid, const ProcessGroupsOptions& options = {});
+
+}  // namespace parallel

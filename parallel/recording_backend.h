@@ -1,0 +1,43 @@
+// Counting what is communicated: the only counter that tests, benchmarks and `--stats` read.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <string_view>
+
+#include "parallel/group.h"
+
+namespace parallel {
+
+enum class CollectiveKind { kAllReduce, kAllGather, kReduceScatter, kAllToAll, kBroadcast };
+inline constexpr int kNumCollectiveKinds = 5;
+
+/// "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast".
+std::string_view collective_name(CollectiveKind kind);
+
+/// Collectives of a group since its recording began, and the bytes this rank sends for them by the standard count:
+/// all-reduce 2(t-1)/t, all-gather and reduce-scatter (t-1)/t of the full tensor, all-to-all what goes to other ranks,
+/// broadcast (t-1)/t; uneven exchanges what is really sent. Barriers aren't counted.
+struct CommunicationCount {
+  std::array<int64_t, kNumCollectiveKinds> collectives{};
+  int64_t bytes_sent = 0;
+
+  int64_t of(CollectiveKind kind) const { return collectives[static_cast<size_t>(kind)]; }
+  int64_t total() const;
+  CommunicationCount operator-(const CommunicationCount& earlier) const;
+  bool operator==(const CommunicationCount&) const = default;
+};
+
+/// A group and the running count of what is sent through it. The count of a part of a program is the difference of
+/// two copies of `*count`.
+struct RecordedGroup {
+  GroupPtr group;
+  std::shared_ptr<const CommunicationCount> count;
+};
+
+/// A group of the same ranks whose collectives go through `group`'s backends and are counted. `group` stays usable and
+/// isn't counted. Not collective.
+RecordedGroup record(const GroupPtr& group);
+
+}  // namespace parallel

@@ -1,0 +1,149 @@
+#include "parallel/runtime.h"
+
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/util/Exception.h>
+#include <mpi.h>
+#include <unistd.h>
+
+#include <array>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <thread>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <utility>
+
+#include "parallel/agree.h"
+#include "parallel/mpi_check.h"
+#include "parallel/nccl_groups.h"
+
+namespace parallel {
+namespace {
+
+uint64_t hash_text(const std::string& text) {
+  uint64_t hash = 14695981039346656037ULL;  // FNV-1a
+  for (const char letter : text) hash = (hash ^ static_cast<unsigned char>(letter)) * 1099511628211ULL;
+  return hash;
+}
+
+}  // namespace
+
+Runtime::Runtime(const RuntimeOptions& options) {
+  int initialized = 0;
+  MPI_Initialized(&initialized);
+  int provided = MPI_THREAD_SINGLE;
+  if (initialized != 0) {
+    MCPP_MPI_CHECK(MPI_Query_thread(&provided));
+  } else {
+    MCPP_MPI_CHECK(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &provided));
+    owns_mpi_ = true;
+  }
+  if (provided < MPI_THREAD_MULTIPLE) throw std::runtime_error("this MPI does not provide MPI_THREAD_MULTIPLE");
+  world_ = std::make_unique<MpiCommunicator>(MpiCommunicator::duplicate_world());
+  errors_ = std::make_unique<MpiCommunicator>(MpiCommunicator::duplicate_world());
+  rank_ = world_->rank();
+  size_ = world_->size();
+  const auto host = world_->split_by_host();
+  local_rank_ = host.rank();
+  local_size_ = host.size();
+  if (rank_ != 0) c10::WarningUtils::set_warnAlways(false);
+  try {
+    choose_device(options);
+  } catch (...) {
+    // Without a device there is no runtime, and run() has nothing to report with: the same choice fails on all ranks.
+    if (rank_ == 0) {
+      try {
+        throw;
+      } catch (const std::exception& error) {
+        std::fprintf(stderr, "error: %s\n", error_text(error).c_str());
+      }
+    }
+    throw;
+  }
+}
+
+void Runtime::choose_device(const RuntimeOptions& options) {
+  TORCH_CHECK_VALUE(options.device == "auto" || options.device == "cpu" || options.device == "cuda", "device '",
+                    options.device, "' is not one of auto, cpu, cuda");
+  device_ = c10::Device(c10::kCPU);
+  if (options.device == "cpu") return;
+  const int64_t num_devices = has_nccl() ? at::detail::getCUDAHooks().deviceCount() : 0;
+  TORCH_CHECK_VALUE(options.device == "auto" || num_devices > 0, "device cuda was asked for, but ",
+                    has_nccl() ? "this host has no GPU" : "this build has no NCCL");
+  if (num_devices == 0) return;
+  TORCH_CHECK_VALUE(local_size_ <= num_devices || options.share_devices, local_size_, " ranks on a host with ",
+                    num_devices, " GPUs: start at most one rank per GPU, or allow sharing");
+  device_ = c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(local_rank_ % num_devices));
+}
+
+Runtime::~Runtime() {
+  for (auto group = groups_.rbegin(); group != groups_.rend(); ++group) {
+    try {
+      (*group)->shutdown();
+    } catch (const std::exception& error) {
+      std::fprintf(stderr, "[rank %d] while shutting a group down: %s\n", rank_, error.what());
+    }
+  }
+  groups_.clear();
+  errors_.reset();
+  world_.reset();
+  if (owns_mpi_) MCPP_MPI_CHECK_LOG(MPI_Finalize());
+}
+
+void Runtime::shut_down_at_exit(GroupPtr group) { groups_.push_back(std::move(group)); }
+
+bool Runtime::all_fail_alike(const std::string& message) const {
+  const uint64_t mine = hash_text(message);
+  std::vector<uint64_t> all(static_cast<size_t>(size_));
+  MPI_Request request = MPI_REQUEST_NULL;
+  if (MPI_Iallgather(&mine, 1, MPI_UINT64_T, all.data(), 1, MPI_UINT64_T, errors_->get(), &request) != MPI_SUCCESS) {
+    return false;
+  }
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(2);
+  int done = 0;
+  while (done == 0) {
+    if (MPI_Test(&request, &done, MPI_STATUS_IGNORE) != MPI_SUCCESS) return false;
+    if (done == 0 && std::chrono::steady_clock::now() > deadline) {
+      new std::vector<uint64_t>(std::move(all));  // MPI may still write there; the job is about to end
+      return false;
+    }
+    if (done == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  for (const uint64_t other : all) {
+    if (other != mine) return false;
+  }
+  return true;
+}
+
+void Runtime::abort(const std::string& message) const {
+  std::array<char, 256> host{};
+  gethostname(host.data(), host.size() - 1);
+  std::fprintf(stderr, "error: rank %d of %d on %s: %s\n", rank_, size_, host.data(), message.c_str());
+  std::fflush(stderr);
+  MPI_Abort(MPI_COMM_WORLD, 1);
+  std::abort();
+}
+
+int Runtime::run(const std::function<int(Runtime&)>& body, const RuntimeOptions& options) {
+  std::unique_ptr<Runtime> runtime;
+  try {
+    runtime = std::make_unique<Runtime>(options);
+  } catch (const std::exception&) {
+    return 1;
+  }
+  std::string message;
+  try {
+    return body(*runtime);
+  } catch (const std::exception& error) {
+    message = error_text(error);
+  } catch (...) {
+    message = "an exception that is no std::exception";
+  }
+  std::fflush(stdout);
+  if (!runtime->all_fail_alike(message)) runtime->abort(message);
+  if (runtime->rank() == 0) std::fprintf(stderr, "error: %s\n", message.c_str());
+  return 1;
+}
+
+}  // namespace parallel

@@ -1,0 +1,72 @@
+// The life of a process among its ranks: MPI, device, orderly end.
+#pragma once
+
+#include <c10/core/Device.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "parallel/group.h"
+#include "parallel/mpi_communicator.h"
+
+namespace parallel {
+
+struct RuntimeOptions {
+  /// "cpu", "cuda", or "auto": a GPU if this build and this host have one.
+  std::string device = "auto";
+  /// Lets several ranks of a host share a GPU. NCCL refuses that unless NCCL_MULTI_RANK_GPU_ENABLE=1 is set too.
+  bool share_devices = false;
+};
+
+/// MPI_Init_thread(MPI_THREAD_MULTIPLE) and MPI_Finalize as an object. Make one, first thing in main; everything that
+/// communicates lives inside its scope. Works with and without mpirun (then there is one rank).
+class Runtime {
+ public:
+  /// Starts MPI, unless the program has started it already (then the program also finalizes it).
+  /// @throws c10::ValueError on every rank if the device isn't there or would be shared unasked; std::runtime_error if
+  ///         MPI can't give MPI_THREAD_MULTIPLE.
+  explicit Runtime(const RuntimeOptions& options = {});
+  ~Runtime();
+  Runtime(const Runtime&) = delete;
+  Runtime& operator=(const Runtime&) = delete;
+
+  int rank() const { return rank_; }
+  int size() const { return size_; }
+  /// This rank's number among those of its host, and how many they are.
+  int local_rank() const { return local_rank_; }
+  int local_size() const { return local_size_; }
+  /// The CPU, or GPU number local_rank() modulo the visible ones.
+  c10::Device device() const { return device_; }
+  const MpiCommunicator& world() const { return *world_; }
+
+  /// Chooses the device again, for a program that learns it later than it starts MPI; before any group is made.
+  /// @throws c10::ValueError as the constructor does.
+  void choose_device(const RuntimeOptions& options);
+
+  /// Shuts `group`'s backends down when the runtime ends, in the reverse order of these calls.
+  void shut_down_at_exit(GroupPtr group);
+
+  /// Runs a program's body and turns what leaves it into an exit status. An exception on every rank with the same text
+  /// is printed once, by rank 0, and the status is 1 everywhere. An exception on some ranks is printed by them, with
+  /// rank and host, and ends the job with MPI_Abort, so that no peer waits for them forever.
+  static int run(const std::function<int(Runtime&)>& body, const RuntimeOptions& options = {});
+
+ private:
+  /// True if every rank gets here, with an error of the same text, before a short deadline passes.
+  bool all_fail_alike(const std::string& message) const;
+  [[noreturn]] void abort(const std::string& message) const;
+
+  bool owns_mpi_ = false;
+  std::unique_ptr<MpiCommunicator> world_;
+  std::unique_ptr<MpiCommunicator> errors_;  ///< apart from `world_`: its messages must match when others' don't
+  int rank_ = 0;
+  int size_ = 1;
+  int local_rank_ = 0;
+  int local_size_ = 1;
+  c10::Device device_ = c10::Device(c10::kCPU);
+  std::vector<GroupPtr> groups_;
+};
+
+}  // namespace parallel

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Sets up what the build needs (Debian packages, LibTorch) and builds. May be run again at any time: what is there is
+# kept, what an interrupted run left half done is done again.
+#
+#   scripts/build.sh [--preset release|debug|sanitize] [cmake options, such as -DMCPP_WERROR=ON]
+#
+# LibTorch comes from the PyPI wheel, in a virtual environment under the user's cache folder that all clones share; set
+# Torch_ROOT to the torch/ (or libtorch/) folder of your own to use that instead.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+torch_version=2.15.0
+packages=(g++ cmake ninja-build ccache libopenmpi-dev openmpi-bin libgtest-dev nlohmann-json3-dev libcli11-dev
+  libyaml-cpp-dev libsentencepiece-dev libstb-dev)
+[[ -n ${Torch_ROOT:-} ]] || packages+=(python3 python3-venv)
+
+preset=release
+options=()
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --preset) [[ $# -ge 2 ]] || fail "--preset needs a name"; preset=$2; shift 2 ;;
+    --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -D*) options+=("$1"); shift ;;
+    *) fail "unknown option $1 (see --help)" ;;
+  esac
+done
+
+missing_packages() {
+  local package
+  for package in "${packages[@]}"; do
+    [[ $(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null) == installed ]] || printf '%s\n' "$package"
+  done
+}
+
+install_packages() {
+  command -v dpkg-query >/dev/null || fail "this is no Debian system; install the equivalents of: ${packages[*]}"
+  local missing
+  mapfile -t missing < <(missing_packages)
+  [[ ${#missing[@]} -gt 0 ]] || return 0
+  local as_root=()
+  if [[ $(id -u) -ne 0 ]]; then
+    command -v sudo >/dev/null || fail "these Debian packages are missing, and there is neither root nor sudo: ${missing[*]}"
+    as_root=(sudo)
+  fi
+  # A set-up that was killed may have left dpkg half way.
+  run "${as_root[@]}" dpkg --configure -a
+  run "${as_root[@]}" apt-get update -qq
+  run "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+}
+
+install_libtorch() {
+  local environment=$cache/torch-$torch_version
+  mkdir -p "$cache"
+  # Two clones may set up at the same time: the second waits and finds it done.
+  exec 9>"$cache/torch-$torch_version.lock"
+  flock 9
+  if [[ ! -e $environment/complete ]]; then
+    rm -rf "$environment"
+    run /usr/bin/python3 -m venv "$environment"
+    run "$environment/bin/pip" install --quiet --disable-pip-version-check "torch==$torch_version"
+    touch "$environment/complete"
+  fi
+  flock -u 9
+  Torch_ROOT=$(echo "$environment"/lib/python3*/site-packages/torch)
+}
+
+install_packages
+[[ -n ${Torch_ROOT:-} ]] || install_libtorch
+
+cd "$root"
+# One compiler takes up to 2 GB with LibTorch's headers.
+jobs=$(nproc)
+memory_jobs=$(awk '/MemAvailable/ { print int($2 / 2097152) }' /proc/meminfo)
+[[ $memory_jobs -lt $jobs ]] && jobs=$((memory_jobs > 0 ? memory_jobs : 1))
+run cmake --preset "$preset" -DTorch_ROOT="$Torch_ROOT" "${options[@]}"
+run cmake --build --preset "$preset" -j "$jobs"

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Fetches the captioned pictures of Debian's package tuxpaint-stamps-default (796 PNG, 785 with a caption) through apt,
+# without installing it, into the user's cache folder, and points data/tuxpaint at them. Cheap to run again.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+package=tuxpaint-stamps-default
+pictures=$cache/$package
+
+mkdir -p "$cache"
+exec 9>"$cache/$package.lock"
+flock 9
+if [[ ! -e $pictures/complete ]]; then
+  for tool in apt-get dpkg-deb; do
+    command -v "$tool" >/dev/null || fail "$tool is missing: the pictures come from a Debian package.
+Use a folder of your own instead: scripts/pretrain.sh data.directory=/path/to/pictures"
+  done
+  partial=$pictures.partial
+  rm -rf "$pictures" "$partial"
+  mkdir -p "$partial/download"
+  # As root apt would fetch as user _apt, who may not write here; it does so with a warning that says nothing to a user.
+  (cd "$partial/download" && run apt-get download -qq -o APT::Sandbox::User=root "$package")
+  run dpkg-deb -x "$partial/download/$package"_*.deb "$partial/unpacked"
+  rm -rf "$partial/download"
+  touch "$partial/complete"
+  mv "$partial" "$pictures"
+fi
+flock -u 9
+
+mkdir -p "$root/data"
+ln -sfn "$pictures/unpacked/usr/share/tuxpaint/stamps" "$root/data/tuxpaint"

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Sets up, builds and runs all tests.
+#
+#   scripts/test.sh [--preset release|debug|sanitize] [--device cpu|cuda] [ctest options, such as -R linear]
+#
+# --device cuda runs the multi-rank tests over NCCL; ranks share GPUs where they outnumber them.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+preset=release
+device=cpu
+options=()
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --preset) [[ $# -ge 2 ]] || fail "--preset needs a name"; preset=$2; shift 2 ;;
+    --device) [[ $# -ge 2 ]] || fail "--device needs cpu or cuda"; device=$2; shift 2 ;;
+    --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) options+=("$1"); shift ;;
+  esac
+done
+[[ $device == cpu || $device == cuda ]] || fail "--device $device: expected cpu or cuda"
+[[ $device == cuda ]] && export NCCL_MULTI_RANK_GPU_ENABLE=1
+
+"$root/scripts/build.sh" --preset "$preset" -DMCPP_TEST_DEVICE="$device"
+cd "$root"
+run ctest --preset "$preset" -j "$(nproc)" "${options[@]}"

@@ -1,0 +1,128 @@
+// Batches of captioned pictures for training: packed on one rank, decoded where they are needed, ahead of the step.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/Device.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <future>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "megatron_cpp/data/packed_batch.h"
+#include "megatron_cpp/data/sampler.h"
+#include "parallel/process_groups.h"
+#include "step37/data/captioned_pictures.h"
+#include "step37/data/crop_plan.h"
+#include "step37/data/tokenizer.h"
+#include "step37/step37_model.h"
+
+namespace step37 {
+
+/// A picture as a batch refers to it: enough to lay its tokens out without opening it.
+struct PictureReference {
+  std::string path;  ///< relative to the data folder
+  int64_t width = 0;
+  int64_t height = 0;
+};
+
+/// One packed sequence and the pictures in it, in the order of their tokens.
+struct CaptionPack {
+  megatron::PackedBatch packed;
+  std::vector<PictureReference> pictures;
+};
+
+/// The packs of a data-parallel rank for one step, and what the step's loss is divided by.
+struct CaptionStep {
+  std::vector<CaptionPack> packs;
+  int64_t num_loss_tokens = 0;  ///< of the global batch
+  int64_t num_tokens = 0;       ///< of the global batch, padding left out
+  int64_t num_pictures = 0;     ///< of the global batch
+  megatron::SamplerState next;  ///< where the sampler stands after the step
+};
+
+/// How captioned pictures become samples: begin, the picture's tokens, the caption's, end. The loss counts the caption
+/// and the end.
+struct CaptionFormat {
+  CropOptions crops;
+  PictureTokenIds picture_ids{};
+  int64_t begin_id = 0;
+  int64_t end_id = 0;
+};
+CaptionFormat caption_format(const Tokenizer& tokenizer, const CropOptions& crops);
+
+/// The token ids of a picture with an empty caption: what generation starts from.
+std::vector<int64_t> prompt_tokens(const PictureReference& picture, const CaptionFormat& format);
+megatron::Sample caption_sample(const PictureReference& picture, const std::vector<int64_t>& caption,
+                                const CaptionFormat& format);
+
+/// Width and height of a picture file from its header; a square of `side` if it can't be read (decoding will then give
+/// a black picture of that size, with a warning).
+PictureReference reference_to(const std::filesystem::path& folder, const std::string& path, int64_t side);
+
+/// Which tensor-parallel rank decodes a picture and runs the tower on it, all its views together: balanced by patches.
+std::vector<int64_t> assign_pictures(const std::vector<PictureReference>& pictures, const CropOptions& crops, int t);
+
+/// Decodes this rank's pictures of a pack into groups for the model (crops first, pictures second), pixels uint8 on the
+/// CPU. A broken picture becomes a black one; `warn` is told why. Thread-safe; not collective.
+std::vector<ImageForInsert> load_pictures(const CaptionPack& pack, const CaptionFormat& format,
+                                          const std::filesystem::path& folder, int tp_rank, int tp_size,
+                                          const std::function<void(const std::string&)>& warn);
+
+/// The model's batch of a pack: pixels go to `device` as uint8 and are normalised there.
+Step37Batch to_model_batch(const CaptionPack& pack, std::vector<ImageForInsert> images, const at::Device& device);
+
+/// Packs samples on tensor-parallel rank 0, sends ids and picture names to its group, and decodes in the background one
+/// step ahead.
+class CaptionLoader {
+ public:
+  struct Options {
+    std::filesystem::path folder;
+    CaptionFormat format;
+    megatron::PackingOptions packing;
+    int64_t global_batch = 1;  ///< packs a step, over all data-parallel ranks; divisible by their number
+    uint64_t seed = 0;
+  };
+  /// What tensor-parallel rank 0 packs from; empty on the other ranks.
+  struct Source {
+    std::vector<PictureReference> pictures;
+    std::vector<std::vector<int64_t>> captions;  ///< token ids, one per picture
+  };
+
+  /// @param start  where to go on; of the step that next() returns first.
+  CaptionLoader(Options options, Source source, const parallel::ProcessGroups& groups,
+                const megatron::SamplerState& start);
+  ~CaptionLoader();
+  CaptionLoader(const CaptionLoader&) = delete;
+  CaptionLoader& operator=(const CaptionLoader&) = delete;
+
+  /// A step's packs with this rank's decoded pictures, one entry a pack. Collective over tp (it sends the step after
+  /// this one on its way).
+  struct LoadedStep {
+    CaptionStep step;
+    std::vector<std::vector<ImageForInsert>> images;
+  };
+  LoadedStep next();
+
+ private:
+  void prefetch();
+  CaptionStep make_step();
+
+  Options options_;
+  Source source_;
+  parallel::ProcessGroups groups_;
+  megatron::Sampler sampler_;
+  megatron::SamplePacker packer_;
+  std::vector<PictureReference> open_pictures_;  ///< of the samples in packer_
+  std::future<LoadedStep> ahead_;
+};
+
+/// Packs `source` once, in order, up to `max_packs` packs: for validation. Tensor-parallel rank 0 packs; collective
+/// over tp. Pack i belongs to data-parallel rank i modulo their number; the counts are of all packs.
+CaptionStep pack_once(const CaptionLoader::Source& source, const std::optional<int64_t>& max_packs,
+                      const CaptionLoader::Options& options, const parallel::ProcessGroups& groups);
+
+}  // namespace step37

@@ -1,0 +1,54 @@
+// Picture files to tensors: decoding, resizing, normalising.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+
+namespace step37 {
+
+/// A decoded picture, or the reason why there is none.
+struct DecodedPicture {
+  at::Tensor pixels;  ///< [3, height, width] uint8 RGB on the CPU; undefined if decoding failed
+  std::string error;  ///< empty, or a sentence that names the file
+
+  bool ok() const { return error.empty(); }
+};
+
+/// Decodes a PNG or JPEG file. Gray and palette pictures become RGB, 16-bit samples keep their upper 8 bits, and
+/// transparent pictures are composited over white: round((alpha * value + (255 - alpha) * 255) / 255), exactly.
+/// EXIF orientation isn't applied. Safe to call from several threads.
+/// A file that is missing, empty or broken isn't an exception: a data set of millions has some, and training goes on
+/// with black_picture and a warning that repeats `error`. (Of a JPEG cut short, stb_image returns what there is.)
+DecodedPicture decode_picture(const std::filesystem::path& path);
+
+/// Sides of a picture in pixels.
+struct PictureSize {
+  int64_t width;
+  int64_t height;
+};
+
+/// The size that the header of a PNG or JPEG file gives, without decoding it; nothing if it can't be read.
+std::optional<PictureSize> picture_size(const std::filesystem::path& path);
+
+/// [3, height, width] uint8, all zero.
+/// @throws c10::ValueError if a side isn't positive.
+at::Tensor black_picture(int64_t height, int64_t width);
+
+/// Bilinear resize with antialiasing, as at::_upsample_bilinear2d_aa(align_corners=false) does it on uint8 (and so
+/// torchvision, which the reference pipeline uses).
+/// @param picture [3, H, W] or [N, 3, H, W] uint8 on the CPU
+/// @return same rank, [.., 3, height, width] uint8; `picture` itself if it has that size
+/// @throws c10::ValueError for another dtype, device or shape, an empty picture, or a side that isn't positive.
+at::Tensor resize(const at::Tensor& picture, int64_t height, int64_t width);
+
+/// (pixels / 255 - mean) / std with CLIP's mean and standard deviation per channel.
+/// @param pictures [N, 3, H, W] uint8, any device; N may be 0
+/// @return [N, 3, H, W] float32 on the same device
+/// @throws c10::ValueError for another dtype or shape.
+at::Tensor normalize(const at::Tensor& pictures);
+
+}  // namespace step37

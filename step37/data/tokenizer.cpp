@@ -1,0 +1,161 @@
+#include "step37/data/tokenizer.h"
+
+#include <c10/util/Exception.h>
+#include <sentencepiece_processor.h>
+#include <sentencepiece_trainer.h>
+
+#include <fstream>
+#include <iterator>
+#include <system_error>
+#include <unordered_map>
+#include <utility>
+
+#include "megatron_cpp/checkpoint/safetensors.h"
+
+namespace step37 {
+namespace {
+
+using sentencepiece::SentencePieceProcessor;
+using sentencepiece::util::Status;
+
+/// Hands a list of captions to the trainer.
+class CaptionIterator final : public sentencepiece::SentenceIterator {
+ public:
+  explicit CaptionIterator(const std::vector<std::string>& captions) : captions_(captions) {}
+  bool done() const override { return next_ == captions_.size(); }
+  void Next() override { ++next_; }
+  const std::string& value() const override { return captions_[next_]; }
+  Status status() const override { return {}; }
+
+ private:
+  const std::vector<std::string>& captions_;
+  size_t next_ = 0;
+};
+
+std::string comma_separated_picture_symbols() {
+  std::string list;
+  for (const auto symbol : kPictureSymbols) list.append(list.empty() ? "" : ",").append(symbol);
+  return list;
+}
+
+std::unordered_map<std::string, std::string> trainer_arguments(int64_t vocab_size) {
+  return {
+      {"model_type", "bpe"},
+      {"vocab_size", std::to_string(vocab_size)},
+      {"hard_vocab_limit", "false"},
+      {"byte_fallback", "true"},
+      {"control_symbols", comma_separated_picture_symbols()},
+      {"unk_id", "0"},
+      {"bos_id", "1"},
+      {"eos_id", "2"},
+      {"pad_id", "3"},
+      // What makes decode the inverse of encode.
+      {"normalization_rule_name", "identity"},
+      {"remove_extra_whitespaces", "false"},
+      // Longer captions would be skipped.
+      {"max_sentence_length", "1000000"},
+      {"num_threads", "1"},
+      {"minloglevel", "2"},
+  };
+}
+
+/// What is wrong with a model, or nothing.
+std::string check_model(const SentencePieceProcessor& model) {
+  if (model.bos_id() < 0) return "has no begin symbol";
+  if (model.eos_id() < 0) return "has no end symbol";
+  if (model.pad_id() < 0) return "has no padding symbol";
+  for (const auto symbol : kPictureSymbols) {
+    const int id = model.PieceToId(symbol);
+    if (id == model.unk_id() || model.IsControl(id)) continue;
+    return "has " + std::string(symbol) + " as a piece of text, not as a control symbol: text could turn into it";
+  }
+  return {};
+}
+
+}  // namespace
+
+struct Tokenizer::Impl {
+  SentencePieceProcessor model;
+  std::string name;  ///< of the file or of what the model was learnt from, for messages
+};
+
+Tokenizer::Tokenizer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Tokenizer::~Tokenizer() = default;
+Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
+Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
+
+Tokenizer Tokenizer::train(const std::vector<std::string>& captions, int64_t vocab_size) {
+  // 4 special ids, the picture symbols, 256 bytes and at least one piece of text.
+  constexpr int64_t kMinVocabSize = 4 + static_cast<int64_t>(kPictureSymbols.size()) + 256 + 1;
+  TORCH_CHECK_VALUE(!captions.empty(), "no captions to train a tokenizer on");
+  TORCH_CHECK_VALUE(vocab_size >= kMinVocabSize, "vocabulary size ", vocab_size, " is below ", kMinVocabSize);
+  CaptionIterator iterator(captions);
+  std::string serialized;
+  const auto trained =
+      sentencepiece::SentencePieceTrainer::Train(trainer_arguments(vocab_size), &iterator, &serialized);
+  TORCH_CHECK_VALUE(trained.ok(), "can't train a tokenizer of ", vocab_size, " pieces on ", captions.size(),
+                    " captions: ", trained.ToString());
+
+  auto impl = std::make_unique<Impl>();
+  impl->name = "tokenizer trained on " + std::to_string(captions.size()) + " captions";
+  const auto loaded = impl->model.LoadFromSerializedProto(serialized);
+  TORCH_INTERNAL_ASSERT(loaded.ok() && check_model(impl->model).empty(), impl->name, ": ", loaded.ToString());
+  return Tokenizer(std::move(impl));
+}
+
+Tokenizer Tokenizer::load(const std::filesystem::path& path) {
+  auto impl = std::make_unique<Impl>();
+  impl->name = "tokenizer model " + path.string();
+  std::error_code not_there;
+  TORCH_CHECK_VALUE(std::filesystem::is_regular_file(path, not_there), impl->name, " isn't a file");
+  std::ifstream file(path, std::ios::binary);
+  TORCH_CHECK_VALUE(file.good(), impl->name, " can't be opened");
+  const std::string serialized(std::istreambuf_iterator<char>(file), {});
+  // An empty file parses as a model without pieces.
+  TORCH_CHECK_VALUE(!serialized.empty(), impl->name, " is empty");
+  const auto loaded = impl->model.LoadFromSerializedProto(serialized);
+  TORCH_CHECK_VALUE(loaded.ok(), impl->name, " can't be loaded: ", loaded.ToString());
+  const auto fault = check_model(impl->model);
+  TORCH_CHECK_VALUE(fault.empty(), impl->name, " ", fault);
+  return Tokenizer(std::move(impl));
+}
+
+void Tokenizer::save(const std::filesystem::path& path) const {
+  megatron::write_file(path, impl_->model.serialized_model_proto());
+}
+
+std::vector<int64_t> Tokenizer::encode(std::string_view text) const {
+  std::vector<int> ids;
+  const auto status = impl_->model.Encode(text, &ids);
+  TORCH_INTERNAL_ASSERT(status.ok(), impl_->name, ": ", status.ToString());
+  return {ids.begin(), ids.end()};
+}
+
+std::string Tokenizer::decode(const std::vector<int64_t>& ids) const {
+  std::vector<int> narrow;
+  narrow.reserve(ids.size());
+  for (const int64_t id : ids) {
+    TORCH_CHECK_VALUE(id >= 0 && id < vocab_size(), impl_->name, ": id ", id, " isn't in [0, ", vocab_size(), ")");
+    narrow.push_back(static_cast<int>(id));
+  }
+  std::string text;
+  const auto status = impl_->model.Decode(narrow, &text);
+  TORCH_INTERNAL_ASSERT(status.ok(), impl_->name, ": ", status.ToString());
+  return text;
+}
+
+int64_t Tokenizer::id_of(std::string_view symbol) const {
+  const int id = impl_->model.PieceToId(symbol);
+  // PieceToId answers the unknown id for what isn't there.
+  TORCH_CHECK_VALUE(id != impl_->model.unk_id() || symbol == impl_->model.IdToPiece(id), impl_->name, " has no symbol ",
+                    symbol);
+  return id;
+}
+
+int64_t Tokenizer::vocab_size() const { return impl_->model.GetPieceSize(); }
+int64_t Tokenizer::unk_id() const { return impl_->model.unk_id(); }
+int64_t Tokenizer::bos_id() const { return impl_->model.bos_id(); }
+int64_t Tokenizer::eos_id() const { return impl_->model.eos_id(); }
+int64_t Tokenizer::pad_id() const { return impl_->model.pad_id(); }
+
+}  // namespace step37

@@ -1,0 +1,80 @@
+// Where the rows of image features land in an embedding.
+//
+// Pure index arithmetic on the host: no tensors, no communication, no device. Every rank that builds a plan from the
+// same ids gets the same plan.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace step37 {
+
+/// What to do when a group's images and the occurrences of its start token differ in number.
+enum class MismatchPolicy {
+  kError,     ///< refuse
+  kTruncate,  ///< insert the overlap and warn with both counts, as the reference does
+};
+
+/// The images of one insertion group, as the plan sees them.
+struct InsertGroup {
+  int64_t start_token = 0;
+  std::vector<int64_t> rows;  ///< feature rows of each image, in order
+};
+
+/// A run of feature rows and the embedding rows it overwrites.
+struct InsertRun {
+  int64_t image;        ///< the image it belongs to, counted over all groups in order
+  int64_t feature_row;  ///< its first feature row, counted over all images of all groups in order
+  int64_t batch;        ///< b in [0, B)
+  int64_t position;     ///< its first s in [0, S)
+  int64_t length;       ///< rows, > 0, never beyond S
+  bool operator==(const InsertRun&) const = default;
+};
+
+class InsertPlan {
+ public:
+  /// Plans the insertion of each group's images after the occurrences of its start token: the k-th occurrence, batch
+  /// row by batch row, takes the k-th image. An image of L rows after position p overwrites rows p+1 .. p+L of its
+  /// batch row, cut at S. Where two overlap, the later one wins (later in its group, or of a later group).
+  ///
+  /// @param input_ids  [B, S], row by row.
+  /// @throws c10::ValueError under MismatchPolicy::kError, naming the token, both counts and the batch row where the
+  ///         first occurrence without an image stands, or the last occurrence; and for sizes that don't fit.
+  /// O(B*S*groups + images log images).
+  static InsertPlan build(std::span<const int64_t> input_ids, int64_t B, int64_t S, std::span<const InsertGroup> groups,
+                          MismatchPolicy policy);
+
+  int64_t B() const { return B_; }
+  int64_t S() const { return S_; }
+  /// All runs, by batch row and position; no two overlap.
+  const std::vector<InsertRun>& runs() const { return runs_; }
+  /// Feature rows of each image of all groups in order, and the first row of each (one more entry: the total).
+  const std::vector<int64_t>& image_rows() const { return image_rows_; }
+  const std::vector<int64_t>& image_begins() const { return image_begins_; }
+  int64_t num_images() const { return static_cast<int64_t>(image_rows_.size()); }
+  int64_t num_feature_rows() const { return image_begins_.back(); }
+  /// What a mismatch under kTruncate has to tell; empty if there was none.
+  const std::vector<std::string>& warnings() const { return warnings_; }
+
+  /// The runs that end in rows [begin, end) of the sequence, cut to it: what a sequence-parallel rank owns.
+  std::vector<InsertRun> owned_by(int64_t begin, int64_t end) const;
+
+ private:
+  int64_t B_ = 0;
+  int64_t S_ = 0;
+  std::vector<InsertRun> runs_;
+  std::vector<int64_t> image_rows_;
+  std::vector<int64_t> image_begins_{0};
+  std::vector<std::string> warnings_;
+};
+
+/// For every row of `runs`, in order: its flat number s*B + b in [S, B], and its feature row.
+struct RowIndices {
+  std::vector<int64_t> embedding_rows;
+  std::vector<int64_t> feature_rows;
+};
+RowIndices row_indices(std::span<const InsertRun> runs, int64_t B);
+
+}  // namespace step37

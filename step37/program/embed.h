@@ -1,0 +1,37 @@
+// `step37 embed`: replays the image-insert embedding, forward and backward, on tensors from a file.
+#pragma once
+
+#include <filesystem>
+#include <string>
+
+namespace parallel {
+class Runtime;
+}  // namespace parallel
+
+namespace step37 {
+
+/// The command line of `step37 embed`; the names are the options'.
+struct EmbedArguments {
+  std::filesystem::path input;
+  std::filesystem::path output;
+  std::string embedding_sharding = "vocab";
+  std::string projector_sharding = "column";
+  std::string exchange = "fused";
+  bool sequence_parallel = false;
+  bool frozen_features = false;
+  bool frozen_projector = false;
+  bool frozen_embedding = false;
+  std::string on_mismatch = "error";
+  std::string dtype = "float32";
+  std::filesystem::path stats;  ///< empty: none
+};
+
+/// Reads the case on every rank (each its part of the weights), runs the embedding with all ranks as one
+/// tensor-parallel group, gathers the results and writes them on rank 0. Returns the exit status. Collective over all
+/// ranks.
+/// @throws on every rank alike: c10::ValueError for options that don't go together, sizes that don't divide and counts
+///         that don't match; parallel::AgreedError for a file that can't be read or written, and for tensors in it that
+///         are missing or don't fit.
+int embed(parallel::Runtime& runtime, const EmbedArguments& arguments);
+
+}  // namespace step37

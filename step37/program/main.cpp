@@ -1,0 +1,90 @@
+// The step37 program: the only place that reads the command line.
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "parallel/runtime.h"
+#include "step37/program/embed.h"
+#include "step37/program/generate.h"
+#include "step37/program/pretrain.h"
+
+namespace {
+
+using Command = std::function<int(parallel::Runtime&)>;
+
+void add_embed(CLI::App& app, Command& command) {
+  auto* embed =
+      app.add_subcommand("embed", "Replay the image-insert embedding, forward and backward, on given tensors");
+  auto arguments = std::make_shared<step37::EmbedArguments>();
+  embed->add_option("--input", arguments->input, "Case to read (safetensors)")->required();
+  embed->add_option("--output", arguments->output, "Results to write (safetensors)")->required();
+  embed->add_option("--embedding-sharding", arguments->embedding_sharding, "vocab or hidden")->capture_default_str();
+  embed->add_option("--projector-sharding", arguments->projector_sharding, "column, row or replicated")
+      ->capture_default_str();
+  embed->add_option("--exchange", arguments->exchange, "fused or all-gather")->capture_default_str();
+  embed->add_flag("--sequence-parallel", arguments->sequence_parallel, "Split the sequence over the ranks");
+  embed->add_flag("--frozen-features", arguments->frozen_features, "The features need no gradient");
+  embed->add_flag("--frozen-projector", arguments->frozen_projector, "align_projector needs no gradient");
+  embed->add_flag("--frozen-embedding", arguments->frozen_embedding, "The word embedding needs no gradient");
+  embed->add_option("--on-mismatch", arguments->on_mismatch, "error or truncate")->capture_default_str();
+  embed->add_option("--dtype", arguments->dtype, "float32 or bfloat16")->capture_default_str();
+  embed->add_option("--stats", arguments->stats, "Write collectives and bytes to this file (JSON)");
+  embed->callback([arguments, &command] {
+    command = [arguments](parallel::Runtime& runtime) { return step37::embed(runtime, *arguments); };
+  });
+}
+
+void add_pretrain(CLI::App& app, Command& command) {
+  auto* pretrain = app.add_subcommand("pretrain", "Train Step3.7 on captioned pictures");
+  auto arguments = std::make_shared<step37::PretrainArguments>();
+  pretrain->add_option("--config", arguments->config, "Configuration of the run (YAML)")->required();
+  pretrain->add_option("overrides", arguments->overrides, "section.key=value, in place of the file's value");
+  const std::map<std::string, step37::ProgressStyle> styles = {{"line", step37::ProgressStyle::kLine},
+                                                               {"plain", step37::ProgressStyle::kPlain}};
+  // mpirun gives ranks a terminal of its own even where its output goes to a file: the caller knows better.
+  pretrain->add_option("--progress", arguments->progress, "line (for a terminal) or plain")
+      ->transform(CLI::CheckedTransformer(styles));
+  pretrain->callback([arguments, &command] {
+    command = [arguments](parallel::Runtime& runtime) { return step37::pretrain(runtime, *arguments); };
+  });
+}
+
+void add_generate(CLI::App& app, Command& command) {
+  auto* generate = app.add_subcommand("generate", "Caption a picture with a trained model");
+  auto arguments = std::make_shared<step37::GenerateArguments>();
+  generate->add_option("--checkpoint", arguments->checkpoint, "Checkpoint of a training run, such as .../latest")
+      ->required();
+  generate->add_option("--image", arguments->image, "Picture (PNG or JPEG)")->required();
+  generate->add_option("--prompt", arguments->prompt, "How the caption begins");
+  generate->add_option("--max-new-tokens", arguments->max_new_tokens, "Longest caption, in tokens")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
+  generate->callback([arguments, &command] {
+    command = [arguments](parallel::Runtime& runtime) { return step37::generate(runtime, *arguments); };
+  });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return parallel::Runtime::run([&](parallel::Runtime& runtime) {
+    CLI::App app("Step3.7, tensor- and sequence-parallel. Start alone or with mpirun -np N.", "step37");
+    app.set_version_flag("--version", std::string(MCPP_VERSION));
+    app.require_subcommand(1);
+    Command command;
+    add_pretrain(app, command);
+    add_generate(app, command);
+    add_embed(app, command);
+    try {
+      app.parse(argc, argv);
+    } catch (const CLI::ParseError& error) {
+      // Every rank has the same command line: one speaks.
+      if (runtime.rank() == 0) return app.exit(error);
+      return error.get_exit_code();
+    }
+    return command(runtime);
+  });
+}

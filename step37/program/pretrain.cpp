@@ -1,0 +1,353 @@
+#include "step37/program/pretrain.h"
+
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <memory>
+#include <optional>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <utility>
+#include <vector>
+
+#include "megatron_cpp/checkpoint/safetensors.h"
+#include "megatron_cpp/training/trainer.h"
+#include "parallel/agree.h"
+#include "parallel/collectives.h"
+#include "parallel/runtime.h"
+#include "step37/checkpoint_names.h"
+#include "step37/data/captioned_pictures.h"
+#include "step37/program/report.h"
+#include "step37/program/run_config.h"
+#include "step37/program/training_run.h"
+
+namespace step37 {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+/// The pictures of a run, on the ranks that pack (tensor-parallel rank 0) and on world rank 0.
+struct Pictures {
+  CaptionLoader::Source training;
+  CaptionLoader::Source held_out;
+  std::vector<std::string> training_captions;
+  std::vector<std::string> held_out_captions;
+};
+
+CaptionLoader::Source read_source(const std::filesystem::path& folder, const std::vector<CaptionedPicture>& pictures,
+                                  int64_t side, std::vector<std::string>& captions) {
+  CaptionLoader::Source source;
+  for (const auto& picture : pictures) {
+    source.pictures.push_back(reference_to(folder, picture.path, side));
+    captions.push_back(picture.caption);
+  }
+  return source;
+}
+
+/// At most `count` of `total` indices, spread evenly.
+std::vector<size_t> spread(size_t total, size_t count) {
+  std::vector<size_t> chosen;
+  const size_t taken = std::min(total, count);
+  for (size_t i = 0; i < taken; ++i) chosen.push_back(i * total / taken);
+  return chosen;
+}
+
+class PretrainRun {
+ public:
+  PretrainRun(parallel::Runtime& runtime, const parallel::ProcessGroups& groups, RunConfig config,
+              ProgressStyle progress)
+      : runtime_(runtime),
+        groups_(groups),
+        config_(std::move(config)),
+        files_{config_.run.directory},
+        progress_style_(progress) {}
+
+  int run() {
+    prepare_directory();
+    resume_from_ = find_checkpoint();
+    read_pictures();
+    prepare_tokenizer();
+    build_model();
+    RunState state;
+    if (resume_from_) state = load_checkpoint();
+    const int64_t done = state.optimizer_steps;
+    if (done >= config_.training.steps) {
+      say("this run has finished: step " + std::to_string(done) + " of " + std::to_string(config_.training.steps) +
+          " is in " + files_.checkpoints().string() + "; run.fresh=true starts over");
+    } else {
+      train(state);
+    }
+    write_report();
+    return 0;
+  }
+
+ private:
+  bool is_main() const { return runtime_.rank() == 0; }
+  /// Tensor-parallel rank 0 makes its group's batches.
+  bool packs() const { return groups_.tp->getRank() == 0; }
+
+  void say(const std::string& text) const {
+    if (!is_main()) return;
+    std::printf("%s\n", text.c_str());
+    std::fflush(stdout);
+  }
+
+  void prepare_directory() {
+    parallel::agree_on(
+        [&] {
+          if (!is_main()) return;
+          if (config_.run.fresh) {
+            for (const auto& path : {files_.checkpoints(), files_.metrics(), files_.report(), files_.tokenizer()}) {
+              std::filesystem::remove_all(path);
+            }
+          }
+          std::filesystem::create_directories(files_.directory);
+        },
+        groups_.world);
+  }
+
+  std::optional<std::filesystem::path> find_checkpoint() const {
+    std::string found;
+    parallel::agree_on(
+        [&] {
+          if (is_main()) found = megatron::latest_checkpoint(files_.checkpoints()).value_or("").string();
+        },
+        groups_.world);
+    found = parallel::broadcast_text(found, 0, groups_.world);
+    return found.empty() ? std::nullopt : std::optional<std::filesystem::path>(found);
+  }
+
+  void read_pictures() {
+    parallel::agree_on(
+        [&] {
+          if (!packs()) return;
+          const std::filesystem::path folder = config_.data.directory;
+          const auto all = scan_captioned_pictures(folder);
+          const auto split = split_held_out(all.pictures, config_.data.held_out);
+          const int64_t side = config_.vision.image_size;
+          pictures_.training = read_source(folder, split.training, side, pictures_.training_captions);
+          pictures_.held_out = read_source(folder, split.held_out, side, pictures_.held_out_captions);
+          TORCH_CHECK_VALUE(!split.training.empty(), folder.string(), ": all ", all.pictures.size(),
+                            " captioned pictures are held out (data.held_out ", config_.data.held_out, ")");
+          say(std::to_string(split.training.size()) + " pictures to train on, " +
+              std::to_string(split.held_out.size()) + " held out, " +
+              std::to_string(all.num_without_caption_file + all.num_with_empty_caption) + " without a caption in " +
+              folder.string());
+        },
+        groups_.world);
+  }
+
+  void prepare_tokenizer() {
+    parallel::agree_on(
+        [&] {
+          if (!is_main()) return;
+          // A run that goes on keeps its vocabulary, whatever became of the captions.
+          if (resume_from_ && std::filesystem::exists(files_.tokenizer())) return;
+          Tokenizer::train(pictures_.training_captions, config_.data.vocabulary_size).save(files_.tokenizer());
+        },
+        groups_.world);
+    parallel::agree_on([&] { tokenizer_.emplace(Tokenizer::load(files_.tokenizer())); }, groups_.world);
+    for (const auto& caption : pictures_.training_captions) {
+      pictures_.training.captions.push_back(tokenizer_->encode(caption));
+    }
+    for (const auto& caption : pictures_.held_out_captions) {
+      pictures_.held_out.captions.push_back(tokenizer_->encode(caption));
+    }
+    loader_options_.folder = config_.data.directory;
+    loader_options_.format = caption_format(*tokenizer_, crop_options(config_));
+    loader_options_.packing.max_length = config_.training.sequence_length;
+    loader_options_.packing.pad_to = padding_multiple(groups_.grid.tp);
+    loader_options_.packing.pad_token = tokenizer_->pad_id();
+    loader_options_.global_batch = config_.training.global_batch;
+    loader_options_.seed = static_cast<uint64_t>(config_.training.seed);
+  }
+
+  void build_model() {
+    model_ = Step37Model(model_config(config_, tokenizer_->vocab_size()), groups_.tp);
+    parameters_ = megatron::parameter_shards(*model_);
+    megatron::initialize_parameters(parameters_, static_cast<uint64_t>(config_.training.seed));
+    model_->to(runtime_.device());
+    megatron::TrainerOptions options;
+    options.adamw = adamw_options(config_);
+    options.learning_rate = learning_rate_schedule(config_);
+    options.clip_grad_norm = config_.training.clip_grad_norm;
+    trainer_ = std::make_unique<megatron::Trainer>(parameters_, groups_, options);
+    say(std::to_string(num_parameters()) + " parameters on " + std::to_string(runtime_.size()) + " ranks: tensor " +
+        std::to_string(groups_.grid.tp) + ", data " + std::to_string(groups_.grid.dp) +
+        (config_.parallel.sequence_parallel ? ", sequence parallel" : ""));
+  }
+
+  int64_t num_parameters() const {
+    int64_t total = 0;
+    for (const auto& shard : parameters_) {
+      for (const auto& segment : shard.segments) {
+        int64_t elements = 1;
+        for (const int64_t size : segment.global_shape) elements *= size;
+        total += elements;
+      }
+    }
+    return total;
+  }
+
+  std::vector<megatron::ShardedTensor> tensors() const {
+    auto all = megatron::sharded_tensors(parameters_, published_name, groups_);
+    for (auto& tensor : megatron::sharded_tensors(trainer_->optimizer(), published_name, groups_)) {
+      all.push_back(std::move(tensor));
+    }
+    return all;
+  }
+
+  RunState load_checkpoint() {
+    RunState state;
+    parallel::agree_on(
+        [&] {
+          const megatron::CheckpointReader reader(*resume_from_);
+          state = run_state_from_text(reader.state(), reader.folder().string());
+          reader.load(tensors());
+        },
+        groups_.world);
+    trainer_->optimizer().set_num_steps(state.optimizer_steps);
+    resumed_steps_ = state.optimizer_steps;
+    say("resuming after step " + std::to_string(state.optimizer_steps) + " from " + resume_from_->string());
+    return state;
+  }
+
+  void save_checkpoint(int64_t step, const megatron::SamplerState& sampler) {
+    RunState state{config_, sampler, step};
+    megatron::save_checkpoint(files_.checkpoints(), {step, to_text(state), tensors()}, groups_.world,
+                              {.keep_last = config_.checkpoint.keep});
+  }
+
+  void train(const RunState& state) {
+    const int64_t first_step = state.optimizer_steps + 1;
+    const int64_t last_step = config_.training.steps;
+    std::optional<MetricsFile> metrics;
+    parallel::agree_on(
+        [&] {
+          if (is_main()) metrics.emplace(files_.metrics(), state.optimizer_steps);
+        },
+        groups_.world);
+    const auto validation = pack_once(pictures_.held_out, config_.validation.packs, loader_options_, groups_);
+    CaptionLoader loader(loader_options_, pictures_.training, groups_, state.sampler);
+    Progress progress(first_step, last_step, progress_style_);
+    for (int64_t step = first_step; step <= last_step; ++step) {
+      const auto start = Clock::now();
+      auto loaded = loader.next();
+      const auto result = trainer_->step(
+          [&](int64_t micro_batch) {
+            const auto i = static_cast<size_t>(micro_batch);
+            return model_->loss_sum(
+                to_model_batch(loaded.step.packs[i], std::move(loaded.images[i]), runtime_.device()));
+          },
+          static_cast<int64_t>(loaded.step.packs.size()), loaded.step.num_loss_tokens);
+      StepMetrics line{step,
+                       result.loss,
+                       result.grad_norm,
+                       result.learning_rate,
+                       loaded.step.num_tokens,
+                       loaded.step.num_pictures,
+                       seconds_since(start),
+                       std::nullopt};
+      if (is_due(step, config_.validation.interval)) line.validation_loss = validation_loss(validation);
+      if (is_main()) {
+        metrics->write(line);
+        progress.show(line);
+      }
+      if (is_due(step, config_.checkpoint.interval)) save_checkpoint(step, loaded.step.next);
+    }
+  }
+
+  /// Every `interval` steps, and at the end.
+  bool is_due(int64_t step, int64_t interval) const {
+    return step == config_.training.steps || (interval > 0 && step % interval == 0);
+  }
+
+  /// Mean over the loss tokens of the held-out packs; nothing if there are none.
+  std::optional<double> validation_loss(const CaptionStep& validation) {
+    if (validation.num_loss_tokens == 0) return std::nullopt;
+    const at::NoGradGuard no_grad;
+    auto sum = at::zeros({1}, at::TensorOptions().device(runtime_.device()).dtype(at::kDouble));
+    for (const auto& pack : validation.packs) {
+      auto images = load_pictures(pack, loader_options_.format, loader_options_.folder, groups_.tp->getRank(),
+                                  groups_.tp->getSize(),
+                                  [](const std::string& text) { std::fprintf(stderr, "warning: %s\n", text.c_str()); });
+      sum.add_(model_->loss_sum(to_model_batch(pack, std::move(images), runtime_.device())));
+    }
+    return parallel::all_reduce(sum, groups_.dp).item<double>() / static_cast<double>(validation.num_loss_tokens);
+  }
+
+  /// Captions a few pictures and writes the report, unless a finished run has written it. Every data-parallel replica
+  /// captions the same pictures, so that all ranks stay together.
+  void write_report() {
+    const bool exists = parallel::broadcast_text(is_main() && std::filesystem::exists(files_.report()) ? "y" : "", 0,
+                                                 groups_.world) == "y";
+    if (exists && trainer_->optimizer().num_steps() == resumed_steps_) return;
+    auto shown = caption_pictures();
+    parallel::agree_on(
+        [&] {
+          if (!is_main()) return;
+          ReportInput input;
+          input.title = "Step3.7 on " + config_.data.directory;
+          input.settings = settings(config_);
+          input.metrics = files_.metrics();
+          input.pictures = std::move(shown);
+          input.num_parameters = num_parameters();
+          input.num_ranks = runtime_.size();
+          megatron::write_file(files_.report(), render_report(input));
+          say("report: " + files_.report().string());
+        },
+        groups_.world);
+  }
+
+  std::vector<ReportPicture> caption_pictures() {
+    const auto half = static_cast<size_t>(config_.report.pictures / 2);
+    std::vector<ReportPicture> shown;
+    auto options = captioner_options(config_, *tokenizer_, config_.data.directory, groups_.grid.tp);
+    for (const bool held_out : {false, true}) {
+      const auto& source = held_out ? pictures_.held_out : pictures_.training;
+      const auto& captions = held_out ? pictures_.held_out_captions : pictures_.training_captions;
+      const auto total = std::stoul(parallel::broadcast_text(std::to_string(source.pictures.size()), 0, groups_.world));
+      for (const size_t index : spread(total, held_out ? static_cast<size_t>(config_.report.pictures) - half : half)) {
+        PictureReference picture;
+        if (packs()) picture = source.pictures[index];
+        picture.path = parallel::broadcast_text(picture.path, 0, groups_.tp);
+        picture = reference_to(options.folder, picture.path, config_.vision.image_size);
+        const auto text = caption_picture(model_, *tokenizer_, picture, {}, options, groups_.tp, runtime_.device());
+        if (is_main()) shown.push_back({options.folder / picture.path, held_out, captions[index], text});
+      }
+    }
+    return shown;
+  }
+
+  parallel::Runtime& runtime_;
+  parallel::ProcessGroups groups_;
+  RunConfig config_;
+  RunFiles files_;
+  ProgressStyle progress_style_;
+  std::optional<std::filesystem::path> resume_from_;
+  int64_t resumed_steps_ = -1;
+  Pictures pictures_;
+  std::optional<Tokenizer> tokenizer_;
+  CaptionLoader::Options loader_options_;
+  Step37Model model_{nullptr};
+  std::vector<megatron::ParameterShard> parameters_;
+  std::unique_ptr<megatron::Trainer> trainer_;
+};
+
+}  // namespace
+
+int pretrain(parallel::Runtime& runtime, const PretrainArguments& arguments) {
+  const auto config = load_run_config(arguments.config, arguments.overrides);
+  validate(config, runtime.size());
+  runtime.choose_device({.device = config.run.device});
+  parallel::ProcessGroupsOptions options;
+  options.timeout = std::chrono::seconds(config.run.timeout_seconds);
+  const auto groups = parallel::make_process_groups(runtime, rank_grid(config, runtime.size()), options);
+  return PretrainRun(runtime, groups, config, arguments.progress).run();
+}
+
+}  // namespace step37

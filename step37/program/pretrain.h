@@ -1,0 +1,29 @@
+// `step37 pretrain`: trains Step3.7 on captioned pictures.
+#pragma once
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "step37/program/progress.h"
+
+namespace parallel {
+class Runtime;
+}  // namespace parallel
+
+namespace step37 {
+
+/// The command line of `step37 pretrain`.
+struct PretrainArguments {
+  std::filesystem::path config;
+  std::vector<std::string> overrides;  ///< "section.key=value"
+  ProgressStyle progress = ProgressStyle::kPlain;
+};
+
+/// Trains, or goes on from the run directory's latest complete checkpoint, bit for bit as if it had not been
+/// interrupted where the ranks are laid out alike; a finished run says so. Writes metrics.jsonl, checkpoints/ and
+/// report.html. Returns the exit status. Collective over all ranks.
+/// @throws c10::ValueError or parallel::AgreedError on every rank: a configuration that doesn't fit, missing data.
+int pretrain(parallel::Runtime& runtime, const PretrainArguments& arguments);
+
+}  // namespace step37

@@ -1,0 +1,480 @@
+#include "step37/program/run_config.h"
+
+#include <c10/util/Exception.h>
+#include <yaml-cpp/yaml.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <charconv>
+#include <cmath>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <numeric>
+#include <sstream>
+#include <string_view>
+
+#include "parallel/shard.h"
+
+namespace step37 {
+namespace {
+
+enum class Need { kOptional, kRequired };
+
+/// The one list of keys: calls visit("section.key", member, Need) for each, in the order of the structs.
+template <class Config, class Visit>
+void visit_keys(Config& config, const Visit& visit) {
+  constexpr auto kOptional = Need::kOptional;
+  constexpr auto kRequired = Need::kRequired;
+  visit("run.directory", config.run.directory, kOptional);
+  visit("run.fresh", config.run.fresh, kOptional);
+  visit("run.device", config.run.device, kOptional);
+  visit("run.timeout_seconds", config.run.timeout_seconds, kOptional);
+  visit("parallel.tensor", config.parallel.tensor, kOptional);
+  visit("parallel.data", config.parallel.data, kOptional);
+  visit("parallel.sequence_parallel", config.parallel.sequence_parallel, kOptional);
+  visit("parallel.projector_sharding", config.parallel.projector_sharding, kOptional);
+  visit("parallel.exchange", config.parallel.exchange, kOptional);
+  visit("data.directory", config.data.directory, kRequired);
+  visit("data.held_out", config.data.held_out, kOptional);
+  visit("data.vocabulary_size", config.data.vocabulary_size, kOptional);
+  visit("data.crops", config.data.crops, kOptional);
+  visit("data.crop_side", config.data.crop_side, kOptional);
+  visit("data.max_side", config.data.max_side, kOptional);
+  visit("model.hidden_size", config.model.hidden_size, kRequired);
+  visit("model.num_layers", config.model.num_layers, kRequired);
+  visit("model.head_dim", config.model.head_dim, kRequired);
+  visit("model.num_attention_heads", config.model.num_attention_heads, kRequired);
+  visit("model.num_sliding_attention_heads", config.model.num_sliding_attention_heads, kRequired);
+  visit("model.num_query_groups", config.model.num_query_groups, kRequired);
+  visit("model.ffn_hidden_size", config.model.ffn_hidden_size, kRequired);
+  visit("model.sliding_window", config.model.sliding_window, kRequired);
+  visit("model.full_attention_interval", config.model.full_attention_interval, kOptional);
+  visit("model.rope_theta", config.model.rope_theta, kOptional);
+  visit("model.partial_rotary_factor", config.model.partial_rotary_factor, kOptional);
+  visit("model.sliding_rope_theta", config.model.sliding_rope_theta, kOptional);
+  visit("model.rms_norm_eps", config.model.rms_norm_eps, kOptional);
+  visit("model.init_std", config.model.init_std, kOptional);
+  visit("model.projector_bias", config.model.projector_bias, kOptional);
+  visit("model.freeze_language_model", config.model.freeze_language_model, kOptional);
+  visit("model.freeze_projector", config.model.freeze_projector, kOptional);
+  visit("vision.image_size", config.vision.image_size, kRequired);
+  visit("vision.patch_size", config.vision.patch_size, kOptional);
+  visit("vision.width", config.vision.width, kRequired);
+  visit("vision.layers", config.vision.layers, kRequired);
+  visit("vision.heads", config.vision.heads, kRequired);
+  visit("vision.mlp_width", config.vision.mlp_width, kRequired);
+  visit("vision.freeze", config.vision.freeze, kOptional);
+  visit("training.steps", config.training.steps, kRequired);
+  visit("training.seed", config.training.seed, kOptional);
+  visit("training.global_batch", config.training.global_batch, kOptional);
+  visit("training.sequence_length", config.training.sequence_length, kOptional);
+  visit("training.learning_rate", config.training.learning_rate, kOptional);
+  visit("training.min_learning_rate", config.training.min_learning_rate, kOptional);
+  visit("training.warmup_steps", config.training.warmup_steps, kOptional);
+  visit("training.weight_decay", config.training.weight_decay, kOptional);
+  visit("training.beta1", config.training.beta1, kOptional);
+  visit("training.beta2", config.training.beta2, kOptional);
+  visit("training.eps", config.training.eps, kOptional);
+  visit("training.clip_grad_norm", config.training.clip_grad_norm, kOptional);
+  visit("validation.interval", config.validation.interval, kOptional);
+  visit("validation.packs", config.validation.packs, kOptional);
+  visit("checkpoint.interval", config.checkpoint.interval, kOptional);
+  visit("checkpoint.keep", config.checkpoint.keep, kOptional);
+  visit("report.pictures", config.report.pictures, kOptional);
+  visit("report.max_new_tokens", config.report.max_new_tokens, kOptional);
+}
+
+std::string section_of(std::string_view key) { return std::string(key.substr(0, key.find('.'))); }
+
+std::vector<std::string> key_names() {
+  std::vector<std::string> names;
+  RunConfig config;
+  visit_keys(config, [&](const char* key, const auto& /*member*/, Need /*need*/) { names.emplace_back(key); });
+  return names;
+}
+
+std::vector<std::string> section_names() {
+  std::vector<std::string> names;
+  for (const auto& key : key_names()) {
+    if (names.empty() || names.back() != section_of(key)) names.push_back(section_of(key));
+  }
+  return names;
+}
+
+// Values as text. Each type of the list has write_value, read_value (false: not one of this type) and a description.
+
+constexpr std::array<std::pair<const char*, ProjectorSharding>, 2> kProjectorShardings{
+    {{"replicated", ProjectorSharding::kReplicated}, {"column", ProjectorSharding::kColumn}}};
+constexpr std::array<std::pair<const char*, InsertExchange>, 2> kExchanges{
+    {{"fused", InsertExchange::kFused}, {"all-gather", InsertExchange::kAllGather}}};
+constexpr std::array<std::pair<const char*, bool>, 2> kTruths{{{"true", true}, {"false", false}}};
+
+const auto& names_of(ProjectorSharding /*type*/) { return kProjectorShardings; }
+const auto& names_of(InsertExchange /*type*/) { return kExchanges; }
+const auto& names_of(bool /*type*/) { return kTruths; }
+
+template <class Named>
+std::string write_value(Named value) {
+  for (const auto& [name, named] : names_of(value)) {
+    if (named == value) return name;
+  }
+  TORCH_INTERNAL_ASSERT(false, "a value without a name");
+}
+std::string write_value(const std::string& value) { return value; }
+std::string write_value(int64_t value) { return std::to_string(value); }
+/// The shortest digits that read back as the same number.
+std::string write_value(double value) {
+  std::array<char, 32> digits{};
+  const auto end = std::to_chars(digits.data(), digits.data() + digits.size(), value).ptr;
+  return {digits.data(), end};
+}
+std::string write_value(const std::optional<int64_t>& value) { return value ? std::to_string(*value) : "all"; }
+
+template <class Number>
+bool read_number(std::string_view text, Number& value) {
+  if (text.starts_with('+') && !text.starts_with("+-")) text.remove_prefix(1);
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  return error == std::errc() && end == text.data() + text.size();
+}
+
+template <class Named>
+bool read_value(const std::string& text, Named& value) {
+  for (const auto& [name, named] : names_of(value)) {
+    if (text != name) continue;
+    value = named;
+    return true;
+  }
+  return false;
+}
+bool read_value(const std::string& text, std::string& value) {
+  value = text;
+  return true;
+}
+bool read_value(const std::string& text, int64_t& value) { return read_number(text, value); }
+bool read_value(const std::string& text, double& value) { return read_number(text, value) && std::isfinite(value); }
+bool read_value(const std::string& text, std::optional<int64_t>& value) {
+  if (text == "all") value.reset();
+  return text == "all" || read_number(text, value.emplace());
+}
+
+template <class Named>
+std::string expected(Named type) {
+  return std::string(names_of(type)[0].first) + " or " + names_of(type)[1].first;
+}
+std::string expected(const std::string& /*type*/) { return "text"; }
+std::string expected(int64_t /*type*/) { return "an integer"; }
+std::string expected(double /*type*/) { return "a number"; }
+std::string expected(const std::optional<int64_t>& /*type*/) { return "an integer or all"; }
+
+// Names that are nearly right.
+
+/// Levenshtein's: insertions, deletions and replacements that turn `a` into `b`.
+size_t edit_distance(std::string_view a, std::string_view b) {
+  std::vector<size_t> row(b.size() + 1);
+  std::iota(row.begin(), row.end(), size_t{0});
+  for (size_t i = 0; i < a.size(); ++i) {
+    size_t diagonal = std::exchange(row[0], i + 1);
+    for (size_t j = 0; j < b.size(); ++j) {
+      const size_t replaced = diagonal + (a[i] == b[j] ? 0 : 1);
+      diagonal = row[j + 1];
+      row[j + 1] = std::min({replaced, diagonal + 1, row[j] + 1});
+    }
+  }
+  return row.back();
+}
+
+/// The nearest of `names`, the first of equals. A name without a section is compared with keys without theirs too.
+std::string nearest(const std::string& wrong, const std::vector<std::string>& names) {
+  const auto distance = [&](const std::string& name) {
+    const auto whole = edit_distance(wrong, name);
+    if (wrong.find('.') != std::string::npos) return whole;
+    return std::min(whole, edit_distance(wrong, std::string_view(name).substr(name.find('.') + 1)));
+  };
+  return *std::min_element(names.begin(), names.end(),
+                           [&](const auto& a, const auto& b) { return distance(a) < distance(b); });
+}
+
+void check_known(const char* kind, const std::string& name, const std::vector<std::string>& names,
+                 const std::string& where) {
+  const bool known = std::find(names.begin(), names.end(), name) != names.end();
+  TORCH_CHECK_VALUE(known, "unknown ", kind, " ", name, " in ", where, "; did you mean ", nearest(name, names), "?");
+}
+
+// What a file or the overrides give: text by key.
+
+struct Given {
+  std::optional<std::string> value;  ///< none: what stands there is no single value
+  std::string shown;                 ///< for messages
+  std::string where;                 ///< file:line or the override
+};
+using GivenValues = std::map<std::string, Given>;
+
+std::string read_text(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::ostringstream text;
+  if (file.peek() != std::ifstream::traits_type::eof()) text << file.rdbuf();
+  TORCH_CHECK_VALUE(file.is_open() && !file.bad(), "can't read the configuration ", path.string(), ": ",
+                    std::strerror(errno));
+  return text.str();
+}
+
+std::string location(const std::filesystem::path& path, const YAML::Mark& mark) {
+  return path.string() + ":" + std::to_string(mark.line + 1);
+}
+
+YAML::Node parse_yaml(const std::filesystem::path& path) {
+  const auto text = read_text(path);
+  std::vector<YAML::Node> documents;
+  try {
+    documents = YAML::LoadAll(text);
+  } catch (const YAML::Exception& error) {
+    TORCH_CHECK_VALUE(false, location(path, error.mark), ": not YAML: ", error.msg);
+  }
+  TORCH_CHECK_VALUE(documents.size() <= 1, path.string(), " holds ", documents.size(), " YAML documents, expected one");
+  return documents.empty() ? YAML::Node() : documents.front();
+}
+
+/// The name on the left of a colon.
+std::string name_of(const YAML::Node& key, const std::filesystem::path& path) {
+  TORCH_CHECK_VALUE(key.IsScalar(), location(path, key.Mark()), ": a name that isn't plain text");
+  return key.Scalar();
+}
+
+Given given_value(const YAML::Node& value, const std::string& where) {
+  if (value.IsScalar()) return {value.Scalar(), value.Scalar(), where};
+  return {std::nullopt, value.IsNull() ? "no value" : value.IsMap() ? "a section" : "a list", where};
+}
+
+GivenValues values_of_file(const std::filesystem::path& path) {
+  const auto root = parse_yaml(path);
+  TORCH_CHECK_VALUE(root.IsMap() || root.IsNull(), location(path, root.Mark()),
+                    ": not a configuration: expected sections with keys, as training: and steps: 100 below it");
+  GivenValues values;
+  std::map<std::string, std::string> sections;  // and where they are
+  for (const auto& section : root) {
+    const auto section_name = name_of(section.first, path);
+    const auto where = location(path, section.first.Mark());
+    check_known("section", section_name, section_names(), where);
+    const auto [earlier, is_new] = sections.emplace(section_name, where);
+    TORCH_CHECK_VALUE(is_new, "section ", section_name, " in ", where, " is already in ", earlier->second);
+    TORCH_CHECK_VALUE(section.second.IsMap() || section.second.IsNull(), "section ", section_name, " in ", where,
+                      " must hold keys, as ", section_name, ": and a line ", "key: value below it");
+    for (const auto& entry : section.second) {
+      const auto key = section_name + "." + name_of(entry.first, path);
+      auto value = given_value(entry.second, location(path, entry.first.Mark()));
+      check_known("key", key, key_names(), value.where);
+      const auto [first, inserted] = values.emplace(key, value);
+      TORCH_CHECK_VALUE(inserted, key, " in ", value.where, " is already in ", first->second.where);
+    }
+  }
+  return values;
+}
+
+GivenValues values_of_overrides(const std::vector<std::string>& overrides) {
+  GivenValues values;
+  for (const auto& text : overrides) {
+    const auto equals = text.find('=');
+    TORCH_CHECK_VALUE(equals != std::string::npos, "the override ", text, " has no '=': expected section.key=value");
+    const auto key = text.substr(0, equals);
+    const auto value = text.substr(equals + 1);
+    const auto where = "the override " + text;
+    check_known("key", key, key_names(), where);
+    values.insert_or_assign(key, Given{value, value.empty() ? "nothing" : value, where});
+  }
+  return values;
+}
+
+void set_values(const GivenValues& values, RunConfig& config) {
+  visit_keys(config, [&](const char* key, auto& member, Need /*need*/) {
+    const auto found = values.find(key);
+    if (found == values.end()) return;
+    const auto& given = found->second;
+    auto value = member;
+    TORCH_CHECK_VALUE(given.value.has_value() && read_value(*given.value, value), key, " in ", given.where, " must be ",
+                      expected(member), ", got ", given.shown);
+    member = value;
+  });
+}
+
+}  // namespace
+
+RunConfig load_run_config(const std::filesystem::path& path, const std::vector<std::string>& overrides) {
+  const auto from_file = values_of_file(path);
+  const auto from_overrides = values_of_overrides(overrides);
+  RunConfig config;
+  set_values(from_file, config);
+  set_values(from_overrides, config);
+  visit_keys(config, [&](const char* key, const auto& /*member*/, Need need) {
+    const bool given = from_file.count(key) > 0 || from_overrides.count(key) > 0;
+    TORCH_CHECK_VALUE(given || need == Need::kOptional, path.string(), " lacks ", key, ", which has no default");
+  });
+  if (config.run.directory.empty()) config.run.directory = "runs/" + path.stem().string();
+  return config;
+}
+
+RunConfig run_config_from_settings(const std::vector<std::string>& key_values) {
+  RunConfig config;
+  set_values(values_of_overrides(key_values), config);
+  return config;
+}
+
+std::vector<std::pair<std::string, std::string>> settings(const RunConfig& config) {
+  std::vector<std::pair<std::string, std::string>> result;
+  visit_keys(config, [&](const char* key, const auto& member, Need /*need*/) {
+    result.emplace_back(key, write_value(member));
+  });
+  return result;
+}
+
+namespace {
+
+struct Bound {
+  const char* key;
+  int64_t value;
+  int64_t least;
+};
+
+void check_counts(const RunConfig& config) {
+  const Bound bounds[] = {{"run.timeout_seconds", config.run.timeout_seconds, 1},
+                          {"data.vocabulary_size", config.data.vocabulary_size, 1},
+                          {"data.max_side", config.data.max_side, 1},
+                          {"model.sliding_window", config.model.sliding_window, 1},
+                          {"training.steps", config.training.steps, 1},
+                          {"training.seed", config.training.seed, 0},
+                          {"training.global_batch", config.training.global_batch, 1},
+                          {"training.sequence_length", config.training.sequence_length, 1},
+                          {"training.warmup_steps", config.training.warmup_steps, 0},
+                          {"validation.interval", config.validation.interval, 0},
+                          {"validation.packs", config.validation.packs.value_or(1), 1},
+                          {"checkpoint.interval", config.checkpoint.interval, 0},
+                          {"checkpoint.keep", config.checkpoint.keep, 1},
+                          {"report.pictures", config.report.pictures, 0},
+                          {"report.max_new_tokens", config.report.max_new_tokens, 1}};
+  for (const auto& [key, value, least] : bounds) {
+    TORCH_CHECK_VALUE(value >= least, key, " ", value, " is below ", least);
+  }
+}
+
+void check_run_and_data(const RunConfig& config) {
+  const auto& device = config.run.device;
+  TORCH_CHECK_VALUE(device == "auto" || device == "cpu" || device == "cuda", "run.device ", device,
+                    " is not one of auto, cpu, cuda");
+  TORCH_CHECK_VALUE(!config.data.directory.empty(), "data.directory is empty");
+  TORCH_CHECK_VALUE(config.data.held_out >= 0.0 && config.data.held_out < 1.0, "data.held_out ", config.data.held_out,
+                    " is not in [0, 1)");
+  TORCH_CHECK_VALUE(config.training.clip_grad_norm >= 0.0, "training.clip_grad_norm ", config.training.clip_grad_norm,
+                    " is negative");
+}
+
+/// The sizes of one step against the ranks that share it.
+void check_batch(const RunConfig& config, const parallel::RankGrid& grid) {
+  TORCH_CHECK_VALUE(config.training.global_batch % grid.dp == 0, "training.global_batch ", config.training.global_batch,
+                    " is not divisible by data-parallel size ", grid.dp);
+  const int64_t S = config.training.sequence_length;
+  if (config.parallel.sequence_parallel) parallel::even_shard_size(S, grid.tp, "training.sequence_length");
+  // <im_start>, the picture's rows, <im_end>, and a caption of one token at least.
+  const int64_t picture_tokens = crop_options(config).global_tokens() + 2;
+  TORCH_CHECK_VALUE(S > picture_tokens, "training.sequence_length ", S, " has no room for a caption: a picture of ",
+                    config.vision.image_size, " pixels takes ", picture_tokens, " positions");
+}
+
+}  // namespace
+
+void validate(const RunConfig& config, int num_ranks) {
+  const auto grid = rank_grid(config, num_ranks);
+  // A picture is decoded, and the tower runs on it, on one rank of a group.
+  TORCH_CHECK_VALUE(config.parallel.projector_sharding == ProjectorSharding::kReplicated || grid.tp == 1,
+                    "parallel.projector_sharding column with parallel.tensor ", grid.tp,
+                    " is not built yet for training on pictures: use replicated");
+  check_counts(config);
+  check_run_and_data(config);
+  model_config(config, config.data.vocabulary_size).validate(grid.tp);
+  crop_options(config).validate();
+  check_batch(config, grid);
+  learning_rate_schedule(config).validate();
+  adamw_options(config).validate();
+}
+
+parallel::RankGrid rank_grid(const RunConfig& config, int num_ranks) {
+  int64_t tensor = config.parallel.tensor;
+  int64_t data = config.parallel.data;
+  TORCH_CHECK_VALUE(tensor >= 0 && data >= 0, "parallel.tensor ", tensor, " or parallel.data ", data, " is negative");
+  if (data == 0) data = tensor == 0 ? 1 : std::max<int64_t>(num_ranks / tensor, 1);
+  if (tensor == 0) tensor = std::max<int64_t>(num_ranks / data, 1);
+  // Bounded first, so that the product can't overflow.
+  TORCH_CHECK_VALUE(tensor <= num_ranks && data <= num_ranks && tensor * data == num_ranks, num_ranks,
+                    num_ranks == 1 ? " rank is" : " ranks are", " not parallel.tensor ", tensor, " x parallel.data ",
+                    data);
+  return {.tp = static_cast<int>(tensor), .dp = static_cast<int>(data)};
+}
+
+Step37Config model_config(const RunConfig& config, int64_t vocabulary_size) {
+  const auto& model = config.model;
+  TORCH_CHECK_VALUE(model.num_layers >= 1, "model.num_layers ", model.num_layers, " is below 1");
+  TORCH_CHECK_VALUE(model.full_attention_interval >= 1, "model.full_attention_interval ", model.full_attention_interval,
+                    " is below 1");
+  Step37Config result;
+  result.text.vocabulary_size = vocabulary_size;
+  result.text.hidden_size = model.hidden_size;
+  result.text.head_dim = model.head_dim;
+  result.text.num_query_groups = model.num_query_groups;
+  result.text.ffn_hidden_size = model.ffn_hidden_size;
+  result.text.rms_norm_eps = model.rms_norm_eps;
+  result.text.init_std = model.init_std;
+  result.text.sequence_parallel = config.parallel.sequence_parallel;
+  result.text.accumulate_into_grad = true;
+  for (int64_t layer = 0; layer < model.num_layers; ++layer) {
+    megatron::AttentionLayerConfig attention;
+    const bool full = layer % model.full_attention_interval == 0;
+    attention.num_attention_heads = full ? model.num_attention_heads : model.num_sliding_attention_heads;
+    attention.sliding_window = full ? 0 : model.sliding_window;
+    attention.rope_theta = full ? model.rope_theta : model.sliding_rope_theta;
+    attention.partial_rotary_factor = full ? model.partial_rotary_factor : 1.0;
+    result.text.layers.push_back(attention);
+  }
+  result.vision.image_size = config.vision.image_size;
+  result.vision.patch_size = config.vision.patch_size;
+  result.vision.width = config.vision.width;
+  result.vision.layers = config.vision.layers;
+  result.vision.heads = config.vision.heads;
+  result.vision.mlp_width = config.vision.mlp_width;
+  result.projector_bias = model.projector_bias;
+  result.projector_sharding = config.parallel.projector_sharding;
+  result.exchange = config.parallel.exchange;
+  result.freeze_vision_model = config.vision.freeze;
+  result.freeze_projector = model.freeze_projector;
+  result.freeze_language_model = model.freeze_language_model;
+  return result;
+}
+
+megatron::LearningRateSchedule learning_rate_schedule(const RunConfig& config) {
+  megatron::LearningRateSchedule schedule;
+  schedule.peak = config.training.learning_rate;
+  schedule.floor = config.training.min_learning_rate;
+  schedule.warmup_steps = config.training.warmup_steps;
+  schedule.total_steps = config.training.steps;
+  return schedule;
+}
+
+megatron::AdamWOptions adamw_options(const RunConfig& config) {
+  megatron::AdamWOptions options;
+  options.beta1 = config.training.beta1;
+  options.beta2 = config.training.beta2;
+  options.eps = config.training.eps;
+  options.weight_decay = config.training.weight_decay;
+  return options;
+}
+
+CropOptions crop_options(const RunConfig& config) {
+  CropOptions options;
+  options.global_side = config.vision.image_size;
+  options.crop_side = config.data.crops ? config.data.crop_side : config.vision.image_size;
+  options.max_side = config.data.max_side;
+  options.vision_patch_size = config.vision.patch_size;
+  options.with_crops = config.data.crops;
+  return options;
+}
+
+}  // namespace step37

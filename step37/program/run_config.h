@@ -1,0 +1,160 @@
+// The configuration of a training run: a YAML file and `key=value` overrides.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "megatron_cpp/optimizer/adamw.h"
+#include "megatron_cpp/training/learning_rate.h"
+#include "parallel/rank_grid.h"
+#include "step37/data/crop_plan.h"
+#include "step37/image_insert_embedding.h"
+#include "step37/step37_model.h"
+
+namespace step37 {
+
+// A section of the file is a struct, a key one of its members, of the same name. "Required": without a value that fits
+// every run, the file or an override has to give one.
+
+struct RunSection {
+  std::string directory;          ///< where results go; default: runs/<the configuration file's stem>
+  bool fresh = false;             ///< start over instead of resuming from the latest checkpoint
+  std::string device = "auto";    ///< auto, cpu or cuda
+  int64_t timeout_seconds = 600;  ///< how long a collective may wait for its peers
+};
+
+struct ParallelSection {
+  int64_t tensor = 0;  ///< ranks of a tensor-parallel group; 0: all ranks / data
+  int64_t data = 0;    ///< replicas of the model; 0: all ranks / tensor
+  bool sequence_parallel = true;
+  ProjectorSharding projector_sharding = ProjectorSharding::kReplicated;  ///< replicated or column
+  InsertExchange exchange = InsertExchange::kFused;                       ///< fused or all-gather
+};
+
+struct DataSection {
+  std::string directory;           ///< required: a folder for scan_captioned_pictures
+  double held_out = 0.05;          ///< share of the pictures that is never trained on, in [0, 1)
+  int64_t vocabulary_size = 1000;  ///< pieces of the tokenizer, trained on the captions
+  bool crops = false;              ///< cut large pictures into crops besides the global view
+  int64_t crop_side = 504;         ///< pixels; not looked at without crops
+  int64_t max_side = 3024;         ///< pixels; larger pictures are scaled down
+};
+
+struct ModelSection {
+  int64_t hidden_size = 0;                  ///< required
+  int64_t num_layers = 0;                   ///< required
+  int64_t head_dim = 0;                     ///< required
+  int64_t num_attention_heads = 0;          ///< required: query heads of a full-attention layer
+  int64_t num_sliding_attention_heads = 0;  ///< required: query heads of a sliding-window layer
+  int64_t num_query_groups = 0;             ///< required: key/value heads of every layer
+  int64_t ffn_hidden_size = 0;              ///< required
+  int64_t sliding_window = 0;               ///< required: positions a token attends to in a sliding-window layer
+  int64_t full_attention_interval = 4;      ///< k: layers 0, k, 2k, ... have full attention
+  double rope_theta = 5e6;                  ///< of full-attention layers
+  double partial_rotary_factor = 0.5;       ///< of full-attention layers; sliding-window layers rotate whole heads
+  double sliding_rope_theta = 1e4;
+  double rms_norm_eps = 1e-5;
+  double init_std = 0.02;
+  bool projector_bias = false;
+  bool freeze_language_model = false;
+  bool freeze_projector = false;
+};
+
+struct VisionSection {
+  int64_t image_size = 0;  ///< required: side of the global view, pixels
+  int64_t patch_size = 14;
+  int64_t width = 0;      ///< required
+  int64_t layers = 0;     ///< required
+  int64_t heads = 0;      ///< required
+  int64_t mlp_width = 0;  ///< required
+  bool freeze = false;
+};
+
+struct TrainingSection {
+  int64_t steps = 0;  ///< required: optimizer steps of the whole run
+  int64_t seed = 1234;
+  int64_t global_batch = 1;        ///< packs a step, over all replicas
+  int64_t sequence_length = 2048;  ///< positions of a pack
+  double learning_rate = 1e-3;     ///< at the end of the warm-up
+  double min_learning_rate = 0.0;  ///< at the last step
+  int64_t warmup_steps = 0;
+  double weight_decay = 0.1;
+  double beta1 = 0.9;
+  double beta2 = 0.95;
+  double eps = 1e-8;
+  double clip_grad_norm = 1.0;  ///< 0: no clipping
+};
+
+struct ValidationSection {
+  int64_t interval = 0;          ///< steps; 0: at the end only
+  std::optional<int64_t> packs;  ///< of the held-out pictures; written `all` where it isn't a number
+};
+
+struct CheckpointSection {
+  int64_t interval = 0;  ///< steps; 0: at the end only
+  int64_t keep = 2;      ///< newest checkpoints that stay
+};
+
+struct ReportSection {
+  int64_t pictures = 12;  ///< shown in report.html with their captions
+  int64_t max_new_tokens = 32;
+};
+
+struct RunConfig {
+  RunSection run;
+  ParallelSection parallel;
+  DataSection data;
+  ModelSection model;
+  VisionSection vision;
+  TrainingSection training;
+  ValidationSection validation;
+  CheckpointSection checkpoint;
+  ReportSection report;
+};
+
+/// Reads a YAML file of sections, then applies `overrides`, "section.key=value" each, in order; the last one holds.
+/// The text after the first '=' is the value as it is, without YAML's quotes or escapes. Values are checked for their
+/// type only: call validate(). Not collective.
+/// @throws c10::ValueError naming the key, and the file and line or the override it stands in:
+///         a file that can't be read or isn't YAML; a section or key that doesn't exist (with the nearest that does) or
+///         is given twice in the file; a value of another type; an override without '='; a required key that neither
+///         gives.
+RunConfig load_run_config(const std::filesystem::path& path, const std::vector<std::string>& overrides = {});
+
+/// The configuration that `key_values`, "section.key=value" each, give by themselves: what settings() returned, out of
+/// a checkpoint. Not collective.
+/// @throws c10::ValueError as load_run_config does for overrides.
+RunConfig run_config_from_settings(const std::vector<std::string>& key_values);
+
+/// Every key, "section.key", with its value, in the order of the structs. "key=value" of each, given to
+/// load_run_config as overrides of any file, makes the same configuration again.
+std::vector<std::pair<std::string, std::string>> settings(const RunConfig& config);
+
+/// Checks everything that can be checked before the data are read. Not collective.
+/// @throws c10::ValueError naming the key and the numbers:
+///         ranks that tensor * data doesn't give; a device that isn't one; counts below what makes sense; global_batch
+///         not divisible by the replicas; sequence_length not divisible by the tensor-parallel size under sequence
+///         parallelism, or too short for one picture; held_out outside [0, 1); pictures that don't fit the tower; and
+///         whatever the schedule's, AdamW's, the crops' and the model's own validate() find.
+void validate(const RunConfig& config, int num_ranks);
+
+/// How `num_ranks` ranks are split: the zeros of ParallelSection filled in. With both 0 all ranks are one
+/// tensor-parallel group.
+/// @throws c10::ValueError with the numbers if they don't multiply to num_ranks.
+parallel::RankGrid rank_grid(const RunConfig& config, int num_ranks);
+
+/// The model, with a vocabulary of `vocabulary_size` pieces (the tokenizer's, which may be below data.vocabulary_size).
+/// Gradients accumulate into their buffers (TransformerConfig::accumulate_into_grad).
+Step37Config model_config(const RunConfig& config, int64_t vocabulary_size);
+
+megatron::LearningRateSchedule learning_rate_schedule(const RunConfig& config);
+megatron::AdamWOptions adamw_options(const RunConfig& config);
+
+/// How pictures are cut. Without data.crops crop_side is the global view's, so that it always fits the patches.
+CropOptions crop_options(const RunConfig& config);
+
+}  // namespace step37

@@ -1,0 +1,53 @@
+#include "step37/program/training_run.h"
+
+#include <c10/util/Exception.h>
+
+#include <nlohmann/json.hpp>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+namespace step37 {
+
+std::string to_text(const RunState& state) {
+  auto kept = nlohmann::ordered_json::array();
+  for (const auto& [key, value] : settings(state.config)) kept.push_back({key, value});
+  return nlohmann::ordered_json{{"settings", std::move(kept)},
+                                {"sampler", {{"epoch", state.sampler.epoch}, {"position", state.sampler.position}}},
+                                {"optimizer_steps", state.optimizer_steps}}
+      .dump();
+}
+
+RunState run_state_from_text(const std::string& text, const std::string& where) {
+  RunState state;
+  try {
+    const auto json = nlohmann::json::parse(text);
+    std::vector<std::string> kept;
+    for (const auto& entry : json.at("settings")) {
+      kept.push_back(entry.at(0).get<std::string>() + "=" + entry.at(1).get<std::string>());
+    }
+    state.config = run_config_from_settings(kept);
+    state.sampler = {json.at("sampler").at("epoch"), json.at("sampler").at("position")};
+    state.optimizer_steps = json.at("optimizer_steps");
+  } catch (const nlohmann::json::exception& error) {
+    TORCH_CHECK_VALUE(false, where, ": the state is no training run's: ", error.what());
+  }
+  return state;
+}
+
+int64_t padding_multiple(int tensor_parallel_size) {
+  return std::lcm<int64_t>(64, std::lcm<int64_t>(tensor_parallel_size, 16));
+}
+
+CaptionerOptions captioner_options(const RunConfig& config, const Tokenizer& tokenizer,
+                                   const std::filesystem::path& folder, int tensor_parallel_size) {
+  CaptionerOptions options;
+  options.format = caption_format(tokenizer, crop_options(config));
+  options.folder = folder;
+  options.pad_to = config.parallel.sequence_parallel ? tensor_parallel_size : 1;
+  options.pad_id = tokenizer.pad_id();
+  options.max_new_tokens = config.report.max_new_tokens;
+  return options;
+}
+
+}  // namespace step37

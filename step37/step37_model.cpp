@@ -1,0 +1,96 @@
+#include "step37/step37_model.h"
+
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <utility>
+
+#include "megatron_cpp/tensor_parallel/vocab_parallel_cross_entropy.h"
+#include "parallel/shard.h"
+
+namespace step37 {
+namespace {
+
+void freeze(torch::nn::Module& module) {
+  for (auto& parameter : module.parameters()) parameter.set_requires_grad(false);
+}
+
+}  // namespace
+
+void Step37Config::validate(int tensor_parallel_size) const {
+  text.validate(tensor_parallel_size);
+  vision.validate();
+}
+
+Step37ModelImpl::Step37ModelImpl(const Step37Config& config, parallel::GroupPtr tp)
+    : config_(config), tp_(std::move(tp)) {
+  config_.validate(tp_->getSize());
+  // A replicated projector sees this rank's pictures only, and so does the tower; a column-sharded one needs the
+  // features of all on every rank, and hands the tower the whole gradient of each.
+  const bool own_pictures = config_.projector_sharding == ProjectorSharding::kReplicated && tp_->getSize() > 1;
+  const auto rule = own_pictures ? megatron::GradientRule::kReplicatedPartial : megatron::GradientRule::kReplicated;
+  vision_model = register_module("vision_model", VisionTower(config_.vision, rule));
+  language_model = register_module("language_model", megatron::GPTModel(config_.text, tp_));
+  image_insert_embedding = register_module(
+      "image_insert_embedding",
+      ImageInsertEmbedding(language_model->embedding,
+                           ImageInsertEmbeddingOptions(config_.vision.output_dim(), config_.text.hidden_size)
+                               .projector_bias(config_.projector_bias)
+                               .projector_sharding(config_.projector_sharding)
+                               .exchange(config_.exchange)
+                               .accumulate_into_grad(config_.text.accumulate_into_grad)));
+  if (config_.freeze_vision_model) freeze(*vision_model);
+  if (config_.freeze_projector) freeze(*image_insert_embedding);
+  if (config_.freeze_language_model) freeze(*language_model);
+}
+
+void Step37ModelImpl::keep_own_pictures(std::vector<ImageForInsert>& images) const {
+  if (config_.projector_sharding != ProjectorSharding::kReplicated) return;
+  std::vector<int64_t> costs;  // patches of each picture that every rank was given
+  for (const auto& group : images) {
+    if (!group.images.defined() || group.rows.defined()) continue;
+    const int64_t patch = config_.vision.patch_size;
+    const int64_t patches = (group.images.size(2) / patch) * (group.images.size(3) / patch);
+    costs.insert(costs.end(), static_cast<size_t>(group.images.size(0)), patches);
+  }
+  const auto holders = parallel::balanced_assignment(costs, tp_->getSize());
+  auto next = holders.begin();
+  for (auto& group : images) {
+    if (!group.images.defined() || group.rows.defined()) continue;
+    const int64_t num_images = group.images.size(0);
+    std::vector<int64_t> group_holders(next, next + num_images);
+    next += num_images;
+    std::vector<int64_t> own;
+    for (int64_t image = 0; image < num_images; ++image) {
+      if (group_holders[static_cast<size_t>(image)] == tp_->getRank()) own.push_back(image);
+    }
+    group.rows =
+        at::full({num_images}, config_.vision.feature_rows(group.images.size(2), group.images.size(3)), at::kLong);
+    group.holders = at::tensor(at::ArrayRef<int64_t>(group_holders), at::kLong);
+    group.images =
+        group.images.index_select(0, at::tensor(at::ArrayRef<int64_t>(own), at::kLong).to(group.images.device()));
+  }
+}
+
+at::Tensor Step37ModelImpl::forward(const Step37Batch& batch) {
+  auto images = batch.images;
+  keep_own_pictures(images);
+  for (auto& group : images) {
+    if (group.image_features.has_value()) continue;
+    TORCH_CHECK_VALUE(group.images.defined(), "the group of start token ", group.insert_start_token,
+                      " has neither images nor image_features");
+    group.image_features = vision_model->forward(group.images);
+  }
+  const auto embeddings = image_insert_embedding->forward(batch.input_ids, images, batch.attention.position_ids);
+  return language_model->forward(batch.input_ids, batch.attention, embeddings);
+}
+
+at::Tensor Step37ModelImpl::loss_sum(const Step37Batch& batch) {
+  const auto logits = forward(batch);
+  megatron::CrossEntropyOptions options;
+  options.vocabulary_size = config_.text.vocabulary_size;
+  return megatron::vocab_parallel_cross_entropy(logits, batch.labels.t(), options, tp_).sum();
+}
+
+}  // namespace step37

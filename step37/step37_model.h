@@ -1,0 +1,73 @@
+// Step3.7: vision tower, image-insert embedding, decoder and loss.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/nn/module.h>
+#include <torch/nn/pimpl.h>
+
+#include <vector>
+
+#include "megatron_cpp/transformer/gpt_model.h"
+#include "megatron_cpp/transformer/transformer_config.h"
+#include "parallel/group.h"
+#include "step37/image_for_insert.h"
+#include "step37/image_insert_embedding.h"
+#include "step37/vision/vision_tower.h"
+
+namespace step37 {
+
+struct Step37Config {
+  megatron::TransformerConfig text;
+  VisionConfig vision;
+  bool projector_bias = false;
+  ProjectorSharding projector_sharding = ProjectorSharding::kReplicated;
+  InsertExchange exchange = InsertExchange::kFused;
+  /// Parts that are not trained.
+  bool freeze_vision_model = false;
+  bool freeze_projector = false;
+  bool freeze_language_model = false;
+
+  /// @throws c10::ValueError naming what doesn't fit, as the parts' own validate() do.
+  void validate(int tensor_parallel_size) const;
+};
+
+/// One micro-batch. Equal on every rank of the tensor-parallel group, but for the pictures of `images`, of which a rank
+/// may have its own only (ImageForInsert::rows).
+struct Step37Batch {
+  at::Tensor input_ids;                ///< [B, S] int64 on the CPU
+  at::Tensor labels;                   ///< [B, S] int64: the token each position predicts, -100 where no loss counts
+  megatron::AttentionInput attention;  ///< positions and sub-sequences of the whole sequence
+  std::vector<ImageForInsert> images;  ///< patches before images
+};
+
+class Step37ModelImpl : public torch::nn::Module {
+ public:
+  /// Parameters are zero: load them, or call megatron::initialize_parameters. Not collective.
+  Step37ModelImpl(const Step37Config& config, parallel::GroupPtr tp);
+
+  /// @return  logits [S, B, V'/t], this rank's columns of the padded vocabulary.
+  /// The tower runs on the pictures this rank has; their number may differ between ranks, none included.
+  /// Collective over tp. Throws c10::ValueError as the parts do.
+  at::Tensor forward(const Step37Batch& batch);
+
+  /// The sum of the token losses of the batch, a float32 scalar, equal on every rank. Divide by the number of loss
+  /// tokens of the global batch. Collective over tp.
+  at::Tensor loss_sum(const Step37Batch& batch);
+
+  const Step37Config& config() const { return config_; }
+
+  VisionTower vision_model{nullptr};
+  megatron::GPTModel language_model{nullptr};
+  ImageInsertEmbedding image_insert_embedding{nullptr};  ///< borrows language_model->embedding
+
+ private:
+  /// Of pictures that every rank was given, keeps those whose tower run is this rank's: whole pictures, balanced by
+  /// patches. Others, and precomputed features, stay as they are.
+  void keep_own_pictures(std::vector<ImageForInsert>& images) const;
+
+  Step37Config config_;
+  parallel::GroupPtr tp_;
+};
+TORCH_MODULE(Step37Model);
+
+}  // namespace step37

@@ -1,0 +1,98 @@
+// The vision tower of Step3.7 (Perception Encoder G/14): pictures to rows of image features.
+//
+// Replicated: every rank of a tensor-parallel group holds the whole tower. Nothing here communicates; which rank runs
+// the tower on which pictures is the caller's choice, and with it how gradients are completed (GradientRule).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/nn/pimpl.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "megatron_cpp/tensor_parallel/parameter_shard.h"
+
+namespace step37 {
+
+/// Sizes of the vision tower; the defaults are the released model's.
+struct VisionConfig {
+  int64_t image_size = 728;  ///< side of the square picture whose patch grid positional_embedding holds
+  int64_t patch_size = 14;
+  int64_t width = 1536;  ///< channels inside the tower; the downsamplers go to 2 * width and 4 * width
+  int64_t layers = 47;
+  int64_t heads = 16;
+  int64_t mlp_width = 8960;
+  double layer_scale_init = 0.1;
+  double layer_norm_eps = 1e-5;
+  double rope_theta = 10000.0;
+
+  /// @throws c10::ValueError naming the field and the numbers: a size that isn't positive, image_size not a multiple of
+  ///         patch_size, width not a multiple of 4 * heads (two axes of rotary pairs per head).
+  void validate() const;
+
+  /// C, the channels of a feature row.
+  int64_t output_dim() const { return 4 * width; }
+
+  /// L, the feature rows of one picture: each side of its grid of patches is halved twice, rounding up.
+  /// @throws c10::ValueError naming the sizes if a side isn't a positive multiple of patch_size.
+  int64_t feature_rows(int64_t image_height, int64_t image_width) const;
+};
+
+/// Patches + absolute positions, a norm, `layers` transformer blocks, two convolutions of stride 2:
+///   x = ln_pre(conv1(pixels) + positions)
+///   x = x + ls_1 attn(ln_1(x));  x = x + ls_2 mlp(ln_2(x))                                 in each block
+///   features = vit_downsampler2(vit_downsampler1(x))
+/// Attention is full, with rotary angles of the patch's column on the first half of a head and of its row on the second
+/// half, on adjacent pairs (2i, 2i+1); the rows of attn.in_proj_weight are in that order, as in the published file. The
+/// mlp's activation is x sigmoid(1.702 x).
+/// Positions of a grid other than image_size / patch_size squared are resampled bilinearly (align_corners false).
+///
+/// Parameters bear the published names without `vision_model.` in front. They are left unset here: load them, or call
+/// megatron::initialize_parameters. Not collective.
+class VisionTowerImpl : public megatron::ParallelModule {
+ public:
+  /// @param rule  of every gradient: kReplicated if each rank runs all pictures, kReplicatedPartial if it runs its own.
+  /// @throws c10::ValueError as VisionConfig::validate does, and if `rule` is kSharded.
+  VisionTowerImpl(const VisionConfig& config, megatron::GradientRule rule);
+
+  /// @param pixels  [N, 3, height, width] of floating dtype, normalised, on the parameters' device; N may be 0. Cast to
+  ///                the parameters' dtype.
+  /// @return        [N, L, C] of the parameters' dtype, L = feature_rows(height, width), rows of the grid one after the
+  ///                other, C = output_dim().
+  /// With N = 0 backward gives every parameter a gradient of zeros. Sends nothing; not collective.
+  /// @throws c10::ValueError with the sizes if pixels isn't as above or a side isn't a positive multiple of patch_size.
+  at::Tensor forward(const at::Tensor& pixels);
+
+  /// forward without the downsamplers: the output of the last block, [N, patches, width]. Throws as forward does.
+  at::Tensor encode(const at::Tensor& pixels);
+
+  /// Weights start normal with standard deviation fan_in^-0.5, positions with width^-0.5, norms at 1, biases at 0 and
+  /// layer scales at layer_scale_init. Only the weights of linear maps and convolutions decay.
+  std::vector<megatron::ParameterShard> own_parameters() const override;
+
+  const VisionConfig& config() const { return config_; }
+
+ private:
+  struct Affine;
+  struct LayerScale;
+  struct Rotary;
+  struct Attention;
+  struct Mlp;
+  struct Block;
+
+  at::Tensor positions(int64_t grid_rows, int64_t grid_columns) const;
+  Rotary rotary(int64_t grid_rows, int64_t grid_columns) const;
+
+  VisionConfig config_;
+  megatron::GradientRule rule_;
+  at::Tensor positional_embedding_;  ///< [(image_size / patch_size)^2, width]
+  std::shared_ptr<Affine> conv1_;
+  std::shared_ptr<Affine> ln_pre_;
+  std::vector<std::shared_ptr<Block>> blocks_;
+  std::shared_ptr<Affine> vit_downsampler1_;
+  std::shared_ptr<Affine> vit_downsampler2_;
+};
+TORCH_MODULE(VisionTower);
+
+}  // namespace step37

@@ -1,0 +1,562 @@
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+#include <gtest/gtest.h>
+#include <torch/nn/pimpl.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <initializer_list>
+#include <memory>
+#include <sstream>
+#include <string>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <utility>
+#include <vector>
+
+#include "megatron_cpp/checkpoint/safetensors.h"
+#include "megatron_cpp/checkpoint/sharded_checkpoint.h"
+#include "megatron_cpp/tensor_parallel/column_parallel_linear.h"
+#include "megatron_cpp/tensor_parallel/language_model_embedding.h"
+#include "megatron_cpp/tensor_parallel/row_parallel_linear.h"
+#include "parallel/agree.h"
+#include "parallel/collectives.h"
+#include "tests/support/test_world.h"
+
+namespace {
+
+namespace fs = std::filesystem;
+using megatron::CheckpointContents;
+using megatron::CheckpointReader;
+using megatron::GradientRule;
+using megatron::ParameterShard;
+using megatron::ShardedTensor;
+using megatron::UnusedTensors;
+using test_support::exact_values;
+using test_support::groups;
+
+constexpr int64_t kV = 5;  // over four ranks: two rows each, the last rank's both padding
+constexpr int64_t kH = 8;
+
+/// Two norms, one of each replicated rule; their parent speaks for them.
+class NormsImpl : public megatron::ParallelModule {
+ public:
+  NormsImpl() {
+    norm = register_parameter("norm", at::zeros({kH}));
+    q_norm = register_parameter("q_norm", at::zeros({2}));
+  }
+  std::vector<ParameterShard> own_parameters() const override {
+    const auto one = megatron::InitialValue::constant(1.0);
+    return {megatron::replicated_parameter("norm", norm, GradientRule::kReplicated, one, false),
+            megatron::replicated_parameter("q_norm", q_norm, GradientRule::kReplicatedPartial, one, false)};
+  }
+  at::Tensor norm;
+  at::Tensor q_norm;
+};
+TORCH_MODULE(Norms);
+
+/// One of everything: a padded vocabulary, a fused matrix, split by rows and by columns, replicated.
+class ModelImpl : public torch::nn::Module {
+ public:
+  explicit ModelImpl(const parallel::GroupPtr& tp) {
+    register_module("embedding", megatron::LanguageModelEmbedding(megatron::VocabParallelEmbeddingOptions(kV, kH), tp));
+    register_module(
+        "qkv",
+        megatron::ColumnParallelLinear(
+            megatron::ColumnParallelLinearOptions(kH, {{"q_proj", 16}, {"k_proj", 4}, {"v_proj", 8}}).bias(true), tp));
+    register_module("down", megatron::RowParallelLinear(megatron::RowParallelLinearOptions(12, kH).bias(true), tp));
+    register_module("norms", Norms());
+  }
+};
+TORCH_MODULE(Model);
+
+std::string published(const std::string& name) { return "model." + name; }
+
+/// The values that tests give the global tensor `name`: those of another name or seed differ.
+at::Tensor global_values(const std::string& name, at::IntArrayRef shape, int64_t seed) {
+  const auto number = static_cast<int64_t>(std::hash<std::string>{}(name) % 100000);
+  return exact_values(shape, number + seed);
+}
+
+void fill(const std::vector<ShardedTensor>& tensors, int64_t seed) {
+  for (const auto& tensor : tensors) {
+    tensor.local.copy_(global_values(tensor.name, tensor.global_shape, seed)
+                           .narrow(tensor.dim, tensor.global_begin, tensor.local.size(tensor.dim)));
+  }
+}
+
+/// A model with its optimizer, as a rank of one layout holds it.
+struct Training {
+  explicit Training(const parallel::ProcessGroups& layout)
+      : model(layout.tp), optimizer(on_device(model), {}), tensors(all(optimizer, layout)) {}
+
+  static std::vector<ParameterShard> on_device(Model& model) {
+    model->to(test_support::runtime().device());
+    return megatron::parameter_shards(*model);
+  }
+  static std::vector<ShardedTensor> all(const megatron::AdamW& optimizer, const parallel::ProcessGroups& layout) {
+    auto result = megatron::sharded_tensors(optimizer.parameters(), published, layout);
+    for (auto& moment : megatron::sharded_tensors(optimizer, published, layout)) result.push_back(std::move(moment));
+    return result;
+  }
+  void zero() {
+    const at::NoGradGuard no_grad;
+    for (auto& parameter : model->parameters()) parameter.zero_();
+    for (const auto& [exp_avg, exp_avg_sq] : optimizer.moments()) {
+      exp_avg.zero_();
+      exp_avg_sq.zero_();
+    }
+  }
+  /// What is in no segment: the rows of the vocabulary's padding.
+  double padding_sum() const {
+    double all_of_it = 0;
+    double of_segments = 0;
+    for (const auto& parameter : model->parameters()) all_of_it += parameter.detach().abs().sum().item<double>();
+    for (const auto& tensor : tensors) {
+      if (tensor.name.starts_with("model.")) of_segments += tensor.local.abs().sum().item<double>();
+    }
+    return all_of_it - of_segments;
+  }
+
+  Model model;
+  megatron::AdamW optimizer;
+  std::vector<ShardedTensor> tensors;
+};
+
+int world_rank() { return test_support::runtime().rank(); }
+int world_size() { return test_support::runtime().size(); }
+const parallel::GroupPtr& world() { return groups(1).world; }
+
+/// A tensor split evenly over the world, or whole on every rank and written by rank 0.
+ShardedTensor split(const std::string& name, at::IntArrayRef shape, int64_t dim, int64_t seed,
+                    at::ScalarType dtype = at::kFloat) {
+  const int64_t rows = shape[static_cast<size_t>(dim)] / world_size();
+  const int64_t begin = rows * world_rank();
+  const auto whole = global_values(name, shape, seed).to(dtype);
+  return {name, whole.narrow(dim, begin, rows).clone(), shape.vec(), dim, begin, true};
+}
+
+ShardedTensor whole(const std::string& name, at::IntArrayRef shape, int64_t dim, int64_t seed,
+                    at::ScalarType dtype = at::kFloat) {
+  return {name, global_values(name, shape, seed).to(dtype), shape.vec(), dim, 0, world_rank() == 0};
+}
+
+std::string read_text(const fs::path& file) {
+  std::ifstream stream(file);
+  std::stringstream text;
+  text << stream.rdbuf();
+  return text.str();
+}
+
+void write_text(const fs::path& file, const std::string& text) { std::ofstream(file) << text; }
+
+/// Replaces the first `from` of a file; the file must have one.
+void edit(const fs::path& file, const std::string& from, const std::string& to) {
+  auto text = read_text(file);
+  const auto at = text.find(from);
+  ASSERT_NE(at, std::string::npos) << file << " has no " << from;
+  write_text(file, text.replace(at, from.size(), to));
+}
+
+std::vector<std::string> names_in(const fs::path& folder) {
+  std::vector<std::string> names;
+  for (const auto& entry : fs::directory_iterator(folder)) names.push_back(entry.path().filename().string());
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+using Names = std::vector<std::string>;
+
+template <class Error, class Action>
+std::string text_of(const Action& action) {
+  try {
+    action();
+  } catch (const Error& error) {
+    return parallel::error_text(error);
+  }
+  return "nothing thrown";
+}
+
+testing::AssertionResult mentions(const std::string& text, std::initializer_list<std::string> parts) {
+  for (const auto& part : parts) {
+    if (text.find(part) == std::string::npos)
+      return testing::AssertionFailure() << "no \"" << part << "\" in: " << text;
+  }
+  return testing::AssertionSuccess();
+}
+
+/// Keeps warnings instead of printing them.
+class WarningLog : public c10::WarningHandler {
+ public:
+  void process(const c10::Warning& warning) override { text += warning.msg() + "\n"; }
+  std::string text;
+};
+
+/// A folder that all ranks share, for one test.
+class Checkpoint : public testing::Test {
+ protected:
+  void SetUp() override {
+    std::string made;
+    if (world_rank() == 0) {
+      made = (fs::temp_directory_path() / "checkpoint_test.XXXXXX").string();
+      if (::mkdtemp(made.data()) == nullptr) made.clear();
+    }
+    folder_ = parallel::broadcast_text(made, 0, world());
+    ASSERT_FALSE(folder_.empty());
+  }
+  void TearDown() override {
+    parallel::barrier(world());
+    if (world_rank() == 0) fs::remove_all(folder_);
+  }
+
+  fs::path save(int64_t step, const std::vector<ShardedTensor>& tensors, int64_t keep_last = 0) {
+    const CheckpointContents contents{step, "{}", tensors};
+    return megatron::save_checkpoint(directory(), contents, world(), {.keep_last = keep_last});
+  }
+  /// The error that all ranks throw, equal on all.
+  std::string save_error(const CheckpointContents& contents) {
+    const auto text =
+        text_of<parallel::AgreedError>([&] { megatron::save_checkpoint(directory(), contents, world()); });
+    EXPECT_EQ(text, parallel::broadcast_text(text, 0, world()));
+    return text;
+  }
+  fs::path directory() const { return folder_ / "run" / "checkpoints"; }
+
+ private:
+  fs::path folder_;
+};
+
+/// One saved step to damage; rank 0 alone reads it.
+class DamagedCheckpoint : public Checkpoint {
+ protected:
+  void SetUp() override {
+    Checkpoint::SetUp();
+    step_ = save(7, {split("rows", {8, 3}, 0, 1), whole("norm", {5}, 0, 1)});
+    parallel::barrier(world());
+  }
+  fs::path manifest() const { return step_ / "manifest.json"; }
+  fs::path last_file() const {
+    const auto number = std::to_string(world_size());
+    return step_ / ("rank-000" + std::to_string(world_size() - 1) + "-of-000" + number + ".safetensors");
+  }
+  std::string open_error() const {
+    return text_of<c10::ValueError>([&] { const CheckpointReader reader(step_); });
+  }
+  std::string load_error(const std::vector<ShardedTensor>& tensors,
+                         UnusedTensors unused = UnusedTensors::kAllow) const {
+    return text_of<c10::ValueError>([&] { CheckpointReader(step_).load(tensors, unused); });
+  }
+  /// The whole tensor as a reader of one rank asks for it.
+  static ShardedTensor wanted(const std::string& name, at::IntArrayRef shape, at::ScalarType dtype = at::kFloat) {
+    return {name, at::zeros(shape, dtype), shape.vec(), 0, 0, true};
+  }
+
+  fs::path step_;
+};
+
+}  // namespace
+
+TEST_F(Checkpoint, AnyLayoutReadsWhatAnyLayoutWrote) {
+  int64_t step = 0;
+  for (const int saved_tp : test_support::divisors_of_world()) {
+    Training saved(groups(saved_tp));
+    ++step;
+    fill(saved.tensors, step);
+    save(step, saved.tensors);
+    for (const int tp : test_support::divisors_of_world()) {
+      Training loaded(groups(tp));
+      loaded.zero();
+      const CheckpointReader reader(directory() / "latest");
+      EXPECT_EQ(reader.step(), step);
+      reader.load(loaded.tensors);
+      for (const auto& tensor : loaded.tensors) {
+        const auto expected = global_values(tensor.name, tensor.global_shape, step)
+                                  .narrow(tensor.dim, tensor.global_begin, tensor.local.size(tensor.dim));
+        EXPECT_TRUE(test_support::equal(tensor.local, expected)) << tensor.name << ", tp " << saved_tp << " to " << tp;
+      }
+      EXPECT_EQ(loaded.padding_sum(), 0.0);
+    }
+  }
+}
+
+TEST_F(Checkpoint, LoadingWritesIntoTheParametersThemselves) {
+  const auto& layout = groups(world_size());
+  Training saved(layout);
+  fill(saved.tensors, 3);
+  save(1, saved.tensors);
+  Training loaded(layout);
+  CheckpointReader(directory()).load(loaded.tensors);
+  const auto ours = saved.model->named_parameters();
+  for (const auto& parameter : loaded.model->named_parameters()) {
+    if (parameter.key().find("embedding") != std::string::npos) continue;  // its padding is no part of the checkpoint
+    EXPECT_TRUE(test_support::equal(parameter.value(), ours[parameter.key()])) << parameter.key();
+    EXPECT_TRUE(parameter.value().requires_grad() && parameter.value().is_leaf()) << parameter.key();
+  }
+}
+
+TEST_F(Checkpoint, OneReplicaIsWritten) {
+  for (const int tp : test_support::divisors_of_world()) {
+    const auto& layout = groups(tp);
+    Training training(layout);
+    const auto step = save(tp, training.tensors);
+    if (world_rank() != 0) continue;
+    EXPECT_EQ(names_in(step).size(), static_cast<size_t>(tp) + 1) << "a file for each tp rank of dp rank 0, a manifest";
+    for (int rank = 0; rank < tp; ++rank) {
+      const auto name = "rank-000" + std::to_string(rank) + "-of-000" + std::to_string(world_size()) + ".safetensors";
+      const megatron::SafetensorsFile file(step / name);
+      EXPECT_EQ(file.contains("model.norms.norm"), rank == 0) << name;
+      EXPECT_EQ(file.contains("optimizer.exp_avg.model.norms.q_norm"), rank == 0) << name;
+      EXPECT_TRUE(file.contains("model.qkv.k_proj.weight")) << name;
+      EXPECT_TRUE(file.contains("optimizer.exp_avg_sq.model.down.weight")) << name;
+    }
+  }
+}
+
+TEST_F(Checkpoint, OneRankWritesForAnyNumber) {
+  if (world_rank() == 0) {
+    Training saved(groups(1));
+    fill(saved.tensors, 5);
+    megatron::save_checkpoint(directory(), {5, "{}", saved.tensors}, test_support::single());
+    EXPECT_EQ(names_in(directory() / "latest/"), (Names{"manifest.json", "rank-0000-of-0001.safetensors"}));
+  }
+  parallel::barrier(world());
+  Training loaded(groups(world_size()));
+  CheckpointReader(directory() / "step-00000005").load(loaded.tensors);
+  for (const auto& tensor : loaded.tensors) {
+    const auto expected = global_values(tensor.name, tensor.global_shape, 5)
+                              .narrow(tensor.dim, tensor.global_begin, tensor.local.size(tensor.dim));
+    EXPECT_TRUE(test_support::equal(tensor.local, expected)) << tensor.name;
+  }
+}
+
+TEST_F(Checkpoint, PiecesMayBeSplitInAnotherDimension) {
+  const std::vector<ShardedTensor> saved{split("by_rows", {8, 12}, 0, 1), split("by_columns", {8, 12}, 1, 1),
+                                         whole("whole", {8, 12, 2}, 0, 1, at::kBFloat16),
+                                         split("middle", {3, 4, 5}, 1, 1, at::kLong)};
+  save(1, saved);
+  const CheckpointReader reader(directory());
+  const std::vector<ShardedTensor> wanted{split("by_rows", {8, 12}, 1, 2), split("by_columns", {8, 12}, 0, 2),
+                                          split("whole", {8, 12, 2}, 1, 2, at::kBFloat16),
+                                          whole("middle", {3, 4, 5}, 2, 2, at::kLong)};
+  reader.load(wanted);
+  for (const auto& tensor : wanted) {
+    const auto expected = global_values(tensor.name, tensor.global_shape, 1)
+                              .to(tensor.local.scalar_type())
+                              .narrow(tensor.dim, tensor.global_begin, tensor.local.size(tensor.dim));
+    EXPECT_TRUE(test_support::equal(tensor.local, expected)) << tensor.name;
+  }
+  EXPECT_EQ(reader.names(), (Names{"by_columns", "by_rows", "middle", "whole"}));
+  EXPECT_EQ(reader.global_shape("whole"), (std::vector<int64_t>{8, 12, 2}));
+}
+
+TEST_F(Checkpoint, UnevenPiecesAreReadInUnevenParts) {
+  // Rank r writes r + 1 rows; rows [1, last - 1) are asked for.
+  const int64_t rank = world_rank();
+  const int64_t total = int64_t{world_size()} * (world_size() + 1) / 2;
+  const int64_t begin = rank * (rank + 1) / 2;
+  const auto values = global_values("uneven", {total, 3}, 1);
+  save(1, {{"uneven", values.narrow(0, begin, rank + 1), {total, 3}, 0, begin, true}});
+  const int64_t length = std::max<int64_t>(total - 2, 0);
+  const ShardedTensor wanted{"uneven", at::zeros({length, 3}), {total, 3}, 0, 1, true};
+  CheckpointReader(directory()).load({wanted});
+  EXPECT_TRUE(test_support::equal(wanted.local, values.narrow(0, 1, length)));
+}
+
+TEST_F(Checkpoint, KeepsTheStateTextOfRankZero) {
+  const std::string state = "{\"sampler\": {\"position\": 12},\n \"note\": \"\\\"ü\\\"\"}";
+  megatron::save_checkpoint(directory(), {123456789, world_rank() == 0 ? state : "other", {}}, world());
+  const CheckpointReader reader(directory() / "latest");
+  EXPECT_EQ(reader.state(), state);
+  EXPECT_EQ(reader.step(), 123456789);
+  EXPECT_EQ(reader.folder(), fs::canonical(directory() / "step-123456789"));
+}
+
+TEST_F(Checkpoint, KeepsTheLastOnes) {
+  for (const int64_t step : {1, 2, 3, 4}) save(step, {whole("norm", {5}, 0, step)}, step == 4 ? 2 : 0);
+  parallel::barrier(world());
+  if (world_rank() == 0) {
+    EXPECT_EQ(names_in(directory()), (Names{"latest", "step-00000003", "step-00000004"}));
+  }
+  parallel::barrier(world());
+  save(2, {whole("norm", {5}, 0, 2)}, 1);  // a run that went back: it doesn't count the steps after it
+  parallel::barrier(world());
+  if (world_rank() == 0) {
+    EXPECT_EQ(names_in(directory()), (Names{"latest", "step-00000002", "step-00000003", "step-00000004"}));
+    EXPECT_EQ(CheckpointReader(directory() / "latest").step(), 2);
+  }
+}
+
+TEST_F(Checkpoint, TheSameStepIsReplaced) {
+  save(4, {whole("norm", {5}, 0, 1), whole("old", {5}, 0, 1)});
+  save(4, {whole("norm", {5}, 0, 2)});
+  EXPECT_EQ(names_in(directory()), (Names{"latest", "step-00000004"}));
+  const ShardedTensor norm = whole("norm", {5}, 0, 3);
+  CheckpointReader(directory()).load({norm});
+  EXPECT_TRUE(test_support::equal(norm.local, global_values("norm", {5}, 2)));
+}
+
+TEST_F(Checkpoint, AnInterruptedSaveIsIgnoredAndCleaned) {
+  save(1, {whole("norm", {5}, 0, 1)});
+  if (world_rank() == 0) {
+    fs::create_directories(directory() / "step-00000002.partial");
+    write_text(directory() / "step-00000002.partial" / "rank-0000-of-0001.safetensors.partial", "half");
+    fs::create_directory_symlink("step-00000002", directory() / "latest.partial");
+    write_text(directory() / "notes.partial", "not ours");
+    EXPECT_EQ(megatron::latest_checkpoint(directory()), directory() / "step-00000001");
+    EXPECT_EQ(CheckpointReader(directory()).step(), 1);
+  }
+  parallel::barrier(world());
+  save(3, {whole("norm", {5}, 0, 3)});
+  EXPECT_EQ(names_in(directory()), (Names{"latest", "notes.partial", "step-00000001", "step-00000003"}));
+}
+
+TEST_F(Checkpoint, AnErrorOfOneRankIsThatOfAllAndLeavesTheLatest) {
+  save(1, {whole("norm", {5}, 0, 1)});
+  // Known to no safetensors file, and found out only by the rank that writes it: the last.
+  auto complex = whole("complex", {5}, 0, 1, at::kComplexFloat);
+  complex.main_replica = world_rank() == world_size() - 1;
+  const auto text = save_error({2, "{}", {complex, whole("norm", {5}, 0, 2)}});
+  EXPECT_TRUE(mentions(text, {"tensor complex", "ComplexFloat"}));
+  EXPECT_EQ(names_in(directory()), (Names{"latest", "step-00000001"}));
+  EXPECT_EQ(CheckpointReader(directory() / "latest").step(), 1);
+}
+
+TEST_F(Checkpoint, AFolderThatCannotBeMadeIsAnErrorOfAll) {
+  if (world_rank() == 0) {
+    fs::create_directories(directory().parent_path());
+    write_text(directory(), "a file");
+  }
+  parallel::barrier(world());
+  EXPECT_TRUE(mentions(save_error({2, "{}", {whole("norm", {5}, 0, 2)}}), {directory().string()}));
+}
+
+TEST_F(Checkpoint, SavingRefusesSlicesThatDontFit) {
+  const int last = world_size() - 1;
+  const bool is_last = world_rank() == last;
+  auto hole = split("hole", {8, 2}, 0, 1);
+  if (is_last) hole.main_replica = false;
+  EXPECT_TRUE(
+      mentions(save_error({1, "{}", {hole}}), {"tensor hole of shape [8, 2]", "8) of dimension 0", "no piece"}));
+
+  auto nobodys = whole("nobodys", {5}, 0, 1);
+  nobodys.main_replica = false;
+  EXPECT_TRUE(mentions(save_error({1, "{}", {nobodys}}), {"tensor nobodys of shape [5]", "rows [0, 5)", "no piece"}));
+
+  auto range = whole("range", {5}, 0, 1);
+  if (is_last) range.global_begin = 1;
+  EXPECT_TRUE(mentions(save_error({1, "{}", {range}}), {"tensor range of shape [5]", "row 1 of dimension 0"}));
+
+  auto shape = whole("shape", {5, 2}, 0, 1);
+  shape.dim = 2;
+  EXPECT_TRUE(mentions(save_error({1, "{}", {shape}}), {"tensor shape of shape [5, 2]", "dimension 2"}));
+
+  const auto norm = whole("norm", {5}, 0, 1);
+  EXPECT_TRUE(mentions(save_error({1, "{}", {norm, norm}}), {"tensor norm is given twice"}));
+  EXPECT_TRUE(mentions(save_error({-1, "{}", {norm}}), {"step -1"}));
+
+  if (last > 0) {
+    auto twice = whole("twice", {5}, 0, 1);
+    twice.main_replica = true;
+    EXPECT_TRUE(
+        mentions(save_error({1, "{}", {twice}}), {"tensor twice", "two pieces", "rank-0000-of", "rank-0001-of"}));
+    const auto other = is_last ? whole("other", {6}, 0, 1) : whole("other", {5}, 0, 1);
+    EXPECT_TRUE(mentions(save_error({1, "{}", {other}}), {"tensor other", "[6]", "[5]"}));
+    const auto kind = whole("kind", {5}, 0, 1, is_last ? at::kHalf : at::kFloat);
+    EXPECT_TRUE(mentions(save_error({1, "{}", {kind}}), {"tensor kind", "Half", "Float"}));
+    const int64_t step = is_last ? 2 : 1;
+    EXPECT_TRUE(mentions(save_error({step, "{}", {norm}}), {"saves step 2", "rank 0 step 1"}));
+  }
+  EXPECT_FALSE(fs::exists(directory())) << "nothing was to be written";
+}
+
+TEST_F(Checkpoint, LatestFallsBackPastBrokenOnes) {
+  for (const int64_t step : {1, 20, 300}) save(step, {whole("norm", {5}, 0, step)});
+  parallel::barrier(world());
+  if (world_rank() != 0) return;
+  EXPECT_EQ(megatron::latest_checkpoint(directory()), directory() / "step-00000300");
+  WarningLog warnings;
+  const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
+  const auto file = names_in(directory() / "step-00000300").back();
+  fs::resize_file(directory() / "step-00000300" / file, 100);
+  EXPECT_EQ(megatron::latest_checkpoint(directory()), directory() / "step-00000020");
+  EXPECT_TRUE(mentions(warnings.text, {"step-00000300", file, "has 100 bytes, the manifest says"}));
+  fs::remove(directory() / "step-00000020" / "manifest.json");
+  EXPECT_EQ(megatron::latest_checkpoint(directory()), directory() / "step-00000001");
+  EXPECT_TRUE(mentions(warnings.text, {"step-00000020", "manifest.json", "No such file"}));
+  fs::remove(directory() / "step-00000001" / file);
+  EXPECT_EQ(megatron::latest_checkpoint(directory()), std::nullopt);
+  EXPECT_TRUE(mentions(warnings.text, {"step-00000001", file, "is missing"}));
+  EXPECT_EQ(megatron::latest_checkpoint(directory() / "nowhere"), std::nullopt);
+}
+
+TEST_F(DamagedCheckpoint, IsWhole) {
+  const auto norm = wanted("norm", {5});
+  EXPECT_EQ(load_error({norm, wanted("rows", {8, 3})}, UnusedTensors::kRefuse), "nothing thrown");
+  EXPECT_TRUE(test_support::equal(norm.local, global_values("norm", {5}, 1)));
+}
+
+TEST_F(DamagedCheckpoint, AsksThatDontFit) {
+  const auto file = manifest().string();
+  EXPECT_TRUE(mentions(load_error({wanted("missing", {4, 2})}), {file, "no tensor missing", "[4, 2]"}));
+  EXPECT_TRUE(mentions(load_error({wanted("rows", {8, 4})}), {file, "tensor rows", "Float [8, 3]", "Float [8, 4]"}));
+  EXPECT_TRUE(mentions(load_error({wanted("rows", {8, 3}, at::kHalf)}), {file, "tensor rows", "Half [8, 3]"}));
+  const auto norm = wanted("norm", {5});
+  EXPECT_EQ(load_error({norm}), "nothing thrown");
+  norm.local.zero_();
+  EXPECT_TRUE(mentions(load_error({norm}, UnusedTensors::kRefuse), {file, "tensor rows", "[8, 3]", "not asked for"}));
+  EXPECT_TRUE(mentions(load_error({norm, wanted("missing", {1})}), {"missing"}));
+  EXPECT_TRUE(test_support::equal(norm.local, at::zeros({5}))) << "nothing is filled before all is checked";
+  auto beyond = wanted("norm", {5});
+  beyond.global_begin = 3;
+  EXPECT_TRUE(mentions(load_error({beyond}), {"tensor norm of shape [5]", "row 3"}));
+  EXPECT_TRUE(mentions(text_of<c10::ValueError>([&] { CheckpointReader(step_).global_shape("missing"); }),
+                       {file, "no tensor missing"}));
+}
+
+TEST_F(DamagedCheckpoint, FilesThatAreNotWhatTheyWere) {
+  if (world_rank() != 0) return;
+  const auto rows = wanted("rows", {8, 3});
+  const auto size = fs::file_size(last_file());
+  fs::resize_file(last_file(), size - 1);
+  EXPECT_TRUE(mentions(load_error({rows}), {"tensor rows", last_file().string(), "truncated"}));
+  fs::resize_file(last_file(), 3);
+  EXPECT_TRUE(mentions(load_error({rows}), {"tensor rows", last_file().string(), "3 bytes"}));
+  fs::remove(last_file());
+  EXPECT_TRUE(mentions(load_error({rows}), {"tensor rows", last_file().string(), "No such file"}));
+  megatron::write_safetensors(last_file(), {{"rows", at::zeros({1, 3})}});
+  EXPECT_TRUE(mentions(load_error({rows}), {"tensor rows", last_file().string(), "Float [1, 3]", ", 3]"}));
+  megatron::write_safetensors(last_file(), {{"else", at::zeros({1, 3})}});
+  EXPECT_TRUE(mentions(load_error({rows}), {"no tensor rows", last_file().string()}));
+  if (world_size() > 1) {  // the damaged file isn't needed for the other
+    EXPECT_EQ(load_error({wanted("norm", {5})}), "nothing thrown");
+  }
+}
+
+TEST_F(DamagedCheckpoint, ManifestsThatAreWrong) {
+  if (world_rank() != 0) return;
+  const auto original = read_text(manifest());
+  const auto error_after = [&](const std::string& from, const std::string& to) {
+    write_text(manifest(), original);
+    edit(manifest(), from, to);
+    return open_error();
+  };
+  const auto file = manifest().string();
+  EXPECT_TRUE(mentions(error_after("{", "["), {file, "not JSON"}));
+  EXPECT_TRUE(mentions(error_after("\"format_version\": 1", "\"format_version\": 2"), {file, "format_version is 2"}));
+  EXPECT_TRUE(mentions(error_after("\"step\"", "\"stepp\""), {file, "no key step"}));
+  EXPECT_TRUE(mentions(error_after("\"step\": 7", "\"step\": \"7\""), {file, "key step", "number"}));
+  EXPECT_TRUE(mentions(error_after("\"dtype\"", "\"type\""), {file, "no key tensors/norm/dtype"}));
+  EXPECT_TRUE(mentions(error_after("\"begin\"", "\"start\""), {file, "no key tensors/norm/pieces[0]/begin"}));
+  EXPECT_TRUE(mentions(error_after("\"pieces\"", "\"parts\""), {file, "no key tensors/norm/pieces"}));
+  EXPECT_TRUE(
+      mentions(error_after("\"length\": 5", "\"length\": 4"), {file, "tensor norm", "rows [4, 5)", "no piece"}));
+  EXPECT_TRUE(mentions(error_after("\"length\": 5", "\"length\": 9223372036854775807"), {file, "tensor norm", "rows"}));
+  EXPECT_TRUE(mentions(error_after("\"dim\": 0", "\"dim\": 1"), {file, "tensor norm of shape [5]", "dimension 1"}));
+  EXPECT_TRUE(mentions(error_after("\"file\": \"rank", "\"file\": \"tank"), {file, "tank-0000", "norm"}));
+  EXPECT_TRUE(mentions(error_after(original, "[1]"), {file, "not a JSON object"}));
+  EXPECT_TRUE(mentions(error_after(original, ""), {file, "not JSON"}));
+  fs::remove(manifest());
+  EXPECT_TRUE(mentions(open_error(), {step_.string(), "is no checkpoint", "manifest.json", "latest"}));
+}

@@ -1,0 +1,254 @@
+#include "megatron_cpp/checkpoint/safetensors.h"
+
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <string>
+#include <vector>
+
+namespace {
+
+namespace fs = std::filesystem;
+using megatron::NamedTensor;
+using megatron::SafetensorsFile;
+using megatron::write_safetensors;
+
+bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+
+/// Equal dtype, shape and bits.
+bool same(const at::Tensor& a, const at::Tensor& b) {
+  return a.scalar_type() == b.scalar_type() && a.sizes() == b.sizes() && a.is_contiguous() &&
+         (a.numel() == 0 || std::memcmp(a.const_data_ptr(), b.contiguous().const_data_ptr(), a.nbytes()) == 0);
+}
+
+class Safetensors : public testing::Test {
+ protected:
+  void SetUp() override {
+    auto made = (fs::temp_directory_path() / "safetensors_test.XXXXXX").string();
+    ASSERT_NE(::mkdtemp(made.data()), nullptr);
+    folder_ = made;
+  }
+  void TearDown() override { fs::remove_all(folder_); }
+
+  fs::path file() const { return folder_ / "a.safetensors"; }
+
+  /// A file of this header and so many bytes of data.
+  void write_raw(const std::string& header, size_t data_bytes) const {
+    std::ofstream stream(file(), std::ios::binary);
+    const uint64_t length = header.size();
+    stream.write(reinterpret_cast<const char*>(&length), sizeof(length));
+    stream << header << std::string(data_bytes, '\0');
+  }
+  template <class Action>
+  static std::string value_error(const Action& action) {
+    try {
+      action();
+    } catch (const c10::ValueError& error) {
+      return error.what_without_backtrace();
+    }
+    return "nothing thrown";
+  }
+  /// What opening such a file throws.
+  std::string error_of(const std::string& header, size_t data_bytes) const {
+    write_raw(header, data_bytes);
+    return open_error();
+  }
+  std::string open_error() const {
+    const auto text = value_error([&] { const SafetensorsFile opened(file()); });
+    EXPECT_TRUE(contains(text, file().string())) << text;
+    return text;
+  }
+
+  fs::path folder_;
+};
+
+}  // namespace
+
+TEST_F(Safetensors, EveryDtypeComesBack) {
+  const auto values = at::arange(-6, 6, at::kLong).view({3, 4});
+  std::vector<NamedTensor> tensors;
+  for (const auto dtype : {at::kDouble, at::kFloat, at::kHalf, at::kBFloat16, at::kLong, at::kInt, at::kShort,
+                           at::kChar, at::kByte, at::kBool}) {
+    tensors.push_back({c10::toString(dtype), values.to(dtype)});
+  }
+  write_safetensors(file(), tensors, {{"format", "pt"}, {"note", "\"quoted\" ü"}});
+  const SafetensorsFile read(file());
+  EXPECT_EQ(read.entries().size(), tensors.size());
+  for (const auto& [name, tensor] : tensors) EXPECT_TRUE(same(read.read(name), tensor)) << name;
+  EXPECT_EQ(read.metadata().at("note"), "\"quoted\" ü");
+  EXPECT_EQ(read.metadata().size(), 2U);
+  EXPECT_TRUE(read.contains("Half"));
+  EXPECT_FALSE(read.contains("half"));
+  EXPECT_FALSE(fs::exists(file().string() + ".partial"));
+}
+
+TEST_F(Safetensors, SpecialValuesKeepTheirBits) {
+  const auto bits =
+      at::tensor({0x7fc00001, 0x7f800000, static_cast<int>(0xff800000U), static_cast<int>(0x80000000U), 1}, at::kInt);
+  write_safetensors(file(), {{"x", bits.view(at::kFloat)}});
+  EXPECT_TRUE(same(SafetensorsFile(file()).read("x").view(at::kInt), bits));
+}
+
+TEST_F(Safetensors, EmptyScalarAndStridedTensors) {
+  const auto matrix = at::arange(24, at::kFloat).view({2, 3, 4});
+  const std::vector<NamedTensor> tensors{{"empty", at::empty({0, 5})},
+                                         {"one byte", at::ones({1}, at::kByte)},
+                                         {"scalar", at::scalar_tensor(2.5)},
+                                         {"transposed", matrix.transpose(0, 2)},
+                                         {"narrow", matrix.narrow(1, 1, 2)},
+                                         {"expanded", at::ones({1}).expand({3})},
+                                         {"gradient", at::ones({2}).requires_grad_()}};
+  write_safetensors(file(), tensors);
+  const SafetensorsFile read(file());
+  for (const auto& [name, tensor] : tensors) {
+    const auto back = read.read(name);
+    EXPECT_TRUE(same(back, tensor.detach())) << name;
+    EXPECT_FALSE(back.requires_grad());
+  }
+}
+
+TEST_F(Safetensors, AFileWithoutTensors) {
+  write_safetensors(file(), {});
+  EXPECT_TRUE(SafetensorsFile(file()).entries().empty());
+}
+
+TEST_F(Safetensors, WhatWasReadOutlivesFileAndReader) {
+  write_safetensors(file(), {{"x", at::arange(4)}});
+  const auto x = SafetensorsFile(file()).read("x");
+  fs::remove(file());
+  EXPECT_TRUE(same(x, at::arange(4)));
+}
+
+TEST_F(Safetensors, SlicesOfEveryDimension) {
+  const auto x = at::arange(3 * 4 * 5, at::kFloat).view({3, 4, 5});
+  write_safetensors(file(), {{"before", at::ones({3}, at::kByte)}, {"x", x}});
+  const SafetensorsFile read(file());
+  for (int64_t dim = 0; dim < 3; ++dim) {
+    for (int64_t begin = 0; begin <= x.size(dim); ++begin) {
+      for (int64_t length = 0; begin + length <= x.size(dim); ++length) {
+        EXPECT_TRUE(same(read.read_slice("x", dim, begin, length), x.narrow(dim, begin, length)))
+            << dim << " " << begin << " " << length;
+      }
+    }
+  }
+}
+
+TEST_F(Safetensors, SlicesThatAreNotThere) {
+  write_safetensors(file(), {{"x", at::zeros({3, 4})}});
+  const SafetensorsFile read(file());
+  const auto error = [&](int64_t dim, int64_t begin, int64_t length) {
+    const auto text = value_error([&] { read.read_slice("x", dim, begin, length); });
+    EXPECT_TRUE(contains(text, "tensor x of shape [3, 4]") && contains(text, file().string())) << text;
+    return text;
+  };
+  EXPECT_TRUE(contains(error(1, 2, 3), "no 3 rows from 2 on in dimension 1"));
+  error(2, 0, 1);
+  error(-1, 0, 1);
+  error(0, -1, 1);
+  error(0, 1, -1);
+  error(0, 1, INT64_MAX);
+  error(0, 4, 0);
+  for (const auto& text : {value_error([&] { read.read("y"); }), value_error([&] { read.read_slice("y", 0, 0, 1); })}) {
+    EXPECT_TRUE(contains(text, "no tensor y") && contains(text, file().string())) << text;
+  }
+}
+
+TEST_F(Safetensors, FilesThatAreNone) {
+  EXPECT_TRUE(contains(open_error(), "No such file"));
+  std::ofstream(file()) << "short";
+  EXPECT_TRUE(contains(open_error(), "5 bytes are no safetensors file"));
+  fs::remove(file());
+  fs::create_directory(file());
+  EXPECT_TRUE(contains(open_error(), "not a regular file"));
+}
+
+TEST_F(Safetensors, HeadersOfWrongLength) {
+  for (const uint64_t length : {uint64_t{3}, uint64_t{1} << 40, UINT64_MAX, UINT64_MAX - 7}) {
+    std::ofstream(file(), std::ios::binary).write(reinterpret_cast<const char*>(&length), 8) << "{}";
+    EXPECT_TRUE(contains(open_error(), "header of " + std::to_string(length) + " bytes does not fit")) << length;
+  }
+}
+
+TEST_F(Safetensors, HeadersThatSayNothingSensible) {
+  for (const std::string header : {"", "{", "[]", "3", "{} x", "{\"x\": \xff}"}) {
+    EXPECT_TRUE(contains(error_of(header, 0), "not a JSON object")) << header;
+  }
+  const auto entry = [](const std::string& fields) { return "{\"x\": {" + fields + "}}"; };
+  EXPECT_TRUE(contains(error_of("{\"x\": 3}", 0), "tensor x"));
+  EXPECT_TRUE(contains(error_of(entry(R"("dtype": "F32", "shape": [1])"), 4), "tensor x: "));
+  EXPECT_TRUE(contains(error_of(entry(R"("dtype": 1, "shape": [1], "data_offsets": [0, 4])"), 4), "tensor x: "));
+  EXPECT_TRUE(contains(error_of(entry(R"("dtype": "F33", "shape": [1], "data_offsets": [0, 4])"), 4), "dtype F33"));
+  EXPECT_TRUE(contains(error_of(entry(R"("dtype": "F32", "shape": [1], "data_offsets": [0])"), 4), "1 data offsets"));
+  EXPECT_TRUE(contains(error_of(R"({"__metadata__": 1})", 0), "__metadata__"));
+  EXPECT_TRUE(contains(error_of(R"({"__metadata__": {"a": 1}})", 0), "metadata a"));
+}
+
+TEST_F(Safetensors, ShapesThatDontFitTheirBytes) {
+  const auto error = [&](const std::string& shape, const std::string& offsets) {
+    return error_of(R"({"x": {"dtype": "F32", "shape": )" + shape + R"(, "data_offsets": )" + offsets + "}}", 8);
+  };
+  for (const auto& text : {error("[3]", "[0, 8]"), error("[1]", "[0, 8]"), error("[-2]", "[0, 8]"),
+                           error("[-1, -2]", "[0, 8]"), error("[2]", "[8, 0]"), error("[2]", "[-8, 0]"),
+                           error("[4611686018427387904, 4]", "[0, 0]"), error("[]", "[0, 8]")}) {
+    EXPECT_TRUE(contains(text, "tensor x") && contains(text, "does not fit its bytes")) << text;
+  }
+  EXPECT_TRUE(contains(error("[4]", "[0, 16]"), "truncated: tensor x ends at byte 16"));
+}
+
+TEST_F(Safetensors, BytesThatBelongToNoneOrTwo) {
+  const auto two = [](const std::string& first, const std::string& second) {
+    return R"({"a": {"dtype": "U8", "shape": [4], "data_offsets": )" + first +
+           R"(}, "b": {"dtype": "U8", "shape": [4], "data_offsets": )" + second + "}}";
+  };
+  EXPECT_TRUE(contains(error_of(two("[0, 4]", "[2, 6]"), 6), "tensor b begins at byte 2 of the data, expected 4"));
+  EXPECT_TRUE(contains(error_of(two("[0, 4]", "[0, 4]"), 4), "overlap or hole"));
+  EXPECT_TRUE(contains(error_of(two("[0, 4]", "[6, 10]"), 10), "tensor b begins at byte 6 of the data, expected 4"));
+  EXPECT_TRUE(contains(error_of(two("[1, 5]", "[5, 9]"), 9), "tensor a begins at byte 1 of the data, expected 0"));
+  EXPECT_TRUE(contains(error_of(two("[0, 4]", "[4, 8]"), 11), "3 bytes after the last tensor"));
+  EXPECT_TRUE(contains(error_of(two("[0, 4]", "[4, 8]"), 7), "truncated: tensor b ends at byte 8"));
+  EXPECT_TRUE(contains(error_of("{}", 1), "1 bytes after the last tensor"));
+  write_raw(two("[4, 8]", "[0, 4]"), 8);  // the order of names is free
+  EXPECT_EQ(value_error([&] { const SafetensorsFile opened(file()); }), "nothing thrown");
+}
+
+TEST_F(Safetensors, NamesGivenTwice) {
+  const std::string entry = R"("x": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]})";
+  EXPECT_TRUE(contains(error_of("{" + entry + ", " + entry + "}", 4), "tensor x appears twice"));
+  const auto write_error = [&](const std::vector<NamedTensor>& tensors) {
+    return value_error([&] { write_safetensors(file(), tensors); });
+  };
+  fs::remove(file());
+  EXPECT_TRUE(contains(write_error({{"x", at::ones({1})}, {"x", at::ones({1})}}), "tensor name x"));
+  EXPECT_TRUE(contains(write_error({{"__metadata__", at::ones({1})}}), "__metadata__"));
+  EXPECT_TRUE(contains(write_error({{"z", at::ones({1}, at::kComplexFloat)}}), "tensor z"));
+  EXPECT_TRUE(fs::is_empty(folder_)) << "refused before anything is written";
+}
+
+TEST_F(Safetensors, FoldersThatDontExist) {
+  const auto nowhere = folder_ / "nowhere" / "a.safetensors";
+  for (const bool as_text : {false, true}) {
+    std::string text = "nothing thrown";
+    try {
+      as_text ? megatron::write_file(nowhere, "text") : write_safetensors(nowhere, {{"x", at::ones({1})}});
+    } catch (const c10::Error& error) {
+      text = error.what_without_backtrace();
+    }
+    EXPECT_TRUE(contains(text, "cannot write " + nowhere.string()) && contains(text, "No such file")) << text;
+  }
+}
+
+TEST_F(Safetensors, WritingReplacesAWholeFile) {
+  write_safetensors(file(), {{"x", at::ones({1000})}});
+  const SafetensorsFile before(file());
+  write_safetensors(file(), {{"y", at::zeros({2})}});
+  EXPECT_TRUE(same(before.read("x"), at::ones({1000}))) << "an open reader keeps what it opened";
+  EXPECT_TRUE(same(SafetensorsFile(file()).read("y"), at::zeros({2})));
+  megatron::write_file(file(), "text");
+  EXPECT_EQ(fs::file_size(file()), 4U);
+}

@@ -1,0 +1,108 @@
+#include "parallel/agree.h"
+
+#include <gtest/gtest.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "parallel/group.h"
+#include "tests/support/test_world.h"
+
+namespace {
+
+using parallel::AgreedError;
+using test_support::groups;
+
+template <class Action>
+std::string agreed_error(const Action& action) {
+  try {
+    action();
+  } catch (const AgreedError& error) {
+    return error.what();
+  }
+  return {};
+}
+
+bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+
+}  // namespace
+
+TEST(Agree, IsSilentWhenAllAreWell) {
+  for (const int t : test_support::divisors_of_world()) {
+    EXPECT_NO_THROW(parallel::agree(true, "not thrown", groups(t).tp));
+  }
+}
+
+TEST(Agree, OneRankThatFailsFailsAllWithItsWords) {
+  for (const int t : test_support::divisors_of_world()) {
+    const auto& tp = groups(t).tp;
+    for (int failing = 0; failing < t; ++failing) {
+      const int r = parallel::group_rank(tp);
+      const auto text = agreed_error([&] {
+        parallel::agree(r != failing, "no file on rank " + std::string(static_cast<size_t>(r) + 1, '#'), tp);
+      });
+      EXPECT_TRUE(contains(text, "no file on rank " + std::string(static_cast<size_t>(failing) + 1, '#'))) << text;
+      if (t > 1) {
+        EXPECT_TRUE(contains(text, "(rank " + std::to_string(failing) + ", one of 1 of " + std::to_string(t) + ")"))
+            << text;
+      }
+      EXPECT_EQ(text, parallel::broadcast_text(text, 0, tp)) << "another text than rank 0's";
+    }
+  }
+}
+
+TEST(Agree, TheLowestOfSeveralSpeaks) {
+  const auto& tp = test_support::world_tp();
+  const int t = parallel::group_size(tp);
+  const int r = parallel::group_rank(tp);
+  // Every rank but 0; with one rank nobody fails.
+  const auto text = agreed_error([&] { parallel::agree(r == 0, "rank " + std::to_string(r) + " failed", tp); });
+  if (t == 1) {
+    EXPECT_EQ(text, "");
+  } else {
+    EXPECT_EQ(text, "rank 1 failed (rank 1, one of " + std::to_string(t - 1) + " of " + std::to_string(t) + ")");
+  }
+}
+
+TEST(Agree, WhatAllSayNamesNoRank) {
+  for (const int t : test_support::divisors_of_world()) {
+    EXPECT_EQ(agreed_error([&] { parallel::agree(false, "same everywhere", groups(t).tp); }), "same everywhere");
+  }
+}
+
+TEST(Agree, KeepsToItsGroup) {
+  // Only the ranks of the first tensor-parallel group fail; the others hear nothing of it.
+  for (const int t : test_support::divisors_of_world()) {
+    const bool in_first_group = test_support::runtime().rank() < t;
+    const auto text = agreed_error([&] { parallel::agree(!in_first_group, "first group", groups(t).tp); });
+    EXPECT_EQ(text, in_first_group ? "first group" : "");
+  }
+}
+
+TEST(AgreeOn, TurnsAnExceptionOfOneRankIntoOneOfAll) {
+  const auto& tp = test_support::world_tp();
+  const int last = parallel::group_size(tp) - 1;
+  const auto text = agreed_error([&] {
+    parallel::agree_on(
+        [&] {
+          if (parallel::group_rank(tp) == last) throw std::invalid_argument("cannot open shard");
+        },
+        tp);
+  });
+  EXPECT_TRUE(contains(text, "cannot open shard")) << text;
+  bool ran = false;
+  EXPECT_NO_THROW(parallel::agree_on([&] { ran = true; }, tp));
+  EXPECT_TRUE(ran);
+}
+
+TEST(BroadcastText, GivesTheRootsWordsToAll) {
+  for (const int t : test_support::divisors_of_world()) {
+    const auto& tp = groups(t).tp;
+    for (int root = 0; root < t; ++root) {
+      const int r = parallel::group_rank(tp);
+      const std::string own(static_cast<size_t>(3 * r), static_cast<char>('a' + r));  // rank 0's is empty
+      EXPECT_EQ(parallel::broadcast_text(own, root, tp),
+                std::string(static_cast<size_t>(3 * root), static_cast<char>('a' + root)));
+    }
+  }
+}

@@ -1,0 +1,338 @@
+#include "step37/program/run_config.h"
+
+#include <c10/util/Exception.h>
+#include <gtest/gtest.h>
+#include <stdlib.h>  // mkdtemp
+
+#include <algorithm>
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace step37 {
+namespace {
+
+namespace fs = std::filesystem;
+
+/// Sizes that fit, without a key that isn't required.
+constexpr std::string_view kSmallest =
+    "data: {directory: pictures}\n"
+    "model:\n"
+    "  {hidden_size: 64, num_layers: 6, head_dim: 16, num_attention_heads: 4, num_sliding_attention_heads: 8,\n"
+    "   num_query_groups: 2, ffn_hidden_size: 128, sliding_window: 32}\n"
+    "vision: {image_size: 56, width: 32, layers: 1, heads: 2, mlp_width: 64}\n"
+    "training: {steps: 10}\n";
+
+class RunConfigTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    auto name = (fs::temp_directory_path() / "step37_run_config_test.XXXXXX").string();
+    ASSERT_NE(mkdtemp(name.data()), nullptr);
+    folder_ = name;
+  }
+  void TearDown() override { fs::remove_all(folder_); }
+
+  /// A file x.yaml that holds `text`.
+  fs::path file(std::string_view text) const {
+    const auto path = folder_ / "x.yaml";
+    std::ofstream(path) << text;
+    return path;
+  }
+  RunConfig load(std::string_view text, const std::vector<std::string>& overrides = {}) const {
+    return load_run_config(file(text), overrides);
+  }
+  RunConfig smallest(const std::vector<std::string>& overrides = {}) const { return load(kSmallest, overrides); }
+
+  /// The message of the error that `body` ends in, without the folder's name.
+  std::string error_of(const std::function<void()>& body) const {
+    try {
+      body();
+    } catch (const c10::ValueError& error) {
+      std::string message = error.what_without_backtrace();
+      const auto prefix = folder_.string() + "/";
+      for (auto at = message.find(prefix); at != std::string::npos; at = message.find(prefix)) {
+        message.erase(at, prefix.size());
+      }
+      return message;
+    }
+    return "no error";
+  }
+  std::string load_error(std::string_view text, const std::vector<std::string>& overrides = {}) const {
+    return error_of([&] { load(text, overrides); });
+  }
+  std::string override_error(const std::string& text) const { return load_error(kSmallest, {text}); }
+  std::string validation_error(const std::vector<std::string>& overrides, int num_ranks = 2) const {
+    return error_of([&] { validate(smallest(overrides), num_ranks); });
+  }
+
+  fs::path folder_;
+};
+
+std::vector<std::string> as_overrides(const RunConfig& config) {
+  std::vector<std::string> result;
+  for (const auto& [key, value] : settings(config)) result.push_back(key + "=" + value);
+  return result;
+}
+
+TEST_F(RunConfigTest, KeysThatAreLeftOutHaveTheirDefaults) {
+  const auto config = smallest();
+  EXPECT_EQ(config.run.directory, "runs/x");
+  EXPECT_FALSE(config.run.fresh);
+  EXPECT_EQ(config.run.device, "auto");
+  EXPECT_TRUE(config.parallel.sequence_parallel);
+  EXPECT_EQ(config.parallel.projector_sharding, ProjectorSharding::kReplicated);
+  EXPECT_EQ(config.parallel.exchange, InsertExchange::kFused);
+  EXPECT_EQ(config.data.directory, "pictures");
+  EXPECT_EQ(config.model.rope_theta, 5e6);
+  EXPECT_EQ(config.training.sequence_length, 2048);
+  EXPECT_FALSE(config.validation.packs.has_value());
+  EXPECT_NO_THROW(validate(config, 2));
+}
+
+TEST_F(RunConfigTest, ValuesAreReadInYamlsWaysOfWritingThem) {
+  const auto config = load(std::string(kSmallest) +
+                           "run:\n"
+                           "  directory: 'my runs: #1'   # quoted\n"
+                           "  device: \"cpu\"\n"
+                           "  fresh: true\n"
+                           "checkpoint:\n"
+                           "report: {pictures: 3}\n"
+                           "validation: {packs: 7}\n"
+                           "parallel: {exchange: all-gather, projector_sharding: column, sequence_parallel: false}\n");
+  EXPECT_EQ(config.run.directory, "my runs: #1");
+  EXPECT_EQ(config.run.device, "cpu");
+  EXPECT_TRUE(config.run.fresh);
+  EXPECT_EQ(config.report.pictures, 3);
+  EXPECT_EQ(config.validation.packs, 7);
+  EXPECT_EQ(config.parallel.exchange, InsertExchange::kAllGather);
+  EXPECT_EQ(config.parallel.projector_sharding, ProjectorSharding::kColumn);
+  EXPECT_FALSE(config.parallel.sequence_parallel);
+}
+
+TEST_F(RunConfigTest, OverridesReplaceTheFilesValuesAndTheLastOneHolds) {
+  const auto config = smallest({"training.steps=20", "training.learning_rate=1e-3", "training.eps=.5",
+                                "training.min_learning_rate=0", "training.steps=30", "data.directory=a=b \"c\" #d",
+                                "data.crops=true", "validation.packs=all", "training.beta1=+0.5"});
+  EXPECT_EQ(config.training.steps, 30);
+  EXPECT_EQ(config.training.learning_rate, 1e-3);
+  EXPECT_EQ(config.training.eps, 0.5);
+  EXPECT_EQ(config.training.beta1, 0.5);
+  EXPECT_EQ(config.training.min_learning_rate, 0.0);
+  EXPECT_EQ(config.data.directory, "a=b \"c\" #d");
+  EXPECT_TRUE(config.data.crops);
+}
+
+TEST_F(RunConfigTest, AnOverrideGivesARequiredKey) {
+  EXPECT_EQ(load("model: {}\n", as_overrides(smallest({"model.num_layers=3"}))).model.num_layers, 3);
+}
+
+TEST_F(RunConfigTest, AnEmptyDirectoryMeansTheDefault) {
+  EXPECT_EQ(smallest({"run.directory=elsewhere"}).run.directory, "elsewhere");
+  EXPECT_EQ(smallest({"run.directory="}).run.directory, "runs/x");
+}
+
+TEST_F(RunConfigTest, SettingsReadBackToTheSameConfiguration) {
+  auto config = smallest();
+  config.run.directory = "runs/with spaces, 'quotes' = and # signs";
+  config.run.fresh = true;
+  config.parallel.projector_sharding = ProjectorSharding::kColumn;
+  config.parallel.exchange = InsertExchange::kAllGather;
+  config.training.learning_rate = 0.1 + 0.2;
+  config.training.eps = 1e-300;
+  config.training.seed = INT64_MAX;
+  config.validation.packs = 5;
+  const auto again = load(kSmallest, as_overrides(config));
+  EXPECT_EQ(settings(again), settings(config));
+  EXPECT_EQ(again.training.learning_rate, 0.1 + 0.2);
+  EXPECT_EQ(again.validation.packs, 5);
+  EXPECT_EQ(again.run.directory, config.run.directory);
+}
+
+TEST_F(RunConfigTest, SettingsAloneMakeTheConfigurationAgain) {
+  const auto config = smallest({"validation.packs=4", "training.eps=3e-7"});
+  EXPECT_EQ(settings(run_config_from_settings(as_overrides(config))), settings(config));
+  EXPECT_EQ(error_of([&] { run_config_from_settings({"training.step=5"}); }),
+            "unknown key training.step in the override training.step=5; did you mean training.steps?");
+}
+
+TEST_F(RunConfigTest, SettingsAreInOrderAndReadable) {
+  const auto all = settings(smallest());
+  EXPECT_EQ(all.front(), (std::pair<std::string, std::string>("run.directory", "runs/x")));
+  EXPECT_EQ(all.back(), (std::pair<std::string, std::string>("report.max_new_tokens", "32")));
+  const auto has = [&](const std::string& key, const std::string& value) {
+    return std::find(all.begin(), all.end(), std::pair(key, value)) != all.end();
+  };
+  EXPECT_TRUE(has("data.held_out", "0.05"));
+  EXPECT_TRUE(has("model.rope_theta", "5e+06"));
+  EXPECT_TRUE(has("parallel.exchange", "fused"));
+  EXPECT_TRUE(has("validation.packs", "all"));
+  EXPECT_TRUE(has("run.fresh", "false"));
+}
+
+TEST_F(RunConfigTest, UnknownNamesAreRefusedWithTheNearest) {
+  EXPECT_EQ(load_error("data:\n  directory: d\ntraining:\n  step: 5\n"),
+            "unknown key training.step in x.yaml:4; did you mean training.steps?");
+  EXPECT_EQ(load_error("# first\ntrainig: {steps: 5}\n"),
+            "unknown section trainig in x.yaml:2; did you mean training?");
+  EXPECT_EQ(override_error("training.lerning_rate=1"),
+            "unknown key training.lerning_rate in the override training.lerning_rate=1; did you mean "
+            "training.learning_rate?");
+  EXPECT_EQ(override_error("steps=5"), "unknown key steps in the override steps=5; did you mean training.steps?");
+  EXPECT_EQ(override_error("=5"), "unknown key  in the override =5; did you mean training.eps?");
+}
+
+TEST_F(RunConfigTest, ValuesOfAnotherTypeAreRefused) {
+  EXPECT_EQ(load_error("training:\n  steps: many\n"), "training.steps in x.yaml:2 must be an integer, got many");
+  EXPECT_EQ(load_error("training:\n  steps: 1.5\n"), "training.steps in x.yaml:2 must be an integer, got 1.5");
+  EXPECT_EQ(load_error("training:\n  steps: [5]\n"), "training.steps in x.yaml:2 must be an integer, got a list");
+  EXPECT_EQ(load_error("training:\n  steps: {a: 5}\n"), "training.steps in x.yaml:2 must be an integer, got a section");
+  EXPECT_EQ(load_error("training:\n  steps:\n"), "training.steps in x.yaml:2 must be an integer, got no value");
+  EXPECT_EQ(load_error("data:\n  directory:\n"), "data.directory in x.yaml:2 must be text, got no value");
+  EXPECT_EQ(override_error("training.steps="),
+            "training.steps in the override training.steps= must be an integer, got nothing");
+  EXPECT_EQ(override_error("training.steps=99999999999999999999"),
+            "training.steps in the override training.steps=99999999999999999999 must be an integer, got "
+            "99999999999999999999");
+  EXPECT_EQ(override_error("training.eps=1e-3x"),
+            "training.eps in the override training.eps=1e-3x must be a number, got 1e-3x");
+  EXPECT_EQ(override_error("training.eps=nan"),
+            "training.eps in the override training.eps=nan must be a number, got nan");
+  EXPECT_EQ(override_error("run.fresh=yes"), "run.fresh in the override run.fresh=yes must be true or false, got yes");
+  EXPECT_EQ(override_error("parallel.exchange=slow"),
+            "parallel.exchange in the override parallel.exchange=slow must be fused or all-gather, got slow");
+  EXPECT_EQ(override_error("parallel.projector_sharding=row"),
+            "parallel.projector_sharding in the override parallel.projector_sharding=row must be replicated or "
+            "column, got row");
+  EXPECT_EQ(override_error("validation.packs=some"),
+            "validation.packs in the override validation.packs=some must be an integer or all, got some");
+}
+
+TEST_F(RunConfigTest, AWrongValueInTheFileIsRefusedEvenIfItIsOverridden) {
+  EXPECT_EQ(load_error("training: {steps: many}\n", {"training.steps=5"}),
+            "training.steps in x.yaml:1 must be an integer, got many");
+}
+
+TEST_F(RunConfigTest, DuplicatesInTheFileAreRefused) {
+  EXPECT_EQ(load_error("training:\n  steps: 1\n  seed: 2\n  steps: 3\n"),
+            "training.steps in x.yaml:4 is already in x.yaml:2");
+  EXPECT_EQ(load_error("training: {steps: 1}\nrun: {}\ntraining: {seed: 1}\n"),
+            "section training in x.yaml:3 is already in x.yaml:1");
+}
+
+TEST_F(RunConfigTest, AnOverrideWithoutEqualsIsRefused) {
+  EXPECT_EQ(override_error("training.steps"), "the override training.steps has no '=': expected section.key=value");
+}
+
+TEST_F(RunConfigTest, RequiredKeysAreNamed) {
+  EXPECT_EQ(load_error(""), "x.yaml lacks data.directory, which has no default");
+  EXPECT_EQ(load_error("# nothing\n", {"data.directory=d"}), "x.yaml lacks model.hidden_size, which has no default");
+}
+
+TEST_F(RunConfigTest, FilesThatArentConfigurationsAreRefused) {
+  const auto missing = error_of([&] { load_run_config(folder_ / "y.yaml"); });
+  EXPECT_EQ(missing, "can't read the configuration y.yaml: No such file or directory");
+  fs::create_directory(folder_ / "z.yaml");
+  EXPECT_EQ(error_of([&] { load_run_config(folder_ / "z.yaml"); }),
+            "can't read the configuration z.yaml: Is a directory");
+  const auto syntax = load_error("training:\n  steps: [1\nrun: 2\n");
+  EXPECT_EQ(syntax.find("x.yaml:3: not YAML: "), 0U) << syntax;
+  EXPECT_EQ(load_error("- 1\n- 2\n").find("x.yaml:1: not a configuration"), 0U);
+  EXPECT_EQ(load_error("\ntraining: 5\n").find("section training in x.yaml:2 must hold keys"), 0U);
+  EXPECT_EQ(load_error("[1, 2]: 5\n"), "x.yaml:1: a name that isn't plain text");
+  EXPECT_EQ(load_error("run: {}\n---\nrun: {}\n"), "x.yaml holds 2 YAML documents, expected one");
+}
+
+TEST_F(RunConfigTest, RanksAreSplitIntoTensorTimesData) {
+  const auto grid = [&](int tensor, int data, int num_ranks) {
+    const auto result = rank_grid(
+        smallest({"parallel.tensor=" + std::to_string(tensor), "parallel.data=" + std::to_string(data)}), num_ranks);
+    return std::pair(result.tp, result.dp);
+  };
+  EXPECT_EQ(grid(0, 0, 4), std::pair(4, 1));
+  EXPECT_EQ(grid(2, 0, 4), std::pair(2, 2));
+  EXPECT_EQ(grid(0, 4, 4), std::pair(1, 4));
+  EXPECT_EQ(grid(1, 3, 3), std::pair(1, 3));
+  EXPECT_EQ(error_of([&] { grid(2, 3, 4); }), "4 ranks are not parallel.tensor 2 x parallel.data 3");
+  EXPECT_EQ(error_of([&] { grid(2, 0, 1); }), "1 rank is not parallel.tensor 2 x parallel.data 1");
+  EXPECT_EQ(error_of([&] { grid(3, 0, 4); }), "4 ranks are not parallel.tensor 3 x parallel.data 1");
+  EXPECT_EQ(error_of([&] { grid(-1, 0, 4); }), "parallel.tensor -1 or parallel.data 0 is negative");
+}
+
+TEST_F(RunConfigTest, TheModelHasFullAttentionInEveryKthLayer) {
+  const auto model = model_config(smallest({"model.full_attention_interval=3"}), 77);
+  EXPECT_EQ(model.text.vocabulary_size, 77);
+  EXPECT_TRUE(model.text.accumulate_into_grad);
+  EXPECT_TRUE(model.text.sequence_parallel);
+  ASSERT_EQ(model.text.num_layers(), 6);
+  for (size_t layer = 0; layer < 6; ++layer) {
+    const auto& attention = model.text.layers[layer];
+    const bool full = layer == 0 || layer == 3;
+    EXPECT_EQ(attention.num_attention_heads, full ? 4 : 8) << layer;
+    EXPECT_EQ(attention.sliding_window, full ? 0 : 32) << layer;
+    EXPECT_EQ(attention.rope_theta, full ? 5e6 : 1e4) << layer;
+    EXPECT_EQ(attention.partial_rotary_factor, full ? 0.5 : 1.0) << layer;
+  }
+  EXPECT_EQ(model.vision.image_size, 56);
+  EXPECT_EQ(model.vision.mlp_width, 64);
+  const auto frozen = model_config(
+      smallest({"vision.freeze=true", "model.freeze_language_model=true", "parallel.exchange=all-gather"}), 77);
+  EXPECT_TRUE(frozen.freeze_vision_model);
+  EXPECT_TRUE(frozen.freeze_language_model);
+  EXPECT_FALSE(frozen.freeze_projector);
+  EXPECT_EQ(frozen.exchange, InsertExchange::kAllGather);
+}
+
+TEST_F(RunConfigTest, OptionsOfTheOtherPartsAreTheConfigurations) {
+  const auto config =
+      smallest({"training.learning_rate=0.5", "training.min_learning_rate=0.25", "training.warmup_steps=4",
+                "training.beta2=0.75", "data.crops=true", "data.crop_side=28"});
+  EXPECT_EQ(learning_rate_schedule(config).at(4), 0.5);
+  EXPECT_EQ(learning_rate_schedule(config).at(10), 0.25);
+  EXPECT_EQ(adamw_options(config).beta2, 0.75);
+  EXPECT_EQ(crop_options(config).global_side, 56);
+  EXPECT_EQ(crop_options(config).crop_side, 28);
+  EXPECT_EQ(crop_options(smallest()).crop_side, 56);
+}
+
+TEST_F(RunConfigTest, WhatDoesntFitIsRefusedWithTheNumbers) {
+  EXPECT_EQ(validation_error({}), "no error");
+  EXPECT_EQ(validation_error({"parallel.tensor=3"}), "2 ranks are not parallel.tensor 3 x parallel.data 1");
+  EXPECT_EQ(validation_error({"parallel.data=2", "training.global_batch=3"}),
+            "training.global_batch 3 is not divisible by data-parallel size 2");
+  EXPECT_EQ(validation_error({"data.held_out=1"}), "data.held_out 1 is not in [0, 1)");
+  EXPECT_EQ(validation_error({"data.directory="}), "data.directory is empty");
+  EXPECT_EQ(validation_error({"training.steps=0"}), "training.steps 0 is below 1");
+  EXPECT_EQ(validation_error({"checkpoint.keep=0"}), "checkpoint.keep 0 is below 1");
+  EXPECT_EQ(validation_error({"validation.packs=0"}), "validation.packs 0 is below 1");
+  EXPECT_EQ(validation_error({"run.device=tpu"}), "run.device tpu is not one of auto, cpu, cuda");
+  EXPECT_EQ(validation_error({"training.clip_grad_norm=-1"}), "training.clip_grad_norm -1 is negative");
+  EXPECT_EQ(validation_error({"training.sequence_length=33"}),
+            "training.sequence_length 33 is not divisible by tensor-parallel size 2");
+  EXPECT_EQ(validation_error({"training.sequence_length=33", "parallel.sequence_parallel=false"}), "no error");
+  EXPECT_EQ(validation_error({"training.sequence_length=2"}),
+            "training.sequence_length 2 has no room for a caption: a picture of 56 pixels takes 3 positions");
+  EXPECT_EQ(validation_error({"model.num_layers=0"}), "model.num_layers 0 is below 1");
+  EXPECT_EQ(validation_error({"model.full_attention_interval=0"}), "model.full_attention_interval 0 is below 1");
+  EXPECT_EQ(validation_error({"model.ffn_hidden_size=127"}),
+            "ffn_hidden_size 127 is not divisible by tensor-parallel size 2");
+  EXPECT_EQ(validation_error({"vision.image_size=57"}), "vision image_size 57 is not a multiple of patch_size 14");
+  EXPECT_EQ(validation_error({"data.crops=true", "data.crop_side=30"}),
+            "crop_side 30 isn't a positive multiple of vision_patch_size 14");
+  EXPECT_EQ(validation_error({"data.crop_side=30"}), "no error");
+  EXPECT_EQ(validation_error({"training.min_learning_rate=1"}), "minimum learning rate 1 is not in [0, 0.001]");
+  EXPECT_EQ(validation_error({"training.beta1=1"}), "beta1 1 is not in [0, 1)");
+}
+
+TEST(ShippedConfigurations, AreValidForTheRanksTheyAreWrittenFor) {
+  const auto tuxpaint = load_run_config(fs::path(MCPP_TEST_CASES) / "../../configs/tuxpaint.yaml");
+  EXPECT_EQ(tuxpaint.run.directory, "runs/tuxpaint");
+  EXPECT_NO_THROW(validate(tuxpaint, 2));
+}
+
+}  // namespace
+}  // namespace step37

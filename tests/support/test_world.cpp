@@ -1,0 +1,103 @@
+#include "tests/support/test_world.h"
+
+#include <ATen/ATen.h>
+
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+
+#include "parallel/collectives.h"
+#include "parallel/mpi_backend.h"
+
+namespace test_support {
+namespace {
+
+struct World {
+  std::unique_ptr<parallel::Runtime> runtime;
+  std::map<int, parallel::ProcessGroups> by_tp;
+};
+
+World& world() {
+  static World instance;
+  return instance;
+}
+
+}  // namespace
+
+parallel::Runtime& runtime() {
+  if (!world().runtime) {
+    const char* device = std::getenv("TEST_DEVICE");
+    world().runtime = std::make_unique<parallel::Runtime>(
+        parallel::RuntimeOptions{.device = device != nullptr ? device : "cpu", .share_devices = true});
+  }
+  return *world().runtime;
+}
+
+const parallel::ProcessGroups& groups(int tp) {
+  auto& by_tp = world().by_tp;
+  const auto found = by_tp.find(tp);
+  if (found != by_tp.end()) return found->second;
+  parallel::ProcessGroupsOptions options;
+  options.timeout = std::chrono::seconds(60);
+  return by_tp.emplace(tp, parallel::make_process_groups(runtime(), {.tp = tp, .dp = runtime().size() / tp}, options))
+      .first->second;
+}
+
+const parallel::GroupPtr& world_tp() { return groups(runtime().size()).tp; }
+
+const parallel::GroupPtr& single() { return groups(1).tp; }
+
+std::vector<int> divisors_of_world() {
+  std::vector<int> result;
+  for (int size = 1; size <= runtime().size(); ++size) {
+    if (runtime().size() % size == 0) result.push_back(size);
+  }
+  return result;
+}
+
+at::Tensor on_device(const at::Tensor& tensor) { return tensor.to(runtime().device()); }
+
+void end_test_world() {
+  world().by_tp.clear();
+  world().runtime.reset();
+}
+
+bool on_all_ranks(bool condition) {
+  return parallel::all_reduce(at::full({1}, condition ? 1 : 0, at::kInt), world_tp(), parallel::Reduction::kMin)
+             .item<int>() == 1;
+}
+
+testing::AssertionResult near(const at::Tensor& actual, const at::Tensor& expected, double tolerance) {
+  if (!actual.defined() || !expected.defined() || actual.sizes() != expected.sizes()) {
+    return testing::AssertionFailure() << "shape " << (actual.defined() ? c10::str(actual.sizes()) : "undefined")
+                                       << ", expected "
+                                       << (expected.defined() ? c10::str(expected.sizes()) : "undefined");
+  }
+  if (actual.numel() == 0) return testing::AssertionSuccess();
+  const auto want = expected.detach().cpu().to(at::kDouble);
+  const auto got = actual.detach().cpu().to(at::kDouble);
+  const double largest = std::max(1e-30, want.abs().max().item<double>());
+  const double difference = (got - want).abs().max().item<double>();
+  if (difference <= tolerance * largest) return testing::AssertionSuccess();
+  return testing::AssertionFailure() << "differs by " << difference << ", largest value " << largest << ", allowed "
+                                     << tolerance * largest;
+}
+
+testing::AssertionResult equal(const at::Tensor& actual, const at::Tensor& expected) {
+  if (actual.defined() && expected.defined() && at::equal(actual.detach().cpu(), expected.detach().cpu())) {
+    return testing::AssertionSuccess();
+  }
+  return testing::AssertionFailure() << "not equal: " << near(actual, expected, 0.0).message();
+}
+
+at::Tensor exact_values(at::IntArrayRef shape, int64_t seed, at::ScalarType dtype) {
+  int64_t elements = 1;
+  for (const int64_t size : shape) elements *= size;
+  const auto index = at::arange(elements, at::kLong);
+  // A multiplicative hash: neighbours in any dimension differ.
+  const auto mixed = (index * 2654435761 + seed * 40503 + 12345).bitwise_and(0x7fffffff).floor_divide(1 << 9);
+  return mixed.remainder(65).sub(32).to(at::kDouble).div(8).to(dtype).view(shape);
+}
+
+}  // namespace test_support
