@@ -91,6 +91,11 @@ struct ImageInsertEmbeddingImpl::LocalFeatures {
   std::vector<int64_t> local_begin;  ///< first row of each image among its holder's
   int64_t most_rows = 0;             ///< of a rank
 
+  /// Decides who holds which image: as the groups say, else balanced by rows.
+  void assign(const std::vector<ImageForInsert>& images, const InsertPlan& plan, int t);
+
+  bool has(int64_t image, int64_t rank) const { return holder.empty() || holder[static_cast<size_t>(image)] == rank; }
+
   /// Of the images that rank `rank` holds: where their rows are, and their numbers among its own.
   RowIndices indices_held_by(int64_t rank, const std::vector<InsertRun>& runs, const InsertPlan& plan) const {
     std::vector<InsertRun> own;
@@ -152,79 +157,93 @@ InsertPlan ImageInsertEmbeddingImpl::make_plan(const at::Tensor& input_ids,
                            groups, options_.on_mismatch());
 }
 
-ImageInsertEmbeddingImpl::LocalFeatures ImageInsertEmbeddingImpl::local_features(
-    const std::vector<ImageForInsert>& images, const InsertPlan& plan) const {
-  const auto& tp = language_embedding_->tp();
-  const int64_t rank = tp->getRank();
-  const bool replicated = options_.projector_sharding() == ProjectorSharding::kReplicated;
-  LocalFeatures local;
-  if (replicated) {
-    const auto balanced = parallel::balanced_assignment(plan.image_rows(), tp->getSize());
-    local.holder.assign(balanced.begin(), balanced.end());
-  }
-  std::vector<at::Tensor> pieces;
-  int64_t image = 0;  // over all groups
+void ImageInsertEmbeddingImpl::LocalFeatures::assign(const std::vector<ImageForInsert>& images, const InsertPlan& plan,
+                                                     int t) {
+  const auto balanced = parallel::balanced_assignment(plan.image_rows(), t);
+  holder.assign(balanced.begin(), balanced.end());
+  auto next = holder.begin();
   for (const auto& group : images) {
     const int64_t token = group.insert_start_token;
     const auto num_images = static_cast<int64_t>(rows_of(group).size());
-    TORCH_CHECK_VALUE(image + num_images <= plan.num_images(), image + num_images, " images for a plan of ",
-                      plan.num_images());
-    TORCH_CHECK_VALUE(replicated || !group.rows.defined(), "the group of start token ", token,
+    if (group.holders.defined()) {
+      const auto given = to_vector(group.holders, "holders", token);
+      TORCH_CHECK_VALUE(static_cast<int64_t>(given.size()) == num_images, given.size(), " holders for ", num_images,
+                        " images of start token ", token);
+      for (const int64_t rank : given) {
+        TORCH_CHECK_VALUE(rank >= 0 && rank < t, "holder ", rank, " of an image of start token ", token,
+                          " is no rank of a group of ", t);
+      }
+      std::copy(given.begin(), given.end(), next);
+    }
+    next += num_images;
+  }
+  std::vector<int64_t> rows_per_rank(static_cast<size_t>(t), 0);
+  for (size_t image = 0; image < holder.size(); ++image) {
+    auto& rank_rows = rows_per_rank[static_cast<size_t>(holder[image])];
+    local_begin.push_back(rank_rows);
+    rank_rows += plan.image_rows()[image];
+  }
+  most_rows = *std::max_element(rows_per_rank.begin(), rows_per_rank.end());
+}
+
+void ImageInsertEmbeddingImpl::append_own_features(const ImageForInsert& group, const std::vector<int64_t>& given,
+                                                   const InsertPlan& plan, const LocalFeatures& local,
+                                                   std::vector<at::Tensor>& pieces) const {
+  const int64_t token = group.insert_start_token;
+  size_t next = 0;
+  for (const auto& entry : list_entries(features_of(group))) {
+    TORCH_CHECK_VALUE(entry.defined() && (entry.dim() == 2 || entry.dim() == 3),
+                      "image features must be [L, C] or [N, L, C], got ",
+                      entry.defined() ? c10::str(entry.sizes()) : "an undefined tensor");
+    TORCH_CHECK_VALUE(entry.size(-1) == options_.encoder_output_dim(), "image features of start token ", token,
+                      " have width ", entry.size(-1), ", align_projector takes ", options_.encoder_output_dim());
+    const auto stacked = entry.dim() == 2 ? entry.unsqueeze(0) : entry;
+    std::vector<int64_t> own;  // entries of `stacked` that this rank projects
+    for (int64_t i = 0; i < stacked.size(0); ++i, ++next) {
+      TORCH_CHECK_VALUE(next < given.size(), "more images than the ", given.size(), " of start token ", token,
+                        " that this rank holds");
+      const auto image = static_cast<size_t>(given[next]);
+      TORCH_CHECK_VALUE(stacked.size(1) == plan.image_rows()[image], "image ", image, " has ", stacked.size(1),
+                        " feature rows, the plan says ", plan.image_rows()[image]);
+      if (local.has(given[next], language_embedding_->tp()->getRank())) own.push_back(i);
+    }
+    // Where this rank holds none of the images, an empty piece keeps what made the tensor (the tower) in the graph:
+    // it gets zero gradients, and the rank takes part in the backward pass of those that hold some.
+    if (own.empty() && !entry.requires_grad()) continue;
+    // One operation a tensor: a select per image would make each image's gradient a tensor as large as the group's.
+    const bool all = static_cast<int64_t>(own.size()) == stacked.size(0);
+    const auto taken = all ? stacked : stacked.index_select(0, to_tensor(own).to(stacked.device()));
+    pieces.push_back(taken.reshape({-1, taken.size(-1)}));
+  }
+  TORCH_CHECK_VALUE(next == given.size(), next, " images of start token ", token, " where this rank holds ",
+                    given.size());
+}
+
+ImageInsertEmbeddingImpl::LocalFeatures ImageInsertEmbeddingImpl::local_features(
+    const std::vector<ImageForInsert>& images, const InsertPlan& plan) const {
+  const auto& tp = language_embedding_->tp();
+  const bool replicated = options_.projector_sharding() == ProjectorSharding::kReplicated;
+  int64_t num_images = 0;
+  for (const auto& group : images) {
+    num_images += static_cast<int64_t>(rows_of(group).size());
+    TORCH_CHECK_VALUE(replicated || !group.rows.defined(), "the group of start token ", group.insert_start_token,
                       " holds this rank's images only (rows is given): a column-sharded projector needs all of them on "
                       "every rank");
-    if (replicated && group.holders.defined()) {
-      const auto holders = to_vector(group.holders, "holders", token);
-      TORCH_CHECK_VALUE(static_cast<int64_t>(holders.size()) == num_images, holders.size(), " holders for ", num_images,
-                        " images of start token ", token);
-      for (const int64_t holder : holders) {
-        TORCH_CHECK_VALUE(holder >= 0 && holder < tp->getSize(), "holder ", holder, " of an image of start token ",
-                          token, " is no rank of a group of ", tp->getSize());
-      }
-      std::copy(holders.begin(), holders.end(), local.holder.begin() + image);
-    }
+  }
+  TORCH_CHECK_VALUE(num_images == plan.num_images(), num_images, " images for a plan of ", plan.num_images());
+
+  LocalFeatures local;
+  if (replicated) local.assign(images, plan, tp->getSize());
+  std::vector<at::Tensor> pieces;
+  int64_t image = 0;  // over all groups
+  for (const auto& group : images) {
+    const int64_t group_end = image + static_cast<int64_t>(rows_of(group).size());
     std::vector<int64_t> given;  // the images that the group's tensors hold, in order
-    for (int64_t i = image; i < image + num_images; ++i) {
-      if (!group.rows.defined() || local.holder[static_cast<size_t>(i)] == rank) given.push_back(i);
+    for (; image < group_end; ++image) {
+      if (!group.rows.defined() || local.has(image, tp->getRank())) given.push_back(image);
     }
-    image += num_images;
-    size_t next = 0;
-    for (const auto& entry : list_entries(features_of(group))) {
-      TORCH_CHECK_VALUE(entry.defined() && (entry.dim() == 2 || entry.dim() == 3),
-                        "image features must be [L, C] or [N, L, C], got ",
-                        entry.defined() ? c10::str(entry.sizes()) : "an undefined tensor");
-      TORCH_CHECK_VALUE(entry.size(-1) == options_.encoder_output_dim(), "image features of start token ", token,
-                        " have width ", entry.size(-1), ", align_projector takes ", options_.encoder_output_dim());
-      const auto stacked = entry.dim() == 2 ? entry.unsqueeze(0) : entry;
-      std::vector<int64_t> own;  // entries of `stacked` that this rank projects
-      for (int64_t i = 0; i < stacked.size(0); ++i, ++next) {
-        TORCH_CHECK_VALUE(next < given.size(), "more images than the ", given.size(), " of start token ", token,
-                          " that this rank holds");
-        const auto number = static_cast<size_t>(given[next]);
-        TORCH_CHECK_VALUE(stacked.size(1) == plan.image_rows()[number], "image ", number, " has ", stacked.size(1),
-                          " feature rows, the plan says ", plan.image_rows()[number]);
-        if (!replicated || local.holder[number] == rank) own.push_back(i);
-      }
-      // Where this rank holds none of the images, an empty piece keeps what made the tensor (the tower) in the graph:
-      // it gets zero gradients, and the rank takes part in the backward pass of those that hold some.
-      if (own.empty() && !entry.requires_grad()) continue;
-      // One operation a tensor: a select per image would make each image's gradient a tensor as large as the group's.
-      const bool all = static_cast<int64_t>(own.size()) == stacked.size(0);
-      const auto taken = all ? stacked : stacked.index_select(0, to_tensor(own).to(stacked.device()));
-      pieces.push_back(taken.reshape({-1, taken.size(-1)}));
-    }
-    TORCH_CHECK_VALUE(next == given.size(), next, " images of start token ", token, " where this rank holds ",
-                      given.size());
+    append_own_features(group, given, plan, local, pieces);
   }
-  TORCH_CHECK_VALUE(image == plan.num_images(), image, " images for a plan of ", plan.num_images());
-
-  std::vector<int64_t> rows_per_rank(static_cast<size_t>(tp->getSize()), 0);
-  for (size_t i = 0; i < local.holder.size(); ++i) {
-    auto& rows = rows_per_rank[static_cast<size_t>(local.holder[i])];
-    local.local_begin.push_back(rows);
-    rows += plan.image_rows()[i];
-  }
-  local.most_rows = *std::max_element(rows_per_rank.begin(), rows_per_rank.end());
-
   const auto weight = projector_weight();
   local.rows = pieces.empty()
                    ? at::empty({0, options_.encoder_output_dim()}, weight.options().requires_grad(false))

@@ -116,6 +116,9 @@ class ImageInsertEmbeddingImpl : public megatron::ParallelModule {
 
   at::Tensor projector_weight() const;
   LocalFeatures local_features(const std::vector<ImageForInsert>& images, const InsertPlan& plan) const;
+  /// Appends what this rank projects of `group`, whose tensors hold the images `given`.
+  void append_own_features(const ImageForInsert& group, const std::vector<int64_t>& given, const InsertPlan& plan,
+                           const LocalFeatures& local, std::vector<at::Tensor>& pieces) const;
   at::Tensor project(const at::Tensor& features) const;
   at::Tensor fused(const at::Tensor& input_ids, const LocalFeatures& local, const InsertPlan& plan);
   at::Tensor all_gathered(const at::Tensor& input_ids, const LocalFeatures& local, const InsertPlan& plan,

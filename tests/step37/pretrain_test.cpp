@@ -1,0 +1,636 @@
+// `step37 pretrain` on a small folder of pictures, called in this process on all ranks; captions of what it leaves; and
+// Step37Model, whose pictures may be anywhere.
+#include "step37/program/pretrain.h"
+
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+#include <gtest/gtest.h>
+#include <stdlib.h>  // mkdtemp
+
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <iterator>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <string_view>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <utility>
+#include <vector>
+
+#include "megatron_cpp/checkpoint/sharded_checkpoint.h"
+#include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "parallel/agree.h"
+#include "parallel/collectives.h"
+#include "step37/checkpoint_names.h"
+#include "step37/program/generate.h"
+#include "step37/program/training_run.h"
+#include "step37/step37_model.h"
+#include "tests/support/test_world.h"
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-function"
+#pragma GCC diagnostic ignored "-Wsign-conversion"
+#pragma GCC diagnostic ignored "-Wconversion"
+#pragma GCC diagnostic ignored "-Wmissing-field-initializers"
+#define STB_IMAGE_WRITE_STATIC
+#define STB_IMAGE_WRITE_IMPLEMENTATION
+#include <stb/stb_image_write.h>
+#pragma GCC diagnostic pop
+
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+using step37::ImageForInsert;
+using step37::RunFiles;
+using step37::Step37Batch;
+using step37::Step37Model;
+using test_support::divisors_of_world;
+using test_support::groups;
+using test_support::runtime;
+using test_support::single;
+using test_support::world_tp;
+using Overrides = std::vector<std::string>;
+using Tensors = std::map<std::string, at::Tensor>;
+
+// eps is far above rounding: gradients that are 0 but for rounding (of key biases) must not become steps.
+constexpr std::string_view kConfig = R"(run:
+  device: cpu
+  timeout_seconds: 60
+data:
+  held_out: 0.3
+  vocabulary_size: 300
+  crops: true
+  crop_side: 28
+model:
+  hidden_size: 32
+  num_layers: 2
+  head_dim: 8
+  num_attention_heads: 4
+  num_sliding_attention_heads: 4
+  num_query_groups: 4
+  ffn_hidden_size: 64
+  sliding_window: 16
+  full_attention_interval: 2
+  projector_bias: true
+vision:
+  image_size: 56
+  width: 16
+  layers: 1
+  heads: 2
+  mlp_width: 32
+training:
+  steps: 3
+  global_batch: 4
+  sequence_length: 128
+  learning_rate: 1e-2
+  warmup_steps: 1
+  eps: 1e-4
+checkpoint:
+  keep: 9
+report:
+  pictures: 0
+  max_new_tokens: 4
+)";
+
+void write_file(const fs::path& path, std::string_view bytes) {
+  fs::create_directories(path.parent_path());
+  std::ofstream(path, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+}
+
+std::string read_file(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+void write_picture(const fs::path& path, int width, int height, int seed) {
+  std::vector<unsigned char> pixels;
+  for (int y = 0; y < height; ++y) {
+    for (int x = 0; x < width; ++x) {
+      for (int channel = 0; channel < 3; ++channel) {
+        pixels.push_back(static_cast<unsigned char>((x * (seed + 1) + y * (channel + 2) + 37 * seed) % 256));
+      }
+    }
+  }
+  EXPECT_NE(stbi_write_png(path.c_str(), width, height, 3, pixels.data(), 3 * width), 0);
+}
+
+/// Twelve captioned pictures; the larger ones are cut into crops.
+void write_pictures(const fs::path& folder) {
+  fs::create_directories(folder);
+  const std::vector<std::string> things = {"red ball", "blue bird", "green tree", "red bird"};
+  for (int i = 0; i < 12; ++i) {
+    const auto name = "picture" + std::to_string(i);
+    write_picture(folder / (name + ".png"), 40 + 7 * (i % 5), 44 + 9 * (i % 4), i);
+    write_file(folder / (name + ".txt"),
+               (i % 2 == 0 ? "A " : "The other ") + things[static_cast<size_t>(i % 4)] + ".\n");
+  }
+}
+
+/// Each test has a folder of its own, with pictures and a configuration, which every rank knows and rank 0 makes and
+/// removes.
+class Pretrain : public testing::Test {
+ protected:
+  void SetUp() override {
+    std::string name;
+    if (runtime().rank() == 0) {
+      name = (fs::temp_directory_path() / "pretrain_test.XXXXXX").string();
+      if (mkdtemp(name.data()) == nullptr) name.clear();
+    }
+    folder_ = parallel::broadcast_text(name, 0, world_tp());
+    ASSERT_FALSE(folder_.empty());  // the same on every rank
+    on_main([&] {
+      write_file(config_file(), kConfig);
+      write_pictures(pictures());
+    });
+  }
+  void TearDown() override {
+    on_main([&] {
+      std::error_code ignored;
+      if (!folder_.empty()) fs::remove_all(folder_, ignored);
+    });
+  }
+
+  /// On rank 0, between two barriers: nobody reads what it changes.
+  static void on_main(const std::function<void()>& action) {
+    parallel::barrier(world_tp());
+    if (runtime().rank() == 0) action();
+    parallel::barrier(world_tp());
+  }
+
+  fs::path config_file() const { return folder_ / "config.yaml"; }
+  fs::path pictures() const { return folder_ / "pictures"; }
+  RunFiles files(const std::string& run) const { return {folder_ / run}; }
+
+  Overrides overrides_of(const std::string& run, int tp, const Overrides& more) const {
+    Overrides overrides = {"run.directory=" + files(run).directory.string(), "data.directory=" + pictures().string(),
+                           "parallel.tensor=" + std::to_string(tp)};
+    overrides.insert(overrides.end(), more.begin(), more.end());
+    return overrides;
+  }
+
+  /// Trains; a failure if that doesn't end well.
+  void pretrain(const std::string& run, int tp, const Overrides& more = {}) const {
+    EXPECT_EQ(step37::pretrain(runtime(), {config_file(), overrides_of(run, tp, more)}), 0);
+    parallel::barrier(world_tp());
+  }
+
+  /// What all ranks throw; a failure if they differ.
+  static std::string agreed_error(const std::function<void()>& action) {
+    std::string mine = "nothing thrown";
+    try {
+      action();
+    } catch (const std::exception& error) {
+      mine = parallel::error_text(error);
+    }
+    EXPECT_EQ(mine, parallel::broadcast_text(mine, 0, world_tp()));
+    return mine;
+  }
+  std::string pretrain_error(const std::string& run, int tp, const Overrides& more = {}) const {
+    return agreed_error([&] { step37::pretrain(runtime(), {config_file(), overrides_of(run, tp, more)}); });
+  }
+
+  /// Makes run `to` what run `from` would be if it had been killed after its checkpoint of step `step`, while it wrote
+  /// a line of metrics: later checkpoints are gone, later lines are there.
+  void copy_state(const std::string& from, const std::string& to, int64_t step) const {
+    on_main([&] {
+      const auto old_files = files(from);
+      const auto new_files = files(to);
+      const auto name = step_name(step);
+      fs::create_directories(new_files.checkpoints());
+      fs::copy(old_files.checkpoints() / name, new_files.checkpoints() / name, fs::copy_options::recursive);
+      fs::create_directory_symlink(name, new_files.checkpoints() / "latest");
+      fs::copy(old_files.tokenizer(), new_files.tokenizer());
+      write_file(new_files.metrics(), read_file(old_files.metrics()) + "{\"step\":5,\"lo");
+    });
+  }
+
+  static std::string step_name(int64_t step) { return "step-0000000" + std::to_string(step); }
+
+  fs::path folder_;
+};
+
+/// The lines of a run's metrics, without what depends on the clock.
+std::vector<json> metrics_of(const RunFiles& files) {
+  std::ifstream stream(files.metrics());
+  std::vector<json> lines;
+  for (std::string line; std::getline(stream, line);) {
+    auto parsed = json::parse(line, nullptr, /*allow_exceptions=*/false);
+    EXPECT_TRUE(parsed.is_object()) << line;
+    if (!parsed.is_object()) continue;
+    parsed.erase("step_seconds");
+    parsed.erase("tokens_per_second");
+    lines.push_back(std::move(parsed));
+  }
+  return lines;
+}
+
+/// All tensors of a checkpoint, whole.
+Tensors tensors_of(const fs::path& checkpoint) {
+  const megatron::CheckpointReader reader(checkpoint);
+  Tensors tensors;
+  std::vector<megatron::ShardedTensor> wanted;
+  for (const auto& name : reader.names()) {
+    const auto& shape = reader.global_shape(name);
+    tensors[name] = at::zeros(shape);
+    wanted.push_back({name, tensors[name], shape});
+  }
+  reader.load(wanted);
+  return tensors;
+}
+
+/// On rank 0: the same metrics and the same last checkpoint, to a relative tolerance, bit for bit if it is 0.
+void expect_same_run(const RunFiles& actual, const RunFiles& expected, double tolerance) {
+  if (runtime().rank() != 0) return;
+  const auto lines = metrics_of(actual);
+  const auto expected_lines = metrics_of(expected);
+  EXPECT_EQ(lines.size(), expected_lines.size());
+  for (size_t i = 0; i < std::min(lines.size(), expected_lines.size()); ++i) {
+    EXPECT_EQ(lines[i].size(), expected_lines[i].size()) << lines[i];
+    for (const auto& [key, value] : expected_lines[i].items()) {
+      const double want = value.get<double>();
+      EXPECT_NEAR(lines[i].value(key, -1.0), want, tolerance * std::abs(want)) << key << " of line " << i + 1;
+    }
+  }
+  const auto tensors = tensors_of(actual.checkpoints() / "latest");
+  const auto expected_tensors = tensors_of(expected.checkpoints() / "latest");
+  EXPECT_EQ(tensors.size(), expected_tensors.size());
+  for (const auto& [name, tensor] : expected_tensors) {
+    const auto found = tensors.find(name);
+    EXPECT_NE(found, tensors.end()) << name;
+    if (found == tensors.end()) continue;
+    if (tolerance == 0) {
+      EXPECT_TRUE(test_support::equal(found->second, tensor)) << name;
+    } else if (name.rfind("optimizer.", 0) != 0) {
+      EXPECT_TRUE(test_support::near(found->second, tensor, tolerance)) << name;
+    }
+  }
+}
+
+void expect_contains(const std::string& text, const std::string& part) {
+  EXPECT_NE(text.find(part), std::string::npos) << text << "\n  lacks: " << part;
+}
+
+/// Every file below `folder` with its bytes and the time of its last change.
+std::map<std::string, std::pair<std::string, fs::file_time_type>> contents_of(const fs::path& folder) {
+  std::map<std::string, std::pair<std::string, fs::file_time_type>> contents;
+  for (const auto& entry : fs::recursive_directory_iterator(folder)) {
+    if (entry.is_regular_file()) contents[entry.path()] = {read_file(entry.path()), entry.last_write_time()};
+  }
+  return contents;
+}
+
+}  // namespace
+
+TEST_F(Pretrain, TrainsAlikeInEveryLayout) {
+  pretrain("reference", 1, {"parallel.sequence_parallel=false", "report.pictures=2"});
+  if (runtime().rank() == 0) {
+    const auto lines = metrics_of(files("reference"));
+    EXPECT_EQ(lines.size(), 3U);
+    for (const auto& line : lines) {
+      EXPECT_GT(line.value("loss", 0.0), 1.0);
+      EXPECT_GT(line.value("grad_norm", 0.0), 0.0);
+      EXPECT_GT(line.value("images", 0), 4);
+    }
+    EXPECT_TRUE(!lines.empty() && lines.back().contains("validation_loss"));
+    EXPECT_TRUE(fs::exists(files("reference").report()));
+  }
+  for (const int tp : divisors_of_world()) {
+    for (const std::string sp : {"false", "true"}) {
+      if (tp == 1 && sp == "false") continue;
+      SCOPED_TRACE(testing::Message() << "tensor " << tp << ", sequence_parallel " << sp);
+      const auto run = "tensor" + std::to_string(tp) + sp;
+      pretrain(run, tp, {"parallel.sequence_parallel=" + sp});
+      expect_same_run(files(run), files("reference"), 1e-4);
+    }
+  }
+  pretrain("all-gather", runtime().size(), {"parallel.exchange=all-gather"});
+  expect_same_run(files("all-gather"), files("reference"), 1e-4);
+}
+
+TEST_F(Pretrain, GoesOnAsIfItHadNotBeenInterrupted) {
+  const Overrides four_steps = {"training.steps=4", "checkpoint.interval=2", "validation.interval=2"};
+  for (const int tp : divisors_of_world()) {
+    SCOPED_TRACE(testing::Message() << "tensor " << tp);
+    const auto run = "whole" + std::to_string(tp);
+    const auto resumed = "resumed" + std::to_string(tp);
+    pretrain(run, tp, four_steps);
+    copy_state(run, resumed, 2);
+    pretrain(resumed, tp, four_steps);
+    expect_same_run(files(resumed), files(run), 0.0);
+    if (runtime().rank() == 0) {
+      const auto lines = metrics_of(files(resumed));
+      EXPECT_EQ(lines.size(), 4U);
+      for (size_t i = 0; i < lines.size(); ++i) EXPECT_EQ(lines[i].value("step", 0), static_cast<int>(i) + 1);
+    }
+  }
+  const int world = runtime().size();
+  if (world == 1) return;
+  copy_state("whole" + std::to_string(world), "narrower", 2);
+  pretrain("narrower", 1, four_steps);
+  expect_same_run(files("narrower"), files("whole1"), 1e-4);
+  copy_state("whole1", "wider", 2);
+  pretrain("wider", world, four_steps);
+  expect_same_run(files("wider"), files("whole1"), 1e-4);
+}
+
+TEST_F(Pretrain, LeavesAFinishedRunAlone) {
+  const Overrides overrides = {"training.steps=2", "report.pictures=2"};
+  pretrain("run", runtime().size(), overrides);
+  const auto before = contents_of(files("run").directory);
+  EXPECT_EQ(before.count(files("run").report()), 1U);
+  pretrain("run", runtime().size(), overrides);
+  EXPECT_EQ(contents_of(files("run").directory), before);
+}
+
+TEST_F(Pretrain, StartsOverWhenAsked) {
+  pretrain("run", 1, {"training.steps=2"});
+  pretrain("run", 1, {"training.steps=1", "run.fresh=true"});
+  pretrain("short", 1, {"training.steps=1"});
+  expect_same_run(files("run"), files("short"), 0.0);
+  EXPECT_FALSE(fs::exists(files("run").checkpoints() / step_name(2)));
+}
+
+TEST_F(Pretrain, TakesABrokenPictureAsBlack) {
+  pretrain("run", runtime().size(), {"training.steps=1"});
+  // Eight pixels' width and no end: its header gives the same layout of tokens.
+  on_main([&] {
+    for (const auto& entry : fs::directory_iterator(pictures())) {
+      if (entry.path().extension() == ".png") write_file(entry.path(), "no picture");
+    }
+  });
+  pretrain("broken", runtime().size(), {"training.steps=1"});
+  if (runtime().rank() == 0) {
+    const auto lines = metrics_of(files("broken"));
+    EXPECT_EQ(lines.size(), 1U);
+    EXPECT_TRUE(!lines.empty() && lines[0].value("loss", 0.0) > 1.0 && lines[0].contains("validation_loss"));
+  }
+}
+
+TEST_F(Pretrain, LeavesPicturesWithoutCaptionOut) {
+  pretrain("run", runtime().size());
+  on_main([&] {
+    write_picture(pictures() / "empty.png", 40, 40, 3);
+    write_file(pictures() / "empty.txt", " \n\n");
+    write_picture(pictures() / "none.png", 40, 40, 4);
+  });
+  pretrain("more", runtime().size());
+  expect_same_run(files("more"), files("run"), 0.0);
+}
+
+TEST_F(Pretrain, RefusesFoldersWithoutCaptionedPictures) {
+  const int tp = runtime().size();
+  const auto missing = (folder_ / "missing").string();
+  const auto empty = (folder_ / "empty").string();
+  on_main([&] {
+    fs::create_directory(empty);
+    write_picture(fs::path(empty) / "a.png", 20, 20, 1);
+  });
+  for (const int size : {1, tp}) {
+    expect_contains(pretrain_error("run", size, {"data.directory=" + missing}), missing);
+    expect_contains(pretrain_error("run", size, {"data.directory=" + empty}), empty);
+  }
+  expect_contains(pretrain_error("run", tp, {"data.held_out=0.999"}), "are held out (data.held_out 0.999)");
+}
+
+TEST_F(Pretrain, GoesBackBeyondATruncatedCheckpoint) {
+  const int tp = runtime().size();
+  const Overrides overrides = {"training.steps=2", "checkpoint.interval=1"};
+  pretrain("run", tp, overrides);
+  const auto whole = runtime().rank() == 0 ? tensors_of(files("run").checkpoints() / step_name(2)) : Tensors();
+  on_main([&] {
+    for (const auto& entry : fs::directory_iterator(files("run").checkpoints() / step_name(2))) {
+      if (entry.path().extension() != ".safetensors") continue;
+      fs::resize_file(entry.path(), entry.file_size() - 1);
+      break;
+    }
+  });
+  const auto text = agreed_error([&] {
+    step37::generate(runtime(), {files("run").checkpoints() / "latest", pictures() / "a.png"});
+  });
+  expect_contains(text, "of-000" + std::to_string(tp) + ".safetensors");
+  pretrain("run", tp, overrides);
+  if (runtime().rank() != 0) return;
+  EXPECT_EQ(metrics_of(files("run")).size(), 2U);
+  const auto again = tensors_of(files("run").checkpoints() / step_name(2));
+  for (const auto& [name, tensor] : whole) EXPECT_TRUE(test_support::equal(again.at(name), tensor)) << name;
+}
+
+TEST_F(Pretrain, RefusesACheckpointThatDoesNotFit) {
+  const int tp = runtime().size();
+  pretrain("run", tp, {"training.steps=1"});
+  const auto other_size = pretrain_error("run", tp, {"training.steps=2", "model.hidden_size=64"});
+  expect_contains(other_size, "manifest.json");
+  expect_contains(other_size, "shape");
+  expect_contains(other_size, ", 32]");
+  expect_contains(other_size, ", 64]");
+  on_main([&] {
+    for (const auto& entry : fs::directory_iterator(files("run").checkpoints() / step_name(1))) {
+      if (entry.path().extension() != ".safetensors") continue;
+      std::fstream(entry.path(), std::ios::binary | std::ios::in | std::ios::out) << "not tensors";
+    }
+  });
+  expect_contains(pretrain_error("run", tp, {"training.steps=2"}), "of-000" + std::to_string(tp) + ".safetensors");
+}
+
+TEST_F(Pretrain, CaptionsAlikeAtEveryTensorParallelSize) {
+  pretrain("run", runtime().size());
+  const auto checkpoint = files("run").checkpoints() / "latest";
+  const std::string picture = "picture3.png";
+  if (runtime().rank() == 0) testing::internal::CaptureStdout();
+  const int status = step37::generate(runtime(), {checkpoint, pictures() / picture, "The", 6});
+  const auto printed = runtime().rank() == 0 ? testing::internal::GetCapturedStdout() : std::string();
+  EXPECT_EQ(status, 0);
+  if (runtime().rank() == 0) {
+    EXPECT_EQ(printed.rfind("The", 0), 0U) << printed;
+  }
+  const auto expected = parallel::broadcast_text(printed, 0, world_tp());
+
+  for (const int tp : divisors_of_world()) {
+    SCOPED_TRACE(testing::Message() << "tensor " << tp);
+    const megatron::CheckpointReader reader(checkpoint);
+    const auto state = step37::run_state_from_text(reader.state(), checkpoint.string());
+    const auto tokenizer = step37::Tokenizer::load(files("run").tokenizer());
+    Step37Model model(step37::model_config(state.config, tokenizer.vocab_size()), groups(tp).tp);
+    reader.load(megatron::sharded_tensors(megatron::parameter_shards(*model), step37::published_name, groups(tp)),
+                megatron::UnusedTensors::kAllow);
+    auto options = step37::captioner_options(state.config, tokenizer, pictures(), tp);
+    options.max_new_tokens = 6;
+    const auto reference = step37::reference_to(pictures(), picture, state.config.vision.image_size);
+    const auto caption =
+        step37::caption_picture(model, tokenizer, reference, tokenizer.encode("The"), options, groups(tp).tp, at::kCPU);
+    EXPECT_EQ(caption + "\n", expected);
+  }
+}
+
+// ---- Step37Model: pictures may be anywhere ----
+
+namespace {
+
+constexpr int64_t kVocabulary = 300;
+constexpr int64_t kImStart = 4;
+constexpr int64_t kPatchStart = 7;
+constexpr int64_t kS = 32;
+
+/// Two sequences with two patches (one row each) and three images (four rows each): the second has an image only.
+Step37Batch batch_without_pictures() {
+  Step37Batch batch;
+  batch.input_ids = (at::arange(2 * kS, at::kLong) * 37).remainder(200).add(20).view({2, kS});
+  auto ids = batch.input_ids.accessor<int64_t, 2>();
+  ids[0][1] = kPatchStart;
+  ids[0][4] = kPatchStart;
+  ids[0][8] = kImStart;
+  ids[0][14] = kImStart;
+  ids[1][20] = kImStart;
+  batch.labels = (at::arange(2 * kS, at::kLong) * 53).remainder(kVocabulary).view({2, kS});
+  batch.labels.narrow(1, 0, 10).fill_(-100);
+  batch.attention.position_ids = at::arange(kS, at::kLong).unsqueeze(0);
+  return batch;
+}
+
+at::Tensor pixels(int64_t count, int64_t side, int64_t seed) {
+  return test_support::exact_values({count, 3, side, side}, seed).div(2);
+}
+
+/// Patches and images, all of them on every rank.
+std::vector<ImageForInsert> pictures_for_all() {
+  std::vector<ImageForInsert> images(2);
+  images[0].insert_start_token = kPatchStart;
+  images[0].images = pixels(2, 56, 1);
+  images[1].insert_start_token = kImStart;
+  images[1].images = pixels(3, 112, 2);
+  return images;
+}
+
+/// The same, of which each rank of `tp` keeps the pictures that `holders` gives it, counted over both groups.
+std::vector<ImageForInsert> pictures_held_by(const std::vector<int64_t>& holders, const parallel::GroupPtr& tp) {
+  auto images = pictures_for_all();
+  auto next = holders.begin();
+  for (auto& group : images) {
+    const int64_t count = group.images.size(0);
+    std::vector<int64_t> own;
+    for (int64_t i = 0; i < count; ++i) {
+      if (next[i] == tp->getRank()) own.push_back(i);
+    }
+    group.rows = at::full({count}, group.insert_start_token == kImStart ? 4 : 1, at::kLong);
+    group.holders = at::tensor(std::vector<int64_t>(next, next + count), at::kLong);
+    group.images = group.images.index_select(0, at::tensor(own, at::kLong));
+    next += count;
+  }
+  return images;
+}
+
+/// Loss and gradients of one backward.
+struct Gradients {
+  double loss = 0.0;
+  std::vector<megatron::ParameterShard> shards;  ///< with their gradients complete over tp
+};
+
+Gradients backward(const step37::Step37Config& config, const Step37Batch& batch, const parallel::GroupPtr& tp) {
+  Step37Model model(config, tp);
+  Gradients result;
+  result.shards = megatron::parameter_shards(*model);
+  megatron::initialize_parameters(result.shards, 7);
+  for (auto& shard : result.shards) {
+    if (shard.parameter.requires_grad()) shard.parameter.mutable_grad() = at::zeros_like(shard.parameter.detach());
+  }
+  const auto loss = model->loss_sum(batch);
+  loss.backward();
+  result.loss = loss.item<double>();
+  for (auto& shard : result.shards) {
+    if (!shard.parameter.requires_grad() || shard.rule != megatron::GradientRule::kReplicatedPartial) continue;
+    shard.parameter.mutable_grad() = parallel::all_reduce(shard.parameter.grad(), tp);
+  }
+  return result;
+}
+
+void expect_gradients(const Gradients& actual, const Gradients& dense) {
+  EXPECT_NEAR(actual.loss, dense.loss, 1e-4 * std::abs(dense.loss));
+  Tensors whole;
+  double largest = 0.0;
+  for (const auto& shard : dense.shards) {
+    if (!shard.parameter.requires_grad()) continue;
+    largest = std::max(largest, shard.parameter.grad().abs().max().item<double>());
+    for (const auto& segment : shard.segments) {
+      whole[segment.name] = shard.parameter.grad().narrow(segment.dim, segment.local_begin, segment.length);
+    }
+  }
+  EXPECT_GT(largest, 0.0);
+  for (const auto& shard : actual.shards) {
+    for (const auto& segment : shard.segments) {
+      EXPECT_EQ(shard.parameter.requires_grad(), whole.count(segment.name) == 1) << segment.name;
+      if (!shard.parameter.requires_grad() || segment.length == 0) continue;
+      const auto gradient = shard.parameter.grad().narrow(segment.dim, segment.local_begin, segment.length);
+      const auto expected = whole.at(segment.name).narrow(segment.dim, segment.global_begin, segment.length);
+      // Some are 0 but for rounding, which has the size of their neighbours'.
+      const double scale = std::max(1e-2 * largest, whole.at(segment.name).abs().max().item<double>());
+      EXPECT_LE((gradient - expected).abs().max().item<double>(), 1e-4 * scale) << segment.name;
+    }
+  }
+}
+
+class Model : public Pretrain {
+ protected:
+  step37::Step37Config config(const Overrides& more) const {
+    return step37::model_config(step37::load_run_config(config_file(), overrides_of("none", 1, more)), kVocabulary);
+  }
+
+  /// `images_of(tp)` on every tensor-parallel size give what `dense_images` give on one rank.
+  void expect_like_dense(const Overrides& overrides, const std::vector<ImageForInsert>& dense_images,
+                         const std::function<std::vector<ImageForInsert>(const parallel::GroupPtr&)>& images_of) const {
+    auto batch = batch_without_pictures();
+    for (const std::string sp : {"false", "true"}) {
+      auto with_sp = overrides;
+      with_sp.push_back("parallel.sequence_parallel=" + sp);
+      batch.images = dense_images;
+      const auto dense = backward(config(with_sp), batch, single());
+      for (const int tp : divisors_of_world()) {
+        SCOPED_TRACE(testing::Message() << "tensor " << tp << ", sequence_parallel " << sp);
+        batch.images = images_of(groups(tp).tp);
+        expect_gradients(backward(config(with_sp), batch, groups(tp).tp), dense);
+      }
+    }
+  }
+};
+
+const std::vector<Overrides> kFrozen = {
+    {}, {"model.freeze_projector=true", "model.freeze_language_model=true"}, {"vision.freeze=true"}};
+
+}  // namespace
+
+TEST_F(Model, PicturesOnOneRankOnly) {
+  for (const auto& frozen : kFrozen) {
+    SCOPED_TRACE(testing::PrintToString(frozen));
+    expect_like_dense(frozen, pictures_for_all(), [](const parallel::GroupPtr& tp) {
+      return pictures_held_by(std::vector<int64_t>(5, tp->getSize() - 1), tp);
+    });
+  }
+}
+
+TEST_F(Model, PicturesHereAndThere) {
+  for (const auto& frozen : kFrozen) {
+    SCOPED_TRACE(testing::PrintToString(frozen));
+    expect_like_dense(frozen, pictures_for_all(), [](const parallel::GroupPtr& tp) {
+      const int64_t t = tp->getSize();
+      return pictures_held_by({1 % t, 0, 3 % t, 0, 2 % t}, tp);
+    });
+  }
+}
+
+TEST_F(Model, PicturesOnEveryRank) {
+  expect_like_dense({}, pictures_for_all(), [](const parallel::GroupPtr& /*tp*/) { return pictures_for_all(); });
+}
+
+TEST_F(Model, NoPictures) {
+  expect_like_dense({}, {}, [](const parallel::GroupPtr& /*tp*/) { return std::vector<ImageForInsert>(); });
+}
+
+TEST_F(Model, FeaturesAndPicturesTogether) {
+  auto images = pictures_for_all();
+  images[0].images.reset();
+  images[0].image_features = test_support::exact_values({2, 1, 64}, 3);
+  expect_like_dense({}, images, [&](const parallel::GroupPtr& /*tp*/) { return images; });
+}
