@@ -45,9 +45,24 @@ if(EXISTS "${Torch_ROOT}/lib/libtorch_cuda.so")
   file(GLOB cuda_include_folders "${Torch_ROOT}/../nvidia/cu1*/include" "${Torch_ROOT}/../nvidia/cuda_runtime/include")
   find_path(LibTorch_CUDA_INCLUDE cuda_runtime_api.h HINTS ${cuda_include_folders} ENV CUDA_HOME
     PATH_SUFFIXES include NO_DEFAULT_PATH)
+  # cuda_runtime.h, which c10's headers include, needs crt/, which the wheel does not bring: nvidia-cuda-crt does.
+  find_path(LibTorch_CUDA_CRT_INCLUDE crt/host_config.h HINTS ${cuda_include_folders} ENV CUDA_HOME
+    PATH_SUFFIXES include NO_DEFAULT_PATH)
   find_library(LibTorch_CUDART_LIBRARY NAMES libcudart.so.13 libcudart.so.12 cudart HINTS ${torch_nvidia_folders}
     ENV CUDA_HOME PATH_SUFFIXES lib64 lib NO_DEFAULT_PATH)
-  if(LibTorch_NCCL_INCLUDE AND LibTorch_NCCL_LIBRARY AND LibTorch_CUDA_INCLUDE AND LibTorch_CUDART_LIBRARY)
+  set(torch_cuda_needs LibTorch_NCCL_INCLUDE LibTorch_NCCL_LIBRARY LibTorch_CUDA_INCLUDE LibTorch_CUDA_CRT_INCLUDE
+    LibTorch_CUDART_LIBRARY)
+  set(torch_cuda_lacks "")
+  foreach(need IN LISTS torch_cuda_needs)
+    if(NOT ${need})
+      list(APPEND torch_cuda_lacks ${need})
+    endif()
+  endforeach()
+  if(torch_cuda_lacks)
+    message(STATUS "LibTorch has CUDA, but no NCCL can be built: ${torch_cuda_lacks} not found (nccl.h, libnccl, "
+      "cuda_runtime_api.h, crt/host_config.h, libcudart; pip packages nvidia-nccl-cu13, nvidia-cuda-runtime, "
+      "nvidia-cuda-crt beside the torch wheel, or NCCL_ROOT and CUDA_HOME)")
+  else()
     set(LibTorch_HAS_CUDA ON)
     if(NOT TARGET LibTorch::torch_cuda)
       add_library(LibTorch::torch_cuda_library SHARED IMPORTED)
@@ -57,7 +72,7 @@ if(EXISTS "${Torch_ROOT}/lib/libtorch_cuda.so")
       set_target_properties(LibTorch::c10_cuda PROPERTIES IMPORTED_LOCATION "${Torch_ROOT}/lib/libc10_cuda.so")
       add_library(LibTorch::torch_cuda INTERFACE IMPORTED)
       target_include_directories(LibTorch::torch_cuda SYSTEM INTERFACE
-        "${LibTorch_NCCL_INCLUDE}" "${LibTorch_CUDA_INCLUDE}")
+        "${LibTorch_NCCL_INCLUDE}" "${LibTorch_CUDA_INCLUDE}" "${LibTorch_CUDA_CRT_INCLUDE}")
       target_link_libraries(LibTorch::torch_cuda INTERFACE
         LibTorch::torch LibTorch::torch_cuda_library LibTorch::c10_cuda "${LibTorch_NCCL_LIBRARY}" "${LibTorch_CUDART_LIBRARY}")
     endif()

@@ -9,6 +9,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 torch_version=2.15.0
+cuda_version=13.2.*
 packages=(g++ cmake ninja-build ccache libopenmpi-dev openmpi-bin libgtest-dev nlohmann-json3-dev libcli11-dev
   libyaml-cpp-dev libsentencepiece-dev libstb-dev)
 [[ -n ${Torch_ROOT:-} ]] || packages+=(python3 python3-venv)
@@ -48,15 +49,17 @@ install_packages() {
 }
 
 install_libtorch() {
-  local environment=$cache/torch-$torch_version
+  local environment=$cache/torch-$torch_version-1  # the last number changes when the packages in it do
   mkdir -p "$cache"
   # Two clones may set up at the same time: the second waits and finds it done.
-  exec 9>"$cache/torch-$torch_version.lock"
+  exec 9>"$environment.lock"
   flock 9
   if [[ ! -e $environment/complete ]]; then
     rm -rf "$environment"
     run /usr/bin/python3 -m venv "$environment"
-    run "$environment/bin/pip" install --quiet --disable-pip-version-check "torch==$torch_version"
+    # nvidia-cuda-crt: headers that compiling against the wheel's CUDA parts needs and the wheel does not bring.
+    run "$environment/bin/pip" install --quiet --disable-pip-version-check "torch==$torch_version" \
+      "nvidia-cuda-crt==$cuda_version"
     touch "$environment/complete"
   fi
   flock -u 9
