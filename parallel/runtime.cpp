@@ -29,7 +29,7 @@ uint64_t hash_text(const std::string& text) {
 
 }  // namespace
 
-Runtime::Runtime(const RuntimeOptions& options) {
+Runtime::Runtime() {
   int initialized = 0;
   MPI_Initialized(&initialized);
   int provided = MPI_THREAD_SINGLE;
@@ -47,23 +47,9 @@ Runtime::Runtime(const RuntimeOptions& options) {
   const auto host = world_->split_by_host();
   local_rank_ = host.rank();
   local_size_ = host.size();
-  if (rank_ != 0) c10::WarningUtils::set_warnAlways(false);
-  try {
-    choose_device(options);
-  } catch (...) {
-    // Without a device there is no runtime, and run() has nothing to report with: the same choice fails on all ranks.
-    if (rank_ == 0) {
-      try {
-        throw;
-      } catch (const std::exception& error) {
-        std::fprintf(stderr, "error: %s\n", error_text(error).c_str());
-      }
-    }
-    throw;
-  }
 }
 
-void Runtime::choose_device(const RuntimeOptions& options) {
+void Runtime::choose_device(const DeviceOptions& options) {
   TORCH_CHECK_VALUE(options.device == "auto" || options.device == "cpu" || options.device == "cuda", "device '",
                     options.device, "' is not one of auto, cpu, cuda");
   device_ = c10::Device(c10::kCPU);
@@ -125,11 +111,12 @@ void Runtime::abort(const std::string& message) const {
   std::abort();
 }
 
-int Runtime::run(const std::function<int(Runtime&)>& body, const RuntimeOptions& options) {
+int Runtime::run(const std::function<int(Runtime&)>& body) {
   std::unique_ptr<Runtime> runtime;
   try {
-    runtime = std::make_unique<Runtime>(options);
-  } catch (const std::exception&) {
+    runtime = std::make_unique<Runtime>();
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "error: %s\n", error.what());
     return 1;
   }
   std::string message;

@@ -13,7 +13,7 @@
 
 namespace parallel {
 
-struct RuntimeOptions {
+struct DeviceOptions {
   /// "cpu", "cuda", or "auto": a GPU if this build and this host have one.
   std::string device = "auto";
   /// Lets several ranks of a host share a GPU. NCCL refuses that unless NCCL_MULTI_RANK_GPU_ENABLE=1 is set too.
@@ -24,10 +24,10 @@ struct RuntimeOptions {
 /// communicates lives inside its scope. Works with and without mpirun (then there is one rank).
 class Runtime {
  public:
-  /// Starts MPI, unless the program has started it already (then the program also finalizes it).
-  /// @throws c10::ValueError on every rank if the device isn't there or would be shared unasked; std::runtime_error if
-  ///         MPI can't give MPI_THREAD_MULTIPLE.
-  explicit Runtime(const RuntimeOptions& options = {});
+  /// Starts MPI, unless the program has started it already (then the program also finalizes it). The device is the CPU
+  /// until choose_device is called.
+  /// @throws std::runtime_error if MPI can't give MPI_THREAD_MULTIPLE.
+  Runtime();
   ~Runtime();
   Runtime(const Runtime&) = delete;
   Runtime& operator=(const Runtime&) = delete;
@@ -37,13 +37,13 @@ class Runtime {
   /// This rank's number among those of its host, and how many they are.
   int local_rank() const { return local_rank_; }
   int local_size() const { return local_size_; }
-  /// The CPU, or GPU number local_rank() modulo the visible ones.
+  /// The CPU, or, as chosen, GPU number local_rank() modulo the visible ones.
   c10::Device device() const { return device_; }
   const MpiCommunicator& world() const { return *world_; }
 
-  /// Chooses the device again, for a program that learns it later than it starts MPI; before any group is made.
-  /// @throws c10::ValueError as the constructor does.
-  void choose_device(const RuntimeOptions& options);
+  /// Chooses this rank's device; before any group is made. Every rank calls it with the same options.
+  /// @throws c10::ValueError, the same on every rank of a host, if the device isn't there or would be shared unasked.
+  void choose_device(const DeviceOptions& options);
 
   /// Shuts `group`'s backends down when the runtime ends, in the reverse order of these calls.
   void shut_down_at_exit(GroupPtr group);
@@ -51,7 +51,7 @@ class Runtime {
   /// Runs a program's body and turns what leaves it into an exit status. An exception on every rank with the same text
   /// is printed once, by rank 0, and the status is 1 everywhere. An exception on some ranks is printed by them, with
   /// rank and host, and ends the job with MPI_Abort, so that no peer waits for them forever.
-  static int run(const std::function<int(Runtime&)>& body, const RuntimeOptions& options = {});
+  static int run(const std::function<int(Runtime&)>& body);
 
  private:
   /// True if every rank gets here, with an error of the same text, before a short deadline passes.

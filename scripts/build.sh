@@ -2,7 +2,7 @@
 # Sets up what the build needs (Debian packages, LibTorch) and builds. May be run again at any time: what is there is
 # kept, what an interrupted run left half done is done again.
 #
-#   scripts/build.sh [--preset release|debug|sanitize] [cmake options, such as -DMCPP_WERROR=ON]
+#   scripts/build.sh [--preset release|debug|sanitize] [--target NAME] [cmake options, such as -DMCPP_WERROR=ON]
 #
 # LibTorch comes from the PyPI wheel, in a virtual environment under the user's cache folder that all clones share; set
 # Torch_ROOT to the torch/ (or libtorch/) folder of your own to use that instead.
@@ -15,10 +15,12 @@ packages=(g++ cmake ninja-build ccache libopenmpi-dev openmpi-bin libgtest-dev n
 [[ -n ${Torch_ROOT:-} ]] || packages+=(python3 python3-venv)
 
 preset=release
+target=all
 options=()
 while [[ $# -gt 0 ]]; do
   case $1 in
     --preset) [[ $# -ge 2 ]] || fail "--preset needs a name"; preset=$2; shift 2 ;;
+    --target) [[ $# -ge 2 ]] || fail "--target needs a name"; target=$2; shift 2 ;;
     --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
     -D*) options+=("$1"); shift ;;
     *) fail "unknown option $1 (see --help)" ;;
@@ -75,4 +77,4 @@ jobs=$(nproc)
 memory_jobs=$(awk '/MemAvailable/ { print int($2 / 2097152) }' /proc/meminfo)
 [[ $memory_jobs -lt $jobs ]] && jobs=$((memory_jobs > 0 ? memory_jobs : 1))
 run cmake --preset "$preset" -DTorch_ROOT="$Torch_ROOT" "${options[@]}"
-run cmake --build --preset "$preset" -j "$jobs"
+run cmake --build --preset "$preset" --target "$target" -j "$jobs"

@@ -24,7 +24,7 @@ while [[ $# -gt 0 ]]; do
 done
 [[ $ranks =~ ^[1-9][0-9]*$ ]] || fail "--ranks $ranks: expected a number of ranks"
 
-"$root/scripts/build.sh"
+"$root/scripts/build.sh" --target step37
 cd "$root"
 [[ $own_data == yes ]] || scripts/fetch_tuxpaint.sh
 

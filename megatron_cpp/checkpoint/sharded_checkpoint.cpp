@@ -10,14 +10,13 @@
 #include <cerrno>
 #include <charconv>
 #include <cstring>
-#include <fstream>
 #include <map>
-#include <nlohmann/json.hpp>
 #include <set>
 #include <string_view>
 #include <system_error>
 #include <utility>
 
+#include "megatron_cpp/checkpoint/checkpoint_manifest.h"
 #include "megatron_cpp/checkpoint/safetensors.h"
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
@@ -25,41 +24,14 @@
 
 namespace megatron {
 
-namespace internal {
-
-/// Rows [rows.begin, rows.end) of dimension `dim`, stored in `file` under the tensor's name.
-struct CheckpointPiece {
-  std::string file;
-  int64_t dim = 0;
-  parallel::Range rows;
-};
-
-struct CheckpointTensor {
-  std::string dtype;  ///< as c10::toString writes it
-  std::vector<int64_t> shape;
-  std::vector<CheckpointPiece> pieces;
-};
-
-/// What manifest.json says.
-struct CheckpointManifest {
-  int64_t step = 0;
-  std::string state;
-  std::map<std::string, int64_t> file_bytes;
-  std::map<std::string, CheckpointTensor> tensors;
-};
-
-}  // namespace internal
-
 namespace {
 
 namespace fs = std::filesystem;
 using internal::CheckpointManifest;
 using internal::CheckpointPiece;
 using internal::CheckpointTensor;
-using Json = nlohmann::ordered_json;
 
-constexpr int64_t kFormatVersion = 1;
-constexpr const char* kManifest = "manifest.json";
+using internal::kManifestFile;
 constexpr const char* kLatest = "latest";
 constexpr std::string_view kStepPrefix = "step-";
 constexpr std::string_view kPartial = ".partial";
@@ -118,165 +90,16 @@ std::vector<int64_t> slice_shape(std::vector<int64_t> shape, int64_t dim, int64_
   return shape;
 }
 
-bool is_dim_of(int64_t dim, const std::vector<int64_t>& shape) {
-  return dim >= 0 && dim < static_cast<int64_t>(shape.size());
-}
-
 void check_slice(const ShardedTensor& tensor) {
   const auto& shape = tensor.global_shape;
-  TORCH_CHECK_VALUE(is_dim_of(tensor.dim, shape) && tensor.local.dim() == static_cast<int64_t>(shape.size()), "tensor ",
-                    tensor.name, " of shape ", at::IntArrayRef(shape), " has no slice of shape ", tensor.local.sizes(),
-                    " in dimension ", tensor.dim);
+  TORCH_CHECK_VALUE(internal::is_dim_of(tensor.dim, shape) && tensor.local.dim() == static_cast<int64_t>(shape.size()),
+                    "tensor ", tensor.name, " of shape ", at::IntArrayRef(shape), " has no slice of shape ",
+                    tensor.local.sizes(), " in dimension ", tensor.dim);
   const auto rows = rows_of(tensor);
   TORCH_CHECK_VALUE(rows.begin >= 0 && rows.end <= shape[static_cast<size_t>(tensor.dim)] &&
                         tensor.local.sizes() == slice_shape(shape, tensor.dim, rows.length()),
                     "tensor ", tensor.name, " of shape ", at::IntArrayRef(shape), " has no slice of shape ",
                     tensor.local.sizes(), " at row ", rows.begin, " of dimension ", tensor.dim);
-}
-
-/// Refuses pieces that leave an element of the tensor out or hold it twice.
-void check_pieces(const std::string& name, const CheckpointTensor& tensor) {
-  const auto tensor_text = c10::str("tensor ", name, " of shape ", at::IntArrayRef(tensor.shape));
-  auto pieces = tensor.pieces;
-  std::stable_sort(pieces.begin(), pieces.end(),
-                   [](const auto& a, const auto& b) { return a.rows.begin < b.rows.begin; });
-  const int64_t dim = pieces.empty() ? 0 : pieces.front().dim;
-  TORCH_CHECK_VALUE(is_dim_of(dim, tensor.shape), tensor_text, " has no dimension ", dim, " to be split in");
-  const int64_t num_rows = tensor.shape[static_cast<size_t>(dim)];
-  const auto check_gap = [&](int64_t begin, int64_t end) {
-    TORCH_CHECK_VALUE(begin >= end, tensor_text, ": rows [", begin, ", ", end, ") of dimension ", dim,
-                      " are in no piece");
-  };
-  int64_t position = 0;
-  const CheckpointPiece* previous = nullptr;
-  for (const auto& piece : pieces) {
-    TORCH_CHECK_VALUE(piece.dim == dim, tensor_text, " is split in dimensions ", dim, " and ", piece.dim);
-    TORCH_CHECK_VALUE(piece.rows.begin >= 0 && piece.rows.begin < piece.rows.end && piece.rows.end <= num_rows,
-                      tensor_text, " has no rows [", piece.rows.begin, ", ", piece.rows.end, ") of dimension ", dim,
-                      ", said to be in ", piece.file);
-    TORCH_CHECK_VALUE(piece.rows.begin >= position, tensor_text, ": row ", piece.rows.begin, " of dimension ", dim,
-                      " is in two pieces, in ", previous->file, " and ", piece.file);
-    check_gap(position, piece.rows.begin);
-    position = piece.rows.end;
-    previous = &piece;
-  }
-  check_gap(position, num_rows);
-}
-
-// ------------------------------------------------------------------------------------------------------- manifest
-
-/// An object of a manifest that knows where it stands in the file.
-class ManifestObject {
- public:
-  ManifestObject(const Json& json, const fs::path& file, std::string key)
-      : json_(json), file_(file), key_(std::move(key)) {
-    TORCH_CHECK_VALUE(json_.is_object(), file_.string(), ": ", key_.empty() ? "the whole" : "key " + key_,
-                      " is not a JSON object");
-  }
-  template <class T>
-  T get(const std::string& name) const {
-    const auto& value = at(name);
-    try {
-      return value.template get<T>();
-    } catch (const nlohmann::json::exception& error) {
-      TORCH_CHECK_VALUE(false, file_.string(), ": key ", path_to(name), ": ", error.what());
-    }
-  }
-  ManifestObject object(const std::string& name) const { return {at(name), file_, path_to(name)}; }
-  std::vector<ManifestObject> objects(const std::string& name) const {
-    std::vector<ManifestObject> result;
-    const auto& array = at(name);
-    TORCH_CHECK_VALUE(array.is_array(), file_.string(), ": key ", path_to(name), " is not a JSON array");
-    for (const auto& element : array) {
-      result.emplace_back(element, file_, path_to(name) + "[" + std::to_string(result.size()) + "]");
-    }
-    return result;
-  }
-  std::vector<std::string> names() const {
-    std::vector<std::string> result;
-    for (const auto& [name, value] : json_.items()) result.push_back(name);
-    return result;
-  }
-
- private:
-  std::string path_to(const std::string& name) const { return key_.empty() ? name : key_ + "/" + name; }
-  const Json& at(const std::string& name) const {
-    const auto found = json_.find(name);
-    TORCH_CHECK_VALUE(found != json_.end(), file_.string(), ": there is no key ", path_to(name));
-    return *found;
-  }
-
-  const Json& json_;
-  const fs::path& file_;
-  std::string key_;
-};
-
-Json manifest_json(const CheckpointManifest& manifest) {
-  Json tensors = Json::object();
-  for (const auto& [name, tensor] : manifest.tensors) {
-    Json pieces = Json::array();
-    for (const auto& piece : tensor.pieces) {
-      pieces.push_back(
-          {{"file", piece.file}, {"dim", piece.dim}, {"begin", piece.rows.begin}, {"length", piece.rows.length()}});
-    }
-    tensors[name] = {{"dtype", tensor.dtype}, {"shape", tensor.shape}, {"pieces", std::move(pieces)}};
-  }
-  return {{"format_version", kFormatVersion},
-          {"step", manifest.step},
-          {"state", manifest.state},
-          {"files", manifest.file_bytes},
-          {"tensors", std::move(tensors)}};
-}
-
-CheckpointTensor parse_tensor(const ManifestObject& object) {
-  CheckpointTensor tensor{object.get<std::string>("dtype"), object.get<std::vector<int64_t>>("shape"), {}};
-  for (const auto& piece : object.objects("pieces")) {
-    const auto begin = piece.get<int64_t>("begin");
-    int64_t end = 0;
-    if (__builtin_add_overflow(begin, piece.get<int64_t>("length"), &end)) end = -1;  // check_pieces refuses it
-    tensor.pieces.push_back({piece.get<std::string>("file"), piece.get<int64_t>("dim"), {begin, end}});
-  }
-  return tensor;
-}
-
-/// Reads and checks the manifest in `folder`: what it returns is consistent in itself.
-CheckpointManifest read_manifest(const fs::path& folder) {
-  const auto file = folder / kManifest;
-  std::ifstream stream(file);
-  TORCH_CHECK_VALUE(stream, "cannot open ", file.string(), ": ", std::strerror(errno));
-  const auto json = Json::parse(stream, /*cb=*/nullptr, /*allow_exceptions=*/false);
-  TORCH_CHECK_VALUE(!json.is_discarded(), file.string(), " is not JSON");
-  const ManifestObject root(json, file, "");
-  const auto version = root.get<int64_t>("format_version");
-  TORCH_CHECK_VALUE(version == kFormatVersion, file.string(), ": format_version is ", version, ", this program reads ",
-                    kFormatVersion);
-  CheckpointManifest manifest{root.get<int64_t>("step"), root.get<std::string>("state"), {}, {}};
-  const auto files = root.object("files");
-  for (const auto& name : files.names()) manifest.file_bytes.emplace(name, files.get<int64_t>(name));
-  const auto tensors = root.object("tensors");
-  for (const auto& name : tensors.names()) {
-    auto tensor = parse_tensor(tensors.object(name));
-    try {
-      check_pieces(name, tensor);
-    } catch (const c10::ValueError& error) {
-      TORCH_CHECK_VALUE(false, file.string(), ": ", error.what_without_backtrace());
-    }
-    for (const auto& piece : tensor.pieces) {
-      TORCH_CHECK_VALUE(manifest.file_bytes.count(piece.file) > 0, file.string(), ": key files has no ", piece.file,
-                        ", which tensor ", name, " names");
-    }
-    manifest.tensors.emplace(name, std::move(tensor));
-  }
-  return manifest;
-}
-
-void check_files(const fs::path& folder, const CheckpointManifest& manifest) {
-  for (const auto& [name, bytes] : manifest.file_bytes) {
-    const auto file = folder / name;
-    TORCH_CHECK_VALUE(fs::is_regular_file(file), file.string(), " is missing");
-    const auto found = static_cast<int64_t>(fs::file_size(file));
-    TORCH_CHECK_VALUE(found == bytes, file.string(), " has ", found, " bytes, the manifest says ", bytes);
-  }
 }
 
 // --------------------------------------------------------------------------------------------------------- saving
@@ -298,8 +121,8 @@ std::vector<std::string> gather_texts(const std::string& text, const parallel::G
 
 bool is_written(const ShardedTensor& tensor) { return tensor.main_replica && tensor.local.size(tensor.dim) > 0; }
 
-/// This rank's part of the manifest, as JSON for merge_parts: also the tensors that it doesn't write, so that one which
-/// nobody writes is noticed.
+/// This rank's part of the manifest, as JSON for merge_manifests: also the tensors that it doesn't write, so that one
+/// which nobody writes is noticed.
 std::string manifest_part(const CheckpointContents& contents, const std::string& file) {
   TORCH_CHECK_VALUE(contents.step >= 0, "checkpoint of step ", contents.step);
   CheckpointManifest part{contents.step, {}, {}, {}};
@@ -310,30 +133,7 @@ std::string manifest_part(const CheckpointContents& contents, const std::string&
     const bool is_new = part.tensors.emplace(tensor.name, std::move(entry)).second;
     TORCH_CHECK_VALUE(is_new, "tensor ", tensor.name, " is given twice");
   }
-  return manifest_json(part).dump();
-}
-
-/// The manifest of all ranks' parts; its file_bytes are still missing.
-CheckpointManifest merge_parts(const std::vector<std::string>& parts, const CheckpointContents& contents) {
-  CheckpointManifest manifest{contents.step, contents.state, {}, {}};
-  for (size_t rank = 0; rank < parts.size(); ++rank) {
-    const auto json = Json::parse(parts[rank]);
-    const fs::path origin = "the list of rank " + std::to_string(rank);
-    const ManifestObject part(json, origin, "");
-    const auto step = part.get<int64_t>("step");
-    TORCH_CHECK_VALUE(step == contents.step, "rank ", rank, " saves step ", step, ", rank 0 step ", contents.step);
-    const auto tensors = part.object("tensors");
-    for (const auto& name : tensors.names()) {
-      const auto tensor = parse_tensor(tensors.object(name));
-      auto& merged = manifest.tensors.try_emplace(name, CheckpointTensor{tensor.dtype, tensor.shape, {}}).first->second;
-      TORCH_CHECK_VALUE(tensor.dtype == merged.dtype && tensor.shape == merged.shape, "tensor ", name, " is ",
-                        tensor.dtype, " ", at::IntArrayRef(tensor.shape), " on rank ", rank, ", ", merged.dtype, " ",
-                        at::IntArrayRef(merged.shape), " on ranks before it");
-      merged.pieces.insert(merged.pieces.end(), tensor.pieces.begin(), tensor.pieces.end());
-    }
-  }
-  for (const auto& [name, tensor] : manifest.tensors) check_pieces(name, tensor);
-  return manifest;
+  return internal::to_text(part, /*indent=*/-1);
 }
 
 void write_own_file(const fs::path& file, const std::vector<ShardedTensor>& tensors) {
@@ -406,7 +206,7 @@ void publish(const fs::path& partial, const fs::path& folder, CheckpointManifest
       entry->second = static_cast<int64_t>(fs::file_size(file));
     }
   }
-  write_file(partial / kManifest, manifest_json(manifest).dump(1) + "\n");
+  write_file(partial / kManifestFile, internal::to_text(manifest, /*indent=*/1) + "\n");
   const auto directory = folder.parent_path();
   move_into_place(partial, folder);
   flush_folder(directory);
@@ -461,10 +261,10 @@ void open_piece(const fs::path& folder, const CheckpointPiece& piece, const std:
 
 fs::path resolve_checkpoint(const fs::path& path) {
   for (const auto& candidate : {path, path / kLatest}) {
-    if (fs::is_regular_file(candidate / kManifest)) return fs::canonical(candidate);
+    if (fs::is_regular_file(candidate / kManifestFile)) return fs::canonical(candidate);
   }
-  TORCH_CHECK_VALUE(false, path.string(), " is no checkpoint: neither ", kManifest, " nor ", kLatest, "/", kManifest,
-                    " is there");
+  TORCH_CHECK_VALUE(false, path.string(), " is no checkpoint: neither ", kManifestFile, " nor ", kLatest, "/",
+                    kManifestFile, " is there");
 }
 
 // --------------------------------------------------------------------------------------------------- what to save
@@ -517,7 +317,7 @@ fs::path save_checkpoint(const fs::path& directory, const CheckpointContents& co
   try {
     const auto prepare = [&] {
       if (!is_first) return;
-      manifest = merge_parts(parts, contents);
+      manifest = internal::merge_manifests(parts, contents.step, contents.state);
       prepare_folder(directory, partial);
     };
     parallel::agree_on(prepare, world);
@@ -537,7 +337,8 @@ fs::path save_checkpoint(const fs::path& directory, const CheckpointContents& co
 }
 
 CheckpointReader::CheckpointReader(const fs::path& path)
-    : folder_(resolve_checkpoint(path)), manifest_(std::make_shared<CheckpointManifest>(read_manifest(folder_))) {}
+    : folder_(resolve_checkpoint(path)),
+      manifest_(std::make_shared<CheckpointManifest>(internal::read_manifest(folder_))) {}
 
 int64_t CheckpointReader::step() const { return manifest_->step; }
 
@@ -554,12 +355,12 @@ bool CheckpointReader::contains(const std::string& name) const { return manifest
 
 const std::vector<int64_t>& CheckpointReader::global_shape(const std::string& name) const {
   const auto found = manifest_->tensors.find(name);
-  TORCH_CHECK_VALUE(found != manifest_->tensors.end(), (folder_ / kManifest).string(), ": no tensor ", name);
+  TORCH_CHECK_VALUE(found != manifest_->tensors.end(), (folder_ / kManifestFile).string(), ": no tensor ", name);
   return found->second.shape;
 }
 
 void CheckpointReader::load(const std::vector<ShardedTensor>& tensors, UnusedTensors unused) const {
-  const auto manifest_file = (folder_ / kManifest).string();
+  const auto manifest_file = (folder_ / kManifestFile).string();
   std::set<std::string> asked;
   std::map<std::string, SafetensorsFile> open_files;
   for (const auto& wanted : tensors) {
@@ -591,7 +392,7 @@ void CheckpointReader::load(const std::vector<ShardedTensor>& tensors, UnusedTen
 std::optional<fs::path> latest_checkpoint(const fs::path& directory) {
   for (const auto& [step, folder] : step_folders(directory)) {
     try {
-      check_files(folder, read_manifest(folder));
+      internal::check_files(folder, internal::read_manifest(folder));
       return folder;
     } catch (const std::exception& error) {
       TORCH_WARN("passing over the broken checkpoint ", folder.string(), ": ", parallel::error_text(error));

@@ -33,7 +33,10 @@ void add_embed(CLI::App& app, Command& command) {
   embed->add_option("--dtype", arguments->dtype, "float32 or bfloat16")->capture_default_str();
   embed->add_option("--stats", arguments->stats, "Write collectives and bytes to this file (JSON)");
   embed->callback([arguments, &command] {
-    command = [arguments](parallel::Runtime& runtime) { return step37::embed(runtime, *arguments); };
+    command = [arguments](parallel::Runtime& runtime) {
+      runtime.choose_device({.device = "auto"});
+      return step37::embed(runtime, *arguments);
+    };
   });
 }
 
@@ -63,7 +66,10 @@ void add_generate(CLI::App& app, Command& command) {
       ->capture_default_str()
       ->check(CLI::PositiveNumber);
   generate->callback([arguments, &command] {
-    command = [arguments](parallel::Runtime& runtime) { return step37::generate(runtime, *arguments); };
+    command = [arguments](parallel::Runtime& runtime) {
+      runtime.choose_device({.device = "auto"});
+      return step37::generate(runtime, *arguments);
+    };
   });
 }
 

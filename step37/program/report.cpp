@@ -60,9 +60,12 @@ std::string loss_text(double value) { return digits(value, std::chars_format::fi
 
 /// 1234567 as 1,234,567.
 std::string grouped(int64_t value) {
-  auto text = std::to_string(value);
-  for (auto place = static_cast<int64_t>(text.size()) - 3; place > (value < 0 ? 1 : 0); place -= 3) {
-    text.insert(static_cast<size_t>(place), ",");
+  const auto plain = std::to_string(value);
+  const size_t sign = value < 0 ? 1 : 0;
+  auto text = plain.substr(0, sign);
+  for (size_t i = sign; i < plain.size(); ++i) {
+    if (i > sign && (plain.size() - i) % 3 == 0) text += ',';
+    text += plain[i];
   }
   return text;
 }
@@ -70,7 +73,10 @@ std::string grouped(int64_t value) {
 std::string duration(double seconds) {
   const auto total = std::llround(seconds);
   if (total < 60) return significant(seconds, 2) + " s";
-  const auto two_digits = [](long long value) { return (value < 10 ? "0" : "") + std::to_string(value); };
+  const auto two_digits = [](long long value) {
+    std::string text(value < 10 ? "0" : "");
+    return text += std::to_string(value);
+  };
   if (total < 3600) return std::to_string(total / 60) + " min " + two_digits(total % 60) + " s";
   return std::to_string(total / 3600) + " h " + two_digits(total / 60 % 60) + " min";
 }

@@ -356,7 +356,6 @@ TEST_F(Pretrain, StartsOverWhenAsked) {
 
 TEST_F(Pretrain, TakesABrokenPictureAsBlack) {
   pretrain("run", runtime().size(), {"training.steps=1"});
-  // Eight pixels' width and no end: its header gives the same layout of tokens.
   on_main([&] {
     for (const auto& entry : fs::directory_iterator(pictures())) {
       if (entry.path().extension() == ".png") write_file(entry.path(), "no picture");
@@ -371,13 +370,14 @@ TEST_F(Pretrain, TakesABrokenPictureAsBlack) {
 }
 
 TEST_F(Pretrain, LeavesPicturesWithoutCaptionOut) {
-  pretrain("run", runtime().size());
+  const Overrides one_step = {"training.steps=1"};
+  pretrain("run", runtime().size(), one_step);
   on_main([&] {
     write_picture(pictures() / "empty.png", 40, 40, 3);
     write_file(pictures() / "empty.txt", " \n\n");
     write_picture(pictures() / "none.png", 40, 40, 4);
   });
-  pretrain("more", runtime().size());
+  pretrain("more", runtime().size(), one_step);
   expect_same_run(files("more"), files("run"), 0.0);
 }
 
@@ -409,7 +409,7 @@ TEST_F(Pretrain, GoesBackBeyondATruncatedCheckpoint) {
     }
   });
   const auto text = agreed_error([&] {
-    step37::generate(runtime(), {files("run").checkpoints() / "latest", pictures() / "a.png"});
+    step37::generate(runtime(), {files("run").checkpoints() / "latest", pictures() / "picture0.png", "", 4});
   });
   expect_contains(text, "of-000" + std::to_string(tp) + ".safetensors");
   pretrain("run", tp, overrides);
@@ -424,9 +424,7 @@ TEST_F(Pretrain, RefusesACheckpointThatDoesNotFit) {
   pretrain("run", tp, {"training.steps=1"});
   const auto other_size = pretrain_error("run", tp, {"training.steps=2", "model.hidden_size=64"});
   expect_contains(other_size, "manifest.json");
-  expect_contains(other_size, "shape");
-  expect_contains(other_size, ", 32]");
-  expect_contains(other_size, ", 64]");
+  expect_contains(other_size, "tensor model.embed_tokens.weight is Float [300, 32], asked for as Float [300, 64]");
   on_main([&] {
     for (const auto& entry : fs::directory_iterator(files("run").checkpoints() / step_name(1))) {
       if (entry.path().extension() != ".safetensors") continue;
@@ -516,8 +514,8 @@ std::vector<ImageForInsert> pictures_held_by(const std::vector<int64_t>& holders
       if (next[i] == tp->getRank()) own.push_back(i);
     }
     group.rows = at::full({count}, group.insert_start_token == kImStart ? 4 : 1, at::kLong);
-    group.holders = at::tensor(std::vector<int64_t>(next, next + count), at::kLong);
-    group.images = group.images.index_select(0, at::tensor(own, at::kLong));
+    group.holders = at::tensor(at::ArrayRef<int64_t>(&*next, static_cast<size_t>(count)), at::kLong);
+    group.images = group.images.index_select(0, at::tensor(at::ArrayRef<int64_t>(own), at::kLong));
     next += count;
   }
   return images;

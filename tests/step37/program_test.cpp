@@ -1,48 +1,24 @@
 // The step37 program, started with mpirun on two ranks as a user starts it.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
-#include <stdio.h>   // popen
 #include <stdlib.h>  // mkdtemp
-#include <sys/wait.h>
 
-#include <array>
 #include <filesystem>
 #include <string>
 
 #include "megatron_cpp/checkpoint/safetensors.h"
+#include "tests/support/command.h"
 
 namespace {
 
-/// For the shell. (Appended piece by piece: g++ 12 warns of `"'" + string` without cause.)
-std::string quoted(const std::string& path) {
-  std::string result = "'";
-  return result.append(path).append("'");
-}
-
-struct Outcome {
-  int status = -1;     ///< the exit status, -1 if it was ended by a signal
-  std::string output;  ///< stdout and stderr
-};
+using test_support::occurrences;
+using test_support::Outcome;
+using test_support::quoted;
 
 Outcome start(const std::string& arguments) {
   auto command = quoted(MCPP_MPIEXEC);
-  command.append(" " MCPP_MPIEXEC_FLAGS " ").append(quoted(MCPP_PROGRAM)).append(" ").append(arguments).append(" 2>&1");
-  FILE* pipe = popen(command.c_str(), "r");
-  if (pipe == nullptr) return {};
-  Outcome outcome;
-  std::array<char, 4096> buffer{};
-  for (size_t bytes = 0; (bytes = fread(buffer.data(), 1, buffer.size(), pipe)) > 0;) {
-    outcome.output.append(buffer.data(), bytes);
-  }
-  const int status = pclose(pipe);
-  if (WIFEXITED(status)) outcome.status = WEXITSTATUS(status);
-  return outcome;
-}
-
-int occurrences(const std::string& text, const std::string& part) {
-  int count = 0;
-  for (size_t at = text.find(part); at != std::string::npos; at = text.find(part, at + part.size())) ++count;
-  return count;
+  command.append(" " MCPP_MPIEXEC_FLAGS " ").append(quoted(MCPP_PROGRAM)).append(" ").append(arguments);
+  return test_support::run_command(command);
 }
 
 const std::filesystem::path kCase = MCPP_TEST_CASES "/embed/28_crosses_shards.safetensors";

@@ -28,8 +28,8 @@ World& world() {
 parallel::Runtime& runtime() {
   if (!world().runtime) {
     const char* device = std::getenv("TEST_DEVICE");
-    world().runtime = std::make_unique<parallel::Runtime>(
-        parallel::RuntimeOptions{.device = device != nullptr ? device : "cpu", .share_devices = true});
+    world().runtime = std::make_unique<parallel::Runtime>();
+    world().runtime->choose_device({.device = device != nullptr ? device : "cpu", .share_devices = true});
   }
   return *world().runtime;
 }

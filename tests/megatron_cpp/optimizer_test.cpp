@@ -1,0 +1,419 @@
+// From gradients to new parameters: GradientBuffer, AdamW, LearningRateSchedule, Trainer.
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <string>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <utility>
+#include <vector>
+
+#include "megatron_cpp/optimizer/adamw.h"
+#include "megatron_cpp/optimizer/gradient_buffer.h"
+#include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "megatron_cpp/training/learning_rate.h"
+#include "megatron_cpp/training/trainer.h"
+#include "tests/support/test_world.h"
+
+namespace {
+
+using megatron::AdamW;
+using megatron::AdamWOptions;
+using megatron::GradientBuffer;
+using megatron::GradientRule;
+using megatron::LearningRateSchedule;
+using megatron::ParameterShard;
+using megatron::Trainer;
+using megatron::TrainerOptions;
+using test_support::divisors_of_world;
+using test_support::exact_values;
+using test_support::groups;
+using test_support::near;
+using test_support::on_device;
+using test_support::runtime;
+
+std::string value_error(const std::function<void()>& action) {
+  try {
+    action();
+  } catch (const c10::ValueError& error) {
+    return error.what_without_backtrace();
+  }
+  return "nothing thrown";
+}
+
+void expect_contains(const std::string& text, const std::string& part) {
+  EXPECT_NE(text.find(part), std::string::npos) << text << "\n  lacks: " << part;
+}
+
+at::Tensor parameter(at::IntArrayRef shape, at::ScalarType dtype = at::kFloat) {
+  return on_device(at::zeros(shape, dtype)).requires_grad_(true);
+}
+
+ParameterShard shard_of(std::string name, const at::Tensor& tensor, GradientRule rule, bool weight_decay = true) {
+  return megatron::replicated_parameter(std::move(name), tensor, rule, megatron::InitialValue::constant(0.0),
+                                        weight_decay);
+}
+
+/// A part of a gradient as backward leaves it, by data- and tensor-parallel rank.
+at::Tensor part(at::IntArrayRef shape, int64_t seed, int dp_rank, int tp_rank) {
+  return on_device(exact_values(shape, seed + 100 * dp_rank + 10 * tp_rank));
+}
+
+/// A parameter and what its gradient has to become.
+struct Case {
+  ParameterShard shard;
+  at::Tensor part;      ///< that backward adds on this rank, each time
+  at::Tensor expected;  ///< on this rank, of one backward
+  double square = 0.0;  ///< of the whole, global gradient of one backward
+};
+
+Case sharded_case(const parallel::ProcessGroups& group, int64_t seed) {
+  const std::vector<int64_t> local_shape{3, 5};
+  const int t = group.tp->getSize();
+  Case result;
+  const int64_t begin = 3 * group.tp->getRank();
+  result.shard = megatron::sharded_parameter("sharded", parameter(local_shape), {3 * t, 5}, 0, begin,
+                                             megatron::InitialValue::constant(0.0), true);
+  result.part = part(local_shape, seed, group.dp->getRank(), group.tp->getRank());
+  for (int r = 0; r < t; ++r) {
+    auto sum = at::zeros_like(result.part);
+    for (int d = 0; d < group.dp->getSize(); ++d) sum.add_(part(local_shape, seed, d, r));
+    result.square += sum.square().sum().item<double>();
+    if (r == group.tp->getRank()) result.expected = sum;
+  }
+  return result;
+}
+
+Case replicated_case(const parallel::ProcessGroups& group, int64_t seed, GradientRule rule) {
+  const bool partial = rule == GradientRule::kReplicatedPartial;
+  const std::vector<int64_t> shape{7};
+  Case result;
+  result.shard = shard_of(partial ? "partial" : "replicated", parameter(shape), rule);
+  result.part = part(shape, seed, group.dp->getRank(), partial ? group.tp->getRank() : 0);
+  result.expected = at::zeros_like(result.part);
+  for (int d = 0; d < group.dp->getSize(); ++d) {
+    for (int r = 0; r < (partial ? group.tp->getSize() : 1); ++r) result.expected.add_(part(shape, seed, d, r));
+  }
+  result.square = result.expected.square().sum().item<double>();
+  return result;
+}
+
+/// Backward of a loss whose gradient is each case's part.
+void backward(const std::vector<Case>& cases) {
+  for (const auto& one : cases) (one.shard.parameter * one.part).sum().backward();
+}
+
+void expect_gradients(const GradientBuffer& buffer, const std::vector<Case>& cases, double factor) {
+  double square = 0.0;
+  for (const auto& one : cases) {
+    EXPECT_TRUE(test_support::equal(one.shard.parameter.grad(), one.expected * factor)) << one.shard.name;
+    square += one.square * factor * factor;
+  }
+  EXPECT_NEAR(buffer.norm(), std::sqrt(square), 1e-6 * std::sqrt(square));
+}
+
+GradientBuffer buffer_of(const std::vector<ParameterShard>& shards, const parallel::ProcessGroups& group) {
+  return {shards, group.tp, group.dp, group.tp_dp};
+}
+
+}  // namespace
+
+TEST(GradientBuffer, SumsAndCountsEveryParameterOnce) {
+  for (const int tp : divisors_of_world()) {
+    const auto& group = groups(tp);
+    for (int kinds = 1; kinds < 8; ++kinds) {  // every choice of the three rules
+      SCOPED_TRACE(testing::Message() << "tensor " << tp << ", kinds " << kinds);
+      std::vector<Case> cases;
+      if ((kinds & 1) != 0) cases.push_back(replicated_case(group, 1, GradientRule::kReplicatedPartial));
+      if ((kinds & 2) != 0) cases.push_back(sharded_case(group, 2));
+      if ((kinds & 4) != 0) cases.push_back(replicated_case(group, 3, GradientRule::kReplicated));
+      const auto frozen = on_device(at::zeros({4}));
+      std::vector<ParameterShard> shards{shard_of("frozen", frozen, GradientRule::kReplicated)};
+      for (const auto& one : cases) shards.push_back(one.shard);
+
+      auto buffer = buffer_of(shards, group);
+      EXPECT_EQ(buffer.parameters().size(), cases.size());
+      EXPECT_FALSE(frozen.grad().defined());
+      for (const auto& one : cases)
+        EXPECT_TRUE(test_support::equal(one.shard.parameter.grad(), at::zeros_like(one.part)));
+      backward(cases);
+      backward(cases);  // a second micro-batch
+      buffer.reduce();
+      expect_gradients(buffer, cases, 2.0);
+      buffer.scale(0.25);
+      expect_gradients(buffer, cases, 0.5);
+
+      // Whoever took the gradients away, zero() puts them back.
+      for (const auto& one : cases) one.shard.parameter.mutable_grad() = at::Tensor();
+      buffer.zero();
+      EXPECT_EQ(buffer.norm(), 0.0);
+      backward(cases);
+      buffer.reduce();
+      expect_gradients(buffer, cases, 1.0);
+    }
+  }
+}
+
+TEST(GradientBuffer, RefusesWhatDoesNotFit) {
+  const auto& group = groups(1);
+  const auto frozen = shard_of("frozen", at::zeros({3}), GradientRule::kReplicated);
+  expect_contains(value_error([&] { buffer_of({frozen}, group); }), "every parameter is frozen");
+  const auto first = shard_of("first", parameter({2}), GradientRule::kReplicated);
+  const auto wide = shard_of("wide", parameter({2}, at::kDouble), GradientRule::kReplicated);
+  const auto text = value_error([&] { buffer_of({first, wide}, group); });
+  expect_contains(text, "parameter wide is ");
+  expect_contains(text, "first is ");
+}
+
+// ---- AdamW ----
+
+namespace {
+
+/// The update of Loshchilov and Hutter's algorithm 2, by the letter, in double precision.
+struct NaiveAdamW {
+  at::Tensor value, exp_avg, exp_avg_sq;
+
+  explicit NaiveAdamW(const at::Tensor& start)
+      : value(start.detach().cpu().to(at::kDouble).clone()),
+        exp_avg(at::zeros_like(value)),
+        exp_avg_sq(at::zeros_like(value)) {}
+
+  void step(const at::Tensor& gradient, int64_t number, double rate, double decay, const AdamWOptions& options) {
+    const auto g = gradient.cpu().to(at::kDouble);
+    exp_avg = exp_avg * options.beta1 + g * (1 - options.beta1);
+    exp_avg_sq = exp_avg_sq * options.beta2 + g * g * (1 - options.beta2);
+    const auto mean = exp_avg / (1 - std::pow(options.beta1, static_cast<double>(number)));
+    const auto square = exp_avg_sq / (1 - std::pow(options.beta2, static_cast<double>(number)));
+    value = value - rate * decay * value - rate * mean / (square.sqrt() + options.eps);
+  }
+};
+
+std::vector<ParameterShard> parameters_for_adamw() {
+  std::vector<ParameterShard> shards;
+  int64_t seed = 0;
+  for (const bool decays : {true, false}) {
+    for (const auto& shape : std::vector<std::vector<int64_t>>{{5, 37}, {3}, {0, 4}}) {
+      auto tensor = on_device(exact_values(shape, ++seed)).requires_grad_(true);
+      shards.push_back(shard_of(std::to_string(seed), tensor, GradientRule::kReplicated, decays));
+    }
+  }
+  return shards;
+}
+
+at::Tensor gradient_for(const ParameterShard& shard, int64_t step) {
+  return on_device(exact_values(shard.parameter.sizes(), 17 * step + static_cast<int64_t>(shard.name.back()))) * 0.1;
+}
+
+void step_with_gradients(AdamW& optimizer, int64_t step, double rate) {
+  for (const auto& shard : optimizer.parameters()) shard.parameter.mutable_grad() = gradient_for(shard, step);
+  optimizer.step(rate);
+}
+
+}  // namespace
+
+TEST(AdamW, EqualsTheFormulas) {
+  const AdamWOptions options{.beta1 = 0.8, .beta2 = 0.9, .eps = 1e-3, .weight_decay = 0.3};
+  AdamW optimizer(parameters_for_adamw(), options);
+  std::vector<NaiveAdamW> naive;
+  for (const auto& shard : optimizer.parameters()) naive.emplace_back(shard.parameter);
+  for (int64_t step = 1; step <= 5; ++step) {
+    const double rate = 0.1 / static_cast<double>(step);
+    step_with_gradients(optimizer, step, rate);
+    EXPECT_EQ(optimizer.num_steps(), step);
+    for (size_t i = 0; i < naive.size(); ++i) {
+      const auto& shard = optimizer.parameters()[i];
+      naive[i].step(gradient_for(shard, step), step, rate, shard.weight_decay ? 0.3 : 0.0, options);
+      EXPECT_TRUE(near(shard.parameter, naive[i].value, 1e-6)) << shard.name << ", step " << step;
+      EXPECT_TRUE(near(optimizer.moments()[i].exp_avg, naive[i].exp_avg, 1e-6)) << shard.name;
+      EXPECT_TRUE(near(optimizer.moments()[i].exp_avg_sq, naive[i].exp_avg_sq, 1e-6)) << shard.name;
+    }
+  }
+}
+
+TEST(AdamW, GoesOnBitForBit) {
+  AdamW whole(parameters_for_adamw(), {});
+  AdamW first(parameters_for_adamw(), {});
+  for (int64_t step = 1; step <= 4; ++step) step_with_gradients(whole, step, 0.01);
+  for (int64_t step = 1; step <= 2; ++step) step_with_gradients(first, step, 0.01);
+  AdamW second(first.parameters(), {});
+  for (size_t i = 0; i < first.moments().size(); ++i) {
+    second.moments()[i].exp_avg.copy_(first.moments()[i].exp_avg);
+    second.moments()[i].exp_avg_sq.copy_(first.moments()[i].exp_avg_sq);
+  }
+  second.set_num_steps(2);
+  for (int64_t step = 3; step <= 4; ++step) step_with_gradients(second, step, 0.01);
+  for (size_t i = 0; i < whole.parameters().size(); ++i) {
+    EXPECT_TRUE(test_support::equal(second.parameters()[i].parameter, whole.parameters()[i].parameter));
+  }
+}
+
+TEST(AdamW, RefusesValuesOutOfRange) {
+  expect_contains(value_error([] { AdamW({}, {.beta1 = 1.0}); }), "beta1 1 is not in [0, 1)");
+  expect_contains(value_error([] { AdamW({}, {.beta2 = -0.5}); }), "beta2 -0.5 is not in [0, 1)");
+  expect_contains(value_error([] { AdamW({}, {.eps = 0.0}); }), "eps 0 is not above 0");
+  expect_contains(value_error([] { AdamW({}, {.weight_decay = -1.0}); }), "weight decay -1 is below 0");
+}
+
+// ---- LearningRateSchedule ----
+
+TEST(LearningRate, ValuesByHand) {
+  const LearningRateSchedule schedule{.peak = 1.0, .floor = 0.2, .warmup_steps = 4, .total_steps = 12};
+  EXPECT_DOUBLE_EQ(schedule.at(1), 0.25);
+  EXPECT_DOUBLE_EQ(schedule.at(3), 0.75);
+  EXPECT_DOUBLE_EQ(schedule.at(4), 1.0);
+  EXPECT_NEAR(schedule.at(6), 0.2 + 0.4 * (1 + std::sqrt(0.5)), 1e-15);
+  EXPECT_NEAR(schedule.at(8), 0.6, 1e-15);
+  EXPECT_NEAR(schedule.at(10), 0.2 + 0.4 * (1 - std::sqrt(0.5)), 1e-15);
+  EXPECT_NEAR(schedule.at(12), 0.2, 1e-15);
+  EXPECT_NEAR(schedule.at(100), 0.2, 1e-15);
+}
+
+TEST(LearningRate, WithoutWarmUpOrWithNothingElse) {
+  const LearningRateSchedule straight_down{.peak = 1.0, .floor = 0.0, .warmup_steps = 0, .total_steps = 2};
+  EXPECT_NEAR(straight_down.at(1), 0.5, 1e-15);
+  EXPECT_NEAR(straight_down.at(2), 0.0, 1e-15);
+  const LearningRateSchedule all_warm_up{.peak = 1.0, .floor = 0.5, .warmup_steps = 8, .total_steps = 4};
+  EXPECT_DOUBLE_EQ(all_warm_up.at(4), 0.5);
+  EXPECT_DOUBLE_EQ(all_warm_up.at(8), 1.0);
+}
+
+TEST(LearningRate, RefusesValuesOutOfRange) {
+  expect_contains(value_error([] { LearningRateSchedule{.peak = 0.0}.validate(); }), "learning rate 0 is not above 0");
+  expect_contains(value_error([] { LearningRateSchedule{.peak = 1.0, .floor = 2.0}.validate(); }),
+                  "minimum learning rate 2 is not in [0, 1]");
+  expect_contains(value_error([] { LearningRateSchedule{.total_steps = 0}.validate(); }),
+                  "number of steps 0 is below 1");
+  expect_contains(value_error([] { LearningRateSchedule{.warmup_steps = -1}.validate(); }),
+                  "warm-up steps -1 are below 0");
+}
+
+// ---- Trainer ----
+
+namespace {
+
+constexpr int64_t kTokens = 16;  // of the global batch; divisible by every number of micro-batches here
+constexpr int64_t kWidth = 6;
+
+/// Least squares on kTokens points: token losses (w x + b - y)^2.
+struct Regression {
+  at::Tensor weight = on_device(exact_values({kWidth}, 1)).requires_grad_(true);
+  at::Tensor bias = on_device(exact_values({1}, 2)).requires_grad_(true);
+  at::Tensor x = on_device(exact_values({kTokens, kWidth}, 3));
+  at::Tensor y = on_device(exact_values({kTokens}, 4));
+
+  std::vector<ParameterShard> shards() const {
+    return {shard_of("weight", weight, GradientRule::kReplicated),
+            shard_of("bias", bias, GradientRule::kReplicated, false)};
+  }
+  at::Tensor loss_sum(int64_t begin, int64_t count) const {
+    return ((at::mv(x.narrow(0, begin, count), weight) + bias - y.narrow(0, begin, count)).square()).sum();
+  }
+};
+
+/// Steps with this data-parallel rank's tokens in `num_micro_batches` parts.
+megatron::StepResult step(Trainer& trainer, const Regression& model, const parallel::ProcessGroups& group,
+                          int64_t num_micro_batches) {
+  const int64_t own = kTokens / group.dp->getSize();
+  const int64_t begin = own * group.dp->getRank();
+  const int64_t count = own / num_micro_batches;
+  return trainer.step([&](int64_t i) { return model.loss_sum(begin + i * count, count); }, num_micro_batches, kTokens);
+}
+
+TrainerOptions trainer_options(double clip) {
+  TrainerOptions options;
+  options.learning_rate = {.peak = 0.1, .floor = 0.01, .warmup_steps = 2, .total_steps = 4};
+  options.clip_grad_norm = clip;
+  return options;
+}
+
+/// This rank alone.
+parallel::ProcessGroups alone() {
+  const auto& group = test_support::single();
+  return {{}, group, group, group, group};
+}
+
+}  // namespace
+
+TEST(Trainer, MicroBatchesAndReplicasAreOneBatch) {
+  const Regression reference;
+  Trainer reference_trainer(reference.shards(), alone(), trainer_options(1.0));
+  std::vector<megatron::StepResult> expected;
+  for (int i = 0; i < 4; ++i) expected.push_back(step(reference_trainer, reference, alone(), 1));
+  EXPECT_LT(expected.back().loss, expected.front().loss);
+  for (const int tp : divisors_of_world()) {
+    for (const int64_t num_micro_batches : {1, 2, 4}) {
+      SCOPED_TRACE(testing::Message() << "tensor " << tp << ", " << num_micro_batches << " micro-batches");
+      const Regression model;
+      Trainer trainer(model.shards(), groups(tp), trainer_options(1.0));
+      for (size_t i = 0; i < 4; ++i) {
+        const auto result = step(trainer, model, groups(tp), num_micro_batches);
+        EXPECT_NEAR(result.loss, expected[i].loss, 1e-5 * expected[i].loss);
+        EXPECT_NEAR(result.grad_norm, expected[i].grad_norm, 1e-5 * expected[i].grad_norm);
+        EXPECT_DOUBLE_EQ(result.learning_rate, trainer_options(1.0).learning_rate.at(static_cast<int64_t>(i) + 1));
+      }
+      EXPECT_TRUE(near(model.weight, reference.weight, 1e-5));
+      EXPECT_TRUE(near(model.bias, reference.bias, 1e-5));
+    }
+  }
+}
+
+TEST(Trainer, ClipsTheGradientOnly) {
+  const auto& group = groups(runtime().size());
+  double unclipped = 0.0;
+  for (const double clip : {0.0, 0.5, 1e6}) {
+    SCOPED_TRACE(testing::Message() << "clip_grad_norm " << clip);
+    const Regression model;
+    Trainer trainer(model.shards(), group, trainer_options(clip));
+    const auto result = step(trainer, model, group, 1);
+    if (clip == 0.0) unclipped = result.grad_norm;
+    EXPECT_GT(result.grad_norm, 0.5);
+    EXPECT_EQ(result.grad_norm, unclipped);  // reported as it was
+    double square = 0.0;
+    for (const auto& moments : trainer.optimizer().moments()) {
+      square += (moments.exp_avg / (1 - AdamWOptions().beta1)).square().sum().item<double>();
+    }
+    const double taken = clip == 0.5 ? 0.5 : unclipped;
+    EXPECT_NEAR(std::sqrt(square), taken, 1e-5 * taken);
+  }
+}
+
+TEST(Trainer, LossesThatAreNotFiniteChangeNothing) {
+  for (const int tp : divisors_of_world()) {
+    for (const double factor : {std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN()}) {
+      SCOPED_TRACE(testing::Message() << "tensor " << tp << ", " << factor);
+      const auto& group = groups(tp);
+      const Regression model;
+      Trainer trainer(model.shards(), group, trainer_options(1.0));
+      step(trainer, model, group, 1);
+      const auto weight = model.weight.detach().clone();
+      const auto exp_avg = trainer.optimizer().moments()[0].exp_avg.clone();
+      // On the last replica only; the error is everybody's.
+      const bool broken = group.dp->getRank() == group.dp->getSize() - 1;
+      const auto text = value_error([&] {
+        trainer.step([&](int64_t /*i*/) { return model.loss_sum(0, 1) * (broken ? factor : 1.0); }, 1, kTokens);
+      });
+      expect_contains(text, "step 2: loss ");
+      expect_contains(text, "are not both finite");
+      EXPECT_TRUE(test_support::equal(model.weight, weight));
+      EXPECT_TRUE(test_support::equal(trainer.optimizer().moments()[0].exp_avg, exp_avg));
+      EXPECT_EQ(trainer.optimizer().num_steps(), 1);
+      EXPECT_TRUE(std::isfinite(step(trainer, model, group, 1).grad_norm));  // and the next batch is taken
+    }
+  }
+}
+
+TEST(Trainer, RefusesWhatDoesNotFit) {
+  const auto& group = groups(1);
+  const Regression model;
+  expect_contains(value_error([&] { Trainer(model.shards(), group, trainer_options(-1.0)); }),
+                  "clip_grad_norm -1 is below 0");
+  auto options = trainer_options(1.0);
+  options.learning_rate.total_steps = 0;
+  expect_contains(value_error([&] { Trainer(model.shards(), group, options); }), "number of steps 0");
+  Trainer trainer(model.shards(), group, trainer_options(1.0));
+  expect_contains(value_error([&] { trainer.step([&](int64_t /*i*/) { return model.loss_sum(0, 1); }, 1, 0); }),
+                  "no loss token");
+}

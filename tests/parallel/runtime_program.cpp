@@ -1,0 +1,45 @@
+// What runtime_test starts: a program on parallel::Runtime::run that ends in the way its argument names.
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+#include <signal.h>  // kill
+#include <unistd.h>
+
+#include <cstdio>
+#include <string>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+
+#include "parallel/collectives.h"
+#include "parallel/process_groups.h"
+#include "parallel/runtime.h"
+
+namespace {
+
+int body(parallel::Runtime& runtime, const std::string& mode) {
+  const auto groups = parallel::make_process_groups(runtime, {.tp = runtime.size()});
+  const auto sum = [&] { return parallel::all_reduce(at::ones({3}), groups.tp).sum().item<double>(); };
+  sum();  // all ranks are there
+  const bool is_last = runtime.rank() == runtime.size() - 1;
+  if (mode == "all_throw") {
+    TORCH_CHECK_VALUE(false, "the same on every rank");
+  } else if (mode == "one_throws") {
+    TORCH_CHECK_VALUE(!is_last, "only here");
+  } else if (mode == "each_throws_its_own") {
+    TORCH_CHECK_VALUE(false, "this is number ", runtime.rank());
+  } else if (mode == "one_is_killed") {
+    if (is_last) kill(getpid(), SIGKILL);
+  } else if (mode == "status") {
+    return 3;
+  } else if (mode != "fine") {
+    TORCH_CHECK_VALUE(false, "unknown mode ", mode);
+  }
+  std::printf("rank %d: the sum is %g\n", runtime.rank(), sum());
+  return 0;
+}
+
+}  // namespace
+
+/// Further arguments are ignored: a test finds its processes by them.
+int main(int argc, char** argv) {
+  const std::string mode = argc > 1 ? argv[1] : "";
+  return parallel::Runtime::run([&](parallel::Runtime& runtime) { return body(runtime, mode); });
+}

@@ -1,0 +1,22 @@
+// Starting a program as a user does, and looking at what it says.
+#pragma once
+
+#include <string>
+
+namespace test_support {
+
+/// `path` for the shell.
+std::string quoted(const std::string& path);
+
+struct Outcome {
+  int status = -1;     ///< the exit status, -1 if it was ended by a signal
+  std::string output;  ///< stdout and stderr
+};
+
+/// Runs a command of the shell and waits for its end.
+Outcome run_command(const std::string& command);
+
+/// How often `part` is in `text`, without overlaps.
+int occurrences(const std::string& text, const std::string& part);
+
+}  // namespace test_support
