@@ -36,7 +36,10 @@ LookUp plan_on_host(const at::Tensor& input_ids, const at::Tensor& rows_left_out
   if (rows_left_out.defined()) {
     const auto rows = rows_left_out.contiguous();
     const auto* row = rows.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < rows.numel(); ++i) left_out.at(static_cast<size_t>(row[i])) = true;
+    for (int64_t i = 0; i < rows.numel(); ++i) {
+      TORCH_CHECK_VALUE(row[i] >= 0 && row[i] < B * S, "row ", row[i], " to leave out is not one of ", B * S);
+      left_out[static_cast<size_t>(row[i])] = true;
+    }
   }
   const auto contiguous_ids = input_ids.contiguous();
   const auto* ids = contiguous_ids.const_data_ptr<int64_t>();

@@ -44,7 +44,8 @@ class VocabParallelEmbeddingImpl : public ParallelModule {
   ///                       else fills them); undefined: none.
   /// @return               [S, B, H], a tensor of its own that the caller may write to. Its backward ignores the
   ///                       gradient of rows left out.
-  /// No communication. Throws c10::ValueError naming the id and its place, on every rank alike.
+  /// No communication. Throws c10::ValueError, on every rank alike, naming an id outside [0, V) and its place, or a row
+  /// to leave out that isn't there.
   at::Tensor partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out = {});
 
   /// The second step: the sum over the ranks, [S, B, H]; with sequence_parallel this rank's rows of it, [S/t, B, H].

@@ -331,7 +331,7 @@ TEST_F(RunConfigTest, WhatDoesntFitIsRefusedWithTheNumbers) {
 TEST(ShippedConfigurations, AreValidForTheRanksTheyAreWrittenFor) {
   const auto tuxpaint = load_run_config(fs::path(MCPP_TEST_CASES) / "../../configs/tuxpaint.yaml");
   EXPECT_EQ(tuxpaint.run.directory, "runs/tuxpaint");
-  EXPECT_NO_THROW(validate(tuxpaint, 2));
+  for (const int num_ranks : {1, 2, 4}) EXPECT_NO_THROW(validate(tuxpaint, num_ranks)) << num_ranks;
 }
 
 }  // namespace
