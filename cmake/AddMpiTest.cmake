@@ -29,6 +29,9 @@ function(add_mpi_test)
       --gtest_output=xml:${CMAKE_BINARY_DIR}/test-results/${test}.xml)
     math(EXPR watchdog "${T_TIMEOUT} - 10")
     set_tests_properties(${test} PROPERTIES PROCESSORS ${n} TIMEOUT ${T_TIMEOUT} LABELS "mpi;np${n}"
+      # One mpirun at a time: Open MPI 4 fails to start now and then ("orte_session_dir failed") while another one of the
+      # same user ends and removes the session folder that both use.
+      RESOURCE_LOCK mpirun
       ENVIRONMENT "TEST_RANKS=${n};TEST_WATCHDOG_S=${watchdog};TEST_DEVICE=${MCPP_TEST_DEVICE};${MCPP_TEST_ENVIRONMENT}")
   endforeach()
 endfunction()
