@@ -61,6 +61,12 @@ std::vector<at::Tensor> list_entries(const FeatureList& features) {
   return std::get<std::vector<at::Tensor>>(features);
 }
 
+void check_feature_rank(const at::Tensor& entry) {
+  TORCH_CHECK_VALUE(entry.defined() && (entry.dim() == 2 || entry.dim() == 3),
+                    "image features must be [L, C] or [N, L, C], got ",
+                    entry.defined() ? c10::str(entry.sizes()) : "an undefined tensor");
+}
+
 const FeatureList& features_of(const ImageForInsert& group) {
   TORCH_CHECK_VALUE(group.image_features.has_value(), "the group of start token ", group.insert_start_token,
                     " has no image_features: the vision tower has to run first");
@@ -78,7 +84,12 @@ std::vector<int64_t> to_vector(const at::Tensor& values, const char* what, int64
 std::vector<int64_t> rows_of(const ImageForInsert& group) {
   if (group.rows.defined()) return to_vector(group.rows, "rows", group.insert_start_token);
   std::vector<int64_t> rows;
-  for (const auto& block : feature_blocks(features_of(group))) rows.push_back(block.size(0));
+  // From the sizes alone: feature_blocks would make a view of every image.
+  for (const auto& entry : list_entries(features_of(group))) {
+    check_feature_rank(entry);
+    const int64_t num_images = entry.dim() == 2 ? 1 : entry.size(0);
+    rows.insert(rows.end(), static_cast<size_t>(num_images), entry.size(-2));
+  }
   return rows;
 }
 
@@ -192,9 +203,7 @@ void ImageInsertEmbeddingImpl::append_own_features(const ImageForInsert& group, 
   const int64_t token = group.insert_start_token;
   size_t next = 0;
   for (const auto& entry : list_entries(features_of(group))) {
-    TORCH_CHECK_VALUE(entry.defined() && (entry.dim() == 2 || entry.dim() == 3),
-                      "image features must be [L, C] or [N, L, C], got ",
-                      entry.defined() ? c10::str(entry.sizes()) : "an undefined tensor");
+    check_feature_rank(entry);
     TORCH_CHECK_VALUE(entry.size(-1) == options_.encoder_output_dim(), "image features of start token ", token,
                       " have width ", entry.size(-1), ", align_projector takes ", options_.encoder_output_dim());
     const auto stacked = entry.dim() == 2 ? entry.unsqueeze(0) : entry;
