@@ -35,6 +35,25 @@ void agree(bool ok, const std::string& message, const GroupPtr& group) {
   throw AgreedError(text);
 }
 
+void check_equal(const std::vector<NamedValue>& values, const GroupPtr& group) {
+  const auto num_values = static_cast<int64_t>(values.size());
+  auto own = at::empty({1, num_values}, at::kLong);
+  for (int64_t i = 0; i < num_values; ++i) {
+    own.mutable_data_ptr<int64_t>()[i] = values[static_cast<size_t>(i)].value;
+  }
+  const auto all = all_gather(own, group);
+  const auto* value = all.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < num_values; ++i) {
+    for (int64_t rank = 1; rank < all.size(0); ++rank) {
+      const int64_t other = value[rank * num_values + i];
+      if (other == value[i]) continue;
+      throw AgreedError("ranks disagree: " + values[static_cast<size_t>(i)].name + " is " + std::to_string(value[i]) +
+                        " on rank 0 and " + std::to_string(other) + " on rank " + std::to_string(rank) + " of " +
+                        std::to_string(all.size(0)));
+    }
+  }
+}
+
 std::string broadcast_text(const std::string& text, int root, const GroupPtr& group) {
   auto length = at::full({1}, static_cast<int64_t>(text.size()), at::kLong);
   length = broadcast(length, root, group);

@@ -1,8 +1,10 @@
 // Turning what one rank finds into an error on every rank.
 #pragma once
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "parallel/group.h"
 
@@ -35,6 +37,16 @@ void agree_on(const Action& action, const GroupPtr& group) {
   }
   agree(ok, message, group);
 }
+
+/// A value that must be the same on every rank.
+struct NamedValue {
+  std::string name;
+  int64_t value;
+};
+
+/// Throws AgreedError on every rank, naming the first value that differs and the lowest rank that has another than rank
+/// 0, if any does. Collective over `group`, with values of the same names: one small all-gather.
+void check_equal(const std::vector<NamedValue>& values, const GroupPtr& group);
 
 /// `text` of rank `root`, on every rank. Collective over `group`.
 std::string broadcast_text(const std::string& text, int root, const GroupPtr& group);

@@ -47,6 +47,11 @@ void check_has_dimension(const at::Tensor& input, const char* operation) {
   TORCH_CHECK_VALUE(input.dim() > 0, operation, ": a tensor without dimensions has no rows");
 }
 
+void check_contiguous(const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), "all_reduce_in_place needs a contiguous tensor, got strides ",
+                    tensor.strides());
+}
+
 }  // namespace
 
 int group_rank(const GroupPtr& group) { return group->getRank(); }
@@ -60,13 +65,6 @@ at::Tensor PendingTensor::wait() {
   return std::move(tensor_);
 }
 
-PendingTensor start_all_reduce(const at::Tensor& input, const GroupPtr& group) {
-  if (group->getSize() == 1) return finished(input);
-  auto result = input.clone(at::MemoryFormat::Contiguous);
-  std::vector<at::Tensor> tensors{result};
-  return pending(result, group->allreduce(tensors), {});
-}
-
 at::Tensor all_reduce(const at::Tensor& input, const GroupPtr& group, Reduction reduction) {
   if (group->getSize() == 1) return input;
   auto result = input.clone(at::MemoryFormat::Contiguous);
@@ -76,13 +74,19 @@ at::Tensor all_reduce(const at::Tensor& input, const GroupPtr& group, Reduction 
 
 void all_reduce_in_place(at::Tensor& tensor, const GroupPtr& group, Reduction reduction) {
   if (group->getSize() == 1) return;
-  TORCH_CHECK_VALUE(tensor.is_contiguous(), "all_reduce_in_place needs a contiguous tensor, got strides ",
-                    tensor.strides());
+  check_contiguous(tensor);
   c10d::AllreduceOptions options;
   options.reduceOp = reduce_op(reduction);
   options.asyncOp = false;
   std::vector<at::Tensor> tensors{tensor};
   group->allreduce(tensors, options)->wait();
+}
+
+PendingTensor start_all_reduce_in_place(const at::Tensor& tensor, const GroupPtr& group) {
+  if (group->getSize() == 1) return finished(tensor);
+  check_contiguous(tensor);
+  std::vector<at::Tensor> tensors{tensor};
+  return pending(tensor, group->allreduce(tensors), {});
 }
 
 PendingTensor start_all_gather(const at::Tensor& input, const GroupPtr& group) {
@@ -97,6 +101,24 @@ PendingTensor start_all_gather(const at::Tensor& input, const GroupPtr& group) {
 }
 
 at::Tensor all_gather(const at::Tensor& input, const GroupPtr& group) { return start_all_gather(input, group).wait(); }
+
+at::Tensor all_gather_uneven(const at::Tensor& input, const std::vector<int64_t>& rows, const GroupPtr& group) {
+  if (group->getSize() == 1) return input;
+  check_has_dimension(input, "all_gather_uneven");
+  const auto own = static_cast<size_t>(group->getRank());
+  TORCH_CHECK_VALUE(rows.size() == static_cast<size_t>(group->getSize()) && input.size(0) == rows[own],
+                    "all_gather_uneven: ", input.sizes(), " does not have this rank's rows of ", at::IntArrayRef(rows));
+  auto shape = input.sizes().vec();
+  shape[0] = std::accumulate(rows.begin(), rows.end(), int64_t{0});
+  const auto contiguous = input.contiguous();
+  auto output = at::empty(shape, contiguous.options());
+  std::vector<std::vector<at::Tensor>> outputs{output.split_with_sizes(rows)};
+  std::vector<at::Tensor> inputs{contiguous};
+  c10d::AllgatherOptions options;
+  options.asyncOp = false;
+  group->allgather(outputs, inputs, options)->wait();
+  return output;
+}
 
 at::Tensor all_gather_last_dim(const at::Tensor& input, const GroupPtr& group) {
   if (group->getSize() == 1) return input;

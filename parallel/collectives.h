@@ -34,11 +34,16 @@ at::Tensor all_reduce(const at::Tensor& input, const GroupPtr& group, Reduction 
 /// all_reduce into `tensor` itself, which must be contiguous: for buffers too large to hold twice.
 void all_reduce_in_place(at::Tensor& tensor, const GroupPtr& group, Reduction reduction = Reduction::kSum);
 
-/// Starts an all_reduce (sum).
-PendingTensor start_all_reduce(const at::Tensor& input, const GroupPtr& group);
+/// Starts an all_reduce_in_place (sum).
+PendingTensor start_all_reduce_in_place(const at::Tensor& tensor, const GroupPtr& group);
 
 /// [R, ...] of each rank -> [t*R, ...], in the order of the ranks. Sends (t-1)/t of the result.
 at::Tensor all_gather(const at::Tensor& input, const GroupPtr& group);
+
+/// [rows[r], ...] of each rank r -> [sum of rows, ...], in the order of the ranks; ranks may have none. Sends this
+/// rank's rows to each of the others.
+/// @param rows  one number a rank, equal on every rank.
+at::Tensor all_gather_uneven(const at::Tensor& input, const std::vector<int64_t>& rows, const GroupPtr& group);
 
 /// Starts an all_gather.
 PendingTensor start_all_gather(const at::Tensor& input, const GroupPtr& group);

@@ -3,13 +3,23 @@
 
 #include <chrono>
 #include <cstdint>
+#include <limits>
+#include <optional>
 #include <string>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <vector>
 
 #include "parallel/mpi_communicator.h"
+#include "parallel/shared_window.h"
 
 namespace parallel {
+
+struct MpiBackendOptions {
+  /// How long one collective may wait for its peers.
+  std::chrono::milliseconds timeout;
+  /// Most bytes of this host's shared memory that the group may take; see SharedWindow::bytes_for.
+  int64_t shared_memory_limit = std::numeric_limits<int64_t>::max();
+};
 
 /// MPI collectives behind c10d's interface. One process group can carry it beside NCCL (ProcessGroup::setBackend).
 ///
@@ -17,21 +27,27 @@ namespace parallel {
 /// bfloat16, float16, int64, int32, uint8 or bool. MPI only moves bytes; sums are made here, in the order of the ranks,
 /// bfloat16 and float16 accumulated in float32 and rounded once. So a sum has the same bits on every rank.
 ///
+/// Large reductions of ranks on one host go through memory that they share instead, with the same bits. It is made at
+/// the first of them; if the host hasn't got it, rank 0 says so on stderr and MPI goes on moving the bytes. Where
+/// nothing is summed there is nothing to gain: Open MPI gathers and exchanges with one copy, in 1.1 to 1.2 times a
+/// memcpy's time at 33.5 MB and 1.8 to 2.1 times at 1 MB (2 ranks), and a window needs two.
+///
 /// Every call finishes before it returns: Open MPI makes no progress on a non-blocking collective while this thread
 /// computes, so there is nothing to overlap with. Calls start non-blocking and are polled, so that a peer that never
 /// arrives becomes an error after `timeout`, not a hang.
 ///
 /// Collective over the communicator's ranks, same operations in the same order. Throws c10::DistBackendError naming
 /// operation, group, sizes and ranks on a timeout; c10::ValueError before anything is sent for a tensor that isn't on
-/// the CPU, has another dtype, or whose size doesn't fit the group.
+/// the CPU, has another dtype, or whose size doesn't fit the group, and for a reduction that isn't SUM, AVG (of
+/// floating-point numbers), PRODUCT, MIN or MAX.
 class MpiBackend final : public c10d::Backend {
  public:
   /// @param name     the group's name in messages ("tp").
-  /// @param timeout  how long one collective may wait for its peers.
-  MpiBackend(MpiCommunicator communicator, std::string name, std::chrono::milliseconds timeout);
+  /// @param options  the same on every rank, but for shared_memory_limit.
+  MpiBackend(MpiCommunicator communicator, std::string name, const MpiBackendOptions& options);
 
   const std::string getBackendName() const override { return "mpi"; }
-  void setTimeout(std::chrono::milliseconds timeout) override { timeout_ = timeout; }
+  void setTimeout(std::chrono::milliseconds timeout) override { options_.timeout = timeout; }
 
   c10::intrusive_ptr<c10d::Work> broadcast(std::vector<at::Tensor>& tensors,
                                            const c10d::BroadcastOptions& options) override;
@@ -66,15 +82,24 @@ class MpiBackend final : public c10d::Backend {
   /// Exchanges `counts` elements with every rank: MPI_Ialltoallv on contiguous tensors.
   void exchange(const at::Tensor& output, const std::vector<int64_t>& output_counts, const at::Tensor& input,
                 const std::vector<int64_t>& input_counts, const char* operation, std::chrono::milliseconds timeout);
-  /// Gathers `input` of every rank into `output` [t * numel]: MPI_Iallgather on contiguous tensors.
-  void gather(const at::Tensor& output, const at::Tensor& input, const char* operation,
+  /// Gathers `input` of every rank into `output` [t * numel]: MPI_Iallgather on contiguous tensors. `elements` is what
+  /// the whole operation is about, for messages.
+  void gather(const at::Tensor& output, const at::Tensor& input, const char* operation, int64_t elements,
               std::chrono::milliseconds timeout);
+  /// Sums (or whatever) the elements of all ranks, with MPI's messages: contiguous vectors; `output` may be `input`.
+  void all_reduce_by_messages(const at::Tensor& output, const at::Tensor& input, c10d::ReduceOp::RedOpType reduction,
+                              std::chrono::milliseconds timeout);
+  /// The window for reducing `input`, made if need be; null where MPI's messages are the way. The same on every rank.
+  SharedWindow* window_for(const at::Tensor& input, const WindowCall& call);
   std::string where() const;
   std::chrono::milliseconds deadline(std::chrono::milliseconds requested) const;
 
   MpiCommunicator communicator_;
   std::string name_;
-  std::chrono::milliseconds timeout_;
+  MpiBackendOptions options_;
+  enum class WindowState { kNotTried, kBeingMade, kKnown };
+  WindowState window_state_ = WindowState::kNotTried;
+  std::optional<SharedWindow> window_;
 };
 
 }  // namespace parallel

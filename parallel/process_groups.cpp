@@ -18,8 +18,9 @@ GroupPtr make_group(Runtime& runtime, const RankGrid& grid, const std::string& n
   auto communicator = runtime.world().split(grid.group_index_of(runtime.rank(), dims));
   auto group = c10::make_intrusive<c10d::ProcessGroup>(communicator.rank(), communicator.size());
   group->setGroupName(name);
-  group->setBackend(at::kCPU, c10d::ProcessGroup::CUSTOM,
-                    c10::make_intrusive<MpiBackend>(std::move(communicator), name, options.timeout));
+  group->setBackend(
+      at::kCPU, c10d::ProcessGroup::CUSTOM,
+      c10::make_intrusive<MpiBackend>(std::move(communicator), name, MpiBackendOptions{.timeout = options.timeout}));
   runtime.shut_down_at_exit(group);
   return group;
 }

@@ -15,20 +15,11 @@
 #include <utility>
 
 #include "parallel/agree.h"
+#include "parallel/hash.h"
 #include "parallel/mpi_check.h"
 #include "parallel/nccl_groups.h"
 
 namespace parallel {
-namespace {
-
-uint64_t hash_text(const std::string& text) {
-  uint64_t hash = 14695981039346656037ULL;  // FNV-1a
-  for (const char letter : text) hash = (hash ^ static_cast<unsigned char>(letter)) * 1099511628211ULL;
-  return hash;
-}
-
-}  // namespace
-
 Runtime::Runtime() {
   int initialized = 0;
   MPI_Initialized(&initialized);
@@ -80,7 +71,7 @@ Runtime::~Runtime() {
 void Runtime::shut_down_at_exit(GroupPtr group) { groups_.push_back(std::move(group)); }
 
 bool Runtime::all_fail_alike(const std::string& message) const {
-  const uint64_t mine = hash_text(message);
+  const uint64_t mine = stable_hash(message);
   std::vector<uint64_t> all(static_cast<size_t>(size_));
   MPI_Request request = MPI_REQUEST_NULL;
   if (MPI_Iallgather(&mine, 1, MPI_UINT64_T, all.data(), 1, MPI_UINT64_T, errors_->get(), &request) != MPI_SUCCESS) {

@@ -1,5 +1,3 @@
-#include "megatron_cpp/tensor_parallel/linear_function.h"
-
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -8,6 +6,7 @@
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 
+#include "megatron_cpp/tensor_parallel/linear_function.h"
 #include "parallel/collectives.h"
 
 namespace megatron::internal {
@@ -71,7 +70,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     std::optional<parallel::PendingTensor> reduced;
     if (needs_input) {
       input_gradient = gradient.matmul(weight);
-      if (input_kind == LinearInput::kReplicated) reduced = parallel::start_all_reduce(input_gradient, group);
+      if (input_kind == LinearInput::kReplicated) reduced = parallel::start_all_reduce_in_place(input_gradient, group);
       if (input_kind == LinearInput::kSequenceParallel) reduced = parallel::start_reduce_scatter(input_gradient, group);
     }
     at::Tensor weight_grad;

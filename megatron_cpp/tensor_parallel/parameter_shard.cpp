@@ -5,23 +5,25 @@
 #include <ATen/core/PhiloxRNGEngine.h>
 #include <c10/util/Exception.h>
 
+#include <array>
 #include <cmath>
+#include <cstddef>
 #include <functional>
 #include <numbers>
 #include <set>
 #include <string_view>
 #include <utility>
 
+#include "parallel/hash.h"
+
 namespace megatron {
 namespace {
 
-/// FNV-1a over the name, then the seed: the same on every machine, unlike std::hash.
+/// Of the name, then the seed: the same on every machine.
 uint64_t generator_key(uint64_t seed, std::string_view name) {
-  uint64_t hash = 14695981039346656037ULL;
-  auto mix = [&hash](unsigned char byte) { hash = (hash ^ byte) * 1099511628211ULL; };
-  for (const char letter : name) mix(static_cast<unsigned char>(letter));
-  for (int shift = 0; shift < 64; shift += 8) mix(static_cast<unsigned char>(seed >> shift));
-  return hash;
+  std::array<std::byte, 8> bytes{};  // little-endian everywhere
+  for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<std::byte>(seed >> (8 * i));
+  return parallel::stable_hash(bytes, parallel::stable_hash(name));
 }
 
 /// Normal values number 2i and 2i+1 of a stream: Box-Muller on the uniform pair (u1, u2), u1 in (0, 1].

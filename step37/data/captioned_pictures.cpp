@@ -9,6 +9,8 @@
 #include <system_error>
 #include <utility>
 
+#include "parallel/hash.h"
+
 namespace step37 {
 namespace {
 
@@ -51,9 +53,8 @@ std::string_view trim(std::string_view text) {
 }
 
 /// FNV-1a, then the finalizer of SplitMix64: FNV alone hardly carries a name's last letters into the leading bits.
-uint64_t stable_hash(std::string_view text) {
-  uint64_t hash = 14695981039346656037ULL;
-  for (const char letter : text) hash = (hash ^ static_cast<unsigned char>(letter)) * 1099511628211ULL;
+uint64_t mixed_hash(std::string_view text) {
+  auto hash = parallel::stable_hash(text);
   hash = (hash ^ (hash >> 30)) * 0xbf58476d1ce4e5b9ULL;
   hash = (hash ^ (hash >> 27)) * 0x94d049bb133111ebULL;
   return hash ^ (hash >> 31);
@@ -104,7 +105,7 @@ CaptionedPictures scan_captioned_pictures(const fs::path& folder) {
 bool is_held_out(std::string_view relative_path, double fraction) {
   TORCH_CHECK_VALUE(fraction >= 0.0 && fraction <= 1.0, "held-out fraction ", fraction, " isn't in [0, 1]");
   constexpr double kUnit = 0x1p-53;  // the leading 53 bits are exact in a double
-  return static_cast<double>(stable_hash(relative_path) >> 11) * kUnit < fraction;
+  return static_cast<double>(mixed_hash(relative_path) >> 11) * kUnit < fraction;
 }
 
 PictureSplit split_held_out(const std::vector<CaptionedPicture>& pictures, double fraction) {

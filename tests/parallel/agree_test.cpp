@@ -106,3 +106,19 @@ TEST(BroadcastText, GivesTheRootsWordsToAll) {
     }
   }
 }
+
+TEST(CheckEqual, NamesTheValueAndTheRankThatDiffers) {
+  for (const int t : test_support::divisors_of_world()) {
+    const auto& tp = groups(t).tp;
+    const int r = parallel::group_rank(tp);
+    EXPECT_EQ(agreed_error([&] { parallel::check_equal({{"a", 1}, {"b", -7}}, tp); }), "");
+    EXPECT_EQ(agreed_error([&] { parallel::check_equal({}, tp); }), "");
+    for (int other = 1; other < t; ++other) {
+      EXPECT_EQ(
+          agreed_error([&] {
+            parallel::check_equal({{"a", 1}, {"b", r == other ? 8 : -7}}, tp);
+          }),
+          "ranks disagree: b is -7 on rank 0 and 8 on rank " + std::to_string(other) + " of " + std::to_string(t));
+    }
+  }
+}

@@ -155,8 +155,8 @@ TEST(AllReduce, InPlaceWritesToTheTensorAndNeedsItContiguous) {
 
 TEST(AllReduce, StartedAndWaitedFor) {
   for (const int t : test_support::divisors_of_world()) {
-    auto first = parallel::start_all_reduce(on_device(own(t, {4, 3}, at::kFloat)), groups(t).tp);
-    auto second = parallel::start_all_reduce(on_device(own(t, {5}, at::kDouble)), groups(t).tp);
+    auto first = parallel::start_all_reduce_in_place(on_device(own(t, {4, 3}, at::kFloat)), groups(t).tp);
+    auto second = parallel::start_all_reduce_in_place(on_device(own(t, {5}, at::kDouble)), groups(t).tp);
     EXPECT_TRUE(test_support::equal(second.wait(), reduced(of_all(t, {5}, at::kDouble), Reduction::kSum)));
     EXPECT_TRUE(test_support::equal(first.wait(), reduced(of_all(t, {4, 3}, at::kFloat), Reduction::kSum)));
   }
@@ -241,6 +241,32 @@ TEST(AllGather, TakesAnyShapeAndStrides) {
       EXPECT_TRUE(test_support::equal(parallel::start_all_gather(input, groups(t).tp).wait(), at::cat(all, 0)))
           << shape;
     }
+  }
+}
+
+TEST(AllGather, OfUnevenShares) {
+  for (const int t : test_support::divisors_of_world()) {
+    const auto rank = static_cast<size_t>(groups(t).tp->getRank());
+    for (const auto dtype : kDtypes) {
+      for (const int64_t offset : {int64_t{0}, int64_t{1}}) {  // with and without a rank that has no rows
+        std::vector<int64_t> rows;
+        std::vector<at::Tensor> parts;
+        const auto all = of_all(t, {t + 1, 3}, dtype);
+        for (int64_t r = 0; r < t; ++r) {
+          rows.push_back(r + offset);
+          parts.push_back(all[static_cast<size_t>(r)].narrow(0, 0, r + offset));
+        }
+        const auto input = on_device(transposed_storage(parts[rank]));
+        EXPECT_TRUE(test_support::equal(parallel::all_gather_uneven(input, rows, groups(t).tp), at::cat(parts)))
+            << dtype;
+      }
+    }
+    if (t == 1) continue;
+    const std::vector<int64_t> rows(static_cast<size_t>(t), 2);
+    EXPECT_TRUE(contains(value_error([&] {
+                           parallel::all_gather_uneven(at::zeros({3, 1}), rows, groups(t).tp);
+                         }),
+                         "[3, 1] does not have this rank's rows of [2, 2"));
   }
 }
 
@@ -350,7 +376,7 @@ TEST(Collectives, OfOneRankReturnTheirInput) {
   const auto input = on_device(own(1, {3, 4}, at::kFloat)).t();
   for (const auto& result :
        {parallel::all_reduce(input, group), parallel::all_reduce(input, group, Reduction::kMin),
-        parallel::start_all_reduce(input, group).wait(), parallel::all_gather(input, group),
+        parallel::start_all_reduce_in_place(input, group).wait(), parallel::all_gather(input, group),
         parallel::start_all_gather(input, group).wait(), parallel::all_gather_last_dim(input, group),
         parallel::reduce_scatter(input, group), parallel::start_reduce_scatter(input, group).wait(),
         parallel::reduce_scatter_last_dim(input, group), parallel::all_to_all(input, {}, {}, group),
@@ -527,8 +553,8 @@ namespace {
 /// What the MPI backend says when the last rank doesn't come to `operation`, on the others. The last rank comes when
 /// they have given up, so that no request is open when the communicator is freed; the group isn't used after that.
 std::string timed_out(const std::function<void(parallel::MpiBackend&)>& operation) {
-  const auto backend = c10::make_intrusive<parallel::MpiBackend>(runtime().world().split(0), "impatient",
-                                                                 std::chrono::milliseconds(300));
+  const auto backend = c10::make_intrusive<parallel::MpiBackend>(
+      runtime().world().split(0), "impatient", parallel::MpiBackendOptions{.timeout = std::chrono::milliseconds(300)});
   const bool late = backend->getRank() == backend->getSize() - 1;
   std::string message = "nothing thrown";
   const auto attempt = [&] {

@@ -102,7 +102,7 @@ TEST(Recording, CountsEachCollectiveAndItsBytes) {
         parallel::all_reduce_in_place(buffer, group);
       });
       expect(CollectiveKind::kAllReduce, 2 * bytes * (t - 1) / t,
-             [&] { parallel::start_all_reduce(input, group).wait(); });
+             [&] { parallel::start_all_reduce_in_place(input.clone(), group).wait(); });
       // (t-1)/t of the result, which is t inputs.
       expect(CollectiveKind::kAllGather, bytes * (t - 1), [&] { parallel::all_gather(input, group); });
       expect(CollectiveKind::kAllGather, bytes * (t - 1), [&] { parallel::start_all_gather(input, group).wait(); });

@@ -1,0 +1,22 @@
+// A hash that is the same on every machine, unlike std::hash.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+namespace parallel {
+
+inline constexpr uint64_t kHashBasis = 14695981039346656037ULL;
+
+/// FNV-1a (Fowler, Noll, Vo; RFC 9923), 64 bits; `hash` is that of what comes before.
+inline uint64_t stable_hash(std::span<const std::byte> bytes, uint64_t hash = kHashBasis) {
+  for (const auto byte : bytes) hash = (hash ^ static_cast<uint64_t>(byte)) * 1099511628211ULL;
+  return hash;
+}
+inline uint64_t stable_hash(std::string_view text, uint64_t hash = kHashBasis) {
+  return stable_hash(std::as_bytes(std::span(text)), hash);
+}
+
+}  // namespace parallel

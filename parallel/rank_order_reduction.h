@@ -1,0 +1,20 @@
+// Reducing what several ranks hold, in the order of the ranks: the same bits wherever it is done.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <torch/csrc/distributed/c10d/Types.hpp>
+
+namespace parallel {
+
+/// @throws c10::ValueError if `reduction` is not SUM, AVG, PRODUCT, MIN or MAX, or is AVG of a dtype without fractions.
+void check_reduction(const c10d::ReduceOp& reduction, at::ScalarType dtype, const char* operation);
+
+/// parts[0] ∘ parts[1] ∘ ... ∘ parts[t-1], from left to right; bfloat16 and float16 accumulated in float32 and rounded
+/// once; the sum of bools is their "or". Not collective.
+/// @param output  [n], contiguous; may be parts[0] or parts[1] itself where t = 2, else shares no memory with them.
+/// @param parts   t >= 1 tensors [n], contiguous, of output's dtype: what rank 0, 1, ... holds.
+void reduce_in_rank_order(const at::Tensor& output, at::ArrayRef<at::Tensor> parts,
+                          c10d::ReduceOp::RedOpType reduction);
+
+}  // namespace parallel
