@@ -14,16 +14,24 @@
 #include "megatron_cpp/tensor_parallel/column_parallel_linear.h"
 #include "megatron_cpp/tensor_parallel/language_model_embedding.h"
 #include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "megatron_cpp/tensor_parallel/row_parallel_linear.h"
 #include "step37/image_for_insert.h"
 #include "step37/insert_plan.h"
 
 namespace step37 {
+
+namespace internal {
+struct LocalFeatures;
+}  // namespace internal
 
 /// How align_projector [H, C] lies on the ranks.
 enum class ProjectorSharding {
   /// Rank r holds rows [r·H/t, (r+1)·H/t) and projects every feature row to its H/t columns. For features that every
   /// rank has.
   kColumn,
+  /// Rank r holds columns [r·C/t, (r+1)·C/t) and makes a summand of every projected row out of its channels. For
+  /// features that are produced by channel. Sums of summands are rounded: not the first choice in bfloat16.
+  kRow,
   /// Every rank holds all and projects whole images: those it is assigned. For raw pictures, whose features are only
   /// where the tower ran.
   kReplicated,
@@ -31,11 +39,19 @@ enum class ProjectorSharding {
 
 /// How projected rows reach the rank that owns them.
 enum class InsertExchange {
-  /// Written into the embedding's partial sum, whose one collective delivers them: nothing is sent on top.
+  /// Through the word embedding's one collective: nothing is sent on top.
   kFused,
-  /// The plain way, and the baseline: projected rows are gathered and inserted into the finished embedding.
+  /// The plain way, and the baseline: whole projected rows on every rank, inserted into the finished embedding. With a
+  /// vocabulary-parallel embedding.
   kAllGather,
 };
+
+/// Whether checked mode is on unless the options say otherwise: in debug builds.
+#ifdef NDEBUG
+inline constexpr bool kCheckedByDefault = false;
+#else
+inline constexpr bool kCheckedByDefault = true;
+#endif
 
 struct ImageInsertEmbeddingOptions {
   ImageInsertEmbeddingOptions(int64_t encoder_output_dim, int64_t hidden_size)
@@ -49,6 +65,10 @@ struct ImageInsertEmbeddingOptions {
   TORCH_ARG(MismatchPolicy, on_mismatch) = MismatchPolicy::kError;
   /// The projector's backward adds into its existing gradients and gives autograd none.
   TORCH_ARG(bool, accumulate_into_grad) = false;
+  /// Ranks compare what must be equal (a hash of the ids, image rows and holders, dtypes, flags) and agree on errors
+  /// before anything else is sent: a disagreement is an error on every rank that names rank and field, instead of
+  /// something computed wrong or a hang. Costs some small collectives.
+  TORCH_ARG(bool, checked) = kCheckedByDefault;
 };
 
 /// Word embeddings [S,B,H] (this rank's rows [S/t,B,H] where the language embedding is sequence-parallel), with the
@@ -57,12 +77,9 @@ struct ImageInsertEmbeddingOptions {
 /// Gradients: an overwritten row sends nothing to the word embedding; a projected row gets the gradient of the row it
 /// ended in, zero if it was cut or overwritten.
 ///
-/// Communication on top of the language embedding's own (n feature rows in all, t ranks, bytes sent per rank):
-///   kFused, column        forward 0; backward 1 all-reduce of [n, C] if features need a gradient
-///   kFused, replicated    0
-///   kAllGather, column    forward 1 all-gather of [n, H]; backward 1 reduce-scatter of it under sequence parallelism,
-///                         and the all-reduce of [n, C] as above
-///   kAllGather, replicated   the same with rows, padded to the rank that holds most
+/// Communication: what the word embedding alone costs, see ParallelEmbedding's derived classes, and nothing on top
+/// where exchange is kFused and features are on every rank and frozen. docs/image-insert.md has the table of what else
+/// is sent when features are trained or on single ranks, by sharding, and of what isn't sent when a part is frozen.
 /// Which backward collectives run follows from which of embedding, projector and features need a gradient, which must
 /// be equal on all ranks: a rank without images of its own passes [0, L, C] features that need one like the others'.
 class ImageInsertEmbeddingImpl : public megatron::ParallelModule {
@@ -70,7 +87,8 @@ class ImageInsertEmbeddingImpl : public megatron::ParallelModule {
   /// @param language_embedding  borrowed: not among this module's parameters, buffers or children, and free to be
   /// shared.
   ///                            Its group is the one everything here is sharded over.
-  /// @throws c10::ValueError if hidden_size isn't the embedding's, or isn't divisible by t in the column sharding.
+  /// @throws c10::ValueError if hidden_size isn't the embedding's, isn't divisible by t in the column sharding, or C
+  ///         isn't in the row sharding; for a hidden-parallel embedding with the row sharding or kAllGather.
   ImageInsertEmbeddingImpl(megatron::LanguageModelEmbedding language_embedding, ImageInsertEmbeddingOptions options);
   /// The reference's constructor; everything else as ImageInsertEmbeddingOptions has it.
   ImageInsertEmbeddingImpl(megatron::LanguageModelEmbedding language_embedding, int64_t encoder_output_dim,
@@ -107,27 +125,37 @@ class ImageInsertEmbeddingImpl : public megatron::ParallelModule {
 
   const ImageInsertEmbeddingOptions& options() const { return options_; }
 
-  /// The projector: a megatron::ColumnParallelLinear, or a torch::nn::Linear where it is replicated. Its weight is
-  /// [H/t, C] or [H, C].
+  /// The projector: a megatron::ColumnParallelLinear, weight [H/t, C], a megatron::RowParallelLinear, [H, C/t], or a
+  /// torch::nn::Linear where it is replicated, [H, C].
   std::shared_ptr<torch::nn::Module> align_projector;
 
  private:
-  struct LocalFeatures;
-
-  at::Tensor projector_weight() const;
-  LocalFeatures local_features(const std::vector<ImageForInsert>& images, const InsertPlan& plan) const;
-  /// Appends what this rank projects of `group`, whose tensors hold the images `given`.
-  void append_own_features(const ImageForInsert& group, const std::vector<int64_t>& given, const InsertPlan& plan,
-                           const LocalFeatures& local, std::vector<at::Tensor>& pieces) const;
-  at::Tensor project(const at::Tensor& features) const;
-  at::Tensor fused(const at::Tensor& input_ids, const LocalFeatures& local, const InsertPlan& plan);
-  at::Tensor all_gathered(const at::Tensor& input_ids, const LocalFeatures& local, const InsertPlan& plan,
-                          const at::Tensor& position_ids);
-  at::Tensor gather_projected(const at::Tensor& projected, const LocalFeatures& local) const;
+  struct Projector {  ///< weight and bias, of whichever sharding
+    at::Tensor weight;
+    at::Tensor bias;
+  };
+  Projector projector() const;
+  at::Tensor insert(const at::Tensor& input_ids, const std::vector<ImageForInsert>& images, const InsertPlan& plan,
+                    const at::Tensor& position_ids);
+  /// Whether the ranks project the rows they own in the sequence instead of the images they hold.
+  bool owners_project(const std::vector<ImageForInsert>& images) const;
+  void check_agreement(const at::Tensor& input_ids, const std::vector<ImageForInsert>& images, const InsertPlan& plan,
+                       const internal::LocalFeatures& features) const;
+  at::Tensor project(const std::vector<at::Tensor>& features, bool gathered) const;
+  at::Tensor fused(const at::Tensor& input_ids, const at::Tensor& partial, const at::Tensor& projected,
+                   const internal::LocalFeatures& features, const InsertPlan& plan) const;
+  at::Tensor projected_by_owners(const at::Tensor& partial, const internal::LocalFeatures& features,
+                                 const InsertPlan& plan) const;
+  at::Tensor all_gathered(const at::Tensor& text, const at::Tensor& projected, const internal::LocalFeatures& features,
+                          const InsertPlan& plan) const;
+  at::Tensor gather_projected(const at::Tensor& projected, const internal::LocalFeatures& features) const;
+  /// The runs that end in the rows that this rank has of the result, numbered from its first.
+  std::vector<InsertRun> own_runs(const InsertPlan& plan) const;
 
   ImageInsertEmbeddingOptions options_;
   std::shared_ptr<megatron::LanguageModelEmbeddingImpl> language_embedding_;  ///< borrowed, not registered
   megatron::ColumnParallelLinear column_projector_{nullptr};
+  megatron::RowParallelLinear row_projector_{nullptr};
   torch::nn::Linear replicated_projector_{nullptr};
 };
 TORCH_MODULE(ImageInsertEmbedding);

@@ -3,6 +3,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <map>
 
 namespace step37 {
@@ -15,10 +16,22 @@ struct Occurrence {
 
 std::vector<Occurrence> occurrences_of(int64_t token, std::span<const int64_t> input_ids, int64_t S) {
   std::vector<Occurrence> found;
-  for (auto at = input_ids.begin(); (at = std::find(at, input_ids.end(), token)) != input_ids.end(); ++at) {
-    const int64_t index = at - input_ids.begin();
-    found.push_back({index / S, index % S});
+  const auto look_at = [&](size_t index) {
+    if (input_ids[index] != token) return;
+    const auto flat = static_cast<int64_t>(index);
+    found.push_back({flat / S, flat % S});
+  };
+  // Start tokens are rare: most blocks are passed over with comparisons that the compiler vectorises.
+  constexpr size_t kBlock = 32;
+  size_t begin = 0;
+  for (; begin + kBlock <= input_ids.size(); begin += kBlock) {
+    const int64_t* block = input_ids.data() + begin;
+    int64_t hits = 0;
+    for (size_t i = 0; i < kBlock; ++i) hits |= static_cast<int64_t>(block[i] == token);
+    if (hits == 0) continue;
+    for (size_t i = 0; i < kBlock; ++i) look_at(begin + i);
   }
+  for (; begin < input_ids.size(); ++begin) look_at(begin);
   return found;
 }
 
@@ -70,6 +83,30 @@ class BatchRow {
   std::map<int64_t, InsertRun> taken_;
 };
 
+bool comes_before(const InsertRun& one, const InsertRun& other) {
+  return one.batch != other.batch ? one.batch < other.batch : one.position < other.position;
+}
+
+/// Of `writes`, in the order of writing, what is left in the end, by batch row and position.
+std::vector<InsertRun> what_remains(const std::vector<InsertRun>& writes, int64_t B) {
+  auto sorted = writes;
+  std::sort(sorted.begin(), sorted.end(), comes_before);
+  const auto overlaps = [](const InsertRun& one, const InsertRun& next) {
+    return one.batch == next.batch && one.position + one.length > next.position;
+  };
+  if (std::adjacent_find(sorted.begin(), sorted.end(), overlaps) == sorted.end()) return sorted;
+
+  std::vector<BatchRow> batch_rows(static_cast<size_t>(B));
+  for (auto write = writes.rbegin(); write != writes.rend(); ++write) {
+    batch_rows[static_cast<size_t>(write->batch)].offer(*write);
+  }
+  std::vector<InsertRun> runs;
+  for (const auto& batch_row : batch_rows) {
+    for (const auto& [position, run] : batch_row.runs()) runs.push_back(run);
+  }
+  return runs;
+}
+
 }  // namespace
 
 InsertPlan InsertPlan::build(std::span<const int64_t> input_ids, int64_t B, int64_t S,
@@ -102,32 +139,39 @@ InsertPlan InsertPlan::build(std::span<const int64_t> input_ids, int64_t B, int6
       plan.image_begins_.push_back(plan.image_begins_.back() + group.rows[k]);
     }
   }
-  std::vector<BatchRow> batch_rows(static_cast<size_t>(B));
-  for (auto write = writes.rbegin(); write != writes.rend(); ++write) {
-    batch_rows[static_cast<size_t>(write->batch)].offer(*write);
-  }
-  for (const auto& batch_row : batch_rows) {
-    for (const auto& [position, run] : batch_row.runs()) plan.runs_.push_back(run);
+  plan.runs_ = what_remains(writes, B);
+  for (int64_t batch = 0; batch <= B; ++batch) {
+    const auto first = std::lower_bound(plan.runs_.begin(), plan.runs_.end(), batch,
+                                        [](const InsertRun& run, int64_t row) { return run.batch < row; });
+    plan.batch_begins_.push_back(static_cast<size_t>(first - plan.runs_.begin()));
   }
   return plan;
 }
 
 std::vector<InsertRun> InsertPlan::owned_by(int64_t begin, int64_t end) const {
   std::vector<InsertRun> owned;
-  for (auto run : runs_) {
-    const int64_t first = std::max(run.position, begin);
-    const int64_t last = std::min(run.position + run.length, end);
-    if (first >= last) continue;
-    run.feature_row += first - run.position;
-    run.position = first;
-    run.length = last - first;
-    owned.push_back(run);
+  if (begin >= end) return owned;
+  for (size_t batch = 0; batch + 1 < batch_begins_.size(); ++batch) {
+    const auto last = runs_.begin() + static_cast<std::ptrdiff_t>(batch_begins_[batch + 1]);
+    auto run = std::partition_point(runs_.begin() + static_cast<std::ptrdiff_t>(batch_begins_[batch]), last,
+                                    [&](const InsertRun& r) { return r.position + r.length <= begin; });
+    for (; run != last && run->position < end; ++run) {
+      auto part = *run;
+      part.position = std::max(run->position, begin);
+      part.feature_row += part.position - run->position;
+      part.length = std::min(run->position + run->length, end) - part.position;
+      owned.push_back(part);
+    }
   }
   return owned;
 }
 
 RowIndices row_indices(std::span<const InsertRun> runs, int64_t B) {
+  size_t total = 0;
+  for (const auto& run : runs) total += static_cast<size_t>(run.length);
   RowIndices indices;
+  indices.embedding_rows.reserve(total);
+  indices.feature_rows.reserve(total);
   for (const auto& run : runs) {
     for (int64_t row = 0; row < run.length; ++row) {
       indices.embedding_rows.push_back((run.position + row) * B + run.batch);

@@ -21,15 +21,21 @@ void freeze(torch::nn::Module& module) {
 void Step37Config::validate(int tensor_parallel_size) const {
   text.validate(tensor_parallel_size);
   vision.validate();
+  if (projector_sharding == ProjectorSharding::kRow) {
+    parallel::even_shard_size(vision.output_dim(), tensor_parallel_size, "the vision tower's output width");
+  }
+  TORCH_CHECK_VALUE(text.embedding_sharding == megatron::EmbeddingSharding::kVocab ||
+                        (projector_sharding != ProjectorSharding::kRow && exchange == InsertExchange::kFused),
+                    "a hidden-parallel embedding goes with a column-sharded or a replicated projector and the fused "
+                    "exchange");
 }
 
 Step37ModelImpl::Step37ModelImpl(const Step37Config& config, parallel::GroupPtr tp)
     : config_(config), tp_(std::move(tp)) {
   config_.validate(tp_->getSize());
-  // A replicated projector sees this rank's pictures only, and so does the tower; a column-sharded one needs the
-  // features of all on every rank, and hands the tower the whole gradient of each.
-  const bool own_pictures = config_.projector_sharding == ProjectorSharding::kReplicated && tp_->getSize() > 1;
-  const auto rule = own_pictures ? megatron::GradientRule::kReplicatedPartial : megatron::GradientRule::kReplicated;
+  // The tower of each rank sees its own pictures only.
+  const auto rule =
+      tp_->getSize() > 1 ? megatron::GradientRule::kReplicatedPartial : megatron::GradientRule::kReplicated;
   vision_model = register_module("vision_model", VisionTower(config_.vision, rule));
   language_model = register_module("language_model", megatron::GPTModel(config_.text, tp_));
   image_insert_embedding = register_module(
@@ -39,6 +45,7 @@ Step37ModelImpl::Step37ModelImpl(const Step37Config& config, parallel::GroupPtr 
                                .projector_bias(config_.projector_bias)
                                .projector_sharding(config_.projector_sharding)
                                .exchange(config_.exchange)
+                               .checked(config_.checked)
                                .accumulate_into_grad(config_.text.accumulate_into_grad)));
   if (config_.freeze_vision_model) freeze(*vision_model);
   if (config_.freeze_projector) freeze(*image_insert_embedding);
@@ -46,7 +53,7 @@ Step37ModelImpl::Step37ModelImpl(const Step37Config& config, parallel::GroupPtr 
 }
 
 void Step37ModelImpl::keep_own_pictures(std::vector<ImageForInsert>& images) const {
-  if (config_.projector_sharding != ProjectorSharding::kReplicated) return;
+  if (tp_->getSize() == 1) return;
   std::vector<int64_t> costs;  // patches of each picture that every rank was given
   for (const auto& group : images) {
     if (!group.images.defined() || group.rows.defined()) continue;

@@ -22,6 +22,8 @@ struct Step37Config {
   bool projector_bias = false;
   ProjectorSharding projector_sharding = ProjectorSharding::kReplicated;
   InsertExchange exchange = InsertExchange::kFused;
+  /// See ImageInsertEmbeddingOptions::checked.
+  bool checked = kCheckedByDefault;
   /// Parts that are not trained.
   bool freeze_vision_model = false;
   bool freeze_projector = false;
@@ -46,7 +48,8 @@ class Step37ModelImpl : public torch::nn::Module {
   Step37ModelImpl(const Step37Config& config, parallel::GroupPtr tp);
 
   /// @return  logits [S, B, V'/t], this rank's columns of the padded vocabulary.
-  /// The tower runs on the pictures this rank has; their number may differ between ranks, none included.
+  /// The tower runs on whole pictures, spread over the ranks: on those this rank has, whose number may differ between
+  /// ranks, none included. The projector takes their features wherever they are.
   /// Collective over tp. Throws c10::ValueError as the parts do.
   at::Tensor forward(const Step37Batch& batch);
 

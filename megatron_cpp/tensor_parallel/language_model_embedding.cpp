@@ -1,13 +1,20 @@
 #include "megatron_cpp/tensor_parallel/language_model_embedding.h"
 
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <utility>
 
 namespace megatron {
 
+LanguageModelEmbeddingImpl::LanguageModelEmbeddingImpl(std::shared_ptr<ParallelEmbedding> embedding)
+    : word_embeddings(register_module("word_embeddings", std::move(embedding))) {}
+
 LanguageModelEmbeddingImpl::LanguageModelEmbeddingImpl(const VocabParallelEmbeddingOptions& options,
-                                                       const parallel::GroupPtr& tp) {
-  word_embeddings = register_module("word_embeddings", VocabParallelEmbedding(options, tp));
-}
+                                                       const parallel::GroupPtr& tp)
+    : LanguageModelEmbeddingImpl(std::make_shared<VocabParallelEmbeddingImpl>(options, tp)) {}
+
+LanguageModelEmbeddingImpl::LanguageModelEmbeddingImpl(const HiddenParallelEmbeddingOptions& options,
+                                                       const parallel::GroupPtr& tp)
+    : LanguageModelEmbeddingImpl(std::make_shared<HiddenParallelEmbeddingImpl>(options, tp)) {}
 
 at::Tensor LanguageModelEmbeddingImpl::partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out) {
   return word_embeddings->partial(input_ids, rows_left_out);

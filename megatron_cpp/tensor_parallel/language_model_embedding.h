@@ -4,8 +4,12 @@
 #include <ATen/core/Tensor.h>
 #include <torch/nn/pimpl.h>
 
+#include <cstdint>
+#include <memory>
 #include <vector>
 
+#include "megatron_cpp/tensor_parallel/hidden_parallel_embedding.h"
+#include "megatron_cpp/tensor_parallel/parallel_embedding.h"
 #include "megatron_cpp/tensor_parallel/vocab_parallel_embedding.h"
 
 namespace megatron {
@@ -15,10 +19,13 @@ namespace megatron {
 class LanguageModelEmbeddingImpl : public ParallelModule {
  public:
   LanguageModelEmbeddingImpl(const VocabParallelEmbeddingOptions& options, const parallel::GroupPtr& tp);
+  LanguageModelEmbeddingImpl(const HiddenParallelEmbeddingOptions& options, const parallel::GroupPtr& tp);
+  /// A word embedding of the caller's own.
+  explicit LanguageModelEmbeddingImpl(std::shared_ptr<ParallelEmbedding> word_embeddings);
 
-  /// This rank's summand; see VocabParallelEmbedding::partial.
+  /// What this rank finds in its part of the table; see ParallelEmbedding::partial.
   at::Tensor partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out = {});
-  /// What this rank owns of the sum; see VocabParallelEmbedding::reduce. Collective over tp.
+  /// What this rank owns of the whole; see ParallelEmbedding::reduce. Collective over tp.
   at::Tensor reduce(const at::Tensor& partial);
   /// What a model adds after the sum. Step3.7 has neither learned positions nor dropout: this is where they would go.
   /// @param position_ids  [B, S] int64 or undefined; handed through.
@@ -29,11 +36,12 @@ class LanguageModelEmbeddingImpl : public ParallelModule {
 
   std::vector<ParameterShard> own_parameters() const override { return {}; }
 
+  PartialLayout layout() const { return word_embeddings->layout(); }
   const parallel::GroupPtr& tp() const { return word_embeddings->tp(); }
-  bool sequence_parallel() const { return word_embeddings->options().sequence_parallel(); }
-  int64_t hidden_size() const { return word_embeddings->options().hidden_size(); }
+  bool sequence_parallel() const { return word_embeddings->sequence_parallel(); }
+  int64_t hidden_size() const { return word_embeddings->hidden_size(); }
 
-  VocabParallelEmbedding word_embeddings{nullptr};
+  std::shared_ptr<ParallelEmbedding> word_embeddings;
 };
 TORCH_MODULE(LanguageModelEmbedding);
 

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
@@ -11,6 +12,27 @@
 #include "parallel/shard.h"
 
 namespace megatron {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+/// Adds `bias` [F] to `summand` [.., F] where `adds`: on one rank of those whose summands will be summed. The gradient
+/// of the sum, which all of them get, is the bias's on all.
+struct AddToSum : torch::autograd::Function<AddToSum> {
+  static at::Tensor forward(AutogradContext* context, at::Tensor summand, const at::Tensor& bias, bool adds) {
+    context->mark_dirty({summand});
+    return adds ? summand.add_(bias) : summand;
+  }
+  static variable_list backward(AutogradContext* context, variable_list gradients) {
+    const auto& gradient = gradients[0];
+    at::Tensor bias_gradient;
+    if (context->needs_input_grad(1)) bias_gradient = gradient.reshape({-1, gradient.size(-1)}).sum(0);
+    return {gradient, bias_gradient, {}};
+  }
+};
+
+}  // namespace
 
 RowParallelLinearImpl::RowParallelLinearImpl(RowParallelLinearOptions options, parallel::GroupPtr tp)
     : options_(std::move(options)), tp_(std::move(tp)) {
@@ -29,10 +51,20 @@ at::Tensor RowParallelLinearImpl::forward(const at::Tensor& input) {
   const auto own = options_.input_is_parallel() ? input : parallel::scatter_to_tensor_model_parallel_region(input, tp_);
   auto output = internal::linear_with_communication(own, weight, {}, internal::LinearInput::kOwn,
                                                     options_.accumulate_into_grad(), tp_);
-  if (!options_.reduce_output()) return output;
+  if (!options_.reduce_output()) {
+    return options_.bias() ? AddToSum::apply(output, bias, tp_->getRank() == 0) : output;
+  }
   output = options_.sequence_parallel() ? parallel::reduce_scatter_to_sequence_parallel_region(output, tp_)
                                         : parallel::reduce_from_tensor_model_parallel_region(output, tp_);
   return options_.bias() ? output + bias : output;
+}
+
+at::Tensor RowParallelLinearImpl::summand_of_rows(const std::vector<at::Tensor>& inputs) {
+  TORCH_CHECK_VALUE(!options_.reduce_output() && options_.input_is_parallel(),
+                    "summand_of_rows needs reduce_output(false) and input_is_parallel(true)");
+  const auto output =
+      internal::linear_of_rows(inputs, weight, {}, internal::LinearInput::kOwn, options_.accumulate_into_grad(), tp_);
+  return options_.bias() ? AddToSum::apply(output, bias, tp_->getRank() == 0) : output;
 }
 
 std::vector<ParameterShard> RowParallelLinearImpl::own_parameters() const {
@@ -42,7 +74,8 @@ std::vector<ParameterShard> RowParallelLinearImpl::own_parameters() const {
                                                        range.begin, InitialValue::normal(options_.init_std()), true)};
   if (options_.bias()) {
     // Under sequence parallelism a rank adds it to its own rows only.
-    const auto rule = options_.sequence_parallel() ? GradientRule::kReplicatedPartial : GradientRule::kReplicated;
+    const bool own_rows = options_.sequence_parallel() && options_.reduce_output();
+    const auto rule = own_rows ? GradientRule::kReplicatedPartial : GradientRule::kReplicated;
     result.push_back(replicated_parameter("bias", bias, rule, InitialValue::constant(0.0), false));
   }
   return result;

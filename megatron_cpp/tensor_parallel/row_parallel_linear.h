@@ -23,7 +23,7 @@ struct RowParallelLinearOptions {
   TORCH_ARG(bool, sequence_parallel) = false;
   /// The input is this rank's columns already; otherwise every rank has all and takes its own.
   TORCH_ARG(bool, input_is_parallel) = true;
-  /// Sum the ranks' products; otherwise the output is this rank's partial sum, without bias.
+  /// Sum the ranks' products; otherwise the output is this rank's summand, the bias in that of rank 0.
   TORCH_ARG(bool, reduce_output) = true;
   /// See linear_with_communication.
   TORCH_ARG(bool, accumulate_into_grad) = false;
@@ -40,15 +40,20 @@ class RowParallelLinearImpl : public ParallelModule {
   /// @return       [S, .., F], equal on every rank; [S/t, .., F] with sequence_parallel; this rank's summand [S, .., F]
   ///               without reduce_output.
   /// Comm: forward 1 all-reduce of the output's elements; sequence_parallel: forward 1 reduce-scatter, backward 1
-  /// all-gather of them; input_is_parallel(false): backward 1 all-gather of the input's.
+  /// all-gather of them; input_is_parallel(false): backward 1 all-gather of the input's. Without reduce_output none of
+  /// the output's: the caller sums, and gives back the whole gradient of the summand, the same on every rank.
   /// Collective over tp. Throws c10::ValueError, before anything is sent, if sizes don't fit (S % t with
   /// sequence_parallel).
   at::Tensor forward(const at::Tensor& input);
 
+  /// The summand of the rows of several matrices [R_i, C/t], one below the other, without putting them together first:
+  /// [sum of R_i, F]. For reduce_output(false) and input_is_parallel(true). No communication.
+  at::Tensor summand_of_rows(const std::vector<at::Tensor>& inputs);
+
   std::vector<ParameterShard> own_parameters() const override;
 
   at::Tensor weight;  ///< [F, C/t]
-  at::Tensor bias;    ///< [F], on every rank; undefined without bias. Added after the sum, once.
+  at::Tensor bias;    ///< [F], on every rank; undefined without bias. Enters the sum once.
 
  private:
   RowParallelLinearOptions options_;

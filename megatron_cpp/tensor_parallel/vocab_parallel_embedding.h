@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "megatron_cpp/tensor_parallel/parallel_embedding.h"
 #include "parallel/group.h"
 
 namespace megatron {
@@ -29,39 +29,27 @@ struct VocabParallelEmbeddingOptions {
   TORCH_ARG(double, init_std) = 0.02;
 };
 
-/// Rank r of t holds rows [r·V'/t, (r+1)·V'/t) of the weight, V' = padded_vocabulary_size(V, t). Rows of the padding
-/// are zero and are never looked up.
-class VocabParallelEmbeddingImpl : public ParallelModule {
+/// Rank r of t holds rows [r·V'/t, (r+1)·V'/t) of the table, V' = padded_vocabulary_size(V, t). Rows of the padding are
+/// zero and are never looked up. A partial is a summand [S, B, H]: rows of the rank's own ids filled, all others zero.
+class VocabParallelEmbeddingImpl : public ParallelEmbedding {
  public:
   VocabParallelEmbeddingImpl(VocabParallelEmbeddingOptions options, parallel::GroupPtr tp);
 
-  /// The first step: this rank's summand of the embedding, rows of its own ids filled and all others zero.
-  /// @param input_ids      [B, S] int64, equal on every rank. On the CPU they are checked; on a GPU an id outside [0,
-  /// V)
-  ///                       trips an asynchronous device assertion.
-  /// @param rows_left_out  [n] int64 on the CPU, flat numbers s*B + b of rows that stay zero and get no gradient
-  /// (somebody
-  ///                       else fills them); undefined: none.
-  /// @return               [S, B, H], a tensor of its own that the caller may write to. Its backward ignores the
-  ///                       gradient of rows left out.
-  /// No communication. Throws c10::ValueError, on every rank alike, naming an id outside [0, V) and its place, or a row
-  /// to leave out that isn't there.
-  at::Tensor partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out = {});
+  at::Tensor partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out = {}) override;
 
-  /// The second step: the sum over the ranks, [S, B, H]; with sequence_parallel this rank's rows of it, [S/t, B, H].
+  /// The sum over the ranks.
   /// Comm: 1 all-reduce of S·B·H elements, backward none; sequence_parallel: 1 reduce-scatter, backward 1 all-gather.
-  /// Collective over tp. Throws c10::ValueError if S % t != 0 with sequence_parallel.
-  at::Tensor reduce(const at::Tensor& partial);
+  at::Tensor reduce(const at::Tensor& partial) override;
 
-  /// reduce(partial(input_ids)).
-  at::Tensor forward(const at::Tensor& input_ids);
+  PartialLayout layout() const override { return PartialLayout::kSummand; }
+  std::vector<int64_t> finders(const at::Tensor& input_ids) const override;
+  const parallel::GroupPtr& tp() const override { return tp_; }
+  bool sequence_parallel() const override { return options_.sequence_parallel(); }
+  int64_t hidden_size() const override { return options_.hidden_size(); }
 
   std::vector<ParameterShard> own_parameters() const override;
 
   const VocabParallelEmbeddingOptions& options() const { return options_; }
-  const parallel::GroupPtr& tp() const { return tp_; }
-
-  at::Tensor weight;  ///< [V'/t, H]
 
  private:
   VocabParallelEmbeddingOptions options_;

@@ -3,14 +3,28 @@
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 namespace megatron {
+namespace {
+
+template <class Options>
+LanguageModelEmbedding make_embedding_with(const TransformerConfig& config, const parallel::GroupPtr& tp) {
+  return LanguageModelEmbedding(Options(config.vocabulary_size, config.hidden_size)
+                                    .sequence_parallel(config.sequence_parallel)
+                                    .accumulate_into_grad(config.accumulate_into_grad)
+                                    .init_std(config.init_std),
+                                tp);
+}
+
+LanguageModelEmbedding make_embedding(const TransformerConfig& config, const parallel::GroupPtr& tp) {
+  return config.embedding_sharding == EmbeddingSharding::kHidden
+             ? make_embedding_with<HiddenParallelEmbeddingOptions>(config, tp)
+             : make_embedding_with<VocabParallelEmbeddingOptions>(config, tp);
+}
+
+}  // namespace
 
 GPTModelImpl::GPTModelImpl(const TransformerConfig& config, const parallel::GroupPtr& tp) {
   config.validate(tp->getSize());
-  const auto embedding_options = VocabParallelEmbeddingOptions(config.vocabulary_size, config.hidden_size)
-                                     .sequence_parallel(config.sequence_parallel)
-                                     .accumulate_into_grad(config.accumulate_into_grad)
-                                     .init_std(config.init_std);
-  embedding = register_module("embedding", LanguageModelEmbedding(embedding_options, tp));
+  embedding = register_module("embedding", make_embedding(config, tp));
   decoder = register_module("decoder", TransformerBlock(config, tp));
   const auto output_options = ColumnParallelLinearOptions(config.hidden_size, config.vocabulary_size)
                                   .pad_out_features(true)

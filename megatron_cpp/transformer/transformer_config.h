@@ -30,6 +30,12 @@ struct AttentionLayerConfig {
   int64_t rotary_dim(int64_t head_dim) const;
 };
 
+/// How the word embedding's table [V, H] lies on the ranks.
+enum class EmbeddingSharding {
+  kVocab,   ///< VocabParallelEmbedding
+  kHidden,  ///< HiddenParallelEmbedding
+};
+
 /// A decoder with grouped-query attention, norms of q and k, a gate per head, and SwiGLU feed-forwards.
 struct TransformerConfig {
   int64_t vocabulary_size = 0;
@@ -38,7 +44,8 @@ struct TransformerConfig {
   int64_t num_query_groups = 0;  ///< key/value heads, the same in every layer
   int64_t ffn_hidden_size = 0;
   double rms_norm_eps = 1e-5;
-  double init_std = 0.02;             ///< standard deviation of the initial weights of matrices
+  double init_std = 0.02;  ///< standard deviation of the initial weights of matrices
+  EmbeddingSharding embedding_sharding = EmbeddingSharding::kVocab;
   bool sequence_parallel = false;     ///< between the tensor-parallel parts a rank holds its rows of the sequence
   bool accumulate_into_grad = false;  ///< see linear_with_communication
   std::vector<AttentionLayerConfig> layers;  ///< one entry per layer

@@ -8,10 +8,10 @@
 #include <cstdio>
 #include <map>
 #include <nlohmann/json.hpp>
-#include <optional>
 #include <set>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "megatron_cpp/checkpoint/safetensors.h"
@@ -155,26 +155,30 @@ class EmbedRun {
   EmbedRun(const EmbedArguments& arguments, parallel::GroupPtr plain_tp, at::Device device)
       : arguments_(arguments), plain_tp_(std::move(plain_tp)), recorded_(parallel::record(plain_tp_)), device_(device) {
     dtype_ = choose<at::ScalarType>("--dtype", arguments.dtype, {{"float32", at::kFloat}, {"bfloat16", at::kBFloat16}});
-    projector_sharding_ = choose<std::optional<ProjectorSharding>>("--projector-sharding", arguments.projector_sharding,
-                                                                   {{"column", ProjectorSharding::kColumn},
-                                                                    {"replicated", ProjectorSharding::kReplicated},
-                                                                    {"row", std::nullopt}})
-                              .value_or(ProjectorSharding::kColumn);
+    projector_sharding_ = choose<ProjectorSharding>("--projector-sharding", arguments.projector_sharding,
+                                                    {{"column", ProjectorSharding::kColumn},
+                                                     {"row", ProjectorSharding::kRow},
+                                                     {"replicated", ProjectorSharding::kReplicated}});
     exchange_ = choose<InsertExchange>("--exchange", arguments.exchange,
                                        {{"fused", InsertExchange::kFused}, {"all-gather", InsertExchange::kAllGather}});
     on_mismatch_ = choose<MismatchPolicy>("--on-mismatch", arguments.on_mismatch,
                                           {{"error", MismatchPolicy::kError}, {"truncate", MismatchPolicy::kTruncate}});
-    choose<bool>("--embedding-sharding", arguments.embedding_sharding, {{"vocab", true}, {"hidden", true}});
-    TORCH_CHECK_VALUE(arguments.embedding_sharding != "hidden", "--embedding-sharding hidden is not built yet");
-    TORCH_CHECK_VALUE(arguments.projector_sharding != "row", "--projector-sharding row is not built yet");
+    hidden_parallel_ =
+        choose<bool>("--embedding-sharding", arguments.embedding_sharding, {{"vocab", false}, {"hidden", true}});
   }
 
   void read() { case_ = read_case(arguments_.input, dtype_, arguments_.frozen_features); }
 
   void build() {
-    embedding_ = megatron::LanguageModelEmbedding(
-        megatron::VocabParallelEmbeddingOptions(case_.V, case_.H).sequence_parallel(arguments_.sequence_parallel),
-        recorded_.group);
+    const bool sequence_parallel = arguments_.sequence_parallel;
+    embedding_ =
+        hidden_parallel_
+            ? megatron::LanguageModelEmbedding(
+                  megatron::HiddenParallelEmbeddingOptions(case_.V, case_.H).sequence_parallel(sequence_parallel),
+                  recorded_.group)
+            : megatron::LanguageModelEmbedding(
+                  megatron::VocabParallelEmbeddingOptions(case_.V, case_.H).sequence_parallel(sequence_parallel),
+                  recorded_.group);
     insert_ = ImageInsertEmbedding(embedding_, ImageInsertEmbeddingOptions(case_.projector_weight.size(1), case_.H)
                                                    .projector_bias(case_.projector_bias.defined())
                                                    .projector_sharding(projector_sharding_)
@@ -182,6 +186,7 @@ class EmbedRun {
                                                    .on_mismatch(on_mismatch_));
     embedding_->to(device_, dtype_);
     insert_->to(device_, dtype_);
+    distribute_features();
   }
 
   void load_parameters() {
@@ -233,6 +238,8 @@ class EmbedRun {
         auto gradient = tensor.grad().defined() ? tensor.grad() : at::zeros_like(tensor);
         // In the replicated sharding each image's gradient is where the image was projected.
         if (projector_sharding_ == ProjectorSharding::kReplicated) gradient = parallel::all_reduce(gradient, plain_tp_);
+        if (projector_sharding_ == ProjectorSharding::kRow)
+          gradient = parallel::all_gather_last_dim(gradient, plain_tp_);
         results.push_back({"grad." + name, gradient});
       }
     }
@@ -257,6 +264,32 @@ class EmbedRun {
     return all;
   }
 
+  /// Every rank has read all features; what a row-sharded projector takes are its channels of them.
+  void distribute_features() {
+    if (projector_sharding_ != ProjectorSharding::kRow) return;
+    const int64_t C = case_.projector_weight.size(1);
+    const auto channels = parallel::even_shard(C, plain_tp_->getSize(), plain_tp_->getRank(), "encoder_output_dim");
+    const auto own = [&](const at::Tensor& tensor) {
+      if (tensor.size(-1) != C) return tensor;  // refused, with its name, where features are checked
+      return tensor.detach()
+          .narrow(-1, channels.begin, channels.length())
+          .contiguous()
+          .set_requires_grad(!arguments_.frozen_features);
+    };
+    auto next = case_.features.begin();
+    for (auto& group : case_.images) {
+      if (auto* tensor = std::get_if<at::Tensor>(&*group.image_features)) {
+        *tensor = next->second = own(*tensor);
+        ++next;
+        continue;
+      }
+      for (auto& tensor : std::get<std::vector<at::Tensor>>(*group.image_features)) {
+        tensor = next->second = own(tensor);
+        ++next;
+      }
+    }
+  }
+
   void reduce_partial_gradients() {
     for (const auto& shard : parameters()) {
       if (shard.rule != megatron::GradientRule::kReplicatedPartial || !shard.parameter.requires_grad()) continue;
@@ -271,7 +304,9 @@ class EmbedRun {
       const auto& segment = shard.segments.front();
       auto gradient = shard.parameter.grad().defined() ? shard.parameter.grad() : at::zeros_like(shard.parameter);
       if (shard.rule == megatron::GradientRule::kSharded) {
-        gradient = parallel::all_gather(gradient, plain_tp_).narrow(0, 0, segment.global_shape.front());
+        gradient = segment.dim == 0
+                       ? parallel::all_gather(gradient, plain_tp_).narrow(0, 0, segment.global_shape.front())
+                       : parallel::all_gather_last_dim(gradient, plain_tp_);
       }
       results.push_back({"grad." + segment.name, gradient});
     }
@@ -282,6 +317,7 @@ class EmbedRun {
   parallel::RecordedGroup recorded_;
   at::Device device_;
   at::ScalarType dtype_ = at::kFloat;
+  bool hidden_parallel_ = false;
   ProjectorSharding projector_sharding_ = ProjectorSharding::kColumn;
   InsertExchange exchange_ = InsertExchange::kFused;
   MismatchPolicy on_mismatch_ = MismatchPolicy::kError;

@@ -31,9 +31,11 @@ void visit_keys(Config& config, const Visit& visit) {
   visit("run.fresh", config.run.fresh, kOptional);
   visit("run.device", config.run.device, kOptional);
   visit("run.timeout_seconds", config.run.timeout_seconds, kOptional);
+  visit("run.checked", config.run.checked, kOptional);
   visit("parallel.tensor", config.parallel.tensor, kOptional);
   visit("parallel.data", config.parallel.data, kOptional);
   visit("parallel.sequence_parallel", config.parallel.sequence_parallel, kOptional);
+  visit("parallel.embedding_sharding", config.parallel.embedding_sharding, kOptional);
   visit("parallel.projector_sharding", config.parallel.projector_sharding, kOptional);
   visit("parallel.exchange", config.parallel.exchange, kOptional);
   visit("data.directory", config.data.directory, kRequired);
@@ -105,12 +107,17 @@ std::vector<std::string> section_names() {
 
 // Values as text. Each type of the list has write_value, read_value (false: not one of this type) and a description.
 
-constexpr std::array<std::pair<const char*, ProjectorSharding>, 2> kProjectorShardings{
-    {{"replicated", ProjectorSharding::kReplicated}, {"column", ProjectorSharding::kColumn}}};
+constexpr std::array<std::pair<const char*, megatron::EmbeddingSharding>, 2> kEmbeddingShardings{
+    {{"vocab", megatron::EmbeddingSharding::kVocab}, {"hidden", megatron::EmbeddingSharding::kHidden}}};
+constexpr std::array<std::pair<const char*, ProjectorSharding>, 3> kProjectorShardings{
+    {{"replicated", ProjectorSharding::kReplicated},
+     {"column", ProjectorSharding::kColumn},
+     {"row", ProjectorSharding::kRow}}};
 constexpr std::array<std::pair<const char*, InsertExchange>, 2> kExchanges{
     {{"fused", InsertExchange::kFused}, {"all-gather", InsertExchange::kAllGather}}};
 constexpr std::array<std::pair<const char*, bool>, 2> kTruths{{{"true", true}, {"false", false}}};
 
+const auto& names_of(megatron::EmbeddingSharding /*type*/) { return kEmbeddingShardings; }
 const auto& names_of(ProjectorSharding /*type*/) { return kProjectorShardings; }
 const auto& names_of(InsertExchange /*type*/) { return kExchanges; }
 const auto& names_of(bool /*type*/) { return kTruths; }
@@ -161,7 +168,10 @@ bool read_value(const std::string& text, std::optional<int64_t>& value) {
 
 template <class Named>
 std::string expected(Named type) {
-  return std::string(names_of(type)[0].first) + " or " + names_of(type)[1].first;
+  const auto& names = names_of(type);
+  std::string text = names.front().first;
+  for (size_t i = 1; i < names.size(); ++i) text.append(i + 1 < names.size() ? ", " : " or ").append(names[i].first);
+  return text;
 }
 std::string expected(const std::string& /*type*/) { return "text"; }
 std::string expected(int64_t /*type*/) { return "an integer"; }
@@ -384,10 +394,6 @@ void check_batch(const RunConfig& config, const parallel::RankGrid& grid) {
 
 void validate(const RunConfig& config, int num_ranks) {
   const auto grid = rank_grid(config, num_ranks);
-  // A picture is decoded, and the tower runs on it, on one rank of a group.
-  TORCH_CHECK_VALUE(config.parallel.projector_sharding == ProjectorSharding::kReplicated || grid.tp == 1,
-                    "parallel.projector_sharding column with parallel.tensor ", grid.tp,
-                    " is not built yet for training on pictures: use replicated");
   check_counts(config);
   check_run_and_data(config);
   model_config(config, config.data.vocabulary_size).validate(grid.tp);
@@ -423,6 +429,7 @@ Step37Config model_config(const RunConfig& config, int64_t vocabulary_size) {
   result.text.ffn_hidden_size = model.ffn_hidden_size;
   result.text.rms_norm_eps = model.rms_norm_eps;
   result.text.init_std = model.init_std;
+  result.text.embedding_sharding = config.parallel.embedding_sharding;
   result.text.sequence_parallel = config.parallel.sequence_parallel;
   result.text.accumulate_into_grad = true;
   for (int64_t layer = 0; layer < model.num_layers; ++layer) {
@@ -443,6 +450,7 @@ Step37Config model_config(const RunConfig& config, int64_t vocabulary_size) {
   result.projector_bias = model.projector_bias;
   result.projector_sharding = config.parallel.projector_sharding;
   result.exchange = config.parallel.exchange;
+  result.checked = config.run.checked;
   result.freeze_vision_model = config.vision.freeze;
   result.freeze_projector = model.freeze_projector;
   result.freeze_language_model = model.freeze_language_model;

@@ -21,18 +21,20 @@ namespace step37 {
 // every run, the file or an override has to give one.
 
 struct RunSection {
-  std::string directory;          ///< where results go; default: runs/<the configuration file's stem>
-  bool fresh = false;             ///< start over instead of resuming from the latest checkpoint
-  std::string device = "auto";    ///< auto, cpu or cuda
-  int64_t timeout_seconds = 600;  ///< how long a collective may wait for its peers
+  std::string directory;             ///< where results go; default: runs/<the configuration file's stem>
+  bool fresh = false;                ///< start over instead of resuming from the latest checkpoint
+  std::string device = "auto";       ///< auto, cpu or cuda
+  int64_t timeout_seconds = 600;     ///< how long a collective may wait for its peers
+  bool checked = kCheckedByDefault;  ///< ranks compare what must be equal before they exchange embeddings
 };
 
 struct ParallelSection {
   int64_t tensor = 0;  ///< ranks of a tensor-parallel group; 0: all ranks / data
   int64_t data = 0;    ///< replicas of the model; 0: all ranks / tensor
   bool sequence_parallel = true;
-  ProjectorSharding projector_sharding = ProjectorSharding::kReplicated;  ///< replicated or column
-  InsertExchange exchange = InsertExchange::kFused;                       ///< fused or all-gather
+  megatron::EmbeddingSharding embedding_sharding = megatron::EmbeddingSharding::kVocab;  ///< vocab or hidden
+  ProjectorSharding projector_sharding = ProjectorSharding::kReplicated;                 ///< replicated, column or row
+  InsertExchange exchange = InsertExchange::kFused;                                      ///< fused or all-gather
 };
 
 struct DataSection {

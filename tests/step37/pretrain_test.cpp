@@ -307,8 +307,16 @@ TEST_F(Pretrain, TrainsAlikeInEveryLayout) {
       expect_same_run(files(run), files("reference"), 1e-4);
     }
   }
-  pretrain("all-gather", runtime().size(), {"parallel.exchange=all-gather"});
-  expect_same_run(files("all-gather"), files("reference"), 1e-4);
+  const std::vector<std::pair<std::string, Overrides>> others{
+      {"all-gather", {"parallel.exchange=all-gather"}},
+      {"column", {"parallel.projector_sharding=column", "run.checked=true"}},
+      {"row", {"parallel.projector_sharding=row"}},
+      {"hidden", {"parallel.embedding_sharding=hidden"}}};
+  for (const auto& [run, overrides] : others) {
+    SCOPED_TRACE(run);
+    pretrain(run, runtime().size(), overrides);
+    expect_same_run(files(run), files("reference"), 1e-4);
+  }
 }
 
 TEST_F(Pretrain, GoesOnAsIfItHadNotBeenInterrupted) {
@@ -610,11 +618,16 @@ TEST_F(Model, PicturesOnOneRankOnly) {
 
 TEST_F(Model, PicturesHereAndThere) {
   for (const auto& frozen : kFrozen) {
-    SCOPED_TRACE(testing::PrintToString(frozen));
-    expect_like_dense(frozen, pictures_for_all(), [](const parallel::GroupPtr& tp) {
-      const int64_t t = tp->getSize();
-      return pictures_held_by({1 % t, 0, 3 % t, 0, 2 % t}, tp);
-    });
+    for (const char* layout : {"projector_sharding=replicated", "projector_sharding=column", "projector_sharding=row",
+                               "embedding_sharding=hidden"}) {
+      auto overrides = frozen;
+      overrides.push_back(std::string("parallel.") + layout);
+      SCOPED_TRACE(testing::PrintToString(overrides));
+      expect_like_dense(overrides, pictures_for_all(), [](const parallel::GroupPtr& tp) {
+        const int64_t t = tp->getSize();
+        return pictures_held_by({1 % t, 0, 3 % t, 0, 2 % t}, tp);
+      });
+    }
   }
 }
 

@@ -205,9 +205,12 @@ TEST_F(RunConfigTest, ValuesOfAnotherTypeAreRefused) {
   EXPECT_EQ(override_error("run.fresh=yes"), "run.fresh in the override run.fresh=yes must be true or false, got yes");
   EXPECT_EQ(override_error("parallel.exchange=slow"),
             "parallel.exchange in the override parallel.exchange=slow must be fused or all-gather, got slow");
-  EXPECT_EQ(override_error("parallel.projector_sharding=row"),
-            "parallel.projector_sharding in the override parallel.projector_sharding=row must be replicated or "
-            "column, got row");
+  EXPECT_EQ(override_error("parallel.projector_sharding=rows"),
+            "parallel.projector_sharding in the override parallel.projector_sharding=rows must be replicated, "
+            "column or row, got rows");
+  EXPECT_EQ(override_error("parallel.embedding_sharding=rows"),
+            "parallel.embedding_sharding in the override parallel.embedding_sharding=rows must be vocab or hidden, got "
+            "rows");
   EXPECT_EQ(override_error("validation.packs=some"),
             "validation.packs in the override validation.packs=some must be an integer or all, got some");
 }
@@ -302,6 +305,15 @@ TEST_F(RunConfigTest, OptionsOfTheOtherPartsAreTheConfigurations) {
 TEST_F(RunConfigTest, WhatDoesntFitIsRefusedWithTheNumbers) {
   EXPECT_EQ(validation_error({}), "no error");
   EXPECT_EQ(validation_error({"parallel.tensor=3"}), "2 ranks are not parallel.tensor 3 x parallel.data 1");
+  for (const char* sharding : {"replicated", "column", "row"}) {
+    EXPECT_EQ(validation_error({std::string("parallel.projector_sharding=") + sharding}), "no error");
+  }
+  EXPECT_EQ(validation_error({"parallel.embedding_sharding=hidden"}), "no error");
+  for (const char* other : {"parallel.projector_sharding=row", "parallel.exchange=all-gather"}) {
+    EXPECT_EQ(
+        validation_error({"parallel.embedding_sharding=hidden", other}),
+        "a hidden-parallel embedding goes with a column-sharded or a replicated projector and the fused exchange");
+  }
   EXPECT_EQ(validation_error({"parallel.data=2", "training.global_batch=3"}),
             "training.global_batch 3 is not divisible by data-parallel size 2");
   EXPECT_EQ(validation_error({"data.held_out=1"}), "data.held_out 1 is not in [0, 1)");

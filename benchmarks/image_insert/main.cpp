@@ -1,0 +1,260 @@
+// What embedding text with images costs: our ways beside the published one, beside text alone and beside the matrix
+// products that nobody can do without.
+//
+//   mpirun -np 2 --bind-to none build/bin/benchmark_image_insert [--full]
+//
+// All ranks are one tensor-parallel group under sequence parallelism, one thread each unless OMP_NUM_THREADS says
+// otherwise. Prints one JSON object a line: the machine first, then plans and volumes at scale, then one per way.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/record_function.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <string_view>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <vector>
+
+#include "benchmarks/image_insert/scale.h"
+#include "benchmarks/image_insert/ways.h"
+#include "megatron_cpp/tensor_parallel/matrix_product.h"
+#include "parallel/collectives.h"
+#include "parallel/process_groups.h"
+#include "parallel/recording_backend.h"
+#include "parallel/runtime.h"
+#include "step37/program/full_buffer_watch.h"
+
+namespace benchmark_image_insert {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using nlohmann::ordered_json;
+
+double milliseconds_since(Clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+}
+
+/// The time that this thread's matrix products take, while it lives.
+class GemmClock {
+ public:
+  GemmClock() {
+    current = this;
+    handle_ = at::addThreadLocalCallback(
+        at::RecordFunctionCallback(
+            [](const at::RecordFunction& function) -> std::unique_ptr<at::ObserverContext> {
+              if (current != nullptr && is_product(function.name()) && current->depth_++ == 0)
+                current->start_ = Clock::now();
+              return nullptr;
+            },
+            [](const at::RecordFunction& function, at::ObserverContext* /*context*/) {
+              if (current != nullptr && is_product(function.name()) && --current->depth_ == 0) {
+                current->milliseconds_ += milliseconds_since(current->start_);
+              }
+            })
+            .scopes({at::RecordScope::FUNCTION}));
+  }
+  ~GemmClock() {
+    at::removeCallback(handle_);
+    current = nullptr;
+  }
+  GemmClock(const GemmClock&) = delete;
+  GemmClock& operator=(const GemmClock&) = delete;
+  double milliseconds() const { return milliseconds_; }
+
+ private:
+  static bool is_product(std::string_view name) { return name == "megatron::matrix_product"; }
+  static thread_local GemmClock* current;
+  at::CallbackHandle handle_ = 0;
+  int depth_ = 0;
+  double milliseconds_ = 0.0;
+  Clock::time_point start_;
+};
+thread_local GemmClock* GemmClock::current = nullptr;
+
+struct Measured {
+  std::vector<double> step_ms;
+  std::vector<double> non_gemm_ms;
+  parallel::CommunicationCount sent;
+  int64_t peak_bytes = 0;
+};
+
+double over_ranks(double value, parallel::Reduction reduction, const parallel::GroupPtr& group) {
+  return parallel::all_reduce(at::full({1}, value, at::kDouble), group, reduction).item<double>();
+}
+
+/// What doesn't change from step to step, and a first touch of all memory.
+void warm_up(const Way& way, Measured& measured, const Sizes& sizes, at::ScalarType dtype,
+             const parallel::RecordedGroup& tp) {
+  const auto before = *tp.count;
+  {
+    const step37::FullBufferWatch watch(sizes.sequence, 1, sizes.hidden, dtype);
+    way.step();
+    measured.peak_bytes = watch.peak_bytes();
+  }
+  measured.sent = *tp.count - before;
+}
+
+/// A step leaves features' gradients to whoever made them: it doesn't add into those of the step before.
+void forget_feature_gradients(const Way& way) {
+  for (const auto& features : way.features) features.mutable_grad().reset();
+}
+
+void time_step(const Way& way, Measured& measured, const parallel::GroupPtr& plain) {
+  forget_feature_gradients(way);
+  parallel::barrier(plain);
+  const GemmClock gemms;
+  const auto start = Clock::now();
+  way.step();
+  const double step = milliseconds_since(start);
+  // The step is as slow as its slowest rank. A rank that finished its products early waits for the others in the
+  // collective: what isn't products is read off the rank that waited least.
+  measured.step_ms.push_back(over_ranks(step, parallel::Reduction::kMax, plain));
+  measured.non_gemm_ms.push_back(over_ranks(step - gemms.milliseconds(), parallel::Reduction::kMin, plain));
+}
+
+ordered_json min_and_median(std::vector<double> times) {
+  std::sort(times.begin(), times.end());
+  return {{"min", times.front()}, {"median", times[times.size() / 2]}};
+}
+
+ordered_json to_json(const Way& way, const Measured& measured, const Sizes& sizes, at::ScalarType dtype,
+                     const parallel::GroupPtr& plain) {
+  auto collectives = ordered_json::object();
+  for (int kind = 0; kind < parallel::kNumCollectiveKinds; ++kind) {
+    const auto collective = static_cast<parallel::CollectiveKind>(kind);
+    if (measured.sent.of(collective) > 0) {
+      collectives[std::string(collective_name(collective))] = measured.sent.of(collective);
+    }
+  }
+  const auto largest = [&](int64_t value) {
+    return static_cast<int64_t>(over_ranks(static_cast<double>(value), parallel::Reduction::kMax, plain));
+  };
+  return {{"way", way.name},
+          {"dtype", dtype == at::kFloat ? "float32" : "bfloat16"},
+          {"tp", plain->getSize()},
+          {"sequence", sizes.sequence},
+          {"projector_sharding", way.projector_sharding},
+          {"features", way.features_trained ? "trained" : "frozen"},
+          {"step_ms", min_and_median(measured.step_ms)},
+          {"non_gemm_ms", min_and_median(measured.non_gemm_ms)},
+          {"bytes_per_rank", largest(measured.sent.bytes_sent)},
+          {"collectives", std::move(collectives)},
+          {"peak_full_buffer_bytes", largest(measured.peak_bytes)},
+          {"rounds", measured.step_ms.size()}};
+}
+
+void print(const ordered_json& object, int rank) {
+  if (rank != 0) return;
+  std::printf("%s\n", object.dump().c_str());
+  std::fflush(stdout);
+}
+
+/// Rounds through all ways, each once a round, so that a drift of the machine hits all alike.
+void measure(const std::vector<Way>& ways, const Sizes& sizes, at::ScalarType dtype, double seconds,
+             const parallel::RecordedGroup& tp, const parallel::GroupPtr& plain) {
+  std::vector<Measured> measured(ways.size());
+  for (size_t i = 0; i < ways.size(); ++i) warm_up(ways[i], measured[i], sizes, dtype, tp);
+  constexpr int kMinRounds = 3;
+  constexpr int kMaxRounds = 15;
+  const auto start = Clock::now();
+  for (int round = 0; round < kMaxRounds; ++round) {
+    for (size_t i = 0; i < ways.size(); ++i) time_step(ways[i], measured[i], plain);
+    const double spent = over_ranks(milliseconds_since(start), parallel::Reduction::kMax, plain) / 1000.0;
+    if (round + 1 >= kMinRounds && spent > seconds) break;
+  }
+  for (size_t i = 0; i < ways.size(); ++i) {
+    print(to_json(ways[i], measured[i], sizes, dtype, plain), plain->getRank());
+  }
+}
+
+std::string cpu_model() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);) {
+    if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
+  }
+  return "unknown";
+}
+
+/// Of one rank, while all compute.
+double gemm_gigaflops(at::ScalarType dtype, const parallel::GroupPtr& plain) {
+  constexpr int64_t kRows = 512;
+  constexpr int64_t kColumns = 1024;
+  constexpr int64_t kInner = 4096;
+  const auto a = at::ones({kRows, kInner}, dtype);
+  const auto b = at::ones({kColumns, kInner}, dtype);
+  std::vector<double> times;
+  for (int i = 0; i < 6; ++i) {
+    parallel::barrier(plain);
+    const auto start = Clock::now();
+    megatron::internal::linear_product(a, b, {});
+    times.push_back(milliseconds_since(start));
+  }
+  const double best = *std::min_element(times.begin() + 1, times.end());
+  return over_ranks(2.0 * kRows * kColumns * kInner / best / 1e6, parallel::Reduction::kMin, plain);
+}
+
+struct Arguments {
+  bool full = false;
+  std::vector<std::string> dtypes = {"float32", "bfloat16"};
+  double seconds = 0.0;
+};
+
+int run(parallel::Runtime& runtime, const Arguments& arguments) {
+  const bool full = arguments.full;
+  if (std::getenv("OMP_NUM_THREADS") == nullptr) at::set_num_threads(1);
+  const auto groups = parallel::make_process_groups(runtime, {.tp = runtime.size()});
+  const auto tp = parallel::record(groups.tp);
+  print(
+      {{"cpu", cpu_model()},
+       {"instruction_set", at::get_cpu_capability()},
+       {"ranks", runtime.size()},
+       {"threads_per_rank", at::get_num_threads()},
+       {"gemm_gigaflops_per_rank",
+        {{"float32", gemm_gigaflops(at::kFloat, groups.tp)}, {"bfloat16", gemm_gigaflops(at::kBFloat16, groups.tp)}}}},
+      runtime.rank());
+  if (runtime.rank() == 0) {
+    for (const auto& plan : rehearse_plans()) print(plan, 0);
+    if (full) {
+      for (const auto& volume : rehearse_volumes()) print(volume, 0);
+    }
+  }
+  parallel::barrier(groups.tp);
+  for (const int64_t sequence : full ? std::vector<int64_t>{2048, 8192} : std::vector<int64_t>{2048}) {
+    for (const auto& name : arguments.dtypes) {
+      const auto dtype = name == "float32" ? at::kFloat : at::kBFloat16;
+      Sizes sizes;
+      sizes.sequence = sequence;
+      const auto batch = make_batch(sizes, dtype);
+      const double seconds = arguments.seconds > 0.0 ? arguments.seconds : (full ? 300.0 : 90.0);
+      // One embedding table with its gradient at a time.
+      measure(vocab_ways(sizes, batch, full, tp.group), sizes, dtype, seconds, tp, groups.tp);
+      measure(hidden_ways(sizes, batch, full, tp.group), sizes, dtype, seconds / 4, tp, groups.tp);
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace benchmark_image_insert
+
+int main(int argc, char** argv) {
+  CLI::App app("Times the image insert beside the published way, text alone and the matrix products alone.");
+  benchmark_image_insert::Arguments arguments;
+  app.add_flag("--full", arguments.full,
+               "all shardings, sequences of 2048 and 8192, and volumes on up to 64 x 4096 ranks");
+  app.add_option("--dtype", arguments.dtypes, "float32, bfloat16 or both")
+      ->check(CLI::IsMember({"float32", "bfloat16"}))
+      ->capture_default_str();
+  app.add_option("--seconds", arguments.seconds, "rounds of a setting go on for this long, three at least");
+  CLI11_PARSE(app, argc, argv);
+  return parallel::Runtime::run(
+      [&](parallel::Runtime& runtime) { return benchmark_image_insert::run(runtime, arguments); });
+}

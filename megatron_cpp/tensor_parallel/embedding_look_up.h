@@ -1,0 +1,36 @@
+// The look-up that vocabulary- and hidden-parallel embeddings share.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+
+#include "parallel/shard.h"
+
+namespace megatron::internal {
+
+/// What is looked up of ids [B, S]: rows of the output and of the table, on the table's device.
+struct LookUp {
+  at::Tensor output_rows;  ///< [k] int64, flat numbers s*B + b, increasing
+  at::Tensor table_rows;   ///< [k] int64
+};
+
+/// @throws c10::ValueError unless input_ids is [B, S] int64.
+void check_ids(const at::Tensor& input_ids);
+
+/// The rows of ids on the CPU that are in `own`, but for rows_left_out ([n] int64 on the CPU, or undefined).
+/// @throws c10::ValueError naming an id outside [0, vocabulary_size) and its place, or a row to leave out that isn't
+///         there.
+LookUp plan_look_up(const at::Tensor& input_ids, const at::Tensor& rows_left_out, int64_t vocabulary_size,
+                    parallel::Range own, const at::Device& device);
+
+/// The rows that are not left out, of B*S rows, on `device`.
+at::Tensor remaining_rows(int64_t num_rows, const at::Tensor& rows_left_out, const at::Device& device);
+
+/// [S, B, W] with the rows of `look_up` taken from `table` [.., W]; the others zero if `zero_others`, else anything.
+/// The gradient of the other rows is not read. With `accumulate_into_grad` the looked-up rows are added into the
+/// gradient that the table already has, and autograd gets an undefined one.
+at::Tensor look_up_rows(const at::Tensor& table, const LookUp& look_up, int64_t S, int64_t B, bool zero_others,
+                        bool accumulate_into_grad);
+
+}  // namespace megatron::internal

@@ -1,0 +1,598 @@
+// What ImageInsertEmbedding sends and what it leaves undone: collectives and bytes by what is trained, no full buffer,
+// no waiting for the device, and checked mode.
+#include <ATen/ATen.h>
+#include <ATen/record_function.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <set>
+#include <string>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <utility>
+#include <vector>
+
+#include "parallel/agree.h"
+#include "parallel/recording_backend.h"
+#include "tests/step37/image_insert_world.h"
+#include "tests/support/test_world.h"
+
+namespace {
+
+using insert_world::features;
+using insert_world::for_each_variant;
+using insert_world::group_of;
+using insert_world::kC;
+using insert_world::kH;
+using insert_world::kImage;
+using insert_world::kPatch;
+using insert_world::kS;
+using insert_world::kTrainable;
+using insert_world::kV;
+using insert_world::Layer;
+using insert_world::make_ids;
+using insert_world::make_layer;
+using insert_world::on_balanced_holders;
+using insert_world::overlaps;
+using insert_world::Parameters;
+using insert_world::Placed;
+using insert_world::Placement;
+using insert_world::rows_of;
+using insert_world::Scenario;
+using insert_world::Trainable;
+using insert_world::two_groups;
+using insert_world::Variant;
+using insert_world::Warnings;
+using parallel::CollectiveKind;
+using parallel::CommunicationCount;
+using step37::ImageForInsert;
+using step37::MismatchPolicy;
+using test_support::exact_values;
+using test_support::on_device;
+
+std::string text(const CommunicationCount& count) {
+  std::string result;
+  for (int kind = 0; kind < parallel::kNumCollectiveKinds; ++kind) {
+    const auto collective = static_cast<CollectiveKind>(kind);
+    result += std::string(collective_name(collective)) + " " + std::to_string(count.of(collective)) + ", ";
+  }
+  return result + std::to_string(count.bytes_sent) + " bytes";
+}
+
+/// Counts to expect on t ranks, in float32.
+class Expected {
+ public:
+  explicit Expected(int t) : t_(t) {}
+  /// A collective on `elements` in all, by the standard count.
+  Expected& add(CollectiveKind kind, int64_t elements) {
+    return add_sent(kind, (kind == CollectiveKind::kAllReduce ? 2 : 1) * elements * (t_ - 1) / t_);
+  }
+  /// A collective in which this rank sends `elements` to others.
+  Expected& add_sent(CollectiveKind kind, int64_t elements) {
+    if (t_ == 1) return *this;
+    ++count_.collectives[static_cast<size_t>(kind)];
+    count_.bytes_sent += elements * 4;
+    return *this;
+  }
+  std::string text() const { return ::text(count_); }
+
+ private:
+  int64_t t_;
+  CommunicationCount count_;
+};
+
+/// How many rows of which sort there are. Owner q has rows [q*S/t, (q+1)*S/t) of the sequence.
+struct RowCounts {
+  std::vector<int64_t> text_of, images_of;   // rows that an owner has of text and of images
+  std::vector<int64_t> made_for;             // rows that an owner has of images that this rank holds
+  std::vector<int64_t> owned_from;           // rows that this rank has of images that another holds
+  std::vector<int64_t> found_by;             // rows of text that this rank has and whose id is in another's vocabulary
+  int64_t text = 0, made = 0;                // over all owners
+  int64_t features = 0, held = 0, most = 0;  // feature rows in all, on this rank, on the rank with most
+};
+
+/// Painted row by row, as the dense counterpart does it.
+RowCounts count_rows(const Scenario& scenario, const Variant& variant, int64_t rank,
+                     const std::vector<int64_t>& holders) {
+  const int64_t B = scenario.ids.size(0);
+  std::vector<int64_t> image_at(static_cast<size_t>(kS * B), -1);
+  int64_t first_of_group = 0;
+  for (const auto& group : scenario.images) {
+    const auto rows = rows_of({group});
+    size_t image = 0;
+    for (int64_t b = 0; b < B; ++b) {
+      for (int64_t p = 0; p < kS; ++p) {
+        if (scenario.ids[b][p].item<int64_t>() != group.insert_start_token || image == rows.size()) continue;
+        for (int64_t row = p + 1; row <= p + rows[image] && row < kS; ++row) {
+          image_at[static_cast<size_t>(row * B + b)] = first_of_group + static_cast<int64_t>(image);
+        }
+        ++image;
+      }
+    }
+    first_of_group += static_cast<int64_t>(rows.size());
+  }
+  const auto t = static_cast<size_t>(variant.t);
+  RowCounts counts;
+  counts.text_of = counts.images_of = counts.made_for = counts.owned_from = counts.found_by =
+      std::vector<int64_t>(t, 0);
+  const int64_t ids_per_rank = (kV + variant.t - 1) / variant.t;
+  for (size_t row = 0; row < image_at.size(); ++row) {
+    const size_t owner = row * t / image_at.size();
+    if (image_at[row] < 0) {
+      ++counts.text_of[owner];
+      ++counts.text;
+      const int64_t flat = static_cast<int64_t>(row);
+      const int64_t id = scenario.ids[flat % B][flat / B].item<int64_t>();
+      if (static_cast<int64_t>(owner) == rank) ++counts.found_by[static_cast<size_t>(id / ids_per_rank)];
+      continue;
+    }
+    ++counts.images_of[owner];
+    const int64_t holder = holders[static_cast<size_t>(image_at[row])];
+    if (holder == rank) {
+      ++counts.made_for[owner];
+      ++counts.made;
+    }
+    if (static_cast<int64_t>(owner) == rank) ++counts.owned_from[static_cast<size_t>(holder)];
+  }
+  std::vector<int64_t> held(t, 0);
+  const auto rows = rows_of(scenario.images);
+  for (size_t image = 0; image < rows.size(); ++image) {
+    counts.features += rows[image];
+    held[static_cast<size_t>(holders[image])] += rows[image];
+  }
+  counts.held = held[static_cast<size_t>(rank)];
+  counts.most = *std::max_element(held.begin(), held.end());
+  return counts;
+}
+
+/// The table of docs/image-insert.md.
+class Volumes {
+ public:
+  Volumes(const Scenario& scenario, const Variant& variant, int64_t rank, const std::vector<int64_t>& holders)
+      : variant_(variant),
+        rank_(static_cast<size_t>(rank)),
+        rows_(count_rows(scenario, variant, rank, holders)),
+        M_(kS * scenario.ids.size(0) * kH) {}
+
+  std::string forward(const Trainable& trained, Placement placement) const {
+    Expected expected(variant_.t);
+    if (placement == Placement::kOnHolders && variant_.column()) {
+      expected.add(CollectiveKind::kAllGather, t() * rows_.most * kC);
+    }
+    if (placement == Placement::kOnHolders && variant_.row()) {
+      expected.add_sent(CollectiveKind::kAllToAll, (t() - 1) * rows_.held * kC / t());
+    }
+    if (!variant_.hidden()) {
+      expected.add(sp() ? CollectiveKind::kReduceScatter : CollectiveKind::kAllReduce, M_);
+    } else if (variant_.column() || owners_project(trained, placement)) {
+      expected.add(sp() ? CollectiveKind::kAllToAll : CollectiveKind::kAllGather, sp() ? M_ / t() : M_);
+    } else if (sp()) {
+      expected.add_sent(CollectiveKind::kAllToAll,
+                        to_others(rows_.text_of) * kH / t() + to_others(rows_.made_for) * kH);
+    } else {
+      expected.add_sent(CollectiveKind::kAllGather, (t() - 1) * (rows_.text * kH / t() + rows_.made * kH));
+    }
+    if (!variant_.fused()) {
+      expected.add(variant_.row() ? CollectiveKind::kAllReduce : CollectiveKind::kAllGather,
+                   gathered_rows(placement) * kH);
+    }
+    return expected.text();
+  }
+
+  std::string backward(const Trainable& trained, Placement placement) const {
+    Expected expected(variant_.t);
+    if (sp()) {
+      if (!variant_.fused()) {
+        add_gather_backward(expected, trained, placement);
+      } else if (!owners_project(trained, placement)) {
+        add_fused_backward(expected, trained);
+      }
+    }
+    if (trained.features) add_features_backward(expected, placement);
+    return expected.text();
+  }
+
+ private:
+  void add_gather_backward(Expected& expected, const Trainable& trained, Placement placement) const {
+    if (trained.embedding) expected.add(CollectiveKind::kAllGather, M_);
+    if (trained.projector || trained.features) {
+      expected.add(variant_.row() ? CollectiveKind::kAllReduce : CollectiveKind::kReduceScatter,
+                   gathered_rows(placement) * kH);
+    }
+  }
+  void add_fused_backward(Expected& expected, const Trainable& trained) const {
+    const bool images = trained.projector || trained.features;
+    if (!trained.embedding && !images) return;
+    const int64_t own_text = (t() - 1) * rows_.text_of[rank_];
+    const int64_t own_images = (t() - 1) * rows_.images_of[rank_];
+    if (variant_.hidden()) {
+      expected.add_sent(CollectiveKind::kAllToAll,
+                        (trained.embedding ? own_text * kH / t() : 0) + (images ? images_sent_back() : 0));
+    } else if (trained.embedding && images) {
+      expected.add(CollectiveKind::kAllGather, M_);
+    } else if (trained.embedding) {
+      expected.add_sent(CollectiveKind::kAllToAll, to_others(rows_.found_by) * kH);
+    } else if (variant_.row()) {
+      expected.add_sent(CollectiveKind::kAllGather, own_images * kH);
+    } else {
+      expected.add_sent(CollectiveKind::kAllToAll, images_sent_back());
+    }
+  }
+  void add_features_backward(Expected& expected, Placement placement) const {
+    if (placement == Placement::kSliced || variant_.replicated()) return;
+    const bool everywhere = placement == Placement::kEverywhere;
+    if (variant_.column()) {
+      expected.add(everywhere ? CollectiveKind::kAllReduce : CollectiveKind::kReduceScatter,
+                   (everywhere ? rows_.features : t() * rows_.most) * kC);
+    } else if (everywhere) {
+      expected.add(CollectiveKind::kAllGather, rows_.features * kC);
+    } else {
+      expected.add_sent(CollectiveKind::kAllToAll, (rows_.features - rows_.held) * kC / t());
+    }
+  }
+
+  int64_t t() const { return variant_.t; }
+  bool sp() const { return variant_.sequence_parallel; }
+  /// Each rank projects the rows it owns, and nobody needs anything back.
+  bool owners_project(const Trainable& trained, Placement placement) const {
+    return variant_.replicated() && variant_.fused() && sp() && placement == Placement::kEverywhere &&
+           trained.projector && !trained.embedding && !trained.features;
+  }
+  /// Rows of single ranks are padded to the rank that holds most; the row sharding exchanges them without.
+  int64_t gathered_rows(Placement placement) const {
+    const bool padded = variant_.replicated() || (variant_.column() && placement == Placement::kOnHolders);
+    return padded ? t() * rows_.most : rows_.features;
+  }
+  /// A row of an image goes to every rank's columns, or whole to the rank that holds the image.
+  int64_t images_sent_back() const {
+    return variant_.replicated() ? to_others(rows_.owned_from) * kH : (t() - 1) * rows_.images_of[rank_] * kH / t();
+  }
+  int64_t to_others(const std::vector<int64_t>& rows) const {
+    int64_t sum = 0;
+    for (size_t peer = 0; peer < rows.size(); ++peer) sum += peer == rank_ ? 0 : rows[peer];
+    return sum;
+  }
+
+  Variant variant_;
+  size_t rank_;
+  RowCounts rows_;
+  int64_t M_;
+};
+
+std::vector<Placed> placements(const Variant& variant, const std::vector<ImageForInsert>& images) {
+  // The first image on the last rank and so on: neither balanced nor even.
+  std::vector<int64_t> dealt;
+  for (size_t i = 0; i < rows_of(images).size(); ++i) {
+    dealt.push_back(variant.t - 1 - static_cast<int64_t>(i) % variant.t);
+  }
+  std::vector<Placed> result{{Placement::kEverywhere, on_balanced_holders(images, variant.t).holders, false},
+                             {Placement::kOnHolders, dealt, true}};
+  if (variant.row()) result.push_back({Placement::kSliced, result.front().holders, false});
+  return result;
+}
+
+/// Follows the operators of this thread while it lives. The backward pass of CPU tensors runs on the thread that called
+/// it; that of a GPU's on one of autograd's, which this doesn't see.
+class OperatorWatch {
+ public:
+  OperatorWatch() {
+    current = this;
+    handle_ = at::addThreadLocalCallback(
+        at::RecordFunctionCallback(nullptr,
+                                   [](const at::RecordFunction& function, at::ObserverContext* /*context*/) {
+                                     if (current != nullptr) current->see(function);
+                                   })
+            .needsOutputs(true)
+            .scopes({at::RecordScope::FUNCTION}));
+  }
+  ~OperatorWatch() {
+    at::removeCallback(handle_);
+    current = nullptr;
+  }
+  OperatorWatch(const OperatorWatch&) = delete;
+  OperatorWatch& operator=(const OperatorWatch&) = delete;
+
+  const std::set<std::string>& names() const { return names_; }
+  /// Of the floating-point tensors that operators returned, the largest one's memory; a view counts as what it views.
+  int64_t largest_bytes() const { return largest_bytes_; }
+
+ private:
+  void see(const at::RecordFunction& function) {
+    names_.insert(function.name());
+    for (const auto& output : function.outputs()) {
+      if (!output.isTensor()) continue;
+      const auto& tensor = output.toTensor();
+      if (!tensor.defined() || !tensor.has_storage() || !tensor.is_floating_point()) continue;
+      largest_bytes_ = std::max(largest_bytes_, static_cast<int64_t>(tensor.storage().nbytes()));
+    }
+  }
+  static thread_local OperatorWatch* current;  // a callback is a plain function
+  at::CallbackHandle handle_ = 0;
+  std::set<std::string> names_;
+  int64_t largest_bytes_ = 0;
+};
+thread_local OperatorWatch* OperatorWatch::current = nullptr;
+
+}  // namespace
+
+// Which parts are trained and where features are decides what is sent, and changes no value.
+TEST(ImageInsertCommunication, IsWhatTheDocumentsSayForEveryChoiceOfTrainableParts) {
+  const Parameters parameters(1);
+  for (const auto& scenario : {two_groups(), overlaps()}) {
+    const auto loss_weights = exact_values({kS, scenario.ids.size(0), kH}, 5);
+    const auto expected = dense(scenario, parameters, true, loss_weights);
+    for_each_variant([&](const Variant& variant) {
+      for (const auto& placed : placements(variant, scenario.images)) {
+        for (const auto& trainable : kTrainable) {
+          SCOPED_TRACE(testing::Message()
+                       << scenario.name << ", " << name_of(placed.placement) << ", " << trainable.name());
+          const auto layer = make_layer(variant, parameters);
+          const Volumes volumes(scenario, variant, layer.rank(), placed.holders);
+          layer.set_trainable(trainable);
+          const auto images = layer.leaves(scenario.images, placed, trainable.features);
+
+          const auto start = *layer.recorded.count;
+          const auto output = layer.forward(scenario.ids, images);
+          const auto after_forward = *layer.recorded.count;
+          EXPECT_EQ(text(after_forward - start), volumes.forward(trainable, placed.placement));
+          EXPECT_TRUE(test_support::equal(output, layer.own_sequence(expected.output)));
+          EXPECT_EQ(output.requires_grad(), trainable.any());
+          if (trainable.any()) layer.backward(output, loss_weights);
+          EXPECT_EQ(text(*layer.recorded.count - after_forward), volumes.backward(trainable, placed.placement));
+          EXPECT_TRUE(gradients_are(layer, images, expected, trainable, placed));
+        }
+      }
+    });
+  }
+}
+
+// Nobody wants a gradient of what is made without recording one: replicated projectors then project as always.
+TEST(ImageInsertCommunication, WithoutGradientModeIsThatOfAForwardPass) {
+  const Parameters parameters(1);
+  const auto scenario = two_groups();
+  const auto expected = dense(scenario, parameters, true, exact_values({kS, 2, kH}, 5)).output;
+  for_each_variant([&](const Variant& variant) {
+    const auto layer = make_layer(variant, parameters);
+    const auto holders = on_balanced_holders(scenario.images, variant.t).holders;
+    const Volumes volumes(scenario, variant, layer.rank(), holders);
+    const at::NoGradGuard no_grad;
+    const auto output = layer.forward(scenario.ids, scenario.images);
+    EXPECT_EQ(text(*layer.recorded.count), volumes.forward({}, Placement::kEverywhere));
+    EXPECT_TRUE(test_support::equal(output, layer.own_sequence(expected)));
+  });
+}
+
+// The point of the fusion: an image costs what text costs.
+TEST(ImageInsertCommunication, FusedInsertSendsWhatTextAloneSends) {
+  const Parameters parameters(1);
+  const auto scenario = two_groups();
+  const auto loss_weights = exact_values({kS, 2, kH}, 5);
+  for_each_variant([&](const Variant& variant) {
+    // Whole rows of a replicated projector are wider than the columns of text that they replace.
+    if (!variant.fused() || (variant.hidden() && variant.replicated())) return;
+    const auto layer = make_layer(variant, parameters, {.bias = false});
+    auto sent = [&](const std::vector<ImageForInsert>& images) {
+      const auto start = *layer.recorded.count;
+      const auto output = layer.forward(scenario.ids, images);
+      const auto after_forward = *layer.recorded.count;
+      layer.backward(output, loss_weights);
+      return text(after_forward - start) + "; " + text(*layer.recorded.count - after_forward);
+    };
+    const auto text_only = sent({});
+    EXPECT_EQ(sent(layer.leaves(scenario.images, {}, false)), text_only);
+    if (variant.replicated()) {
+      EXPECT_EQ(sent(layer.leaves(scenario.images)), text_only);
+    }
+    if (variant.row()) {
+      EXPECT_EQ(sent(layer.leaves(scenario.images, {Placement::kSliced, {}, false})), text_only);
+    }
+  });
+}
+
+// With the hidden-parallel embedding under sequence parallelism no rank ever has [S, B, H], in whatever shape.
+TEST(ImageInsertCommunication, HiddenParallelNeedsNoFullBuffer) {
+  const Parameters parameters(1);
+  // Few feature rows: what a collective on them stages for t ranks is smaller than [S, B, H].
+  const Scenario scenario{"small images",
+                          make_ids(2, {{kPatch, 0, 5}, {kImage, 1, 10}, {kImage, 1, 20}}),
+                          {group_of(kPatch, features(1, {1, 3})), group_of(kImage, features(2, {2, 2}))}};
+  const auto loss_weights = exact_values({kS, 2, kH}, 5);
+  constexpr int64_t kFullBytes = kS * 2 * kH * 4;
+  for_each_variant([&](const Variant& variant) {
+    if (!variant.sequence_parallel || variant.t == 1) return;
+    for (const auto& placed : placements(variant, scenario.images)) {
+      for (const auto& trainable : kTrainable) {
+        SCOPED_TRACE(testing::Message() << name_of(placed.placement) << ", " << trainable.name());
+        const auto layer = make_layer(variant, parameters);
+        layer.set_trainable(trainable);
+        const auto images = layer.leaves(scenario.images, placed, trainable.features);
+        const auto own_weights = on_device(layer.own_sequence(loss_weights)).clone();
+        const OperatorWatch watch;
+        const auto output = layer.forward(scenario.ids, images);
+        if (trainable.any()) (output * own_weights).sum().backward();
+        if (variant.hidden()) {
+          EXPECT_LT(watch.largest_bytes(), kFullBytes);
+        } else {
+          EXPECT_GE(watch.largest_bytes(), kFullBytes);  // the watch sees one where there is one
+        }
+      }
+    }
+  });
+}
+
+// Nothing in a step may wait for a GPU. The CPU has no such wait, but the operators that would are the same ones: those
+// that bring a value to the host. (A copy between devices can't be told apart here, where there is but one.)
+TEST(ImageInsertCommunication, ReadsNoTensorBackToTheHost) {
+  const Parameters parameters(1);
+  const auto scenario = two_groups();
+  const auto loss_weights = exact_values({kS, 2, kH}, 5);
+  const std::set<std::string> waiting{
+      "aten::item",  "aten::_local_scalar_dense", "aten::nonzero",  "aten::masked_select", "aten::is_nonzero",
+      "aten::equal", "aten::unique_dim",          "aten::_unique2", "aten::nonzero_numpy"};
+  for_each_variant([&](const Variant& variant) {
+    for (const auto& placed : placements(variant, scenario.images)) {
+      for (const auto& trainable : kTrainable) {
+        SCOPED_TRACE(testing::Message() << name_of(placed.placement) << ", " << trainable.name());
+        const auto layer = make_layer(variant, parameters);
+        layer.set_trainable(trainable);
+        const auto images = layer.leaves(scenario.images, placed, trainable.features);
+        const auto own_weights = on_device(layer.own_sequence(loss_weights)).clone();
+        const auto plan = layer.insert->make_plan(scenario.ids, images);
+        const OperatorWatch watch;
+        const auto output = layer.forward(scenario.ids, images, plan);
+        if (trainable.any()) (output * own_weights).sum().backward();
+        EXPECT_GT(watch.names().size(), 3U);
+        for (const auto& name : waiting) EXPECT_EQ(watch.names().count(name), 0U) << name;
+      }
+    }
+  });
+}
+
+namespace {
+
+/// What a rank passes, and how it has its layer.
+struct Arguments {
+  at::Tensor ids;
+  std::vector<ImageForInsert> images;
+  Trainable trainable;
+  bool gradient_mode = true;
+};
+
+struct Disagreement {
+  std::string name;
+  std::string part;  ///< of the message, besides the rank
+  std::function<void(Arguments&)> change;
+};
+
+/// Of features that every rank has.
+std::vector<Disagreement> disagreements() {
+  return {
+      {"an id", "the hash of input_ids is ", [](Arguments& own) { own.ids[1][20] = 1; }},
+      {"a batch row more", "batch size is 2 on rank 0 and 3 on rank ",
+       [](Arguments& own) {
+         own.ids = at::cat({own.ids, own.ids.narrow(0, 0, 1).fmod(17)});
+       }},
+      {"a sequence twice as long", "sequence length is 24 on rank 0 and 48 on rank ",
+       [](Arguments& own) {
+         own.ids = at::constant_pad_nd(own.ids, {0, kS});
+       }},
+      {"no group", "the number of image groups is 2 on rank 0 and 0 on rank ", [](Arguments& own) { own.images = {}; }},
+      {"a group less", "the number of image groups is 2 on rank 0 and 1 on rank ",
+       [](Arguments& own) { own.images.pop_back(); }},
+      {"another token", "the hash of start tokens is ",
+       [](Arguments& own) { own.images[1].insert_start_token = kPatch; }},
+      {"a feature row less", "the hash of the images' row numbers is ",
+       [](Arguments& own) {
+         own.images[0].image_features = features(10, {3, 2});
+       }},
+      {"an image less", "the hash of the images' row numbers is ",
+       [](Arguments& own) {
+         own.images[0].image_features = features(10, {2, 3});
+       }},
+      {"rows on one rank only", "the hash of the images' holders is ",
+       [](Arguments& own) {
+         own.images[0].rows = at::tensor({3, 3, 3}, at::kLong);
+         own.images[0].image_features = std::vector<at::Tensor>{};
+         own.images[0].holders = at::zeros({3}, at::kLong);  // its own are none: it is not rank 0
+       }},
+      {"a frozen embedding", "whether the word embedding is trained is 1 on rank 0 and 0 on rank ",
+       [](Arguments& own) { own.trainable.embedding = false; }},
+      {"a frozen projector", "whether align_projector is trained is 1 on rank 0 and 0 on rank ",
+       [](Arguments& own) { own.trainable.projector = false; }},
+      {"frozen features", "whether features are trained is 1 on rank 0 and 0 on rank ",
+       [](Arguments& own) { own.trainable.features = false; }},
+      {"no gradient mode", "gradient mode is 1 on rank 0 and 0 on rank ",
+       [](Arguments& own) { own.gradient_mode = false; }},
+      // What one rank finds by itself, all learn.
+      {"no features", "has no image_features: the vision tower has to run first",
+       [](Arguments& own) { own.images[0].image_features.reset(); }},
+      {"features of another width", "have width 13, align_projector takes 12",
+       [](Arguments& own) {
+         own.images[0].image_features = features(10, {3, 3}, kC + 1);
+       }},
+      {"ids of another type", "input_ids must be [B, S] int64", [](Arguments& own) { own.ids = own.ids.to(at::kInt); }},
+  };
+}
+
+at::Tensor forward(const Layer& layer, const Arguments& arguments) {
+  layer.set_trainable(arguments.trainable);
+  auto images = arguments.images;
+  for (auto& group : images) {
+    if (!group.image_features.has_value()) continue;
+    group = layer.leaves({group}, {}, arguments.trainable.features).front();
+  }
+  const at::AutoGradMode mode(arguments.gradient_mode);
+  return layer.forward(arguments.ids, images);
+}
+
+}  // namespace
+
+// Without checked mode any of these hangs or computes something wrong.
+TEST(ImageInsertChecked, NamesWhatARankHasOtherThanTheRest) {
+  Warnings warnings;
+  const Parameters parameters(1);
+  const auto scenario = two_groups();
+  const auto expected = dense(scenario, parameters, true, exact_values({kS, 2, kH}, 5)).output;
+  for_each_variant([&](const Variant& variant) {
+    if (variant.t == 1) return;
+    const auto layer = make_layer(variant, parameters, {.on_mismatch = MismatchPolicy::kTruncate, .checked = true});
+    const int64_t other = variant.t - 1;
+    for (const auto& disagreement : disagreements()) {
+      SCOPED_TRACE(disagreement.name);
+      Arguments arguments{scenario.ids.clone(), scenario.images, {}};
+      if (layer.rank() == other) disagreement.change(arguments);
+      EXPECT_TRUE(insert_world::throws<parallel::AgreedError>([&] { forward(layer, arguments); }, disagreement.part));
+      EXPECT_TRUE(insert_world::throws<parallel::AgreedError>([&] { forward(layer, arguments); },
+                                                              "rank " + std::to_string(other)));
+    }
+    // All of them are still in step.
+    EXPECT_TRUE(test_support::equal(forward(layer, {scenario.ids, scenario.images, {}}), layer.own_sequence(expected)));
+  });
+}
+
+TEST(ImageInsertChecked, NamesTheRankWhoseOwnFeaturesDoNotFit) {
+  const Parameters parameters(1);
+  const auto scenario = two_groups();
+  for_each_variant([&](const Variant& variant) {
+    if (variant.t == 1) return;
+    const auto layer = make_layer(variant, parameters, {.checked = true});
+    const int64_t other = variant.t - 1;
+    const auto by_rank = "(rank " + std::to_string(other) + ", one of 1 of " + std::to_string(variant.t) + ")";
+    const Placed on_first{Placement::kOnHolders, std::vector<int64_t>(5, 0), true};
+    auto refused = [&](const std::vector<ImageForInsert>& images, const std::string& part) {
+      EXPECT_TRUE(insert_world::throws<parallel::AgreedError>([&] { layer.forward(scenario.ids, images); }, part));
+    };
+    auto wrong = layer.leaves(scenario.images, on_first);
+    if (layer.rank() == other) wrong[0].image_features = features(1, {1, 3});
+    refused(wrong, "more images than the 0 of start token 17 that this rank holds " + by_rank);
+
+    // Holders that differ and features to match: nobody finds anything by itself.
+    auto moved = on_first;
+    if (layer.rank() == other) moved.holders[4] = other;
+    refused(layer.leaves(scenario.images, moved), "the hash of the images' holders is ");
+    refused(layer.leaves(scenario.images, moved), "on rank " + std::to_string(other));
+
+    auto longer = layer.leaves(scenario.images, on_first);
+    if (layer.rank() == other) longer[1].rows[1] = 10;
+    refused(longer, "the hash of the images' row numbers is ");
+  });
+}
+
+TEST(ImageInsertChecked, ComputesTheSameBits) {
+  Warnings warnings;
+  const Parameters parameters(1);
+  for (const auto& scenario : {two_groups(), overlaps(), Scenario{"no group", make_ids(2, {}), {}}}) {
+    const auto loss_weights = exact_values({kS, scenario.ids.size(0), kH}, 5);
+    const auto expected = dense(scenario, parameters, true, loss_weights);
+    for_each_variant([&](const Variant& variant) {
+      for (const auto& placed : placements(variant, scenario.images)) {
+        const auto layer = make_layer(variant, parameters, {.checked = true});
+        const auto images = layer.leaves(scenario.images, placed);
+        const auto output = layer.forward(scenario.ids, images);
+        EXPECT_TRUE(test_support::equal(output, layer.own_sequence(expected.output)));
+        layer.backward(output, loss_weights);
+        if (images.empty()) continue;
+        EXPECT_TRUE(gradients_are(layer, images, expected, {}, placed));
+      }
+    });
+  }
+}
