@@ -167,13 +167,14 @@ at::Tensor ImageInsertEmbeddingImpl::forward(const at::Tensor& input_ids, const 
 at::Tensor ImageInsertEmbeddingImpl::insert(const at::Tensor& input_ids, const std::vector<ImageForInsert>& images,
                                             const InsertPlan& plan, const at::Tensor& position_ids) {
   const auto& tp = language_embedding_->tp();
-  const bool by_owners = owners_project(images);
   const auto weight = projector().weight;
-  const internal::FeatureRequest request{by_owners ? ProjectorInput::kAllRows : input_of(options_.projector_sharding()),
-                                         options_.encoder_output_dim(), weight.size(0),
-                                         at::TensorOptions(weight.device()).dtype(weight.scalar_type()), tp};
+  internal::FeatureRequest request{input_of(options_.projector_sharding()), options_.encoder_output_dim(),
+                                   weight.size(0), at::TensorOptions(weight.device()).dtype(weight.scalar_type()), tp};
+  bool by_owners = false;
   LocalFeatures features;
   const auto take = [&] {
+    by_owners = owners_project(images);
+    if (by_owners) request.input = ProjectorInput::kAllRows;
     TORCH_CHECK_VALUE(input_ids.dim() == 2 && input_ids.size(0) == plan.B() && input_ids.size(1) == plan.S(),
                       "input_ids ", input_ids.sizes(), " do not fit a plan for [", plan.B(), ", ", plan.S(), "]");
     if (language_embedding_->sequence_parallel()) {

@@ -2,6 +2,7 @@
 // products that nobody can do without.
 //
 //   mpirun -np 2 --bind-to none build/bin/benchmark_image_insert [--full]
+//   build/bin/benchmark_image_insert --rehearse
 //
 // All ranks are one tensor-parallel group under sequence parallelism, one thread each unless OMP_NUM_THREADS says
 // otherwise. Prints one JSON object a line: the machine first, then plans and volumes at scale, then one per way.
@@ -203,6 +204,7 @@ double gemm_gigaflops(at::ScalarType dtype, const parallel::GroupPtr& plain) {
 
 struct Arguments {
   bool full = false;
+  bool rehearse = false;
   std::vector<std::string> dtypes = {"float32", "bfloat16"};
   double seconds = 0.0;
 };
@@ -222,10 +224,11 @@ int run(parallel::Runtime& runtime, const Arguments& arguments) {
       runtime.rank());
   if (runtime.rank() == 0) {
     for (const auto& plan : rehearse_plans()) print(plan, 0);
-    if (full) {
+    if (full || arguments.rehearse) {
       for (const auto& volume : rehearse_volumes()) print(volume, 0);
     }
   }
+  if (arguments.rehearse) return 0;
   parallel::barrier(groups.tp);
   for (const int64_t sequence : full ? std::vector<int64_t>{2048, 8192} : std::vector<int64_t>{2048}) {
     for (const auto& name : arguments.dtypes) {
@@ -250,6 +253,7 @@ int main(int argc, char** argv) {
   benchmark_image_insert::Arguments arguments;
   app.add_flag("--full", arguments.full,
                "all shardings, sequences of 2048 and 8192, and volumes on up to 64 x 4096 ranks");
+  app.add_flag("--rehearse", arguments.rehearse, "plans and volumes only; one process will do");
   app.add_option("--dtype", arguments.dtypes, "float32, bfloat16 or both")
       ->check(CLI::IsMember({"float32", "bfloat16"}))
       ->capture_default_str();

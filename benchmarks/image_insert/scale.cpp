@@ -87,7 +87,7 @@ ordered_json balance(const InsertPlan& plan, int t) {
 }
 
 /// The released model's sizes over kScale, so that a rehearsal is small; every count is linear in H and C together.
-constexpr int64_t kScale = 64;
+constexpr int64_t kScale = 32;
 
 Sizes rehearsal_sizes() {
   Sizes sizes;

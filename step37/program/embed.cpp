@@ -183,6 +183,7 @@ class EmbedRun {
                                                    .projector_bias(case_.projector_bias.defined())
                                                    .projector_sharding(projector_sharding_)
                                                    .exchange(exchange_)
+                                                   .checked(arguments_.checked)
                                                    .on_mismatch(on_mismatch_));
     embedding_->to(device_, dtype_);
     insert_->to(device_, dtype_);

@@ -4,6 +4,8 @@
 #include <filesystem>
 #include <string>
 
+#include "step37/image_insert_embedding.h"
+
 namespace parallel {
 class Runtime;
 }  // namespace parallel
@@ -23,6 +25,7 @@ struct EmbedArguments {
   bool frozen_embedding = false;
   std::string on_mismatch = "error";
   std::string dtype = "float32";
+  bool checked = kCheckedByDefault;
   std::filesystem::path stats;  ///< empty: none
 };
 

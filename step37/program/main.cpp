@@ -31,6 +31,7 @@ void add_embed(CLI::App& app, Command& command) {
   embed->add_flag("--frozen-embedding", arguments->frozen_embedding, "The word embedding needs no gradient");
   embed->add_option("--on-mismatch", arguments->on_mismatch, "error or truncate")->capture_default_str();
   embed->add_option("--dtype", arguments->dtype, "float32 or bfloat16")->capture_default_str();
+  embed->add_flag("--checked", arguments->checked, "Compare what must be equal on all ranks before anything is sent");
   embed->add_option("--stats", arguments->stats, "Write collectives and bytes to this file (JSON)");
   embed->callback([arguments, &command] {
     command = [arguments](parallel::Runtime& runtime) {

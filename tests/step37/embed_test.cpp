@@ -53,6 +53,7 @@ class Embed : public testing::Test {
     EmbedArguments arguments;
     arguments.input = input;
     arguments.output = folder_ / "out.safetensors";
+    arguments.checked = false;  // its collectives would be counted
     return arguments;
   }
 
@@ -270,6 +271,18 @@ TEST_F(Embed, EqualsTheGoldenCases) {
     });
   }
   EXPECT_GE(num_compared, runtime().size() == 3 ? 40 : 16 * 16);  // one case has sizes that only one rank divides
+}
+
+TEST_F(Embed, CheckedModeChangesNothing) {
+  const SafetensorsFile file(case_path("06_patches_then_images"));
+  for_each_choice([&](const Options& options) {
+    if (!divides(file, options)) return;
+    auto arguments = arguments_for(case_path("06_patches_then_images"));
+    choose(arguments, options);
+    arguments.checked = true;
+    EXPECT_EQ(step37::embed(runtime(), arguments), 0);
+    if (runtime().rank() == 0) expect_results(file, arguments.output, 1e-5, everything);
+  });
 }
 
 TEST_F(Embed, RefusesCountsThatDifferByDefault) {

@@ -1,0 +1,152 @@
+// Products and the moving of rows that layers are made of, against plain LibTorch.
+#include "megatron_cpp/tensor_parallel/matrix_product.h"
+
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <vector>
+
+#include "megatron_cpp/tensor_parallel/linear_function.h"
+#include "megatron_cpp/tensor_parallel/rows.h"
+#include "parallel/collectives.h"
+#include "parallel/recording_backend.h"
+#include "tests/support/test_world.h"
+
+namespace {
+
+using megatron::internal::LinearInput;
+using parallel::CollectiveKind;
+using test_support::exact_values;
+using test_support::on_device;
+
+at::Tensor leaf(const at::Tensor& values) { return on_device(values).clone().requires_grad_(); }
+
+}  // namespace
+
+// Sizes below, at and above the blocks in which half-precision products may be made. Sums of multiples of 1/64 below
+// 2^17 are exact in float32: rounded once, a product has the bits of the rounded float64 one.
+TEST(MatrixProduct, OfEveryDtypeIsRoundedOnce) {
+  for (const auto dtype : {at::kFloat, at::kBFloat16, at::kHalf}) {
+    for (const int64_t size : {1, 3, 511, 512, 513, 1100}) {
+      SCOPED_TRACE(testing::Message() << dtype << ", size " << size);
+      const auto a = on_device(exact_values({5, 7}, 1, dtype));
+      const auto weight = on_device(exact_values({size, 7}, 2, dtype));
+      const auto wide = on_device(exact_values({7, size}, 3, dtype));
+      const auto expected = a.to(at::kDouble).mm(weight.to(at::kDouble).t()).to(dtype);
+      EXPECT_TRUE(test_support::equal(megatron::internal::linear_product(a, weight, {}), expected));
+      EXPECT_TRUE(test_support::equal(megatron::internal::matrix_product(a, wide),
+                                      a.to(at::kDouble).mm(wide.to(at::kDouble)).to(dtype)));
+      const auto result = on_device(at::empty({9, size}, dtype)).narrow(0, 2, 5);
+      megatron::internal::matrix_product_out(result, a, weight.t());
+      EXPECT_TRUE(test_support::equal(result, expected));
+      const auto sum = on_device(exact_values({size, 7}, 4, dtype));
+      const auto gradient = on_device(exact_values({5, size}, 5, dtype));
+      const auto added = sum.to(at::kDouble).addmm(gradient.to(at::kDouble).t(), a.to(at::kDouble)).to(dtype);
+      megatron::internal::add_matrix_product(sum, gradient.t(), a);
+      EXPECT_TRUE(test_support::equal(sum, added));
+    }
+  }
+}
+
+TEST(MatrixProduct, TakesShapesOfLayers) {
+  for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+    const auto input = on_device(exact_values({4, 3, 7}, 1, dtype));
+    const auto weight = on_device(exact_values({5, 7}, 2, dtype));
+    const auto bias = on_device(exact_values({5}, 3, dtype));
+    EXPECT_TRUE(
+        test_support::near(megatron::internal::linear_product(input, weight, bias),
+                           at::linear(input.to(at::kDouble), weight.to(at::kDouble), bias.to(at::kDouble)).to(dtype),
+                           dtype == at::kFloat ? 0.0 : 1e-2));
+    EXPECT_EQ(megatron::internal::linear_product(input.narrow(0, 0, 0), weight, {}).sizes(),
+              (std::vector<int64_t>{0, 3, 5}));
+    EXPECT_EQ(megatron::internal::matrix_product(input.transpose(0, 1), weight.t()).sizes(),
+              (std::vector<int64_t>{3, 4, 5}));
+  }
+}
+
+// Several matrices give what one of all their rows gives, in every gradient and with one collective.
+TEST(LinearOfRows, EqualsTheProductOfAllRowsTogether) {
+  for (const int t : test_support::divisors_of_world()) {
+    for (const auto kind : {LinearInput::kOwn, LinearInput::kReplicated}) {
+      for (const bool accumulate : {false, true}) {
+        const auto recorded = parallel::record(test_support::groups(t).tp);
+        const auto& tp = recorded.group;
+        const auto seed = kind == LinearInput::kOwn ? 0 : tp->getRank();
+        std::vector<at::Tensor> inputs{leaf(exact_values({3, 4}, 1)), leaf(exact_values({0, 4}, 2)),
+                                       on_device(exact_values({2, 4}, 3)), leaf(exact_values({5, 4}, 4))};
+        const auto weight = leaf(exact_values({6, 4}, 5 + seed));
+        const auto bias = leaf(exact_values({6}, 6 + seed));
+        if (accumulate) weight.mutable_grad() = at::ones_like(weight);
+        const auto loss_weights = on_device(exact_values({10, 6}, 7 + seed));
+        const auto whole = leaf(at::cat(inputs).detach());
+        const auto dense_weight = leaf(weight.detach());
+        const auto dense_bias = leaf(bias.detach());
+        const auto dense = at::linear(whole, dense_weight, dense_bias);
+        (dense * loss_weights).sum().backward();
+
+        const auto output = megatron::internal::linear_of_rows(inputs, weight, bias, kind, accumulate, tp);
+        EXPECT_TRUE(test_support::equal(output, dense));
+        EXPECT_EQ(recorded.count->total(), 0);
+        (output * loss_weights).sum().backward();
+        EXPECT_EQ(recorded.count->total(), kind == LinearInput::kReplicated && t > 1 ? 1 : 0);
+        EXPECT_TRUE(test_support::equal(weight.grad(), accumulate ? dense_weight.grad() + 1 : dense_weight.grad()));
+        EXPECT_TRUE(test_support::equal(bias.grad(), dense_bias.grad()));
+        const auto expected = kind == LinearInput::kReplicated
+                                  ? parallel::all_reduce(whole.grad(), test_support::groups(t).tp)
+                                  : whole.grad();
+        EXPECT_TRUE(test_support::equal(inputs[0].grad(), expected.narrow(0, 0, 3)));
+        EXPECT_EQ(inputs[1].grad().numel(), 0);
+        EXPECT_FALSE(inputs[2].grad().defined());
+        EXPECT_TRUE(test_support::equal(inputs[3].grad(), expected.narrow(0, 5, 5)));
+      }
+    }
+  }
+}
+
+TEST(LinearOfRows, WithoutRowsTheWeightsGradientIsZero) {
+  for (const bool accumulate : {false, true}) {
+    const auto weight = leaf(exact_values({6, 4}, 5));
+    const auto output = megatron::internal::linear_of_rows({on_device(at::empty({0, 4}))}, weight, {},
+                                                           LinearInput::kOwn, accumulate, test_support::single());
+    EXPECT_EQ(output.sizes(), (std::vector<int64_t>{0, 6}));
+    output.sum().backward();
+    EXPECT_TRUE(test_support::equal(weight.grad(), at::zeros({6, 4})));
+  }
+}
+
+TEST(Rows, MoveByNumberWhateverTheStrides) {
+  const auto source = on_device(exact_values({5, 6}, 1));
+  const auto indices = megatron::internal::index_tensors(
+      {std::vector<int64_t>{4, 0, 2}, std::vector<int64_t>{}, std::vector<int64_t>{1, 3, 0}}, source.device());
+  EXPECT_EQ(indices[1].numel(), 0);
+  // Columns of a wider matrix into columns of a wider matrix.
+  const auto target = on_device(at::zeros({4, 8}));
+  megatron::internal::copy_rows(target.narrow(1, 3, 2), indices[2], source.narrow(1, 2, 2), indices[0]);
+  const auto expected = on_device(at::zeros({4, 8}));
+  expected.narrow(1, 3, 2).index_copy_(0, indices[2], source.narrow(1, 2, 2).index_select(0, indices[0]));
+  EXPECT_TRUE(test_support::equal(target, expected));
+
+  EXPECT_TRUE(test_support::equal(megatron::internal::gather_rows(source.narrow(1, 1, 3), indices[0]),
+                                  source.narrow(1, 1, 3).index_select(0, indices[0])));
+  EXPECT_EQ(megatron::internal::gather_rows(source, indices[1]).sizes(), (std::vector<int64_t>{0, 6}));
+  const auto first = on_device(at::zeros({4, 6}));
+  megatron::internal::copy_rows(first, {}, source, indices[0]);
+  EXPECT_TRUE(test_support::equal(first.narrow(0, 0, 3), source.index_select(0, indices[0])));
+  const auto scattered = on_device(at::zeros({4, 6}));
+  megatron::internal::copy_rows(scattered, indices[2], source, {});
+  EXPECT_TRUE(test_support::equal(scattered.index_select(0, indices[2]), source.narrow(0, 0, 3)));
+
+  EXPECT_TRUE(megatron::internal::as_rows(source.view({5, 3, 2}).narrow(2, 0, 1)).is_alias_of(source));
+  const auto transposed = source.t();
+  EXPECT_TRUE(test_support::equal(megatron::internal::as_rows(transposed), transposed));
+  EXPECT_EQ(megatron::internal::as_rows(transposed).stride(1), 1);
+}
+
+// A wrong number is a bug of ours, but not one that writes anywhere.
+TEST(Rows, OutsideTheMatrixAreRefused) {
+  const auto source = at::zeros({5, 6});
+  for (const int64_t wrong : {int64_t{5}, int64_t{-1}}) {
+    EXPECT_THROW(megatron::internal::gather_rows(source, at::full({1}, wrong, at::kLong)), c10::Error);
+  }
+}
