@@ -169,7 +169,7 @@ at::Tensor ImageInsertEmbeddingImpl::insert(const at::Tensor& input_ids, const s
   const auto& tp = language_embedding_->tp();
   const auto weight = projector().weight;
   internal::FeatureRequest request{input_of(options_.projector_sharding()), options_.encoder_output_dim(),
-                                   weight.size(0), at::TensorOptions(weight.device()).dtype(weight.scalar_type()), tp};
+                                   at::TensorOptions(weight.device()).dtype(weight.scalar_type()), tp};
   bool by_owners = false;
   LocalFeatures features;
   const auto take = [&] {

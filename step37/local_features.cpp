@@ -95,18 +95,27 @@ class RowCollector {
                       given.size());
   }
 
-  /// The rows, in few matrices: every matrix costs a product that reads the whole weight, [F, C] on this rank, and
-  /// putting matrices together reads and writes every row.
+  /// Large tensors as they are: putting them together would copy every row. Small ones together, since each product
+  /// reads the whole weight.
   std::vector<at::Tensor> rows() const {
+    constexpr int64_t kLargeRows = 256;
     std::vector<at::Tensor> result;
-    int64_t num_rows = 0;
+    std::vector<at::Tensor> small;
+    const auto put_together = [&] {
+      if (!small.empty()) result.push_back(small.size() == 1 ? small.front() : at::cat(small));
+      small.clear();
+    };
     for (const auto& piece : pieces_) {
-      result.push_back(piece.to(request_.options.device(), c10::typeMetaToScalarType(request_.options.dtype())));
-      num_rows += piece.size(0);
+      const auto rows = piece.to(request_.options.device(), c10::typeMetaToScalarType(request_.options.dtype()));
+      if (rows.size(0) < kLargeRows) {
+        small.push_back(rows);
+        continue;
+      }
+      put_together();
+      result.push_back(rows);
     }
+    put_together();
     if (result.empty()) result.push_back(at::empty({0, width_ < 0 ? request_.channels : width_}, request_.options));
-    const auto num_products = static_cast<int64_t>(result.size());
-    if ((num_products - 1) * request_.weight_rows > 2 * num_rows) return {at::cat(result)};
     return result;
   }
 

@@ -31,8 +31,7 @@ struct LocalFeatures {
 
 struct FeatureRequest {
   ProjectorInput input = ProjectorInput::kAllRows;
-  int64_t channels = 0;     ///< C
-  int64_t weight_rows = 0;  ///< rows of the projector's weight on this rank
+  int64_t channels = 0;  ///< C
   at::TensorOptions options;
   parallel::GroupPtr tp;
 };

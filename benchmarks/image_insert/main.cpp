@@ -10,6 +10,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/record_function.h>
+#include <stdlib.h>  // setenv
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -158,7 +159,7 @@ void print(const ordered_json& object, int rank) {
   std::fflush(stdout);
 }
 
-/// Rounds through all ways, each once a round, so that a drift of the machine hits all alike.
+/// Rounds through all ways, each once a round, to and fro, so that a drift of the machine hits all alike.
 void measure(const std::vector<Way>& ways, const Sizes& sizes, at::ScalarType dtype, double seconds,
              const parallel::RecordedGroup& tp, const parallel::GroupPtr& plain) {
   std::vector<Measured> measured(ways.size());
@@ -167,7 +168,10 @@ void measure(const std::vector<Way>& ways, const Sizes& sizes, at::ScalarType dt
   constexpr int kMaxRounds = 15;
   const auto start = Clock::now();
   for (int round = 0; round < kMaxRounds; ++round) {
-    for (size_t i = 0; i < ways.size(); ++i) time_step(ways[i], measured[i], plain);
+    for (size_t step = 0; step < ways.size(); ++step) {
+      const size_t i = round % 2 == 0 ? step : ways.size() - 1 - step;
+      time_step(ways[i], measured[i], plain);
+    }
     const double spent = over_ranks(milliseconds_since(start), parallel::Reduction::kMax, plain) / 1000.0;
     if (round + 1 >= kMinRounds && spent > seconds) break;
   }
@@ -206,6 +210,7 @@ struct Arguments {
   bool full = false;
   bool rehearse = false;
   std::vector<std::string> dtypes = {"float32", "bfloat16"};
+  std::vector<int64_t> sequences;
   double seconds = 0.0;
 };
 
@@ -230,13 +235,13 @@ int run(parallel::Runtime& runtime, const Arguments& arguments) {
   }
   if (arguments.rehearse) return 0;
   parallel::barrier(groups.tp);
-  for (const int64_t sequence : full ? std::vector<int64_t>{2048, 8192} : std::vector<int64_t>{2048}) {
+  for (const int64_t sequence : arguments.sequences) {
     for (const auto& name : arguments.dtypes) {
       const auto dtype = name == "float32" ? at::kFloat : at::kBFloat16;
       Sizes sizes;
       sizes.sequence = sequence;
       const auto batch = make_batch(sizes, dtype);
-      const double seconds = arguments.seconds > 0.0 ? arguments.seconds : (full ? 300.0 : 90.0);
+      const double seconds = arguments.seconds > 0.0 ? arguments.seconds : (full ? 300.0 : 120.0);
       // One embedding table with its gradient at a time.
       measure(vocab_ways(sizes, batch, full, tp.group), sizes, dtype, seconds, tp, groups.tp);
       measure(hidden_ways(sizes, batch, full, tp.group), sizes, dtype, seconds / 4, tp, groups.tp);
@@ -249,6 +254,7 @@ int run(parallel::Runtime& runtime, const Arguments& arguments) {
 }  // namespace benchmark_image_insert
 
 int main(int argc, char** argv) {
+  setenv("THP_MEM_ALLOC_ENABLE", "1", /*overwrite=*/0);  // as the step37 program does
   CLI::App app("Times the image insert beside the published way, text alone and the matrix products alone.");
   benchmark_image_insert::Arguments arguments;
   app.add_flag("--full", arguments.full,
@@ -257,8 +263,14 @@ int main(int argc, char** argv) {
   app.add_option("--dtype", arguments.dtypes, "float32, bfloat16 or both")
       ->check(CLI::IsMember({"float32", "bfloat16"}))
       ->capture_default_str();
+  app.add_option("--sequence", arguments.sequences,
+                 "sequence lengths, multiples of 2048; without it 2048, or as --full says")
+      ->check(CLI::PositiveNumber);
   app.add_option("--seconds", arguments.seconds, "rounds of a setting go on for this long, three at least");
   CLI11_PARSE(app, argc, argv);
+  if (arguments.sequences.empty()) {
+    arguments.sequences = arguments.full ? std::vector<int64_t>{2048, 8192} : std::vector<int64_t>{2048};
+  }
   return parallel::Runtime::run(
       [&](parallel::Runtime& runtime) { return benchmark_image_insert::run(runtime, arguments); });
 }

@@ -99,11 +99,7 @@ struct LinearOfRows : torch::autograd::Function<LinearOfRows> {
     context->saved_data["accumulate_into_grad"] = accumulate_into_grad;
     context->saved_data["group"] = group;
     const auto output = at::empty({total_rows(inputs), weight.size(0)}, weight.options().requires_grad(false));
-    int64_t begin = 0;
-    for (const auto& input : inputs) {
-      matrix_product_out(output.narrow(0, begin, input.size(0)), input, weight.t());
-      begin += input.size(0);
-    }
+    product_of_rows(output, inputs, weight.t());
     if (bias.has_value()) output.add_(*bias);
     return output;
   }
@@ -133,27 +129,16 @@ struct LinearOfRows : torch::autograd::Function<LinearOfRows> {
       }
     }
     variable_list result(num_inputs + 5);
-    int64_t begin = 0;
-    for (const auto& input : inputs) {
-      const auto rows = gradient.narrow(0, begin, input.size(0));
-      begin += input.size(0);
-      if (!context->needs_input_grad(num_inputs) || input.size(0) == 0) continue;
-      auto& weight_grad = result[num_inputs];
-      if (weight_grad.defined()) {
-        add_matrix_product(weight_grad, rows.t(), input);
-      } else {
-        weight_grad = weight_gradient(weight, rows, input, accumulate);
-      }
-    }
-    const bool accumulated = accumulate && weight.grad().defined();
-    if (context->needs_input_grad(num_inputs) && !result[num_inputs].defined() && !accumulated) {
-      result[num_inputs] = at::zeros_like(weight);  // of no rows at all
+    if (context->needs_input_grad(num_inputs)) {
+      const bool in_place = accumulate && weight.grad().defined();
+      if (!in_place) result[num_inputs] = at::zeros_like(weight);
+      add_product_of_rows(in_place ? weight.grad() : result[num_inputs], gradient, inputs);
     }
     if (bias.defined() && context->needs_input_grad(num_inputs + 1)) {
       result[num_inputs + 1] = bias_gradient(bias, gradient, accumulate);
     }
     if (reduced) input_gradient = reduced->wait();
-    begin = 0;
+    int64_t begin = 0;
     for (size_t i = 0; i < num_inputs; ++i) {
       const int64_t rows = inputs[i].size(0);
       if (context->needs_input_grad(i)) result[i] = input_gradient.narrow(0, begin, rows);

@@ -17,10 +17,14 @@ at::Tensor linear_product(const at::Tensor& input, const at::Tensor& weight, con
 /// a [.., K] · b [K, C] -> [.., C], contiguous.
 at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b);
 
-/// result [R, C] = a [R, K] · b [K, C], in place.
-void matrix_product_out(const at::Tensor& result, const at::Tensor& a, const at::Tensor& b);
-
 /// sum [R, C] += a [R, K] · b [K, C], in place.
 void add_matrix_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b);
+
+/// result [R, C] = rows · b [K, C], rows being those of `inputs` [R_i, K] one below the other, which are not put
+/// together: that would copy them.
+void product_of_rows(const at::Tensor& result, at::TensorList inputs, const at::Tensor& b);
+
+/// sum [F, K] += gradientᵀ [F, R] · rows, rows as above.
+void add_product_of_rows(const at::Tensor& sum, const at::Tensor& gradient, at::TensorList inputs);
 
 }  // namespace megatron::internal

@@ -37,14 +37,19 @@ TEST(MatrixProduct, OfEveryDtypeIsRoundedOnce) {
       EXPECT_TRUE(test_support::equal(megatron::internal::linear_product(a, weight, {}), expected));
       EXPECT_TRUE(test_support::equal(megatron::internal::matrix_product(a, wide),
                                       a.to(at::kDouble).mm(wide.to(at::kDouble)).to(dtype)));
+      const std::vector<at::Tensor> pieces{a.narrow(0, 0, 2), a.narrow(0, 2, 0), a.narrow(0, 2, 3)};
       const auto result = on_device(at::empty({9, size}, dtype)).narrow(0, 2, 5);
-      megatron::internal::matrix_product_out(result, a, weight.t());
+      megatron::internal::product_of_rows(result, pieces, weight.t());
       EXPECT_TRUE(test_support::equal(result, expected));
       const auto sum = on_device(exact_values({size, 7}, 4, dtype));
       const auto gradient = on_device(exact_values({5, size}, 5, dtype));
       const auto added = sum.to(at::kDouble).addmm(gradient.to(at::kDouble).t(), a.to(at::kDouble)).to(dtype);
+      const auto by_pieces = sum.clone();
       megatron::internal::add_matrix_product(sum, gradient.t(), a);
       EXPECT_TRUE(test_support::equal(sum, added));
+      // Pieces are rounded after each but in float32.
+      megatron::internal::add_product_of_rows(by_pieces, gradient, pieces);
+      EXPECT_TRUE(test_support::near(by_pieces, added, dtype == at::kFloat ? 0.0 : 1e-2));
     }
   }
 }
