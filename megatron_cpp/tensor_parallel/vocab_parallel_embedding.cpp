@@ -4,10 +4,12 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <span>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 
 #include "megatron_cpp/tensor_parallel/embedding_look_up.h"
+#include "megatron_cpp/tensor_parallel/rows.h"
 #include "parallel/mappings.h"
 #include "parallel/shard.h"
 
@@ -23,7 +25,9 @@ at::Tensor masked_look_up(const at::Tensor& weight, const at::Tensor& input_ids,
   const auto local = ids - vocabulary_begin;
   auto other = local.lt(0).logical_or(local.ge(weight.size(0)));
   if (rows_left_out.defined()) {
-    other.view(-1).index_fill_(0, rows_left_out.to(ids.device(), /*non_blocking=*/true), true);
+    const auto rows = rows_left_out.contiguous();
+    const std::span<const int64_t> list(rows.const_data_ptr<int64_t>(), static_cast<size_t>(rows.numel()));
+    other.view(-1).index_fill_(0, internal::index_tensors({list}, ids.device())[0], true);
   }
   const auto looked_up = at::embedding(weight, local.masked_fill(other, 0));
   return looked_up.masked_fill(other.unsqueeze(-1), 0);
