@@ -257,9 +257,8 @@ class ColumnsExchange final : public Exchange {
   }
   /// Text rows as columns and this rank's images' rows whole, from every rank to every rank.
   at::Tensor gather_forward(const at::Tensor& partial, const at::Tensor& projected) const {
-    RouteRows rows(1);  // one owner of all
-    for (const int64_t row : text_rows()) rows.pieces[0].push_back({row, row});
-    std::vector<int64_t> counts(static_cast<size_t>(t()), static_cast<int64_t>(rows.pieces[0].size()) * piece_width());
+    const auto text = megatron::internal::index_tensors({text_rows()}, partial.device())[0];
+    std::vector<int64_t> counts(static_cast<size_t>(t()), text.numel() * piece_width());
     std::vector<std::vector<int64_t>> whole_rows(static_cast<size_t>(t()));
     for (const auto& run : plan_.runs()) {
       const auto maker = static_cast<size_t>(layout_.maker[static_cast<size_t>(run.image)]);
@@ -268,16 +267,12 @@ class ColumnsExchange final : public Exchange {
         counts[maker] += layout_.hidden_size;
       }
     }
-    return unpack(parallel::all_gather_uneven(pack(partial, projected), counts, layout_.tp), counts, whole_rows);
+    const auto packed = at::cat({megatron::internal::gather_rows(as_rows(partial), text).view(-1),
+                                 megatron::internal::gather_rows(projected, projected_rows_).view(-1)});
+    return unpack(parallel::all_gather_uneven(packed, counts, layout_.tp), counts, text, whole_rows);
   }
-  at::Tensor pack(const at::Tensor& partial, const at::Tensor& projected) const {
-    const auto text = megatron::internal::index_tensors({text_rows()}, partial.device())[0];
-    return at::cat({megatron::internal::gather_rows(as_rows(partial), text).view(-1),
-                    megatron::internal::gather_rows(projected, projected_rows_).view(-1)});
-  }
-  at::Tensor unpack(const at::Tensor& gathered, const std::vector<int64_t>& counts,
+  at::Tensor unpack(const at::Tensor& gathered, const std::vector<int64_t>& counts, const at::Tensor& text,
                     const std::vector<std::vector<int64_t>>& whole_rows) const {
-    const auto text = megatron::internal::index_tensors({text_rows()}, gathered.device())[0];
     auto result = at::empty({plan_.S() * plan_.B(), layout_.hidden_size}, gathered.options());
     int64_t begin = 0;
     for (size_t maker = 0; maker < counts.size(); ++maker) {

@@ -17,21 +17,19 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-at::Tensor as_rows(const at::Tensor& tensor) { return tensor.reshape({-1, tensor.size(-1)}); }
-
 /// gradientᵀ · input, added into the weight's gradient or returned.
 at::Tensor weight_gradient(const at::Tensor& weight, const at::Tensor& gradient, const at::Tensor& input,
                            bool accumulate_into_grad) {
-  const auto rows = as_rows(gradient).t();
+  const auto rows = as_matrix(gradient).t();
   if (accumulate_into_grad && weight.grad().defined()) {
-    add_matrix_product(weight.grad(), rows, as_rows(input));
+    add_matrix_product(weight.grad(), rows, as_matrix(input));
     return {};
   }
-  return matrix_product(rows, as_rows(input));
+  return matrix_product(rows, as_matrix(input));
 }
 
 at::Tensor bias_gradient(const at::Tensor& bias, const at::Tensor& gradient, bool accumulate_into_grad) {
-  auto sum = as_rows(gradient).sum(0);
+  auto sum = as_matrix(gradient).sum(0);
   if (accumulate_into_grad && bias.grad().defined()) {
     bias.grad().add_(sum);
     return {};

@@ -75,8 +75,6 @@ at::Tensor in_float(at::TensorList inputs) {
   return result;
 }
 
-at::Tensor as_matrix(const at::Tensor& tensor) { return tensor.reshape({-1, tensor.size(-1)}); }
-
 at::Tensor new_result(const at::Tensor& a, int64_t columns) {
   auto shape = a.sizes().vec();
   shape.back() = columns;
@@ -84,6 +82,8 @@ at::Tensor new_result(const at::Tensor& a, int64_t columns) {
 }
 
 }  // namespace
+
+at::Tensor as_matrix(const at::Tensor& tensor) { return tensor.reshape({-1, tensor.size(-1)}); }
 
 at::Tensor linear_product(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) {
   RECORD_FUNCTION(kName, c10::ArrayRef<const c10::IValue>());

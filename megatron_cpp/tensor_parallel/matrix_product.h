@@ -11,6 +11,9 @@
 
 namespace megatron::internal {
 
+/// [.., C] as a matrix, a view where that is possible.
+at::Tensor as_matrix(const at::Tensor& tensor);
+
 /// input [.., C] · weightᵀ [F, C] + bias [F] (may be undefined) -> [.., F], without gradient.
 at::Tensor linear_product(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias);
 

@@ -12,6 +12,7 @@
 
 #include "megatron_cpp/tensor_parallel/vocab_parallel_cross_entropy.h"
 #include "parallel/recording_backend.h"
+#include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
 namespace {
@@ -21,6 +22,7 @@ using megatron::vocab_parallel_cross_entropy;
 using parallel::CollectiveKind;
 using test_support::groups;
 using test_support::on_device;
+using test_support::value_error;
 
 constexpr int64_t kS = 5;
 constexpr int64_t kB = 3;
@@ -93,16 +95,6 @@ void expect_equals_dense(const at::Tensor& padded_logits, const at::Tensor& targ
       result.gradient.narrow(-1, real, columns.size(-1) - real),
       at::zeros({columns.size(0), columns.size(1), columns.size(-1) - real}, padded_logits.options())))
       << "padding has a gradient";
-}
-
-template <class Action>
-std::string value_error(const Action& action) {
-  try {
-    action();
-  } catch (const c10::ValueError& error) {
-    return error.what_without_backtrace();
-  }
-  return "nothing thrown";
 }
 
 bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }

@@ -12,6 +12,7 @@
 #include "megatron_cpp/tensor_parallel/vocab_parallel_embedding.h"
 #include "parallel/collectives.h"
 #include "parallel/recording_backend.h"
+#include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
 namespace {
@@ -23,6 +24,7 @@ using parallel::CollectiveKind;
 using test_support::exact_values;
 using test_support::groups;
 using test_support::on_device;
+using test_support::value_error;
 
 constexpr int64_t kH = 6;
 constexpr int64_t kB = 3;
@@ -80,16 +82,6 @@ struct Dense {
   }
   at::Tensor output, weight_gradient;
 };
-
-template <class Action>
-std::string value_error(const Action& action) {
-  try {
-    action();
-  } catch (const c10::ValueError& error) {
-    return error.what_without_backtrace();
-  }
-  return "nothing thrown";
-}
 
 int64_t once(int t) { return t == 1 ? 0 : 1; }
 

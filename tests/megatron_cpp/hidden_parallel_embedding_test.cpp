@@ -14,6 +14,7 @@
 #include "megatron_cpp/tensor_parallel/language_model_embedding.h"
 #include "parallel/collectives.h"
 #include "parallel/recording_backend.h"
+#include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
 namespace {
@@ -26,6 +27,7 @@ using parallel::CollectiveKind;
 using test_support::exact_values;
 using test_support::groups;
 using test_support::on_device;
+using test_support::value_error;
 
 constexpr int64_t kV = 7;
 constexpr int64_t kB = 3;
@@ -43,16 +45,6 @@ HiddenParallelEmbedding make_embedding(const HiddenParallelEmbeddingOptions& opt
   const at::NoGradGuard no_grad;
   embedding->weight.copy_(part(weight, 1, tp));
   return embedding;
-}
-
-template <class Action>
-std::string value_error(const Action& action) {
-  try {
-    action();
-  } catch (const c10::ValueError& error) {
-    return error.what_without_backtrace();
-  }
-  return "nothing thrown";
 }
 
 }  // namespace

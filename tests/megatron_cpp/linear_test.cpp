@@ -15,6 +15,7 @@
 #include "megatron_cpp/tensor_parallel/row_parallel_linear.h"
 #include "parallel/collectives.h"
 #include "parallel/recording_backend.h"
+#include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
 namespace {
@@ -28,6 +29,7 @@ using parallel::CommunicationCount;
 using test_support::exact_values;
 using test_support::groups;
 using test_support::on_device;
+using test_support::value_error;
 
 at::Tensor part(const at::Tensor& whole, int64_t dim, const parallel::GroupPtr& tp) {
   return whole.chunk(tp->getSize(), dim)[static_cast<size_t>(tp->getRank())];
@@ -82,16 +84,6 @@ CommunicationCount expected_count(const std::vector<std::pair<CollectiveKind, in
 
 /// Bytes of `elements` float32 that one of t ranks sends when it gathers or scatters them all; an all-reduce is twice.
 int64_t share(int64_t elements, int t) { return elements * 4 * (t - 1) / t; }
-
-template <class Action>
-std::string value_error(const Action& action) {
-  try {
-    action();
-  } catch (const c10::ValueError& error) {
-    return error.what_without_backtrace();
-  }
-  return "nothing thrown";
-}
 
 bool contains(const std::string& text, const std::string& fragment) { return text.find(fragment) != std::string::npos; }
 

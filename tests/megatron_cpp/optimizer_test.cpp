@@ -16,6 +16,7 @@
 #include "megatron_cpp/tensor_parallel/parameter_shard.h"
 #include "megatron_cpp/training/learning_rate.h"
 #include "megatron_cpp/training/trainer.h"
+#include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
 namespace {
@@ -34,15 +35,7 @@ using test_support::groups;
 using test_support::near;
 using test_support::on_device;
 using test_support::runtime;
-
-std::string value_error(const std::function<void()>& action) {
-  try {
-    action();
-  } catch (const c10::ValueError& error) {
-    return error.what_without_backtrace();
-  }
-  return "nothing thrown";
-}
+using test_support::value_error;
 
 void expect_contains(const std::string& text, const std::string& part) {
   EXPECT_NE(text.find(part), std::string::npos) << text << "\n  lacks: " << part;

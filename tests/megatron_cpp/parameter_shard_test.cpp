@@ -18,6 +18,7 @@
 #include "megatron_cpp/tensor_parallel/language_model_embedding.h"
 #include "megatron_cpp/tensor_parallel/row_parallel_linear.h"
 #include "parallel/collectives.h"
+#include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
 namespace {
@@ -26,6 +27,7 @@ using megatron::GradientRule;
 using megatron::InitialValue;
 using megatron::ParameterShard;
 using test_support::groups;
+using test_support::value_error;
 
 constexpr int64_t kV = 17;  // divisible by none of the group sizes but 1
 constexpr int64_t kH = 8;
@@ -84,16 +86,6 @@ const ParameterShard& named(const std::vector<ParameterShard>& shards, const std
   const auto found = std::find_if(shards.begin(), shards.end(), [&](const auto& shard) { return shard.name == name; });
   TORCH_CHECK(found != shards.end(), "no parameter ", name);
   return *found;
-}
-
-template <class Action>
-std::string value_error(const Action& action) {
-  try {
-    action();
-  } catch (const c10::ValueError& error) {
-    return error.what_without_backtrace();
-  }
-  return "nothing thrown";
 }
 
 /// Speaks for `names` whatever they are, with a column-parallel layer below that speaks for itself.

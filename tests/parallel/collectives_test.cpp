@@ -14,6 +14,7 @@
 
 #include "parallel/mpi_backend.h"
 #include "parallel/shard.h"
+#include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
 namespace {
@@ -23,6 +24,7 @@ using parallel::Reduction;
 using test_support::groups;
 using test_support::on_device;
 using test_support::runtime;
+using test_support::value_error;
 
 constexpr std::array kDtypes = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf,
                                 at::kLong,  at::kInt,    at::kByte,     at::kBool};
@@ -79,16 +81,6 @@ at::Tensor strided_like(const at::Tensor& tensor) {
 
 /// The MPI backend of the whole world, for what collectives.h has no function for.
 c10::intrusive_ptr<c10d::Backend> mpi(int t) { return groups(t).tp->getBackend(c10::DeviceType::CPU); }
-
-template <class Action>
-std::string value_error(const Action& action) {
-  try {
-    action();
-  } catch (const c10::ValueError& error) {
-    return error.what_without_backtrace();
-  }
-  return "nothing thrown";
-}
 
 bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 

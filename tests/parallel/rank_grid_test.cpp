@@ -11,11 +11,13 @@
 #include <vector>
 
 #include "parallel/process_groups.h"
+#include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
 namespace {
 
 using parallel::RankGrid;
+using test_support::value_error;
 using Groups = std::vector<std::vector<int>>;
 
 const std::vector<RankGrid> kGrids = {{},
@@ -42,16 +44,6 @@ std::array<int, 5> coordinates(const RankGrid& grid, int rank) {
 bool names(const std::string& dims, size_t dim) {
   constexpr std::array<const char*, 5> kNames = {"tp", "cp", "ep", "dp", "pp"};
   return dims.find(kNames[dim]) != std::string::npos;
-}
-
-template <class Action>
-std::string value_error(const Action& action) {
-  try {
-    action();
-  } catch (const c10::ValueError& error) {
-    return error.what_without_backtrace();
-  }
-  return "nothing thrown";
 }
 
 }  // namespace

@@ -22,6 +22,7 @@
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
 #include "parallel/shard.h"
+#include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
 namespace {
@@ -30,6 +31,7 @@ using megatron::NamedTensor;
 using megatron::SafetensorsFile;
 using step37::EmbedArguments;
 using test_support::runtime;
+using test_support::Warnings;
 
 /// Each test has a folder of its own, which every rank knows and rank 0 makes and removes.
 class Embed : public testing::Test {
@@ -237,16 +239,6 @@ void expect_results(const SafetensorsFile& input, const std::filesystem::path& o
 }
 
 bool everything(const std::string& /*name*/) { return true; }
-
-/// Keeps the warnings of truncated cases from the test's output.
-class Warnings : public c10::WarningHandler {
- public:
-  void process(const c10::Warning& warning) override { texts.push_back(warning.msg()); }
-  std::vector<std::string> texts;
-
- private:
-  c10::WarningUtils::WarningHandlerGuard guard_{this};
-};
 
 }  // namespace
 

@@ -14,6 +14,7 @@
 #include "parallel/agree.h"
 #include "parallel/recording_backend.h"
 #include "tests/step37/image_insert_world.h"
+#include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
 namespace {
@@ -41,13 +42,13 @@ using insert_world::Scenario;
 using insert_world::Trainable;
 using insert_world::two_groups;
 using insert_world::Variant;
-using insert_world::Warnings;
 using parallel::CollectiveKind;
 using parallel::CommunicationCount;
 using step37::ImageForInsert;
 using step37::MismatchPolicy;
 using test_support::exact_values;
 using test_support::on_device;
+using test_support::Warnings;
 
 std::string text(const CommunicationCount& count) {
   std::string result;

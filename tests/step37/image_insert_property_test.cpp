@@ -20,6 +20,7 @@
 
 #include "parallel/shard.h"
 #include "tests/step37/image_insert_world.h"
+#include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
 namespace {
@@ -437,7 +438,7 @@ void expect_every_sort(const Cover& cover, int64_t cases) {
 }  // namespace
 
 TEST(ImageInsertProperty, EveryCaseEqualsTheDenseOne) {
-  insert_world::Warnings warnings;
+  test_support::Warnings warnings;
   setenv("RC_PARAMS", kDefaultParams, /*overwrite=*/0);  // rapidcheck reads and prints it before its first case
   const rc::detail::TestMetadata metadata{"ImageInsertProperty/EveryCaseEqualsTheDenseOne", ""};
   auto params = rc::detail::configuration().testParams;

@@ -15,6 +15,7 @@
 #include "parallel/shard.h"
 #include "step37/image_insert_embedding.h"
 #include "tests/step37/image_insert_world.h"
+#include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
 namespace {
@@ -42,7 +43,6 @@ using insert_world::tensors_of;
 using insert_world::throws;
 using insert_world::two_groups;
 using insert_world::Variant;
-using insert_world::Warnings;
 using megatron::HiddenParallelEmbeddingOptions;
 using megatron::LanguageModelEmbedding;
 using megatron::VocabParallelEmbeddingOptions;
@@ -56,6 +56,7 @@ using step37::ProjectorSharding;
 using test_support::exact_values;
 using test_support::groups;
 using test_support::on_device;
+using test_support::Warnings;
 
 /// Placements other than everywhere that a variant takes: sliced by channel, and on single ranks as balanced, dealt in
 /// turn backwards, or all on the last.

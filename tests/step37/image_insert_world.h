@@ -17,6 +17,7 @@
 #include "parallel/group.h"
 #include "parallel/recording_backend.h"
 #include "step37/image_insert_embedding.h"
+#include "tests/support/errors.h"
 
 namespace insert_world {
 
@@ -218,16 +219,6 @@ testing::AssertionResult gradients_are(const Layer& layer, const std::vector<ste
                                        const Results& expected, const Trainable& trainable, const Placed& placed = {});
 
 // ---- What is said ----
-
-/// Keeps warnings from the test's output.
-class Warnings : public c10::WarningHandler {
- public:
-  void process(const c10::Warning& warning) override { texts.push_back(warning.msg()); }
-  std::vector<std::string> texts;
-
- private:
-  c10::WarningUtils::WarningHandlerGuard guard_{this};
-};
 
 /// Whether `action` throws an Error whose text has `part` in it.
 template <class Error = c10::ValueError, class Action>

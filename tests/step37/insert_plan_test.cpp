@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "megatron_cpp/checkpoint/safetensors.h"
+#include "tests/support/errors.h"
 
 namespace {
 
@@ -20,6 +21,7 @@ using step37::InsertGroup;
 using step37::InsertPlan;
 using step37::InsertRun;
 using step37::MismatchPolicy;
+using test_support::value_error;
 
 struct Ids {
   int64_t B = 0;
@@ -82,16 +84,6 @@ void expect_well_formed(const std::vector<InsertRun>& runs, const InsertPlan& pl
     EXPECT_TRUE(before.batch < run.batch ||
                 (before.batch == run.batch && before.position + before.length <= run.position));
   }
-}
-
-template <class Action>
-std::string value_error(const Action& action) {
-  try {
-    action();
-  } catch (const c10::ValueError& error) {
-    return error.what_without_backtrace();
-  }
-  return "nothing thrown";
 }
 
 class Random {

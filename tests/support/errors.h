@@ -1,0 +1,32 @@
+// What an action throws or warns of.
+#pragma once
+
+#include <c10/util/Exception.h>
+
+#include <string>
+#include <vector>
+
+namespace test_support {
+
+/// The text of the c10::ValueError that `action` throws, without its stack trace; "nothing thrown" if it returns.
+template <class Action>
+std::string value_error(const Action& action) {
+  try {
+    action();
+  } catch (const c10::ValueError& error) {
+    return error.what_without_backtrace();
+  }
+  return "nothing thrown";
+}
+
+/// Collects warnings while it lives, and so keeps them from the test's output.
+class Warnings : public c10::WarningHandler {
+ public:
+  void process(const c10::Warning& warning) override { texts.push_back(warning.msg()); }
+  std::vector<std::string> texts;
+
+ private:
+  c10::WarningUtils::WarningHandlerGuard guard_{this};
+};
+
+}  // namespace test_support
