@@ -113,7 +113,7 @@ std::vector<ordered_json> rehearse_gradient_reduction() {
         const auto replicas = parallel::record(parallel::make_rehearsal_group(dp - 1, dp));
         const auto both = parallel::record(parallel::make_rehearsal_group(t * dp - 1, t * dp));
         const megatron::LanguageModelEmbedding embedding(
-            megatron::VocabParallelEmbeddingOptions(sizes.vocabulary, sizes.hidden), tp.group);
+            megatron::ParallelEmbeddingOptions(sizes.vocabulary, sizes.hidden), tp.group);
         const step37::ImageInsertEmbedding insert(
             embedding, step37::ImageInsertEmbeddingOptions(sizes.channels, sizes.hidden).projector_sharding(sharding));
         auto parameters = megatron::parameter_shards(*embedding);

@@ -160,7 +160,7 @@ void add_gemm_ways(std::vector<Way>& ways, const Sizes& sizes, const Batch& batc
 class PublicWay {
  public:
   PublicWay(const Sizes& sizes, const megatron::LanguageModelEmbedding& shared)
-      : embedding_(megatron::VocabParallelEmbeddingOptions(sizes.vocabulary, sizes.hidden).accumulate_into_grad(true),
+      : embedding_(megatron::ParallelEmbeddingOptions(sizes.vocabulary, sizes.hidden).accumulate_into_grad(true),
                    shared->tp()) {
     const auto& words = shared->word_embeddings->weight;
     embedding_->word_embeddings->weight.set_data(words.detach());
@@ -227,7 +227,7 @@ Batch make_batch(const Sizes& sizes, at::ScalarType dtype) {
 }
 
 std::vector<Way> vocab_ways(const Sizes& sizes, const Batch& batch, bool all_shardings, const parallel::GroupPtr& tp) {
-  megatron::LanguageModelEmbedding embedding(megatron::VocabParallelEmbeddingOptions(sizes.vocabulary, sizes.hidden)
+  megatron::LanguageModelEmbedding embedding(megatron::ParallelEmbeddingOptions(sizes.vocabulary, sizes.hidden)
                                                  .sequence_parallel(true)
                                                  .accumulate_into_grad(true),
                                              tp);
@@ -256,10 +256,10 @@ std::vector<Way> vocab_ways(const Sizes& sizes, const Batch& batch, bool all_sha
 }
 
 std::vector<Way> hidden_ways(const Sizes& sizes, const Batch& batch, bool all_shardings, const parallel::GroupPtr& tp) {
-  megatron::LanguageModelEmbedding embedding(megatron::HiddenParallelEmbeddingOptions(sizes.vocabulary, sizes.hidden)
+  megatron::LanguageModelEmbedding embedding(megatron::ParallelEmbeddingOptions(sizes.vocabulary, sizes.hidden)
                                                  .sequence_parallel(true)
                                                  .accumulate_into_grad(true),
-                                             tp);
+                                             tp, megatron::EmbeddingSharding::kHidden);
   embedding->to(dtype_of(batch));
   fill(*embedding);
   std::vector<Way> ways;

@@ -85,14 +85,17 @@ LookUp plan_look_up(const at::Tensor& input_ids, const at::Tensor& rows_left_out
   return {there[0], there[1]};
 }
 
-at::Tensor remaining_rows(int64_t num_rows, const at::Tensor& rows_left_out, const at::Device& device) {
-  const auto left_out = left_out_of(num_rows, rows_left_out);
+LookUp plan_look_up_on_device(const at::Tensor& input_ids, const at::Tensor& rows_left_out, int64_t vocabulary_size) {
+  const auto ids = input_ids.t().reshape({-1});
+  at::_assert_async(ids.ge(0).logical_and(ids.lt(vocabulary_size)).all());
+  const auto left_out = left_out_of(ids.numel(), rows_left_out);
   std::vector<int64_t> rows;
   rows.reserve(left_out.size());
-  for (int64_t row = 0; row < num_rows; ++row) {
-    if (!left_out[static_cast<size_t>(row)]) rows.push_back(row);
+  for (size_t row = 0; row < left_out.size(); ++row) {
+    if (!left_out[row]) rows.push_back(static_cast<int64_t>(row));
   }
-  return index_tensors({rows}, device)[0];
+  const auto output_rows = index_tensors({rows}, ids.device())[0];
+  return {output_rows, ids.index_select(0, output_rows)};
 }
 
 at::Tensor look_up_rows(const at::Tensor& table, const LookUp& look_up, int64_t S, int64_t B, bool zero_others,

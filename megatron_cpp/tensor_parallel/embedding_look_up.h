@@ -24,8 +24,9 @@ void check_ids(const at::Tensor& input_ids);
 LookUp plan_look_up(const at::Tensor& input_ids, const at::Tensor& rows_left_out, int64_t vocabulary_size,
                     parallel::Range own, const at::Device& device);
 
-/// The rows that are not left out, of B*S rows, on `device`.
-at::Tensor remaining_rows(int64_t num_rows, const at::Tensor& rows_left_out, const at::Device& device);
+/// For ids on a GPU, of which nothing comes to the host: all rows but rows_left_out, with their ids for table rows. An
+/// id outside [0, vocabulary_size) trips an asynchronous device assertion.
+LookUp plan_look_up_on_device(const at::Tensor& input_ids, const at::Tensor& rows_left_out, int64_t vocabulary_size);
 
 /// [S, B, W] with the rows of `look_up` taken from `table` [.., W]; the others zero if `zero_others`, else anything.
 /// The gradient of the other rows is not read. With `accumulate_into_grad` the looked-up rows are added into the

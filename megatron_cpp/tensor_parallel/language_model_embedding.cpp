@@ -3,18 +3,26 @@
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 
+#include "megatron_cpp/tensor_parallel/hidden_parallel_embedding.h"
+#include "megatron_cpp/tensor_parallel/vocab_parallel_embedding.h"
+
 namespace megatron {
+namespace {
+
+std::shared_ptr<ParallelEmbedding> make_word_embeddings(const ParallelEmbeddingOptions& options,
+                                                        const parallel::GroupPtr& tp, EmbeddingSharding sharding) {
+  if (sharding == EmbeddingSharding::kHidden) return std::make_shared<HiddenParallelEmbeddingImpl>(options, tp);
+  return std::make_shared<VocabParallelEmbeddingImpl>(options, tp);
+}
+
+}  // namespace
 
 LanguageModelEmbeddingImpl::LanguageModelEmbeddingImpl(std::shared_ptr<ParallelEmbedding> embedding)
     : word_embeddings(register_module("word_embeddings", std::move(embedding))) {}
 
-LanguageModelEmbeddingImpl::LanguageModelEmbeddingImpl(const VocabParallelEmbeddingOptions& options,
-                                                       const parallel::GroupPtr& tp)
-    : LanguageModelEmbeddingImpl(std::make_shared<VocabParallelEmbeddingImpl>(options, tp)) {}
-
-LanguageModelEmbeddingImpl::LanguageModelEmbeddingImpl(const HiddenParallelEmbeddingOptions& options,
-                                                       const parallel::GroupPtr& tp)
-    : LanguageModelEmbeddingImpl(std::make_shared<HiddenParallelEmbeddingImpl>(options, tp)) {}
+LanguageModelEmbeddingImpl::LanguageModelEmbeddingImpl(const ParallelEmbeddingOptions& options,
+                                                       const parallel::GroupPtr& tp, EmbeddingSharding sharding)
+    : LanguageModelEmbeddingImpl(make_word_embeddings(options, tp, sharding)) {}
 
 at::Tensor LanguageModelEmbeddingImpl::partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out) {
   return word_embeddings->partial(input_ids, rows_left_out);

@@ -8,9 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "megatron_cpp/tensor_parallel/hidden_parallel_embedding.h"
 #include "megatron_cpp/tensor_parallel/parallel_embedding.h"
-#include "megatron_cpp/tensor_parallel/vocab_parallel_embedding.h"
 
 namespace megatron {
 
@@ -18,8 +16,8 @@ namespace megatron {
 /// others (image features) can put rows between the first two and share the one collective.
 class LanguageModelEmbeddingImpl : public ParallelModule {
  public:
-  LanguageModelEmbeddingImpl(const VocabParallelEmbeddingOptions& options, const parallel::GroupPtr& tp);
-  LanguageModelEmbeddingImpl(const HiddenParallelEmbeddingOptions& options, const parallel::GroupPtr& tp);
+  LanguageModelEmbeddingImpl(const ParallelEmbeddingOptions& options, const parallel::GroupPtr& tp,
+                             EmbeddingSharding sharding = EmbeddingSharding::kVocab);
   /// A word embedding of the caller's own.
   explicit LanguageModelEmbeddingImpl(std::shared_ptr<ParallelEmbedding> word_embeddings);
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <torch/arg.h>
 
 #include <cstdint>
 #include <vector>
@@ -18,13 +19,35 @@ enum class PartialLayout {
   kColumns,  ///< W = H/t: columns [r·H/t, (r+1)·H/t) of the whole. Rows left out hold nothing in particular.
 };
 
+/// How the table [V, H] of one of this library's word embeddings lies on the ranks.
+enum class EmbeddingSharding {
+  kVocab,   ///< VocabParallelEmbedding
+  kHidden,  ///< HiddenParallelEmbedding
+};
+
+struct ParallelEmbeddingOptions {
+  ParallelEmbeddingOptions(int64_t vocabulary_size, int64_t hidden_size)
+      : vocabulary_size_(vocabulary_size), hidden_size_(hidden_size) {}
+
+  TORCH_ARG(int64_t, vocabulary_size);  ///< V
+  TORCH_ARG(int64_t, hidden_size);      ///< H
+  /// The result is this rank's rows of the sequence.
+  TORCH_ARG(bool, sequence_parallel) = false;
+  /// Backward adds into the weight's existing gradient, touching the looked-up rows only, and gives autograd none.
+  TORCH_ARG(bool, accumulate_into_grad) = false;
+  TORCH_ARG(double, init_std) = 0.02;
+};
+
 /// A word embedding whose table is split over a tensor-parallel group, and whose look-up has two steps: what a rank
 /// finds in its part of the table, and the one collective that makes of the ranks' findings what each of them owns.
 /// Whoever inserts rows (image features) writes them into the partial, or makes an exchange of its own of it.
 ///
-/// To put an embedding of your own under an insert, derive from this class and give it to LanguageModelEmbedding.
+/// To put an embedding of your own under an insert, derive from this class, register its table as `weight` and give it
+/// to LanguageModelEmbedding.
 class ParallelEmbedding : public ParallelModule {
  public:
+  ParallelEmbedding(ParallelEmbeddingOptions options, parallel::GroupPtr tp);
+
   /// The first step, without communication.
   /// @param input_ids      [B, S] int64, equal on every rank. On the CPU they are checked; on a GPU an id outside
   ///                       [0, V) trips an asynchronous device assertion.
@@ -37,24 +60,33 @@ class ParallelEmbedding : public ParallelModule {
   ///         that isn't there.
   virtual at::Tensor partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out = {}) = 0;
 
-  /// The second step: partials to [S, B, H], or with sequence_parallel() this rank's rows of it, [S/t, B, H].
-  /// Collective over tp, forward and backward. Throws c10::ValueError if S % t != 0 with sequence_parallel().
-  virtual at::Tensor reduce(const at::Tensor& partial) = 0;
-
   virtual PartialLayout layout() const = 0;
 
-  /// The rank that finds each flat row s*B + b, [S*B], for ids [B, S] on the CPU: who needs the row's gradient. Empty
-  /// where every rank has a part of every row (kColumns). Not collective.
-  virtual std::vector<int64_t> finders(const at::Tensor& input_ids) const = 0;
+  /// The rank that finds each flat row s*B + b, [S*B], for ids [B, S] on the CPU: where only the words train, a row's
+  /// gradient goes to that rank alone. Empty, as here: every rank gets every text row's. Not collective.
+  virtual std::vector<int64_t> finders(const at::Tensor& input_ids) const;
 
-  virtual const parallel::GroupPtr& tp() const = 0;
-  virtual bool sequence_parallel() const = 0;
-  virtual int64_t hidden_size() const = 0;  ///< H
+  /// The second step: partials to [S, B, H], or with sequence_parallel() this rank's rows of it, [S/t, B, H].
+  /// Collective over tp, forward and backward. Throws c10::ValueError if S % t != 0 with sequence_parallel().
+  ///
+  /// Comm of kSummand: 1 all-reduce of S·B·H elements, backward none; sequence_parallel: 1 reduce-scatter, backward
+  /// 1 all-gather. Of kColumns: 1 all-gather, backward none; sequence_parallel: 1 all-to-all of S·B·H/t elements a
+  /// rank, and backward the same.
+  at::Tensor reduce(const at::Tensor& partial) const;
+
+  const ParallelEmbeddingOptions& options() const { return options_; }
+  const parallel::GroupPtr& tp() const { return tp_; }
+  bool sequence_parallel() const { return options_.sequence_parallel(); }
+  int64_t hidden_size() const { return options_.hidden_size(); }  ///< H
 
   /// reduce(partial(input_ids)).
   at::Tensor forward(const at::Tensor& input_ids) { return reduce(partial(input_ids)); }
 
   at::Tensor weight;  ///< this rank's part of the table [V, H]
+
+ private:
+  ParallelEmbeddingOptions options_;
+  parallel::GroupPtr tp_;
 };
 
 }  // namespace megatron

@@ -5,19 +5,12 @@
 namespace megatron {
 namespace {
 
-template <class Options>
-LanguageModelEmbedding make_embedding_with(const TransformerConfig& config, const parallel::GroupPtr& tp) {
-  return LanguageModelEmbedding(Options(config.vocabulary_size, config.hidden_size)
+LanguageModelEmbedding make_embedding(const TransformerConfig& config, const parallel::GroupPtr& tp) {
+  return LanguageModelEmbedding(ParallelEmbeddingOptions(config.vocabulary_size, config.hidden_size)
                                     .sequence_parallel(config.sequence_parallel)
                                     .accumulate_into_grad(config.accumulate_into_grad)
                                     .init_std(config.init_std),
-                                tp);
-}
-
-LanguageModelEmbedding make_embedding(const TransformerConfig& config, const parallel::GroupPtr& tp) {
-  return config.embedding_sharding == EmbeddingSharding::kHidden
-             ? make_embedding_with<HiddenParallelEmbeddingOptions>(config, tp)
-             : make_embedding_with<VocabParallelEmbeddingOptions>(config, tp);
+                                tp, config.embedding_sharding);
 }
 
 }  // namespace

@@ -5,6 +5,8 @@
 #include <optional>
 #include <vector>
 
+#include "megatron_cpp/tensor_parallel/parallel_embedding.h"
+
 namespace megatron {
 
 /// The frequency scaling that configurations call rope_type "llama3": wavelengths beyond
@@ -28,12 +30,6 @@ struct AttentionLayerConfig {
 
   /// Rotated elements of a head: head_dim * partial_rotary_factor, rounded down.
   int64_t rotary_dim(int64_t head_dim) const;
-};
-
-/// How the word embedding's table [V, H] lies on the ranks.
-enum class EmbeddingSharding {
-  kVocab,   ///< VocabParallelEmbedding
-  kHidden,  ///< HiddenParallelEmbedding
 };
 
 /// A decoder with grouped-query attention, norms of q and k, a gate per head, and SwiGLU feed-forwards.

@@ -163,22 +163,17 @@ class EmbedRun {
                                        {{"fused", InsertExchange::kFused}, {"all-gather", InsertExchange::kAllGather}});
     on_mismatch_ = choose<MismatchPolicy>("--on-mismatch", arguments.on_mismatch,
                                           {{"error", MismatchPolicy::kError}, {"truncate", MismatchPolicy::kTruncate}});
-    hidden_parallel_ =
-        choose<bool>("--embedding-sharding", arguments.embedding_sharding, {{"vocab", false}, {"hidden", true}});
+    embedding_sharding_ = choose<megatron::EmbeddingSharding>(
+        "--embedding-sharding", arguments.embedding_sharding,
+        {{"vocab", megatron::EmbeddingSharding::kVocab}, {"hidden", megatron::EmbeddingSharding::kHidden}});
   }
 
   void read() { case_ = read_case(arguments_.input, dtype_, arguments_.frozen_features); }
 
   void build() {
-    const bool sequence_parallel = arguments_.sequence_parallel;
-    embedding_ =
-        hidden_parallel_
-            ? megatron::LanguageModelEmbedding(
-                  megatron::HiddenParallelEmbeddingOptions(case_.V, case_.H).sequence_parallel(sequence_parallel),
-                  recorded_.group)
-            : megatron::LanguageModelEmbedding(
-                  megatron::VocabParallelEmbeddingOptions(case_.V, case_.H).sequence_parallel(sequence_parallel),
-                  recorded_.group);
+    embedding_ = megatron::LanguageModelEmbedding(
+        megatron::ParallelEmbeddingOptions(case_.V, case_.H).sequence_parallel(arguments_.sequence_parallel),
+        recorded_.group, embedding_sharding_);
     insert_ = ImageInsertEmbedding(embedding_, ImageInsertEmbeddingOptions(case_.projector_weight.size(1), case_.H)
                                                    .projector_bias(case_.projector_bias.defined())
                                                    .projector_sharding(projector_sharding_)
@@ -318,7 +313,7 @@ class EmbedRun {
   parallel::RecordedGroup recorded_;
   at::Device device_;
   at::ScalarType dtype_ = at::kFloat;
-  bool hidden_parallel_ = false;
+  megatron::EmbeddingSharding embedding_sharding_ = megatron::EmbeddingSharding::kVocab;
   ProjectorSharding projector_sharding_ = ProjectorSharding::kColumn;
   InsertExchange exchange_ = InsertExchange::kFused;
   MismatchPolicy on_mismatch_ = MismatchPolicy::kError;

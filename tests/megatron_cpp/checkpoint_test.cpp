@@ -61,7 +61,7 @@ TORCH_MODULE(Norms);
 class ModelImpl : public torch::nn::Module {
  public:
   explicit ModelImpl(const parallel::GroupPtr& tp) {
-    register_module("embedding", megatron::LanguageModelEmbedding(megatron::VocabParallelEmbeddingOptions(kV, kH), tp));
+    register_module("embedding", megatron::LanguageModelEmbedding(megatron::ParallelEmbeddingOptions(kV, kH), tp));
     register_module(
         "qkv",
         megatron::ColumnParallelLinear(

@@ -18,8 +18,8 @@
 namespace {
 
 using megatron::LanguageModelEmbedding;
+using megatron::ParallelEmbeddingOptions;
 using megatron::VocabParallelEmbedding;
-using megatron::VocabParallelEmbeddingOptions;
 using parallel::CollectiveKind;
 using test_support::exact_values;
 using test_support::groups;
@@ -63,7 +63,7 @@ at::Tensor own_sequence(const at::Tensor& whole, const parallel::GroupPtr& tp) {
   return whole.chunk(tp->getSize(), 0)[static_cast<size_t>(tp->getRank())];
 }
 
-VocabParallelEmbedding make_embedding(const VocabParallelEmbeddingOptions& options, const parallel::GroupPtr& tp,
+VocabParallelEmbedding make_embedding(const ParallelEmbeddingOptions& options, const parallel::GroupPtr& tp,
                                       const at::Tensor& weight) {
   VocabParallelEmbedding embedding(options, tp);
   embedding->to(test_support::runtime().device());
@@ -109,7 +109,7 @@ TEST(VocabParallelEmbedding, EqualsTheDenseEmbedding) {
         const Dense dense(ids, weight, loss_weights);
 
         auto embedding =
-            make_embedding(VocabParallelEmbeddingOptions(V, kH).sequence_parallel(sequence_parallel), tp, weight);
+            make_embedding(ParallelEmbeddingOptions(V, kH).sequence_parallel(sequence_parallel), tp, weight);
         const auto output = embedding->forward(ids);
         const auto in_forward = *recorded.count;
         EXPECT_TRUE(test_support::equal(output, sequence_parallel ? own_sequence(dense.output, tp) : dense.output));
@@ -171,8 +171,7 @@ TEST(VocabParallelEmbedding, RowsLeftOutBelongToTheCaller) {
       const auto dense = at::embedding(dense_weight, ids.t()).view({-1, kH}).index_copy(0, left_out, dense_features);
       (dense.view({S, kB, kH}) * loss_weights).sum().backward();
 
-      auto embedding =
-          make_embedding(VocabParallelEmbeddingOptions(V, kH).sequence_parallel(sequence_parallel), tp, weight);
+      auto embedding = make_embedding(ParallelEmbeddingOptions(V, kH).sequence_parallel(sequence_parallel), tp, weight);
       const auto partial = embedding->partial(ids, left_out);
       const auto zeros = on_device(at::zeros({left_out.size(0), kH}));
       EXPECT_TRUE(test_support::equal(partial.view({-1, kH}).index_select(0, on_device(left_out)), zeros));
@@ -213,8 +212,7 @@ TEST(VocabParallelEmbedding, FrozenWeightsHaveNoGradient) {
       const int64_t V = 5 * t - 2;
       const auto ids = make_ids(V, t, 4 * t);
       const auto weight = exact_values({V, kH}, 1);
-      auto embedding =
-          make_embedding(VocabParallelEmbeddingOptions(V, kH).sequence_parallel(sequence_parallel), tp, weight);
+      auto embedding = make_embedding(ParallelEmbeddingOptions(V, kH).sequence_parallel(sequence_parallel), tp, weight);
       embedding->weight.requires_grad_(false);
       const auto output = embedding->forward(ids);
       EXPECT_FALSE(output.requires_grad());
@@ -238,7 +236,7 @@ TEST(VocabParallelEmbedding, AccumulatingIntoGradIsTheSameAsAutograds) {
     std::vector<at::Tensor> gradients;
     for (const bool accumulate_into_grad : {false, true}) {
       auto embedding =
-          make_embedding(VocabParallelEmbeddingOptions(V, kH).accumulate_into_grad(accumulate_into_grad), tp, weight);
+          make_embedding(ParallelEmbeddingOptions(V, kH).accumulate_into_grad(accumulate_into_grad), tp, weight);
       for (int64_t pass = 0; pass < 2; ++pass) {
         const auto ids = make_ids(V, t, 4 * t).roll(pass, 1);
         const auto output = embedding->forward(ids);
@@ -281,7 +279,7 @@ TEST(VocabParallelEmbedding, RefusesSequencesThatDoNotDivide) {
     if (t == 1) continue;
     const auto recorded = parallel::record(groups(t).tp);
     auto embedding =
-        make_embedding(VocabParallelEmbeddingOptions(7, kH).sequence_parallel(true), recorded.group, at::ones({7, kH}));
+        make_embedding(ParallelEmbeddingOptions(7, kH).sequence_parallel(true), recorded.group, at::ones({7, kH}));
     EXPECT_EQ(
         value_error([&] {
           embedding->forward(at::zeros({2, t + 1}, at::kLong));
@@ -299,7 +297,7 @@ TEST(LanguageModelEmbedding, IsTheThreeStepsInARow) {
       const auto ids = make_ids(V, t, 4 * t);
       const auto positions = at::arange(4 * t, at::kLong).expand({kB, 4 * t});
       const auto weight = exact_values({V, kH}, 1);
-      LanguageModelEmbedding embedding(VocabParallelEmbeddingOptions(V, kH).sequence_parallel(sequence_parallel), tp);
+      LanguageModelEmbedding embedding(ParallelEmbeddingOptions(V, kH).sequence_parallel(sequence_parallel), tp);
       embedding->to(test_support::runtime().device());
       {
         const at::NoGradGuard no_grad;

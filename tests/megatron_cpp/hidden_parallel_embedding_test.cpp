@@ -19,10 +19,10 @@
 
 namespace {
 
+using megatron::EmbeddingSharding;
 using megatron::HiddenParallelEmbedding;
-using megatron::HiddenParallelEmbeddingOptions;
 using megatron::LanguageModelEmbedding;
-using megatron::VocabParallelEmbeddingOptions;
+using megatron::ParallelEmbeddingOptions;
 using parallel::CollectiveKind;
 using test_support::exact_values;
 using test_support::groups;
@@ -38,7 +38,7 @@ at::Tensor part(const at::Tensor& whole, int64_t dim, const parallel::GroupPtr& 
   return whole.chunk(tp->getSize(), dim)[static_cast<size_t>(tp->getRank())];
 }
 
-HiddenParallelEmbedding make_embedding(const HiddenParallelEmbeddingOptions& options, const parallel::GroupPtr& tp,
+HiddenParallelEmbedding make_embedding(const ParallelEmbeddingOptions& options, const parallel::GroupPtr& tp,
                                        const at::Tensor& weight) {
   HiddenParallelEmbedding embedding(options, tp);
   embedding->to(test_support::runtime().device());
@@ -64,8 +64,7 @@ TEST(HiddenParallelEmbedding, EqualsTheDenseEmbedding) {
       const auto dense = at::embedding(dense_weight, ids.t());
       (dense * loss_weights).sum().backward();
 
-      auto embedding =
-          make_embedding(HiddenParallelEmbeddingOptions(kV, H).sequence_parallel(sequence_parallel), tp, weight);
+      auto embedding = make_embedding(ParallelEmbeddingOptions(kV, H).sequence_parallel(sequence_parallel), tp, weight);
       const auto output = embedding->forward(ids);
       const auto in_forward = *recorded.count;
       EXPECT_TRUE(test_support::equal(output, sequence_parallel ? part(dense.detach(), 0, tp) : dense.detach()));
@@ -113,8 +112,8 @@ TEST(HiddenParallelEmbedding, AccumulatingIntoGradIsTheSameAsAutograds) {
     const auto weight = exact_values({kV, 3 * t}, 1);
     std::vector<at::Tensor> gradients;
     for (const bool accumulate_into_grad : {false, true}) {
-      auto embedding = make_embedding(
-          HiddenParallelEmbeddingOptions(kV, 3 * t).accumulate_into_grad(accumulate_into_grad), tp, weight);
+      auto embedding =
+          make_embedding(ParallelEmbeddingOptions(kV, 3 * t).accumulate_into_grad(accumulate_into_grad), tp, weight);
       const void* memory = nullptr;
       for (int64_t pass = 0; pass < 2; ++pass) {
         const auto output = embedding->forward(make_ids(4 * t).roll(pass, 1));
@@ -133,8 +132,8 @@ TEST(HiddenParallelEmbedding, AccumulatingIntoGradIsTheSameAsAutograds) {
 TEST(HiddenParallelEmbedding, IsAPartOfTheSameTableAsTheVocabularyParallelOne) {
   for (const int t : test_support::divisors_of_world()) {
     const auto& tp = groups(t).tp;
-    const LanguageModelEmbedding hidden(HiddenParallelEmbeddingOptions(kV, 3 * t), tp);
-    const LanguageModelEmbedding vocab(VocabParallelEmbeddingOptions(kV, 3 * t), tp);
+    const LanguageModelEmbedding hidden(ParallelEmbeddingOptions(kV, 3 * t), tp, EmbeddingSharding::kHidden);
+    const LanguageModelEmbedding vocab(ParallelEmbeddingOptions(kV, 3 * t), tp);
     const auto hidden_shards = megatron::parameter_shards(*hidden);
     const auto vocab_shards = megatron::parameter_shards(*vocab);
     ASSERT_EQ(hidden_shards.size(), 1U);
@@ -156,7 +155,7 @@ TEST(HiddenParallelEmbedding, IsAPartOfTheSameTableAsTheVocabularyParallelOne) {
 TEST(HiddenParallelEmbedding, RefusesWhatDoesNotFitOnEveryRank) {
   for (const int t : test_support::divisors_of_world()) {
     const auto recorded = parallel::record(groups(t).tp);
-    auto embedding = make_embedding(HiddenParallelEmbeddingOptions(kV, 3 * t).sequence_parallel(true), recorded.group,
+    auto embedding = make_embedding(ParallelEmbeddingOptions(kV, 3 * t).sequence_parallel(true), recorded.group,
                                     at::ones({kV, 3 * t}));
     for (const int64_t wrong : {kV, int64_t{-1}}) {
       auto ids = make_ids(4 * t);
@@ -168,9 +167,8 @@ TEST(HiddenParallelEmbedding, RefusesWhatDoesNotFitOnEveryRank) {
       const auto size = " is not divisible by tensor-parallel size " + std::to_string(t);
       EXPECT_EQ(value_error([&] { embedding->forward(make_ids(t + 1)); }),
                 "sequence length " + std::to_string(t + 1) + size);
-      EXPECT_EQ(
-          value_error([&] { HiddenParallelEmbedding(HiddenParallelEmbeddingOptions(kV, 3 * t + 1), recorded.group); }),
-          "hidden size " + std::to_string(3 * t + 1) + size);
+      EXPECT_EQ(value_error([&] { HiddenParallelEmbedding(ParallelEmbeddingOptions(kV, 3 * t + 1), recorded.group); }),
+                "hidden size " + std::to_string(3 * t + 1) + size);
     }
     EXPECT_EQ(recorded.count->total(), 0);
   }

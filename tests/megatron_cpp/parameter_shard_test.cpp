@@ -17,6 +17,7 @@
 #include "megatron_cpp/tensor_parallel/column_parallel_linear.h"
 #include "megatron_cpp/tensor_parallel/language_model_embedding.h"
 #include "megatron_cpp/tensor_parallel/row_parallel_linear.h"
+#include "megatron_cpp/tensor_parallel/vocab_parallel_embedding.h"
 #include "parallel/collectives.h"
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
@@ -45,8 +46,8 @@ class EverythingImpl : public megatron::ParallelModule {
  public:
   explicit EverythingImpl(const parallel::GroupPtr& tp, bool sequence_parallel = false) {
     using megatron::ColumnParallelLinearOptions;
-    embedding = register_module("embedding",
-                                megatron::LanguageModelEmbedding(megatron::VocabParallelEmbeddingOptions(kV, kH), tp));
+    embedding =
+        register_module("embedding", megatron::LanguageModelEmbedding(megatron::ParallelEmbeddingOptions(kV, kH), tp));
     qkv = register_module(
         "qkv", megatron::ColumnParallelLinear(
                    ColumnParallelLinearOptions(kH, {{"q_proj", 16}, {"k_proj", 4}, {"v_proj", 8}}).bias(true), tp));
@@ -292,7 +293,7 @@ TEST(ParameterShards, SegmentsTileTheGlobalTensors) {
 TEST(ParameterShards, AVocabularyShardMayBeAllPadding) {
   for (const int t : test_support::divisors_of_world()) {
     const auto& tp = groups(t).tp;
-    megatron::VocabParallelEmbedding embedding(megatron::VocabParallelEmbeddingOptions(1, kH), tp);
+    megatron::VocabParallelEmbedding embedding(megatron::ParallelEmbeddingOptions(1, kH), tp);
     const auto shards = megatron::parameter_shards(*embedding);
     EXPECT_EQ(shards.size(), 1U);
     EXPECT_EQ(shards.at(0).name, "weight");

@@ -19,6 +19,7 @@
 
 #include "megatron_cpp/checkpoint/safetensors.h"
 #include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "megatron_cpp/tensor_parallel/vocab_parallel_embedding.h"
 #include "megatron_cpp/transformer/attention.h"
 #include "megatron_cpp/transformer/gpt_model.h"
 #include "megatron_cpp/transformer/mlp.h"

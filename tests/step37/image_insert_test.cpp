@@ -43,9 +43,9 @@ using insert_world::tensors_of;
 using insert_world::throws;
 using insert_world::two_groups;
 using insert_world::Variant;
-using megatron::HiddenParallelEmbeddingOptions;
+using megatron::EmbeddingSharding;
 using megatron::LanguageModelEmbedding;
-using megatron::VocabParallelEmbeddingOptions;
+using megatron::ParallelEmbeddingOptions;
 using step37::ImageForInsert;
 using step37::ImageInsertEmbedding;
 using step37::ImageInsertEmbeddingImpl;
@@ -308,7 +308,7 @@ TEST(ImageInsertEmbedding, OwnsItsProjectorAndNothingElse) {
 }
 
 TEST(ImageInsertEmbedding, HasTheReferencesConstructor) {
-  const LanguageModelEmbedding embedding(VocabParallelEmbeddingOptions(kV, kH), groups(1).tp);
+  const LanguageModelEmbedding embedding(ParallelEmbeddingOptions(kV, kH), groups(1).tp);
   EXPECT_EQ(ImageInsertEmbedding(embedding, kC, kH)->parameters().size(), 1U);
   const ImageInsertEmbedding with_bias(embedding, kC, kH, true);
   EXPECT_EQ(with_bias->parameters().size(), 2U);
@@ -444,9 +444,9 @@ TEST(ImageInsertEmbedding, RefusesAtConstruction) {
                        const std::string& part) {
       EXPECT_TRUE(throws([&] { ImageInsertEmbedding(embedding, options); }, part));
     };
-    const LanguageModelEmbedding odd(VocabParallelEmbeddingOptions(kV, 7), groups(t).tp);
+    const LanguageModelEmbedding odd(ParallelEmbeddingOptions(kV, 7), groups(t).tp);
     refused(odd, {kC, kH}, "hidden_size 12 is not the language embedding's 7");
-    const LanguageModelEmbedding hidden(HiddenParallelEmbeddingOptions(kV, kH), groups(t).tp);
+    const LanguageModelEmbedding hidden(ParallelEmbeddingOptions(kV, kH), groups(t).tp, EmbeddingSharding::kHidden);
     refused(hidden, ImageInsertEmbeddingOptions(kC, kH).projector_sharding(ProjectorSharding::kRow),
             "a hidden-parallel embedding takes a column-sharded or a replicated projector");
     for (const auto sharding : {ProjectorSharding::kColumn, ProjectorSharding::kReplicated}) {

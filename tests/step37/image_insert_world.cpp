@@ -319,18 +319,12 @@ ImageInsertEmbedding make_insert(const Layer& layer, const Parameters& parameter
 Layer make_layer(const Variant& variant, const Parameters& parameters, const LayerOptions& options) {
   Layer layer{variant, parameters.sizes(), parallel::record(test_support::groups(variant.t).tp)};
   const auto& [V, H, C] = layer.sizes;
-  const bool accumulates = options.words_accumulate_into_grad;
-  if (variant.hidden()) {
-    layer.embedding = LanguageModelEmbedding(megatron::HiddenParallelEmbeddingOptions(V, H)
-                                                 .sequence_parallel(variant.sequence_parallel)
-                                                 .accumulate_into_grad(accumulates),
-                                             layer.recorded.group);
-  } else {
-    layer.embedding = LanguageModelEmbedding(megatron::VocabParallelEmbeddingOptions(V, H)
-                                                 .sequence_parallel(variant.sequence_parallel)
-                                                 .accumulate_into_grad(accumulates),
-                                             layer.recorded.group);
-  }
+  layer.embedding = LanguageModelEmbedding(
+      megatron::ParallelEmbeddingOptions(V, H)
+          .sequence_parallel(variant.sequence_parallel)
+          .accumulate_into_grad(options.words_accumulate_into_grad),
+      layer.recorded.group,
+      variant.hidden() ? megatron::EmbeddingSharding::kHidden : megatron::EmbeddingSharding::kVocab);
   layer.embedding->to(test_support::runtime().device());
   assign(layer.words(), layer.own_words(parameters.words));
   layer.insert = make_insert(layer, parameters,
