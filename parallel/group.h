@@ -3,9 +3,7 @@
 
 #include <c10/util/intrusive_ptr.h>
 
-namespace c10d {
-class ProcessGroup;
-}  // namespace c10d
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 namespace parallel {
 

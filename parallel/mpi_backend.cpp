@@ -11,6 +11,7 @@
 
 #include "parallel/mpi_check.h"
 #include "parallel/rank_order_reduction.h"
+#include "parallel/shared_window.h"
 #include "parallel/window_reduction.h"
 
 namespace parallel {
@@ -110,6 +111,8 @@ std::string MpiBackend::where() const {
   return "group " + name_ + ", rank " + std::to_string(rank_) + " of " + std::to_string(size_);
 }
 
+MpiBackend::~MpiBackend() = default;
+
 Milliseconds MpiBackend::deadline(Milliseconds requested) const {
   return requested == c10d::kUnsetTimeout ? options_.timeout : requested;
 }
@@ -185,14 +188,15 @@ SharedWindow* MpiBackend::window_for(const at::Tensor& input, const WindowCall& 
                    " elements cannot begin (", call.where, "): an earlier one of the group has failed");
   if (window_state_ == WindowState::kNotTried) {
     window_state_ = WindowState::kBeingMade;  // and so it stays if a rank doesn't come
-    window_ = SharedWindow::make(rank_, size_, options_.shared_memory_limit, call.where, [&](const at::Tensor& mine) {
+    auto made = SharedWindow::make(rank_, size_, options_.shared_memory_limit, call.where, [&](const at::Tensor& mine) {
       auto all = at::empty({size_}, mine.options());
       gather(all, mine, call.operation, call.elements, call.timeout);
       return all;
     });
+    if (made) window_ = std::make_unique<SharedWindow>(std::move(*made));
     window_state_ = WindowState::kKnown;
   }
-  return window_ ? &*window_ : nullptr;
+  return window_.get();
 }
 
 void MpiBackend::all_reduce_by_messages(const at::Tensor& output, const at::Tensor& input,

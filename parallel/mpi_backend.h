@@ -4,20 +4,22 @@
 #include <chrono>
 #include <cstdint>
 #include <limits>
-#include <optional>
+#include <memory>
 #include <string>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <vector>
 
 #include "parallel/mpi_communicator.h"
-#include "parallel/shared_window.h"
 
 namespace parallel {
+
+class SharedWindow;
+struct WindowCall;
 
 struct MpiBackendOptions {
   /// How long one collective may wait for its peers.
   std::chrono::milliseconds timeout;
-  /// Most bytes of this host's shared memory that the group may take; see SharedWindow::bytes_for.
+  /// Most bytes of this host's shared memory that the group may take; docs/communication.md says what it takes.
   int64_t shared_memory_limit = std::numeric_limits<int64_t>::max();
 };
 
@@ -45,6 +47,7 @@ class MpiBackend final : public c10d::Backend {
   /// @param name     the group's name in messages ("tp").
   /// @param options  the same on every rank, but for shared_memory_limit.
   MpiBackend(MpiCommunicator communicator, std::string name, const MpiBackendOptions& options);
+  ~MpiBackend() override;
 
   const std::string getBackendName() const override { return "mpi"; }
   void setTimeout(std::chrono::milliseconds timeout) override { options_.timeout = timeout; }
@@ -99,7 +102,7 @@ class MpiBackend final : public c10d::Backend {
   MpiBackendOptions options_;
   enum class WindowState { kNotTried, kBeingMade, kKnown };
   WindowState window_state_ = WindowState::kNotTried;
-  std::optional<SharedWindow> window_;
+  std::unique_ptr<SharedWindow> window_;
 };
 
 }  // namespace parallel

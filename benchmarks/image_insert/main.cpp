@@ -10,7 +10,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/record_function.h>
-#include <stdlib.h>  // setenv
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -29,6 +28,7 @@
 #include "benchmarks/image_insert/ways.h"
 #include "megatron_cpp/tensor_parallel/matrix_product.h"
 #include "parallel/collectives.h"
+#include "parallel/host_memory.h"
 #include "parallel/process_groups.h"
 #include "parallel/recording_backend.h"
 #include "parallel/runtime.h"
@@ -254,7 +254,7 @@ int run(parallel::Runtime& runtime, const Arguments& arguments) {
 }  // namespace benchmark_image_insert
 
 int main(int argc, char** argv) {
-  setenv("THP_MEM_ALLOC_ENABLE", "1", /*overwrite=*/0);  // as the step37 program does
+  parallel::keep_freed_host_memory();  // as the step37 program does
   CLI::App app("Times the image insert beside the published way, text alone and the matrix products alone.");
   benchmark_image_insert::Arguments arguments;
   app.add_flag("--full", arguments.full,

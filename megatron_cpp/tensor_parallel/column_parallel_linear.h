@@ -36,7 +36,8 @@ struct ColumnParallelLinearOptions {
   TORCH_ARG(bool, sequence_parallel) = false;
   /// Gather the output's columns, so that every rank has all.
   TORCH_ARG(bool, gather_output) = false;
-  /// See linear_with_communication: for training loops that keep gradients between micro-batches.
+  /// Backward adds into the parameters' existing gradients and gives autograd none: for training loops that keep
+  /// gradients between micro-batches.
   TORCH_ARG(bool, accumulate_into_grad) = false;
   /// Standard deviation of the initial weights.
   TORCH_ARG(double, init_std) = 0.02;

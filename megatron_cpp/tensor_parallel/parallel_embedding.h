@@ -33,7 +33,8 @@ struct ParallelEmbeddingOptions {
   TORCH_ARG(int64_t, hidden_size);      ///< H
   /// The result is this rank's rows of the sequence.
   TORCH_ARG(bool, sequence_parallel) = false;
-  /// Backward adds into the weight's existing gradient, touching the looked-up rows only, and gives autograd none.
+  /// Backward adds into the weight's existing gradient, touching the looked-up rows only, and gives autograd none. A
+  /// matter of speed, which an embedding of your own may ignore.
   TORCH_ARG(bool, accumulate_into_grad) = false;
   TORCH_ARG(double, init_std) = 0.02;
 };
@@ -42,8 +43,9 @@ struct ParallelEmbeddingOptions {
 /// finds in its part of the table, and the one collective that makes of the ranks' findings what each of them owns.
 /// Whoever inserts rows (image features) writes them into the partial, or makes an exchange of its own of it.
 ///
-/// To put an embedding of your own under an insert, derive from this class, register its table as `weight` and give it
-/// to LanguageModelEmbedding.
+/// To put an embedding of your own under an insert, derive from this class, set `weight` and give it to
+/// LanguageModelEmbedding. check_parallel_embedding (embedding_conformance.h) tells whether it keeps what is written
+/// here.
 class ParallelEmbedding : public ParallelModule {
  public:
   ParallelEmbedding(ParallelEmbeddingOptions options, parallel::GroupPtr tp);
@@ -53,17 +55,20 @@ class ParallelEmbedding : public ParallelModule {
   ///                       [0, V) trips an asynchronous device assertion.
   /// @param rows_left_out  [k] int64 on the CPU, flat numbers s*B + b of rows that somebody else fills, which get no
   ///                       gradient; undefined: none.
-  /// @return               [S, B, W] as layout() says, contiguous, a tensor of its own that the caller may write to.
-  ///                       Its backward reads no row of the gradient that was left out, nor one whose id is another
-  ///                       rank's.
+  /// @return               [S, B, W] as layout() says, contiguous, a tensor of its own that the caller may write to. It
+  ///                       needs a gradient whenever the weight does, also on a rank that finds nothing: it would miss
+  ///                       the backward collective otherwise, and the others would wait for it. Its backward adds to
+  ///                       the weight's gradient where that lies (it may be a view of a GradientBuffer), and reads no
+  ///                       row that was left out, nor one that finders() gives to another rank.
   /// @throws c10::ValueError, on every rank alike, naming an id outside [0, V) and its place, or a row to leave out
   ///         that isn't there.
   virtual at::Tensor partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out = {}) = 0;
 
   virtual PartialLayout layout() const = 0;
 
-  /// The rank that finds each flat row s*B + b, [S*B], for ids [B, S] on the CPU: where only the words train, a row's
-  /// gradient goes to that rank alone. Empty, as here: every rank gets every text row's. Not collective.
+  /// The rank that finds each flat row s*B + b of a kSummand partial, [S*B], for ids [B, S] on the CPU; equal on every
+  /// rank. Where only the words train, a row's gradient goes to that rank alone. Empty, as here: every rank gets every
+  /// text row's. Not collective.
   virtual std::vector<int64_t> finders(const at::Tensor& input_ids) const;
 
   /// The second step: partials to [S, B, H], or with sequence_parallel() this rank's rows of it, [S/t, B, H].
@@ -82,7 +87,9 @@ class ParallelEmbedding : public ParallelModule {
   /// reduce(partial(input_ids)).
   at::Tensor forward(const at::Tensor& input_ids) { return reduce(partial(input_ids)); }
 
-  at::Tensor weight;  ///< this rank's part of the table [V, H]
+  /// This rank's part of the table [V, H], a parameter of this module or of one below it. own_parameters() has it, with
+  /// GradientRule::kSharded and segments of the global tensor "weight".
+  at::Tensor weight;
 
  private:
   ParallelEmbeddingOptions options_;

@@ -25,7 +25,7 @@ struct RowParallelLinearOptions {
   TORCH_ARG(bool, input_is_parallel) = true;
   /// Sum the ranks' products; otherwise the output is this rank's summand, the bias in that of rank 0.
   TORCH_ARG(bool, reduce_output) = true;
-  /// See linear_with_communication.
+  /// Backward adds into the parameters' existing gradients and gives autograd none.
   TORCH_ARG(bool, accumulate_into_grad) = false;
   TORCH_ARG(double, init_std) = 0.02;
 };

@@ -43,7 +43,7 @@ struct TransformerConfig {
   double init_std = 0.02;  ///< standard deviation of the initial weights of matrices
   EmbeddingSharding embedding_sharding = EmbeddingSharding::kVocab;
   bool sequence_parallel = false;     ///< between the tensor-parallel parts a rank holds its rows of the sequence
-  bool accumulate_into_grad = false;  ///< see linear_with_communication
+  bool accumulate_into_grad = false;  ///< backward adds into existing gradients, see the layers' options
   std::vector<AttentionLayerConfig> layers;  ///< one entry per layer
 
   int64_t num_layers() const { return static_cast<int64_t>(layers.size()); }

@@ -1,6 +1,4 @@
 // The step37 program: the only place that reads the command line.
-#include <stdlib.h>  // setenv
-
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <functional>
@@ -8,6 +6,7 @@
 #include <memory>
 #include <string>
 
+#include "parallel/host_memory.h"
 #include "parallel/runtime.h"
 #include "step37/program/embed.h"
 #include "step37/program/generate.h"
@@ -79,9 +78,7 @@ void add_generate(CLI::App& app, Command& command) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  // Large tensors come and go with every step, each in fresh memory: LibTorch's own switch for huge pages makes their
-  // first touch several times cheaper. It is read at the first allocation; a value from outside stays.
-  setenv("THP_MEM_ALLOC_ENABLE", "1", /*overwrite=*/0);
+  parallel::keep_freed_host_memory();
   return parallel::Runtime::run([&](parallel::Runtime& runtime) {
     CLI::App app("Step3.7, tensor- and sequence-parallel. Start alone or with mpirun -np N.", "step37");
     app.set_version_flag("--version", std::string(MCPP_VERSION));

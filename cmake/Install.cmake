@@ -1,0 +1,37 @@
+# What `cmake --install` puts where, so that another project's find_package(megatron_cpp) gives it the same targets.
+include(GNUInstallDirs)
+include(CMakePackageConfigHelpers)
+
+# Installed files find each other wherever the prefix is moved, and LibTorch where they were built with it.
+set(CMAKE_INSTALL_RPATH "$ORIGIN" "$ORIGIN/../${CMAKE_INSTALL_LIBDIR}")
+set(CMAKE_INSTALL_RPATH_USE_LINK_PATH ON)
+
+# A folder of their own: parallel/ is a name that others have too.
+set(MCPP_INSTALL_INCLUDEDIR ${CMAKE_INSTALL_INCLUDEDIR}/${PROJECT_NAME})
+set(MCPP_INSTALL_CMAKEDIR ${CMAKE_INSTALL_LIBDIR}/cmake/${PROJECT_NAME})
+
+# mcpp_public_library(layer): target megatron_cpp_<layer>, which users know as megatron_cpp::<layer>, in builds and
+# installed, with the headers of its file set HEADERS.
+function(mcpp_public_library layer)
+  set(target megatron_cpp_${layer})
+  add_library(megatron_cpp::${layer} ALIAS ${target})
+  # Before 1.0 a minor version may break the binary interface.
+  set_target_properties(${target} PROPERTIES EXPORT_NAME ${layer} VERSION ${PROJECT_VERSION}
+    SOVERSION ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR} VERIFY_INTERFACE_HEADER_SETS ON)
+  target_compile_features(${target} PUBLIC cxx_std_20)
+  install(TARGETS ${target} EXPORT megatron_cpp_targets
+    LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}
+    ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR}
+    FILE_SET HEADERS DESTINATION ${MCPP_INSTALL_INCLUDEDIR})
+endfunction()
+
+# The targets' export, the package's config and version, and the LibTorch logic that both trees share.
+function(mcpp_install_package)
+  install(EXPORT megatron_cpp_targets NAMESPACE megatron_cpp:: DESTINATION ${MCPP_INSTALL_CMAKEDIR})
+  configure_package_config_file(${PROJECT_SOURCE_DIR}/cmake/megatron_cppConfig.cmake.in
+    ${PROJECT_BINARY_DIR}/megatron_cppConfig.cmake INSTALL_DESTINATION ${MCPP_INSTALL_CMAKEDIR})
+  write_basic_package_version_file(${PROJECT_BINARY_DIR}/megatron_cppConfigVersion.cmake
+    COMPATIBILITY SameMinorVersion)
+  install(FILES ${PROJECT_BINARY_DIR}/megatron_cppConfig.cmake ${PROJECT_BINARY_DIR}/megatron_cppConfigVersion.cmake
+    ${PROJECT_SOURCE_DIR}/cmake/LibTorch.cmake DESTINATION ${MCPP_INSTALL_CMAKEDIR})
+endfunction()
