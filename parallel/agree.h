@@ -40,8 +40,8 @@ void agree_on(const Action& action, const GroupPtr& group) {
 
 /// A value that must be the same on every rank.
 struct NamedValue {
-  std::string name;
-  int64_t value;
+  std::string name;  ///< how messages call it ("the sequence length")
+  int64_t value;     ///< this rank's
 };
 
 /// Throws AgreedError on every rank, naming the first value that differs and the lowest rank that has another than rank

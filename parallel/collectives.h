@@ -14,11 +14,13 @@
 
 namespace parallel {
 
+/// What all_reduce makes of the values of the ranks, element by element.
 enum class Reduction { kSum, kMax, kMin };
 
 /// A result that is being computed: on NCCL the collective runs beside what is issued after it.
 class PendingTensor {
  public:
+  /// `tensor` is complete once `wait` has returned.
   PendingTensor(at::Tensor tensor, std::function<void()> wait);
   /// The result; work issued after this call sees it complete. Call it once.
   at::Tensor wait();

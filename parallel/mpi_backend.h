@@ -16,6 +16,7 @@ namespace parallel {
 class SharedWindow;
 struct WindowCall;
 
+/// What a backend may wait for and take.
 struct MpiBackendOptions {
   /// How long one collective may wait for its peers.
   std::chrono::milliseconds timeout;
@@ -49,19 +50,25 @@ class MpiBackend final : public c10d::Backend {
   MpiBackend(MpiCommunicator communicator, std::string name, const MpiBackendOptions& options);
   ~MpiBackend() override;
 
+  /// "mpi".
   const std::string getBackendName() const override { return "mpi"; }
+  /// For the calls from now on; options of a single call that carry a timeout go before it.
   void setTimeout(std::chrono::milliseconds timeout) override { options_.timeout = timeout; }
 
+  /// Tensors that are filled, one after the other, with those of rank options.rootRank.
   c10::intrusive_ptr<c10d::Work> broadcast(std::vector<at::Tensor>& tensors,
                                            const c10d::BroadcastOptions& options) override;
+  /// Tensors that are reduced in place, one after the other.
   c10::intrusive_ptr<c10d::Work> allreduce(std::vector<at::Tensor>& tensors,
                                            const c10d::AllreduceOptions& options) override;
   /// Output tensors may differ in size between ranks (uneven gather).
   c10::intrusive_ptr<c10d::Work> allgather(std::vector<std::vector<at::Tensor>>& outputs,
                                            std::vector<at::Tensor>& inputs,
                                            const c10d::AllgatherOptions& options) override;
+  /// `input` of every rank, one after the other, into `output` of t times its elements.
   c10::intrusive_ptr<c10d::Work> all_gather_single(at::Tensor& output, at::Tensor& input,
                                                    const c10d::AllgatherOptions& options) override;
+  /// `input` has t times the elements of `output`: rank r gets the r-th of t equal shares, reduced.
   c10::intrusive_ptr<c10d::Work> reduce_scatter_single(at::Tensor& output, at::Tensor& input,
                                                        const c10d::ReduceScatterOptions& options) override;
   /// Split sizes count rows of dimension 0; empty means equal splits.
@@ -69,7 +76,9 @@ class MpiBackend final : public c10d::Backend {
                                                    std::vector<int64_t>& output_split_sizes,
                                                    std::vector<int64_t>& input_split_sizes,
                                                    const c10d::AllToAllOptions& options) override;
+  /// Returns when every rank of the group has called it, or throws after the timeout.
   c10::intrusive_ptr<c10d::Work> barrier(const c10d::BarrierOptions& options) override;
+  /// Nothing to shut down: every call has finished before it returned.
   void shutdown() override {}
 
  private:

@@ -18,15 +18,17 @@ class MpiCommunicator {
   /// The ranks that share this host's memory, ordered by their rank here. Collective over it.
   MpiCommunicator split_by_host() const;
 
+  /// Takes over; `other` is empty afterwards.
   MpiCommunicator(MpiCommunicator&& other) noexcept;
+  /// Frees its own and takes over.
   MpiCommunicator& operator=(MpiCommunicator&& other) noexcept;
   MpiCommunicator(const MpiCommunicator&) = delete;
   MpiCommunicator& operator=(const MpiCommunicator&) = delete;
   ~MpiCommunicator();
 
-  MPI_Comm get() const { return communicator_; }
-  int rank() const;
-  int size() const;
+  MPI_Comm get() const { return communicator_; }  ///< stays owned here
+  int rank() const;                               ///< this rank's number in it; not collective
+  int size() const;                               ///< number of its ranks; not collective
 
  private:
   explicit MpiCommunicator(MPI_Comm communicator);

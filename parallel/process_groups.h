@@ -11,6 +11,7 @@ namespace parallel {
 
 class Runtime;
 
+/// Deadlines and rendezvous of the groups; the same on every rank.
 struct ProcessGroupsOptions {
   /// How long a collective may wait for its peers before it becomes an error.
   std::chrono::milliseconds timeout = std::chrono::minutes(10);
@@ -22,16 +23,21 @@ struct ProcessGroupsOptions {
 /// One c10d::ProcessGroup for each kind of parallelism, each carrying MPI for tensors on the CPU and, where the rank
 /// has a GPU, NCCL for tensors on it. A value; the groups live as long as a copy does.
 struct ProcessGroups {
-  RankGrid grid;
-  GroupPtr world;
+  RankGrid grid;   ///< how the ranks of `world` are laid out
+  GroupPtr world;  ///< all ranks: start-up, agreement, checkpoints
   GroupPtr tp;     ///< tensor and sequence parallel
   GroupPtr dp;     ///< data parallel
   GroupPtr tp_dp;  ///< both together: where partial gradients of replicated parameters are summed
 
+  /// Of groups made elsewhere (tests); programs call make_process_groups.
   ProcessGroups(RankGrid grid, GroupPtr world, GroupPtr tp, GroupPtr dp, GroupPtr tp_dp);
+  /// Copies share the groups.
   ProcessGroups(const ProcessGroups&);
+  /// Moves leave null groups behind.
   ProcessGroups(ProcessGroups&&) noexcept;
+  /// As the constructors do.
   ProcessGroups& operator=(const ProcessGroups&);
+  /// As the constructors do.
   ProcessGroups& operator=(ProcessGroups&&) noexcept;
   ~ProcessGroups();
 };

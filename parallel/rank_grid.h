@@ -16,6 +16,7 @@ struct RankGrid {
   int dp = 1;  ///< data parallel
   int pp = 1;  ///< pipeline parallel
 
+  /// Ranks in all.
   int world_size() const { return tp * cp * ep * dp * pp; }
 
   /// @throws c10::ValueError naming all sizes and the world's if a size is below 1 or their product isn't `world_size`.
@@ -28,6 +29,7 @@ struct RankGrid {
 
   /// The group over `dims` that `rank` belongs to, and its number among groups(dims).
   std::vector<int> group_of(int rank, std::string_view dims) const;
+  /// The number of that group among groups(dims): the color to split a communicator by.
   int group_index_of(int rank, std::string_view dims) const;
 
   bool operator==(const RankGrid&) const = default;

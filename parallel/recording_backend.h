@@ -10,8 +10,9 @@
 
 namespace parallel {
 
+/// What is counted apart.
 enum class CollectiveKind { kAllReduce, kAllGather, kReduceScatter, kAllToAll, kBroadcast };
-inline constexpr int kNumCollectiveKinds = 5;
+inline constexpr int kNumCollectiveKinds = 5;  ///< entries of CollectiveKind
 
 /// "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast".
 std::string_view collective_name(CollectiveKind kind);
@@ -20,11 +21,13 @@ std::string_view collective_name(CollectiveKind kind);
 /// all-reduce 2(t-1)/t, all-gather and reduce-scatter (t-1)/t of the full tensor, all-to-all what goes to other ranks,
 /// broadcast (t-1)/t; uneven exchanges what is really sent. Barriers aren't counted.
 struct CommunicationCount {
-  std::array<int64_t, kNumCollectiveKinds> collectives{};
-  int64_t bytes_sent = 0;
+  std::array<int64_t, kNumCollectiveKinds> collectives{};  ///< calls, by CollectiveKind
+  int64_t bytes_sent = 0;                                  ///< by this rank
 
+  /// Calls of one kind.
   int64_t of(CollectiveKind kind) const { return collectives[static_cast<size_t>(kind)]; }
-  int64_t total() const;
+  int64_t total() const;  ///< calls of all kinds
+  /// What was counted since `earlier` was copied.
   CommunicationCount operator-(const CommunicationCount& earlier) const;
   bool operator==(const CommunicationCount&) const = default;
 };
@@ -32,8 +35,8 @@ struct CommunicationCount {
 /// A group and the running count of what is sent through it. The count of a part of a program is the difference of
 /// two copies of `*count`.
 struct RecordedGroup {
-  GroupPtr group;
-  std::shared_ptr<const CommunicationCount> count;
+  GroupPtr group;                                   ///< use this one, and it is counted
+  std::shared_ptr<const CommunicationCount> count;  ///< so far; goes on counting as long as the group lives
 };
 
 /// A group of the same ranks whose collectives go through `group`'s backends and are counted. `group` stays usable and

@@ -13,6 +13,7 @@
 
 namespace parallel {
 
+/// Which device the ranks of a host compute on.
 struct DeviceOptions {
   /// "cpu", "cuda", or "auto": a GPU if this build and this host have one.
   std::string device = "auto";
@@ -32,13 +33,14 @@ class Runtime {
   Runtime(const Runtime&) = delete;
   Runtime& operator=(const Runtime&) = delete;
 
-  int rank() const { return rank_; }
-  int size() const { return size_; }
+  int rank() const { return rank_; }  ///< in the world
+  int size() const { return size_; }  ///< ranks of the world
   /// This rank's number among those of its host, and how many they are.
   int local_rank() const { return local_rank_; }
-  int local_size() const { return local_size_; }
+  int local_size() const { return local_size_; }  ///< ranks of this host
   /// The CPU, or, as chosen, GPU number local_rank() modulo the visible ones.
   c10::Device device() const { return device_; }
+  /// A communicator of the runtime, over all ranks; groups are split from it.
   const MpiCommunicator& world() const { return *world_; }
 
   /// Chooses this rank's device; before any group is made. Every rank calls it with the same options.

@@ -9,9 +9,10 @@ namespace parallel {
 
 /// Rows [begin, end).
 struct Range {
-  int64_t begin = 0;
-  int64_t end = 0;
-  int64_t length() const { return end - begin; }
+  int64_t begin = 0;                              ///< first row
+  int64_t end = 0;                                ///< one past the last row
+  int64_t length() const { return end - begin; }  ///< number of rows
+  /// Whether begin <= index < end.
   bool contains(int64_t index) const { return index >= begin && index < end; }
   bool operator==(const Range&) const = default;
 };

@@ -20,7 +20,7 @@ using FeatureList = std::variant<at::Tensor, std::vector<at::Tensor>>;
 /// defined, they hold only the images that this rank of the tensor-parallel group has, in the order of the group: how
 /// the tower's work is spread over the ranks.
 struct ImageForInsert {
-  /// The token id after which features go: <im_start> for images, <patch_start> for patches.
+  /// The token id after which features go: `<im_start>` for images, `<patch_start>` for patches.
   int64_t insert_start_token = -1;
   /// [N, 3, height, width] pixels for the vision tower, which fills image_features; undefined: none.
   at::Tensor images;

@@ -53,16 +53,18 @@ inline constexpr bool kCheckedByDefault = false;
 inline constexpr bool kCheckedByDefault = true;
 #endif
 
+/// Sizes, sharding and exchange of the insert; the same on every rank.
 struct ImageInsertEmbeddingOptions {
+  /// A projector [hidden_size, encoder_output_dim].
   ImageInsertEmbeddingOptions(int64_t encoder_output_dim, int64_t hidden_size)
       : encoder_output_dim_(encoder_output_dim), hidden_size_(hidden_size) {}
 
-  TORCH_ARG(int64_t, encoder_output_dim);  ///< C
-  TORCH_ARG(int64_t, hidden_size);         ///< H
-  TORCH_ARG(bool, projector_bias) = false;
-  TORCH_ARG(ProjectorSharding, projector_sharding) = ProjectorSharding::kColumn;
-  TORCH_ARG(InsertExchange, exchange) = InsertExchange::kFused;
-  TORCH_ARG(MismatchPolicy, on_mismatch) = MismatchPolicy::kError;
+  TORCH_ARG(int64_t, encoder_output_dim);   ///< C
+  TORCH_ARG(int64_t, hidden_size);          ///< H
+  TORCH_ARG(bool, projector_bias) = false;  ///< whether projected rows get one, [H]
+  TORCH_ARG(ProjectorSharding, projector_sharding) = ProjectorSharding::kColumn;  ///< by where features come from
+  TORCH_ARG(InsertExchange, exchange) = InsertExchange::kFused;                   ///< kAllGather for comparison
+  TORCH_ARG(MismatchPolicy, on_mismatch) = MismatchPolicy::kError;  ///< of images and start tokens in number
   /// The projector's backward adds into its existing gradients and gives autograd none.
   TORCH_ARG(bool, accumulate_into_grad) = false;
   /// Ranks compare what must be equal (a hash of the ids, image rows and holders, dtypes, flags) and agree on errors
@@ -123,6 +125,7 @@ class ImageInsertEmbeddingImpl : public megatron::ParallelModule {
 
   std::vector<megatron::ParameterShard> own_parameters() const override;
 
+  /// As given to the constructor.
   const ImageInsertEmbeddingOptions& options() const { return options_; }
 
   /// The projector: a megatron::ColumnParallelLinear, weight [H/t, C], a megatron::RowParallelLinear, [H, C/t], or a

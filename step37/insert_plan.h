@@ -19,7 +19,7 @@ enum class MismatchPolicy {
 
 /// The images of one insertion group, as the plan sees them.
 struct InsertGroup {
-  int64_t start_token = 0;
+  int64_t start_token = 0;    ///< its images' rows begin after this id
   std::vector<int64_t> rows;  ///< feature rows of each image, in order
 };
 
@@ -33,6 +33,7 @@ struct InsertRun {
   bool operator==(const InsertRun&) const = default;
 };
 
+/// Which feature row ends in which embedding row, for a whole batch.
 class InsertPlan {
  public:
   /// Plans the insertion of each group's images after the occurrences of its start token: the k-th occurrence, batch
@@ -46,14 +47,16 @@ class InsertPlan {
   static InsertPlan build(std::span<const int64_t> input_ids, int64_t B, int64_t S, std::span<const InsertGroup> groups,
                           MismatchPolicy policy);
 
-  int64_t B() const { return B_; }
-  int64_t S() const { return S_; }
+  int64_t B() const { return B_; }  ///< batch rows
+  int64_t S() const { return S_; }  ///< positions of each
   /// All runs, by batch row and position; no two overlap.
   const std::vector<InsertRun>& runs() const { return runs_; }
   /// Feature rows of each image of all groups in order, and the first row of each (one more entry: the total).
-  const std::vector<int64_t>& image_rows() const { return image_rows_; }
-  const std::vector<int64_t>& image_begins() const { return image_begins_; }
+  const std::vector<int64_t>& image_rows() const { return image_rows_; }      ///< one per image
+  const std::vector<int64_t>& image_begins() const { return image_begins_; }  ///< prefix sums, from 0
+  /// Images of all groups, inserted or not.
   int64_t num_images() const { return static_cast<int64_t>(image_rows_.size()); }
+  /// Their feature rows, including those that are cut or overwritten.
   int64_t num_feature_rows() const { return image_begins_.back(); }
   /// What a mismatch under kTruncate has to tell; empty if there was none.
   const std::vector<std::string>& warnings() const { return warnings_; }
@@ -74,9 +77,10 @@ class InsertPlan {
 
 /// For every row of `runs`, in order: its flat number s*B + b in [S, B], and its feature row.
 struct RowIndices {
-  std::vector<int64_t> embedding_rows;
-  std::vector<int64_t> feature_rows;
+  std::vector<int64_t> embedding_rows;  ///< where a row ends: s*B + b
+  std::vector<int64_t> feature_rows;    ///< where it comes from
 };
+/// Spells the runs out row by row. Pure.
 RowIndices row_indices(std::span<const InsertRun> runs, int64_t B);
 
 }  // namespace step37

@@ -14,20 +14,22 @@
 #include "step37/image_insert_embedding.h"
 #include "step37/vision/vision_tower.h"
 
+/// Step3.7: vision tower, image insert and the model they make with megatron's decoder.
 namespace step37 {
 
+/// Sizes of the parts, how the insert is laid out, and what is trained.
 struct Step37Config {
-  megatron::TransformerConfig text;
-  VisionConfig vision;
-  bool projector_bias = false;
-  ProjectorSharding projector_sharding = ProjectorSharding::kReplicated;
-  InsertExchange exchange = InsertExchange::kFused;
+  megatron::TransformerConfig text;  ///< the decoder and its embedding
+  VisionConfig vision;               ///< the tower; its output_dim() is the projector's C
+  bool projector_bias = false;       ///< whether projected rows get one, [H]
+  ProjectorSharding projector_sharding = ProjectorSharding::kReplicated;  ///< features are where the tower ran
+  InsertExchange exchange = InsertExchange::kFused;                       ///< see InsertExchange
   /// See ImageInsertEmbeddingOptions::checked.
   bool checked = kCheckedByDefault;
   /// Parts that are not trained.
   bool freeze_vision_model = false;
-  bool freeze_projector = false;
-  bool freeze_language_model = false;
+  bool freeze_projector = false;       ///< align_projector
+  bool freeze_language_model = false;  ///< embedding, decoder and output layer
 
   /// @throws c10::ValueError naming what doesn't fit, as the parts' own validate() do.
   void validate(int tensor_parallel_size) const;
@@ -42,6 +44,7 @@ struct Step37Batch {
   std::vector<ImageForInsert> images;  ///< patches before images
 };
 
+/// Pictures through the tower, their features into the word embedding, that through the decoder.
 class Step37ModelImpl : public torch::nn::Module {
  public:
   /// Parameters are zero: load them, or call megatron::initialize_parameters. Not collective.
@@ -57,10 +60,11 @@ class Step37ModelImpl : public torch::nn::Module {
   /// tokens of the global batch. Collective over tp.
   at::Tensor loss_sum(const Step37Batch& batch);
 
+  /// As given to the constructor.
   const Step37Config& config() const { return config_; }
 
-  VisionTower vision_model{nullptr};
-  megatron::GPTModel language_model{nullptr};
+  VisionTower vision_model{nullptr};                     ///< on every rank, each running it on its own pictures
+  megatron::GPTModel language_model{nullptr};            ///< takes the finished embedding as decoder_input
   ImageInsertEmbedding image_insert_embedding{nullptr};  ///< borrows language_model->embedding
 
  private:

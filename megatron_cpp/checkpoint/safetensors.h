@@ -18,10 +18,10 @@ namespace megatron {
 
 /// What the header says of one tensor.
 struct SafetensorsEntry {
-  at::ScalarType dtype;
-  std::vector<int64_t> shape;
-  int64_t begin;  ///< first byte, counted from the end of the header
-  int64_t end;    ///< one past the last byte
+  at::ScalarType dtype;        ///< as LibTorch calls it
+  std::vector<int64_t> shape;  ///< empty for a scalar
+  int64_t begin;               ///< first byte, counted from the end of the header
+  int64_t end;                 ///< one past the last byte
 };
 
 /// A safetensors file, memory-mapped: reading a slice of a large tensor touches only the slice.
@@ -32,7 +32,9 @@ class SafetensorsFile {
   /// @throws c10::ValueError naming the file, and the tensor where one is at fault.
   explicit SafetensorsFile(const std::filesystem::path& path);
 
+  /// As given to the constructor.
   const std::filesystem::path& path() const { return path_; }
+  /// Whether the header lists a tensor of this name.
   bool contains(const std::string& name) const { return entries_.count(name) > 0; }
   /// All tensors by name.
   const std::map<std::string, SafetensorsEntry>& entries() const { return entries_; }
@@ -60,8 +62,8 @@ class SafetensorsFile {
 
 /// A tensor and the name it has in a file.
 struct NamedTensor {
-  std::string name;
-  at::Tensor tensor;
+  std::string name;   ///< of any characters; a file has each once
+  at::Tensor tensor;  ///< any device, any strides
 };
 
 /// Writes `tensors` (any device, any strides) in the order given. The file appears under its name only when it is

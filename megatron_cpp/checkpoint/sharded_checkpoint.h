@@ -26,11 +26,11 @@ namespace megatron {
 
 /// Rows [global_begin, global_begin + local.size(dim)) of dimension `dim` of the global tensor `name`.
 struct ShardedTensor {
-  std::string name;
-  at::Tensor local;  ///< a view of the rank's memory, without gradient: loading writes through it
-  std::vector<int64_t> global_shape;
-  int64_t dim = 0;
-  int64_t global_begin = 0;
+  std::string name;                   ///< in the checkpoint
+  at::Tensor local;                   ///< a view of the rank's memory, without gradient: loading writes through it
+  std::vector<int64_t> global_shape;  ///< over all ranks, without vocabulary padding
+  int64_t dim = 0;                    ///< the sharded dimension; 0 where the rank has all
+  int64_t global_begin = 0;           ///< the rank's first row of it
   /// Whether this rank writes the slice: replicas are written once.
   bool main_replica = true;
 };
@@ -51,19 +51,20 @@ std::vector<ShardedTensor> sharded_tensors(const AdamW& optimizer, const Checkpo
 
 /// What one checkpoint holds.
 struct CheckpointContents {
-  int64_t step = 0;
+  int64_t step = 0;                    ///< optimizer steps done; names the folder
   std::string state;                   ///< small text (JSON): sampler position, anything; that of rank 0 is kept
   std::vector<ShardedTensor> tensors;  ///< of this rank; a name at most once
 };
 
+/// What becomes of older checkpoints.
 struct SaveCheckpointOptions {
   /// How many checkpoints up to this step to keep, this one included; older ones are removed. 0: all.
   int64_t keep_last = 0;
 };
 
-/// Writes `contents` as <directory>/step-N and points <directory>/latest at it. A step-N of an earlier run is replaced,
-/// what a killed run left behind (*.partial) is removed. `directory` must be the same, shared folder on every rank; it
-/// is made if it doesn't exist.
+/// Writes `contents` as `<directory>/step-N` and points `<directory>/latest` at it. A step-N of an earlier run is
+/// replaced, what a killed run left behind (*.partial) is removed. `directory` must be the same, shared folder on every
+/// rank; it is made if it doesn't exist.
 /// @return the folder written.
 /// @throws parallel::AgreedError on every rank, with the same text, if a rank couldn't write, or if the ranks' slices
 ///         don't cover every element of a tensor exactly once (naming it); `latest` and older checkpoints then stay as
@@ -93,12 +94,12 @@ class CheckpointReader {
 
   /// The step folder, links resolved: it stays the same when `latest` moves on.
   const std::filesystem::path& folder() const { return folder_; }
-  int64_t step() const;
+  int64_t step() const;  ///< CheckpointContents::step
   /// CheckpointContents::state, as it was given.
   const std::string& state() const;
   /// All tensors, sorted.
   std::vector<std::string> names() const;
-  bool contains(const std::string& name) const;
+  bool contains(const std::string& name) const;  ///< whether it has a tensor of this name
   /// @throws c10::ValueError naming the manifest and the tensor if it isn't there.
   const std::vector<int64_t>& global_shape(const std::string& name) const;
 

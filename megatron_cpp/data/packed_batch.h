@@ -23,11 +23,12 @@ enum class OversizePolicy {
   kExtend,  ///< gets a sequence of its own, longer than max_length
 };
 
+/// How long sequences are and what fills them up.
 struct PackingOptions {
-  int64_t max_length = 2048;  ///< positions of all samples in a sequence, without padding
-  int64_t pad_to = 64;        ///< S is a multiple of this; for tensor parallelism lcm(64, t, 16)
-  int64_t pad_token = 0;
-  OversizePolicy oversize = OversizePolicy::kDrop;
+  int64_t max_length = 2048;                        ///< positions of all samples in a sequence, without padding
+  int64_t pad_to = 64;                              ///< S is a multiple of this; for tensor parallelism lcm(64, t, 16)
+  int64_t pad_token = 0;                            ///< id at positions of the padding, whose labels are kIgnoreIndex
+  OversizePolicy oversize = OversizePolicy::kDrop;  ///< of samples longer than max_length
 
   /// @throws c10::ValueError if max_length or pad_to isn't positive.
   void validate() const;
@@ -48,6 +49,7 @@ struct PackedBatch {
 /// sequence and adds the same sample again, so every sequence starts at a known draw.
 class SamplePacker {
  public:
+  /// What became of a sample.
   enum class Result {
     kAdded,
     kFull,     ///< doesn't fit behind what is there: call finish() and add it again
@@ -60,8 +62,11 @@ class SamplePacker {
   /// @throws c10::ValueError if the sample has fewer than two tokens, or a mask of another length.
   Result add(const Sample& sample);
 
+  /// Whether no sample was added since the last finish().
   bool empty() const { return ends_.empty(); }
+  /// Samples added since the last finish().
   int64_t num_samples() const { return static_cast<int64_t>(ends_.size()); }
+  /// Positions they take, without padding.
   int64_t num_positions() const { return static_cast<int64_t>(tokens_.size()); }
 
   /// The sequence of the samples added since the last call, padded. The packer is empty afterwards.
@@ -79,9 +84,9 @@ class SamplePacker {
 
 /// Packed sequences and where the samples went, by index into the list that was packed.
 struct PackedSamples {
-  std::vector<PackedBatch> batches;
+  std::vector<PackedBatch> batches;           ///< in the order of their first samples
   std::vector<std::vector<int64_t>> samples;  ///< per batch, in order
-  std::vector<int64_t> dropped;
+  std::vector<int64_t> dropped;               ///< too long for any sequence, under OversizePolicy::kDrop
 };
 
 /// Packs a whole list by SamplePacker. No samples give no batches.

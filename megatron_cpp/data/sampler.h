@@ -13,12 +13,13 @@ std::vector<int64_t> permutation(int64_t count, uint64_t seed);
 
 /// Where a sampler is: `position` draws of pass `epoch` are done.
 struct SamplerState {
-  int64_t epoch = 0;
-  int64_t position = 0;
+  int64_t epoch = 0;     ///< passes completed
+  int64_t position = 0;  ///< in [0, num_samples)
 
   bool operator==(const SamplerState&) const = default;
 };
 
+/// In which order a pass goes through its samples.
 enum class SampleOrder {
   kSequential,  ///< 0, 1, 2, .. in every pass
   kShuffled,    ///< permutation(num_samples, seed + epoch) in each pass
@@ -33,9 +34,12 @@ class Sampler {
   /// The next index, in [0, num_samples()).
   int64_t next();
 
+  /// Draws of a pass.
   int64_t num_samples() const { return num_samples_; }
+  /// Draws so far, over all passes.
   int64_t num_draws() const { return state_.epoch * num_samples_ + state_.position; }
 
+  /// What restore() takes to go on from here.
   SamplerState state() const { return state_; }
   /// Continues as the sampler that `state` was taken from, if that had the same constructor arguments.
   /// @throws c10::ValueError if the epoch is negative or the position isn't in [0, num_samples()).
@@ -57,9 +61,10 @@ class Sampler {
 /// number.
 class MixedSampler {
  public:
+  /// A sample and where it comes from.
   struct Draw {
-    int64_t data_set;
-    int64_t sample;
+    int64_t data_set;  ///< index of its sampler
+    int64_t sample;    ///< that sampler's draw
 
     bool operator==(const Draw&) const = default;
   };
@@ -69,6 +74,7 @@ class MixedSampler {
   /// 0.
   MixedSampler(std::vector<Sampler> samplers, std::vector<double> weights);
 
+  /// The next draw.
   Draw next();
 
   /// One state per data set: which one comes next follows from their numbers of draws.

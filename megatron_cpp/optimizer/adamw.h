@@ -10,10 +10,11 @@
 
 namespace megatron {
 
+/// AdamW's constants; the defaults are usual for pretraining decoders.
 struct AdamWOptions {
-  double beta1 = 0.9;
-  double beta2 = 0.95;
-  double eps = 1e-8;
+  double beta1 = 0.9;         ///< decay of the first moment (exp_avg), in [0, 1)
+  double beta2 = 0.95;        ///< decay of the second moment (exp_avg_sq), in [0, 1)
+  double eps = 1e-8;          ///< added to the root of the second moment, above 0
   double weight_decay = 0.1;  ///< not applied where ParameterShard::weight_decay is false
 
   /// @throws c10::ValueError naming the value that is out of range.
@@ -24,6 +25,8 @@ struct AdamWOptions {
 /// own parameters from their .grad; equal replicas stay equal because their gradients are.
 class AdamW {
  public:
+  /// Moments start at 0, beside the parameters.
+  /// @throws c10::ValueError as AdamWOptions::validate does.
   AdamW(std::vector<ParameterShard> parameters, const AdamWOptions& options);
 
   /// One update. Not collective.
@@ -31,10 +34,12 @@ class AdamW {
 
   /// The moments of one parameter; of its shape, dtype and device.
   struct Moments {
-    at::Tensor exp_avg;
-    at::Tensor exp_avg_sq;
+    at::Tensor exp_avg;     ///< decaying mean of the gradient
+    at::Tensor exp_avg_sq;  ///< decaying mean of its square
   };
+  /// As given.
   const std::vector<ParameterShard>& parameters() const { return parameters_; }
+  /// One per parameter, in the order of parameters().
   const std::vector<Moments>& moments() const { return moments_; }
   /// Updates so far.
   int64_t num_steps() const { return num_steps_; }

@@ -19,17 +19,19 @@ struct OutputPart {
   int64_t out_features;  ///< over all ranks
 };
 
+/// Sizes over all ranks, and what is done with input and output.
 struct ColumnParallelLinearOptions {
+  /// A plain weight [out_features, in_features].
   ColumnParallelLinearOptions(int64_t in_features, int64_t out_features)
       : in_features_(in_features), out_features_(out_features) {}
   /// A fused weight: each part is split over the ranks by itself, so that a rank's output is its columns of each.
   ColumnParallelLinearOptions(int64_t in_features, std::vector<OutputPart> parts);
 
-  TORCH_ARG(int64_t, in_features);
-  TORCH_ARG(int64_t, out_features);
+  TORCH_ARG(int64_t, in_features);   ///< C
+  TORCH_ARG(int64_t, out_features);  ///< F, over all ranks; of parts their sum
   /// Empty for a plain weight.
   TORCH_ARG(std::vector<OutputPart>, parts);
-  TORCH_ARG(bool, bias) = false;
+  TORCH_ARG(bool, bias) = false;  ///< sharded like the columns, starts at 0
   /// Round out_features up to F' = padded_vocabulary_size(F, t): for an output layer over a vocabulary. Not for parts.
   TORCH_ARG(bool, pad_out_features) = false;
   /// The input is this rank's rows of the sequence.

@@ -22,6 +22,7 @@ class HiddenParallelEmbeddingImpl : public ParallelEmbedding {
 
   at::Tensor partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out = {}) override;
 
+  /// kColumns.
   PartialLayout layout() const override { return PartialLayout::kColumns; }
 
   std::vector<ParameterShard> own_parameters() const override;

@@ -16,6 +16,8 @@ namespace megatron {
 /// others (image features) can put rows between the first two and share the one collective.
 class LanguageModelEmbeddingImpl : public ParallelModule {
  public:
+  /// A word embedding of this library.
+  /// @throws c10::ValueError if `sharding` can't split these sizes over `tp`.
   LanguageModelEmbeddingImpl(const ParallelEmbeddingOptions& options, const parallel::GroupPtr& tp,
                              EmbeddingSharding sharding = EmbeddingSharding::kVocab);
   /// A word embedding of the caller's own.
@@ -34,12 +36,15 @@ class LanguageModelEmbeddingImpl : public ParallelModule {
 
   std::vector<ParameterShard> own_parameters() const override { return {}; }
 
+  /// Of partial().
   PartialLayout layout() const { return word_embeddings->layout(); }
+  /// The group of the word embedding.
   const parallel::GroupPtr& tp() const { return word_embeddings->tp(); }
+  /// Whether reduce() gives a rank its rows of the sequence only.
   bool sequence_parallel() const { return word_embeddings->sequence_parallel(); }
-  int64_t hidden_size() const { return word_embeddings->hidden_size(); }
+  int64_t hidden_size() const { return word_embeddings->hidden_size(); }  ///< H
 
-  std::shared_ptr<ParallelEmbedding> word_embeddings;
+  std::shared_ptr<ParallelEmbedding> word_embeddings;  ///< this library's, or the caller's own
 };
 TORCH_MODULE(LanguageModelEmbedding);
 

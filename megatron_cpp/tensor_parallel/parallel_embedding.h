@@ -25,7 +25,9 @@ enum class EmbeddingSharding {
   kHidden,  ///< HiddenParallelEmbedding
 };
 
+/// Sizes of the whole table, and what ranks do with the result.
 struct ParallelEmbeddingOptions {
+  /// A table [vocabulary_size, hidden_size].
   ParallelEmbeddingOptions(int64_t vocabulary_size, int64_t hidden_size)
       : vocabulary_size_(vocabulary_size), hidden_size_(hidden_size) {}
 
@@ -36,7 +38,7 @@ struct ParallelEmbeddingOptions {
   /// Backward adds into the weight's existing gradient, touching the looked-up rows only, and gives autograd none. A
   /// matter of speed, which an embedding of your own may ignore.
   TORCH_ARG(bool, accumulate_into_grad) = false;
-  TORCH_ARG(double, init_std) = 0.02;
+  TORCH_ARG(double, init_std) = 0.02;  ///< standard deviation of the initial weights
 };
 
 /// A word embedding whose table is split over a tensor-parallel group, and whose look-up has two steps: what a rank
@@ -48,6 +50,7 @@ struct ParallelEmbeddingOptions {
 /// here.
 class ParallelEmbedding : public ParallelModule {
  public:
+  /// Keeps both; a derived class checks that it can shard these sizes over `tp`, and makes `weight`.
   ParallelEmbedding(ParallelEmbeddingOptions options, parallel::GroupPtr tp);
 
   /// The first step, without communication.
@@ -64,6 +67,7 @@ class ParallelEmbedding : public ParallelModule {
   ///         that isn't there.
   virtual at::Tensor partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out = {}) = 0;
 
+  /// What a partial is of the whole; the same on every rank, and for good.
   virtual PartialLayout layout() const = 0;
 
   /// The rank that finds each flat row s*B + b of a kSummand partial, [S*B], for ids [B, S] on the CPU; equal on every
@@ -79,8 +83,11 @@ class ParallelEmbedding : public ParallelModule {
   /// rank, and backward the same.
   at::Tensor reduce(const at::Tensor& partial) const;
 
+  /// As given to the constructor.
   const ParallelEmbeddingOptions& options() const { return options_; }
+  /// The group that the table is split over.
   const parallel::GroupPtr& tp() const { return tp_; }
+  /// Whether reduce() gives a rank its rows of the sequence only.
   bool sequence_parallel() const { return options_.sequence_parallel(); }
   int64_t hidden_size() const { return options_.hidden_size(); }  ///< H
 

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+/// Tensor-parallel layers, decoder, optimizer, checkpoints and data packing, with Megatron-Core's names.
 namespace megatron {
 
 /// How the gradient that backward leaves on this rank relates to the gradient of the global parameter, over the
@@ -26,11 +27,14 @@ enum class GradientRule {
 
 /// How a parameter starts: every element `value`, or normally distributed around 0 with standard deviation `value`.
 struct InitialValue {
+  /// The two distributions.
   enum class Kind { kConstant, kNormal };
-  Kind kind = Kind::kConstant;
-  double value = 0.0;
+  Kind kind = Kind::kConstant;  ///< which of the two
+  double value = 0.0;           ///< the constant, or the standard deviation
 
+  /// Every element `value`.
   static InitialValue constant(double value) { return {Kind::kConstant, value}; }
+  /// Normally distributed around 0.
   static InitialValue normal(double standard_deviation) { return {Kind::kNormal, standard_deviation}; }
 };
 
@@ -40,20 +44,20 @@ struct ParameterSegment {
   std::string name;                   ///< dotted; in ParallelModule::own_parameters relative to the module
   std::vector<int64_t> global_shape;  ///< without vocabulary padding: rows beyond it exist on no checkpoint
   int64_t dim = 0;                    ///< the sharded dimension; 0 for a replicated parameter
-  int64_t global_begin = 0;
-  int64_t local_begin = 0;
-  int64_t length = 0;  ///< 0: nothing of this tensor lies here (a vocabulary shard that is all padding)
+  int64_t global_begin = 0;           ///< first row in the global tensor
+  int64_t local_begin = 0;            ///< first row in the rank's tensor
+  int64_t length = 0;                 ///< 0: nothing of this tensor lies here (a vocabulary shard that is all padding)
 };
 
 /// One parameter of this rank. A fused parameter (q, k and v in one matrix) has several segments; elements that belong
 /// to no segment are padding and stay 0.
 struct ParameterShard {
-  std::string name;  ///< dotted; in ParallelModule::own_parameters relative to the module
-  at::Tensor parameter;
-  GradientRule rule = GradientRule::kReplicated;
-  std::vector<ParameterSegment> segments;
-  InitialValue initial_value;
-  bool weight_decay = true;  ///< false for norms and biases
+  std::string name;      ///< dotted; in ParallelModule::own_parameters relative to the module
+  at::Tensor parameter;  ///< the module's own tensor, not a copy; its .grad is what gradients are read from
+  GradientRule rule = GradientRule::kReplicated;  ///< how its gradient is completed
+  std::vector<ParameterSegment> segments;         ///< at least one
+  InitialValue initial_value;                     ///< of the elements in segments
+  bool weight_decay = true;                       ///< false for norms and biases
 };
 
 /// A replicated parameter: one segment, the whole of it.

@@ -12,13 +12,15 @@
 
 namespace megatron {
 
+/// Sizes over all ranks, and what is done with input and output.
 struct RowParallelLinearOptions {
+  /// A weight [out_features, in_features].
   RowParallelLinearOptions(int64_t in_features, int64_t out_features)
       : in_features_(in_features), out_features_(out_features) {}
 
-  TORCH_ARG(int64_t, in_features);
-  TORCH_ARG(int64_t, out_features);
-  TORCH_ARG(bool, bias) = false;
+  TORCH_ARG(int64_t, in_features);   ///< C, over all ranks
+  TORCH_ARG(int64_t, out_features);  ///< F
+  TORCH_ARG(bool, bias) = false;     ///< whole on every rank, starts at 0
   /// The output becomes this rank's rows of the sequence.
   TORCH_ARG(bool, sequence_parallel) = false;
   /// The input is this rank's columns already; otherwise every rank has all and takes its own.
@@ -27,7 +29,7 @@ struct RowParallelLinearOptions {
   TORCH_ARG(bool, reduce_output) = true;
   /// Backward adds into the parameters' existing gradients and gives autograd none.
   TORCH_ARG(bool, accumulate_into_grad) = false;
-  TORCH_ARG(double, init_std) = 0.02;
+  TORCH_ARG(double, init_std) = 0.02;  ///< standard deviation of the initial weights
 };
 
 /// Y = X Aᵀ + b, A [F, C] split by columns over `tp`: rank r of t holds columns [r·C/t, (r+1)·C/t).

@@ -9,6 +9,7 @@
 
 namespace megatron {
 
+/// What the loss counts.
 struct CrossEntropyOptions {
   /// V: over all ranks, without padding.
   int64_t vocabulary_size;

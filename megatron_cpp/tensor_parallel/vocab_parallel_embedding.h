@@ -20,10 +20,12 @@ int64_t padded_vocabulary_size(int64_t vocabulary_size, int t, int64_t divisible
 /// zero and are never looked up. A partial is a summand [S, B, H]: rows of the rank's own ids filled, all others zero.
 class VocabParallelEmbeddingImpl : public ParallelEmbedding {
  public:
+  /// Weights start at 0: load them, or call initialize_parameters.
   VocabParallelEmbeddingImpl(ParallelEmbeddingOptions options, parallel::GroupPtr tp);
 
   at::Tensor partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out = {}) override;
 
+  /// kSummand.
   PartialLayout layout() const override { return PartialLayout::kSummand; }
   std::vector<int64_t> finders(const at::Tensor& input_ids) const override;
 

@@ -7,10 +7,10 @@ namespace megatron {
 
 /// Linear warm-up, then half a cosine down to a floor. Pure.
 struct LearningRateSchedule {
-  double peak = 1e-3;
-  double floor = 0.0;
-  int64_t warmup_steps = 0;
-  int64_t total_steps = 1;
+  double peak = 1e-3;        ///< at the end of the warm-up, above 0
+  double floor = 0.0;        ///< at total_steps and after, in [0, peak]
+  int64_t warmup_steps = 0;  ///< 0: none
+  int64_t total_steps = 1;   ///< where the cosine ends
 
   /// @throws c10::ValueError naming the value that is out of range.
   void validate() const;

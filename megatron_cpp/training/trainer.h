@@ -15,17 +15,18 @@
 
 namespace megatron {
 
+/// What a step does with the gradients.
 struct TrainerOptions {
-  AdamWOptions adamw;
-  LearningRateSchedule learning_rate;
-  double clip_grad_norm = 1.0;  ///< 0: no clipping
+  AdamWOptions adamw;                  ///< constants of the optimizer
+  LearningRateSchedule learning_rate;  ///< of each step
+  double clip_grad_norm = 1.0;         ///< 0: no clipping
 };
 
 /// What a step did; equal on every rank.
 struct StepResult {
-  double loss = 0.0;       ///< mean over the loss tokens of the global batch
-  double grad_norm = 0.0;  ///< before clipping
-  double learning_rate = 0.0;
+  double loss = 0.0;           ///< mean over the loss tokens of the global batch
+  double grad_norm = 0.0;      ///< before clipping
+  double learning_rate = 0.0;  ///< that the step was made with
 };
 
 /// Forward and backward over the micro-batches, gradient reduction, clipping by the global norm, AdamW.
@@ -46,7 +47,9 @@ class Trainer {
   StepResult step(const std::function<at::Tensor(int64_t)>& loss_sum, int64_t num_micro_batches,
                   int64_t num_loss_tokens);
 
+  /// For resuming, and for checkpoints of its moments.
   AdamW& optimizer() { return optimizer_; }
+  /// The same, to read.
   const AdamW& optimizer() const { return optimizer_; }
 
  private:

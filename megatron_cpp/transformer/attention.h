@@ -66,7 +66,7 @@ class SelfAttentionImpl : public torch::nn::Module {
 
   ColumnParallelLinear linear_qkv{nullptr};  ///< q_proj [heads·D, H], k_proj, v_proj [groups·D, H], g_proj [heads, H]
   RMSNorm q_norm{nullptr};  ///< [D], over each head; a rank has its heads' part of the gradient: kReplicatedPartial
-  RMSNorm k_norm{nullptr};
+  RMSNorm k_norm{nullptr};  ///< like q_norm, over the key heads
   RowParallelLinear linear_proj{nullptr};  ///< o_proj [H, heads·D]
 
  private:

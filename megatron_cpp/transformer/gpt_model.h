@@ -35,8 +35,8 @@ class GPTModelImpl : public torch::nn::Module {
   at::Tensor forward(const at::Tensor& input_ids, const AttentionInput& attention,
                      const at::Tensor& decoder_input = {});
 
-  LanguageModelEmbedding embedding{nullptr};
-  TransformerBlock decoder{nullptr};
+  LanguageModelEmbedding embedding{nullptr};   ///< may be borrowed: an image insert shares it
+  TransformerBlock decoder{nullptr};           ///< all layers and the norm at their end
   ColumnParallelLinear output_layer{nullptr};  ///< [V'/t, H]
 };
 TORCH_MODULE(GPTModel);

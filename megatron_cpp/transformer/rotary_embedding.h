@@ -12,8 +12,8 @@ namespace megatron {
 
 /// Cosines and sines of the angles of every position: float32 [S, B or 1, 1, rotary_dim/2].
 struct RotaryTables {
-  at::Tensor cos;
-  at::Tensor sin;
+  at::Tensor cos;  ///< of position * inverse frequency
+  at::Tensor sin;  ///< of the same angles
 };
 
 /// Frequencies of one layer: position p turns pair i by p * theta^(-2i/rotary_dim), scaled if asked.
@@ -27,6 +27,7 @@ class RotaryEmbedding {
   /// @return              on `device`. Not collective.
   RotaryTables tables(const at::Tensor& position_ids, at::Device device) const;
 
+  /// Radians a position, of each pair: [rotary_dim/2] float32 on the CPU.
   const at::Tensor& inverse_frequencies() const { return inverse_frequencies_; }
 
  private:

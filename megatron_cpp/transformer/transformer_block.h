@@ -26,7 +26,7 @@ class TransformerBlockImpl : public torch::nn::Module {
   at::Tensor forward(const at::Tensor& hidden_states, const AttentionInput& attention);
 
   torch::nn::ModuleList layers{nullptr};  ///< of TransformerLayer
-  RMSNorm final_layernorm{nullptr};
+  RMSNorm final_layernorm{nullptr};       ///< of the hidden states, [H]
 };
 TORCH_MODULE(TransformerBlock);
 

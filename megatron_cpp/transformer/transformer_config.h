@@ -13,10 +13,10 @@ namespace megatron {
 /// original_max_position_embeddings / low_freq_factor are stretched by `factor`, those below
 /// original_max_position_embeddings / high_freq_factor stay, and between them the two are blended linearly.
 struct Llama3RopeScaling {
-  double factor = 1.0;
-  double low_freq_factor = 1.0;
-  double high_freq_factor = 4.0;
-  int64_t original_max_position_embeddings = 8192;
+  double factor = 1.0;            ///< how much long wavelengths are stretched; 1: nothing is
+  double low_freq_factor = 1.0;   ///< wavelengths beyond the original context over this are stretched in full
+  double high_freq_factor = 4.0;  ///< wavelengths below the original context over this stay
+  int64_t original_max_position_embeddings = 8192;  ///< positions the model was trained for before the scaling
 };
 
 /// What may differ from layer to layer.
@@ -34,18 +34,19 @@ struct AttentionLayerConfig {
 
 /// A decoder with grouped-query attention, norms of q and k, a gate per head, and SwiGLU feed-forwards.
 struct TransformerConfig {
-  int64_t vocabulary_size = 0;
-  int64_t hidden_size = 0;
-  int64_t head_dim = 0;
+  int64_t vocabulary_size = 0;   ///< V, without padding; any number
+  int64_t hidden_size = 0;       ///< H, divisible by t
+  int64_t head_dim = 0;          ///< D, elements of a query, key or value head; heads * D need not be H
   int64_t num_query_groups = 0;  ///< key/value heads, the same in every layer
-  int64_t ffn_hidden_size = 0;
-  double rms_norm_eps = 1e-5;
-  double init_std = 0.02;  ///< standard deviation of the initial weights of matrices
-  EmbeddingSharding embedding_sharding = EmbeddingSharding::kVocab;
+  int64_t ffn_hidden_size = 0;   ///< F, divisible by t
+  double rms_norm_eps = 1e-5;    ///< added to the mean square in every norm
+  double init_std = 0.02;        ///< standard deviation of the initial weights of matrices
+  EmbeddingSharding embedding_sharding = EmbeddingSharding::kVocab;  ///< not of the output layer
   bool sequence_parallel = false;     ///< between the tensor-parallel parts a rank holds its rows of the sequence
   bool accumulate_into_grad = false;  ///< backward adds into existing gradients, see the layers' options
   std::vector<AttentionLayerConfig> layers;  ///< one entry per layer
 
+  /// Entries of `layers`.
   int64_t num_layers() const { return static_cast<int64_t>(layers.size()); }
 
   /// Not collective.

@@ -28,10 +28,10 @@ class TransformerLayerImpl : public torch::nn::Module {
   /// Comm: that of SelfAttention and MLP. Collective over tp.
   at::Tensor forward(const at::Tensor& hidden_states, const AttentionInput& attention);
 
-  RMSNorm input_layernorm{nullptr};
-  SelfAttention self_attention{nullptr};
-  RMSNorm pre_mlp_layernorm{nullptr};
-  MLP mlp{nullptr};
+  RMSNorm input_layernorm{nullptr};       ///< before the attention, [H]
+  SelfAttention self_attention{nullptr};  ///< split by heads
+  RMSNorm pre_mlp_layernorm{nullptr};     ///< before the feed-forward, [H]
+  MLP mlp{nullptr};                       ///< the feed-forward, split by F
 
  private:
   /// What follows the second norm. The one place that knows which kind of feed-forward a layer has: a mixture of

@@ -17,15 +17,15 @@ namespace step37 {
 
 /// Sizes of the vision tower; the defaults are the released model's.
 struct VisionConfig {
-  int64_t image_size = 728;  ///< side of the square picture whose patch grid positional_embedding holds
-  int64_t patch_size = 14;
-  int64_t width = 1536;  ///< channels inside the tower; the downsamplers go to 2 * width and 4 * width
-  int64_t layers = 47;
-  int64_t heads = 16;
-  int64_t mlp_width = 8960;
-  double layer_scale_init = 0.1;
-  double layer_norm_eps = 1e-5;
-  double rope_theta = 10000.0;
+  int64_t image_size = 728;       ///< side of the square picture whose patch grid positional_embedding holds
+  int64_t patch_size = 14;        ///< side of a patch, in pixels
+  int64_t width = 1536;           ///< channels inside the tower; the downsamplers go to 2 * width and 4 * width
+  int64_t layers = 47;            ///< transformer blocks
+  int64_t heads = 16;             ///< of every block, width / heads channels each
+  int64_t mlp_width = 8960;       ///< channels between the mlp's two matrices
+  double layer_scale_init = 0.1;  ///< where ls_1 and ls_2 start
+  double layer_norm_eps = 1e-5;   ///< added to the variance in every norm
+  double rope_theta = 10000.0;    ///< base of the rotary frequencies, the same for both axes
 
   /// @throws c10::ValueError naming the field and the numbers: a size that isn't positive, image_size not a multiple of
   ///         patch_size, width not a multiple of 4 * heads (two axes of rotary pairs per head).
@@ -71,6 +71,7 @@ class VisionTowerImpl : public megatron::ParallelModule {
   /// layer scales at layer_scale_init. Only the weights of linear maps and convolutions decay.
   std::vector<megatron::ParameterShard> own_parameters() const override;
 
+  /// As given to the constructor.
   const VisionConfig& config() const { return config_; }
 
  private:

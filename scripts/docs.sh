@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Writes the reference of the public headers to build/docs/index.html; fails on any warning, so that every public
+# member is documented. Installs doxygen where it is missing.
+#
+#   scripts/docs.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+[[ $# -eq 0 ]] || { sed -n '2,5s/^# \{0,1\}//p' "$0"; exit 0; }
+
+if ! command -v doxygen >/dev/null; then
+  command -v apt-get >/dev/null || fail "doxygen is missing, and this is no Debian system to install it from"
+  as_root=()
+  if [[ $(id -u) -ne 0 ]]; then
+    command -v sudo >/dev/null || fail "doxygen is missing, and there is neither root nor sudo: apt-get install doxygen"
+    as_root=(sudo)
+  fi
+  run "${as_root[@]}" apt-get update -qq
+  run "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends doxygen
+fi
+
+# The headers of a library's FILE_SET: those that are installed.
+public_headers() {
+  awk -v folder="$1" '/FILE_SET HEADERS/ { on = 1 }
+    on { for (i = 1; i <= NF; ++i) if ($i ~ /\.h\)?$/) { sub(/\)/, "", $i); print folder "/" $i } }
+    /\)/ { on = 0 }' "$1/CMakeLists.txt"
+}
+
+cd "$root"
+mapfile -t headers < <(for folder in parallel megatron_cpp step37; do public_headers "$folder"; done)
+[[ ${#headers[@]} -gt 0 ]] || fail "no FILE_SET HEADERS in the CMakeLists.txt of the libraries"
+mkdir -p build/docs
+printf '+ doxygen docs/Doxyfile (%d headers)\n' "${#headers[@]}" >&2
+{ cat docs/Doxyfile; printf 'INPUT = README.md CONTRIBUTING.md CHANGELOG.md docs %s\n' "${headers[*]}"; } | doxygen -
+printf 'build/docs/index.html\n'
