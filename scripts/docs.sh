@@ -31,4 +31,9 @@ mapfile -t headers < <(for folder in parallel megatron_cpp step37; do public_hea
 mkdir -p build/docs
 printf '+ doxygen docs/Doxyfile (%d headers)\n' "${#headers[@]}" >&2
 { cat docs/Doxyfile; printf 'INPUT = README.md CONTRIBUTING.md CHANGELOG.md docs %s\n' "${headers[*]}"; } | doxygen -
+# Doxygen leaves pictures and links to what is no input as the pages have them.
+mkdir -p build/docs/figures
+cp docs/figures/*.svg docs/figures/*.jsonl build/docs/figures/
+sed -i -E 's#href="(\.\./)?((parallel|megatron_cpp|step37|examples)(/[a-z0-9_/.]*\.cpp)?)"#href="../../\2"#g' \
+  build/docs/index.html build/docs/md_*.html
 printf 'build/docs/index.html\n'
