@@ -87,8 +87,7 @@ struct ImageInsertEmbeddingOptions {
 class ImageInsertEmbeddingImpl : public megatron::ParallelModule {
  public:
   /// @param language_embedding  borrowed: not among this module's parameters, buffers or children, and free to be
-  /// shared.
-  ///                            Its group is the one everything here is sharded over.
+  ///                            shared. Its group is the one everything here is sharded over.
   /// @throws c10::ValueError if hidden_size isn't the embedding's, isn't divisible by t in the column sharding, or C
   ///         isn't in the row sharding; for a hidden-parallel embedding with the row sharding or kAllGather.
   ImageInsertEmbeddingImpl(megatron::LanguageModelEmbedding language_embedding, ImageInsertEmbeddingOptions options);

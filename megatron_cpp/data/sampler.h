@@ -70,8 +70,8 @@ class MixedSampler {
   };
 
   /// @param weights one per sampler, scaled to sum 1 here; a data set of weight 0 is never drawn
-  /// @throws c10::ValueError if there is no sampler, the counts differ, a weight is negative or not finite, or all are
-  /// 0.
+  /// @throws c10::ValueError if there is no sampler, the counts differ, a weight is negative or not finite, or all
+  ///         are 0.
   MixedSampler(std::vector<Sampler> samplers, std::vector<double> weights);
 
   /// The next draw.

@@ -51,9 +51,8 @@ at::Tensor core_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
 /// [r·groups/t, (r+1)·groups/t).
 class SelfAttentionImpl : public torch::nn::Module {
  public:
-  /// @throws c10::ValueError if layer.num_attention_heads or config.num_query_groups is not divisible by t, or the
-  /// heads
-  ///         by the groups.
+  /// @throws c10::ValueError if layer.num_attention_heads or config.num_query_groups is not divisible by t, or
+  ///         the heads by the groups.
   SelfAttentionImpl(const TransformerConfig& config, const AttentionLayerConfig& layer, const parallel::GroupPtr& tp);
 
   /// @param input      [S, B, H], equal on every rank; with sequence_parallel [S/t, B, H], this rank's rows.

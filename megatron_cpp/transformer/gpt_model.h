@@ -29,9 +29,9 @@ class GPTModelImpl : public torch::nn::Module {
   /// @return               logits [S, B, V'/t], V' = padded_vocabulary_size(V, t): rank r's columns
   ///                       [r·V'/t, (r+1)·V'/t) of the vocabulary, for every position of the sequence. Columns beyond V
   ///                       are padding: they are 0, and must get no gradient.
-  /// Comm: embedding: see ParallelEmbedding::reduce; decoder: see
-  /// TransformerLayer; output layer: backward 1 all-reduce of S·B·H elements; sequence_parallel: forward 1 all-gather,
-  /// backward 1 all-gather and 1 reduce-scatter. Collective over tp. Throws c10::ValueError if shapes don't fit.
+  /// Comm: embedding: see ParallelEmbedding::reduce; decoder: see TransformerLayer; output layer: backward 1 all-reduce
+  /// of S·B·H elements; sequence_parallel: forward 1 all-gather, backward 1 all-gather and 1 reduce-scatter. Collective
+  /// over tp. Throws c10::ValueError if shapes don't fit.
   at::Tensor forward(const at::Tensor& input_ids, const AttentionInput& attention,
                      const at::Tensor& decoder_input = {});
 
