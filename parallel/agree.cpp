@@ -54,6 +54,24 @@ void check_equal(const std::vector<NamedValue>& values, const GroupPtr& group) {
   }
 }
 
+void check_equal_texts(const std::vector<NamedText>& texts, const GroupPtr& group) {
+  std::string own;
+  for (const auto& named : texts) own.append(named.text).append(1, '\0');
+  const auto of_rank_0 = broadcast_text(own, 0, group);
+  std::string message;
+  size_t begin = 0;
+  for (const auto& [name, text] : texts) {
+    const std::string expected = begin < of_rank_0.size() ? of_rank_0.c_str() + begin : "";
+    if (text != expected) {
+      message = "ranks disagree: " + name + " is '" + expected + "' on rank 0 and '" + text + "' on rank " +
+                std::to_string(group->getRank());
+      break;
+    }
+    begin += text.size() + 1;
+  }
+  agree(message.empty(), message, group);
+}
+
 std::string broadcast_text(const std::string& text, int root, const GroupPtr& group) {
   auto length = at::full({1}, static_cast<int64_t>(text.size()), at::kLong);
   length = broadcast(length, root, group);

@@ -48,6 +48,16 @@ struct NamedValue {
 /// 0, if any does. Collective over `group`, with values of the same names: one small all-gather.
 void check_equal(const std::vector<NamedValue>& values, const GroupPtr& group);
 
+/// A text that must be the same on every rank.
+struct NamedText {
+  std::string name;
+  std::string text;
+};
+
+/// The same for texts, none of which holds a 0 character. Collective over `group`, with texts of the same names: two
+/// broadcasts and what agree() sends.
+void check_equal_texts(const std::vector<NamedText>& texts, const GroupPtr& group);
+
 /// `text` of rank `root`, on every rank. Collective over `group`.
 std::string broadcast_text(const std::string& text, int root, const GroupPtr& group);
 

@@ -7,6 +7,7 @@
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 
+#include "parallel/agree.h"
 #include "parallel/shard.h"
 
 namespace parallel {
@@ -22,6 +23,22 @@ c10d::ReduceOp reduce_op(Reduction reduction) {
       return c10d::ReduceOp::MIN;
   }
   TORCH_INTERNAL_ASSERT(false);
+}
+
+/// Runs a collective so that what goes wrong in it names it. Backends do that in the errors they make themselves.
+template <class Call>
+auto named(const char* operation, const at::Tensor& tensor, const GroupPtr& group, const Call& call) {
+  try {
+    return call();
+  } catch (const c10::DistBackendError&) {
+    throw;
+  } catch (const c10::ValueError&) {
+    throw;
+  } catch (const std::exception& error) {
+    TORCH_CHECK_WITH(DistBackendError, false, operation, " of ", tensor.sizes(), " ", tensor.scalar_type(), " (group ",
+                     group->getGroupName(), ", rank ", group->getRank(), " of ", group->getSize(),
+                     ") failed: ", error_text(error));
+  }
 }
 
 /// A finished result, or one whose Work is held until it is waited for.
@@ -79,14 +96,14 @@ void all_reduce_in_place(at::Tensor& tensor, const GroupPtr& group, Reduction re
   options.reduceOp = reduce_op(reduction);
   options.asyncOp = false;
   std::vector<at::Tensor> tensors{tensor};
-  group->allreduce(tensors, options)->wait();
+  named("all_reduce", tensor, group, [&] { return group->allreduce(tensors, options)->wait(); });
 }
 
 PendingTensor start_all_reduce_in_place(const at::Tensor& tensor, const GroupPtr& group) {
   if (group->getSize() == 1) return finished(tensor);
   check_contiguous(tensor);
   std::vector<at::Tensor> tensors{tensor};
-  return pending(tensor, group->allreduce(tensors), {});
+  return pending(tensor, named("all_reduce", tensor, group, [&] { return group->allreduce(tensors); }), {});
 }
 
 PendingTensor start_all_gather(const at::Tensor& input, const GroupPtr& group) {
@@ -96,7 +113,7 @@ PendingTensor start_all_gather(const at::Tensor& input, const GroupPtr& group) {
   auto shape = input.sizes().vec();
   shape[0] *= group->getSize();
   auto output = at::empty(shape, contiguous.options());
-  auto work = group->all_gather_single(output, contiguous);
+  auto work = named("all_gather", input, group, [&] { return group->all_gather_single(output, contiguous); });
   return pending(output, std::move(work), contiguous);
 }
 
@@ -116,7 +133,7 @@ at::Tensor all_gather_uneven(const at::Tensor& input, const std::vector<int64_t>
   std::vector<at::Tensor> inputs{contiguous};
   c10d::AllgatherOptions options;
   options.asyncOp = false;
-  group->allgather(outputs, inputs, options)->wait();
+  named("all_gather", input, group, [&] { return group->allgather(outputs, inputs, options)->wait(); });
   return output;
 }
 
@@ -134,7 +151,7 @@ PendingTensor start_reduce_scatter(const at::Tensor& input, const GroupPtr& grou
   shape[0] = even_shard_size(shape[0], group->getSize(), "reduce_scatter: number of rows", "group");
   auto contiguous = input.contiguous();
   auto output = at::empty(shape, contiguous.options());
-  auto work = group->reduce_scatter_single(output, contiguous);
+  auto work = named("reduce_scatter", input, group, [&] { return group->reduce_scatter_single(output, contiguous); });
   return pending(output, std::move(work), contiguous);
 }
 
@@ -162,7 +179,8 @@ at::Tensor all_to_all(const at::Tensor& input, const std::vector<int64_t>& outpu
   auto send = input_splits;
   c10d::AllToAllOptions options;
   options.asyncOp = false;
-  group->all_to_all_single(output, contiguous, receive, send, options)->wait();
+  named("all_to_all", input, group,
+        [&] { return group->all_to_all_single(output, contiguous, receive, send, options)->wait(); });
   return output;
 }
 
@@ -173,7 +191,7 @@ at::Tensor broadcast(const at::Tensor& input, int root, const GroupPtr& group) {
   options.rootRank = root;
   options.asyncOp = false;
   std::vector<at::Tensor> tensors{result};
-  group->broadcast(tensors, options)->wait();
+  named("broadcast", input, group, [&] { return group->broadcast(tensors, options)->wait(); });
   return result;
 }
 

@@ -9,8 +9,10 @@
 #include <numeric>
 #include <utility>
 
+#include "parallel/collective_call.h"
 #include "parallel/mpi_check.h"
 #include "parallel/rank_order_reduction.h"
+#include "parallel/roll_call.h"
 #include "parallel/shared_window.h"
 #include "parallel/window_reduction.h"
 
@@ -101,9 +103,16 @@ constexpr int64_t kWindowBytes = 1 << 14;
 
 }  // namespace
 
+/// What MPI reads and writes until a request is complete.
+struct MpiBackend::InFlight {
+  std::vector<at::Tensor> tensors;
+  std::vector<int> counts;
+};
+
 MpiBackend::MpiBackend(MpiCommunicator communicator, std::string name, const MpiBackendOptions& options)
     : c10d::Backend(communicator.rank(), communicator.size()),
       communicator_(std::move(communicator)),
+      roll_call_(std::make_unique<RollCall>(communicator_)),
       name_(std::move(name)),
       options_(options) {}
 
@@ -113,29 +122,40 @@ std::string MpiBackend::where() const {
 
 MpiBackend::~MpiBackend() = default;
 
-Milliseconds MpiBackend::deadline(Milliseconds requested) const {
-  return requested == c10d::kUnsetTimeout ? options_.timeout : requested;
+CollectiveCall MpiBackend::call(const char* operation, int64_t elements, Milliseconds requested_timeout) const {
+  const auto timeout = requested_timeout == c10d::kUnsetTimeout ? options_.timeout : requested_timeout;
+  return {operation, elements, timeout, where(), communicator_.get()};
 }
 
-void MpiBackend::finish(MPI_Request request, const char* operation, int64_t elements, InFlight in_flight,
-                        Milliseconds timeout) {
-  const auto start = std::chrono::steady_clock::now();
+void MpiBackend::finish(MPI_Request request, const CollectiveCall& call, InFlight in_flight) {
+  using Clock = std::chrono::steady_clock;
+  const auto start = Clock::now();
   // Spinning keeps short collectives short; after that a core is left to whoever has work.
   constexpr int kSpins = 2000;
+  constexpr auto kAnswerEvery = std::chrono::milliseconds(20);
+  auto next_answer = start + kAnswerEvery;
+  const int64_t number = num_requests_++;
   for (int64_t poll = 0;; ++poll) {
     int done = 0;
     MCPP_MPI_CHECK(MPI_Test(&request, &done, MPI_STATUS_IGNORE));
     if (done != 0) return;
     if (poll < kSpins) continue;
     sched_yield();
-    if (std::chrono::steady_clock::now() - start > timeout) break;
+    const auto now = Clock::now();
+    if (now > next_answer) {
+      roll_call_->answer(call, number);
+      next_answer = now + kAnswerEvery;
+    }
+    if (now - start > call.timeout) break;
   }
-  new InFlight(std::move(in_flight));  // never freed, on purpose
-  throw_timed_out(operation, elements, timeout, where());
+  // Never freed, on purpose; findable for leak checkers.
+  static auto& kept = *new std::vector<InFlight>;
+  kept.push_back(std::move(in_flight));
+  throw_timed_out(call, roll_call_->reason(call, number));
 }
 
 void MpiBackend::exchange(const at::Tensor& output, const std::vector<int64_t>& output_counts, const at::Tensor& input,
-                          const std::vector<int64_t>& input_counts, const char* operation, Milliseconds timeout) {
+                          const std::vector<int64_t>& input_counts, const CollectiveCall& call) {
   const auto ranks = static_cast<size_t>(size_);
   InFlight in_flight{{output, input}, std::vector<int>(4 * ranks)};
   int* send_counts = in_flight.counts.data();
@@ -156,16 +176,15 @@ void MpiBackend::exchange(const at::Tensor& output, const std::vector<int64_t>& 
   MCPP_MPI_CHECK(MPI_Ialltoallv(input.const_data_ptr(), send_counts, send_begins, transport_type(input),
                                 output.mutable_data_ptr(), receive_counts, receive_begins, transport_type(output),
                                 communicator_.get(), &request));
-  finish(request, operation, input.numel(), std::move(in_flight), timeout);
+  finish(request, call, std::move(in_flight));
 }
 
-void MpiBackend::gather(const at::Tensor& output, const at::Tensor& input, const char* operation, int64_t elements,
-                        Milliseconds timeout) {
+void MpiBackend::gather(const at::Tensor& output, const at::Tensor& input, const CollectiveCall& call) {
   const int count = to_count(input.numel());
   MPI_Request request = MPI_REQUEST_NULL;
   MCPP_MPI_CHECK(MPI_Iallgather(input.const_data_ptr(), count, transport_type(input), output.mutable_data_ptr(), count,
                                 transport_type(output), communicator_.get(), &request));
-  finish(request, operation, elements, {{output, input}, {}}, timeout);
+  finish(request, call, {{output, input}, {}});
 }
 
 c10::intrusive_ptr<c10d::Work> MpiBackend::broadcast(std::vector<at::Tensor>& tensors,
@@ -176,13 +195,13 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::broadcast(std::vector<at::Tensor>& te
     MPI_Request request = MPI_REQUEST_NULL;
     MCPP_MPI_CHECK(MPI_Ibcast(buffer.mutable_data_ptr(), to_count(buffer.numel()), transport_type(buffer),
                               static_cast<int>(options.rootRank), communicator_.get(), &request));
-    finish(request, "broadcast", buffer.numel(), {{buffer}, {}}, deadline(options.timeout));
+    finish(request, call("broadcast", buffer.numel(), options.timeout), {{buffer}, {}});
     copy_back(tensor, buffer);
   }
   return finished(tensors);
 }
 
-SharedWindow* MpiBackend::window_for(const at::Tensor& input, const WindowCall& call) {
+SharedWindow* MpiBackend::window_for(const at::Tensor& input, const CollectiveCall& call) {
   if (size_ == 1 || static_cast<int64_t>(input.nbytes()) < kWindowBytes) return nullptr;
   TORCH_CHECK_WITH(DistBackendError, window_state_ != WindowState::kBeingMade, call.operation, " of ", call.elements,
                    " elements cannot begin (", call.where, "): an earlier one of the group has failed");
@@ -190,7 +209,7 @@ SharedWindow* MpiBackend::window_for(const at::Tensor& input, const WindowCall& 
     window_state_ = WindowState::kBeingMade;  // and so it stays if a rank doesn't come
     auto made = SharedWindow::make(rank_, size_, options_.shared_memory_limit, call.where, [&](const at::Tensor& mine) {
       auto all = at::empty({size_}, mine.options());
-      gather(all, mine, call.operation, call.elements, call.timeout);
+      gather(all, mine, call);
       return all;
     });
     if (made) window_ = std::make_unique<SharedWindow>(std::move(*made));
@@ -200,11 +219,11 @@ SharedWindow* MpiBackend::window_for(const at::Tensor& input, const WindowCall& 
 }
 
 void MpiBackend::all_reduce_by_messages(const at::Tensor& output, const at::Tensor& input,
-                                        c10d::ReduceOp::RedOpType reduction, Milliseconds timeout) {
+                                        c10d::ReduceOp::RedOpType reduction, const CollectiveCall& call) {
   const int64_t elements = input.numel();
   if (static_cast<int64_t>(input.nbytes()) <= kGatherBytes) {
     const auto parts = at::empty({size_, elements}, input.options());
-    gather(parts, input, "all_reduce", elements, timeout);
+    gather(parts, input, call);
     reduce_in_rank_order(output, parts.unbind(0), reduction);
     return;
   }
@@ -216,11 +235,11 @@ void MpiBackend::all_reduce_by_messages(const at::Tensor& output, const at::Tens
   }
   const int64_t mine = shares[static_cast<size_t>(rank_)];
   const auto parts = at::empty({size_, mine}, input.options());
-  exchange(parts, std::vector<int64_t>(shares.size(), mine), input, shares, "all_reduce", timeout);
+  exchange(parts, std::vector<int64_t>(shares.size(), mine), input, shares, call);
   const auto reduced = at::empty({share}, input.options());
   reduce_in_rank_order(reduced.narrow(0, 0, mine), parts.unbind(0), reduction);
   const auto gathered = at::empty({size_ * share}, input.options());
-  gather(gathered, reduced, "all_reduce", elements, timeout);
+  gather(gathered, reduced, call);
   output.copy_(gathered.narrow(0, 0, elements));
 }
 
@@ -230,11 +249,11 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::allreduce(std::vector<at::Tensor>& te
     check_tensor(tensor, "all_reduce");
     check_reduction(options.reduceOp, tensor.scalar_type(), "all_reduce");
     const auto values = tensor.contiguous().view({-1});
-    const WindowCall call{"all_reduce", values.numel(), deadline(options.timeout), where(), communicator_.get()};
-    if (SharedWindow* window = window_for(values, call)) {
-      all_reduce_in_window(*window, values, values, options.reduceOp, call);
+    const auto this_call = call("all_reduce", values.numel(), options.timeout);
+    if (SharedWindow* window = window_for(values, this_call)) {
+      all_reduce_in_window(*window, values, values, options.reduceOp, this_call);
     } else {
-      all_reduce_by_messages(values, values, options.reduceOp, call.timeout);
+      all_reduce_by_messages(values, values, options.reduceOp, this_call);
     }
     if (!tensor.is_contiguous()) tensor.copy_(values.view(tensor.sizes()));
   }
@@ -275,7 +294,7 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::allgather(std::vector<std::vector<at:
     MCPP_MPI_CHECK(MPI_Iallgatherv(input.const_data_ptr(), to_count(input.numel()), transport_type(input),
                                    gathered.mutable_data_ptr(), receive_counts, receive_begins,
                                    transport_type(gathered), communicator_.get(), &request));
-    finish(request, "all_gather", input.numel(), std::move(in_flight), deadline(options.timeout));
+    finish(request, call("all_gather", input.numel(), options.timeout), std::move(in_flight));
     int64_t begin = 0;
     for (auto& output : outputs[i]) {
       output.copy_(gathered.narrow(0, begin, output.numel()).view(output.sizes()));
@@ -293,7 +312,7 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::all_gather_single(at::Tensor& output,
                     "all_gather: output ", output.sizes(), " ", output.scalar_type(), " does not hold ", size_,
                     " inputs ", input.sizes(), " ", input.scalar_type(), " (", where(), ")");
   const auto buffer = contiguous_or_new(output);
-  gather(buffer, input.contiguous(), "all_gather", input.numel(), deadline(options.timeout));
+  gather(buffer, input.contiguous(), call("all_gather", input.numel(), options.timeout));
   copy_back(output, buffer);
   return finished({output});
 }
@@ -310,13 +329,13 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::reduce_scatter_single(at::Tensor& out
   // Apart from the input: a share is written while the window still takes others from there.
   const bool is_apart = output.is_contiguous() && !output.is_alias_of(input);
   const auto buffer = is_apart ? output : at::empty(output.sizes(), output.options());
-  const WindowCall call{"reduce_scatter", values.numel(), deadline(options.timeout), where(), communicator_.get()};
-  if (SharedWindow* window = window_for(values, call)) {
-    reduce_scatter_in_window(*window, buffer, values, options.reduceOp, call);
+  const auto this_call = call("reduce_scatter", values.numel(), options.timeout);
+  if (SharedWindow* window = window_for(values, this_call)) {
+    reduce_scatter_in_window(*window, buffer, values, options.reduceOp, this_call);
   } else {
     const auto parts = at::empty({size_, output.numel()}, input.options());
     const std::vector<int64_t> counts(static_cast<size_t>(size_), output.numel());
-    exchange(parts, counts, values, counts, "reduce_scatter", call.timeout);
+    exchange(parts, counts, values, counts, this_call);
     reduce_in_rank_order(buffer.view({-1}), parts.unbind(0), options.reduceOp);
   }
   copy_back(output, buffer);
@@ -348,7 +367,7 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::all_to_all_single(at::Tensor& output,
   const auto output_counts = element_counts(output, output_split_sizes, "output");
   const auto input_counts = element_counts(input, input_split_sizes, "input");
   const auto buffer = contiguous_or_new(output);
-  exchange(buffer, output_counts, input.contiguous(), input_counts, "all_to_all", deadline(options.timeout));
+  exchange(buffer, output_counts, input.contiguous(), input_counts, call("all_to_all", input.numel(), options.timeout));
   copy_back(output, buffer);
   return finished({output});
 }
@@ -356,7 +375,7 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::all_to_all_single(at::Tensor& output,
 c10::intrusive_ptr<c10d::Work> MpiBackend::barrier(const c10d::BarrierOptions& options) {
   MPI_Request request = MPI_REQUEST_NULL;
   MCPP_MPI_CHECK(MPI_Ibarrier(communicator_.get(), &request));
-  finish(request, "barrier", 0, {}, deadline(options.timeout));
+  finish(request, call("barrier", 0, options.timeout), {});
   return finished({});
 }
 

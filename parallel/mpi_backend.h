@@ -13,8 +13,9 @@
 
 namespace parallel {
 
+class RollCall;
 class SharedWindow;
-struct WindowCall;
+struct CollectiveCall;
 
 /// What a backend may wait for and take.
 struct MpiBackendOptions {
@@ -40,11 +41,12 @@ struct MpiBackendOptions {
 /// arrives becomes an error after `timeout`, not a hang.
 ///
 /// Collective over the communicator's ranks, same operations in the same order. Throws c10::DistBackendError naming
-/// operation, group, sizes and ranks on a timeout; c10::ValueError before anything is sent for a tensor that isn't on
-/// the CPU, has another dtype, or whose size doesn't fit the group, and for a reduction that isn't SUM, AVG (of
-/// floating-point numbers), PRODUCT, MIN or MAX.
+/// operation, group, sizes and the ranks that are silent on a timeout; c10::ValueError before anything is sent for a
+/// tensor that isn't on the CPU, has another dtype, or whose size doesn't fit the group, and for a reduction that isn't
+/// SUM, AVG (of floating-point numbers), PRODUCT, MIN or MAX.
 class MpiBackend final : public c10d::Backend {
  public:
+  /// Collective over the communicator's ranks.
   /// @param name     the group's name in messages ("tp").
   /// @param options  the same on every rank, but for shared_memory_limit.
   MpiBackend(MpiCommunicator communicator, std::string name, const MpiBackendOptions& options);
@@ -82,33 +84,29 @@ class MpiBackend final : public c10d::Backend {
   void shutdown() override {}
 
  private:
-  /// What MPI reads and writes until a request is complete.
-  struct InFlight {
-    std::vector<at::Tensor> tensors;
-    std::vector<int> counts;
-  };
+  struct InFlight;
+  /// This group's next collective, for messages and deadlines.
+  CollectiveCall call(const char* operation, int64_t elements, std::chrono::milliseconds requested_timeout) const;
   /// Polls `request` until it is complete; throws when the deadline passes, keeping `in_flight` for good, because MPI
   /// may still use it.
-  void finish(MPI_Request request, const char* operation, int64_t elements, InFlight in_flight,
-              std::chrono::milliseconds timeout);
+  void finish(MPI_Request request, const CollectiveCall& call, InFlight in_flight);
   /// Exchanges `counts` elements with every rank: MPI_Ialltoallv on contiguous tensors.
   void exchange(const at::Tensor& output, const std::vector<int64_t>& output_counts, const at::Tensor& input,
-                const std::vector<int64_t>& input_counts, const char* operation, std::chrono::milliseconds timeout);
-  /// Gathers `input` of every rank into `output` [t * numel]: MPI_Iallgather on contiguous tensors. `elements` is what
-  /// the whole operation is about, for messages.
-  void gather(const at::Tensor& output, const at::Tensor& input, const char* operation, int64_t elements,
-              std::chrono::milliseconds timeout);
+                const std::vector<int64_t>& input_counts, const CollectiveCall& call);
+  /// Gathers `input` of every rank into `output` [t * numel]: MPI_Iallgather on contiguous tensors.
+  void gather(const at::Tensor& output, const at::Tensor& input, const CollectiveCall& call);
   /// Sums (or whatever) the elements of all ranks, with MPI's messages: contiguous vectors; `output` may be `input`.
   void all_reduce_by_messages(const at::Tensor& output, const at::Tensor& input, c10d::ReduceOp::RedOpType reduction,
-                              std::chrono::milliseconds timeout);
+                              const CollectiveCall& call);
   /// The window for reducing `input`, made if need be; null where MPI's messages are the way. The same on every rank.
-  SharedWindow* window_for(const at::Tensor& input, const WindowCall& call);
+  SharedWindow* window_for(const at::Tensor& input, const CollectiveCall& call);
   std::string where() const;
-  std::chrono::milliseconds deadline(std::chrono::milliseconds requested) const;
 
   MpiCommunicator communicator_;
+  std::unique_ptr<RollCall> roll_call_;
   std::string name_;
   MpiBackendOptions options_;
+  int64_t num_requests_ = 0;  ///< MPI's, so far: the same on every rank
   enum class WindowState { kNotTried, kBeingMade, kKnown };
   WindowState window_state_ = WindowState::kNotTried;
   std::unique_ptr<SharedWindow> window_;

@@ -17,6 +17,12 @@ MpiCommunicator MpiCommunicator::duplicate_world() {
   return MpiCommunicator(result);
 }
 
+MpiCommunicator MpiCommunicator::duplicate() const {
+  MPI_Comm result = MPI_COMM_NULL;
+  MCPP_MPI_CHECK(MPI_Comm_dup(communicator_, &result));
+  return MpiCommunicator(result);
+}
+
 MpiCommunicator MpiCommunicator::split(int color) const {
   MPI_Comm result = MPI_COMM_NULL;
   MCPP_MPI_CHECK(MPI_Comm_split(communicator_, color, rank(), &result));

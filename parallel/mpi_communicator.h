@@ -12,6 +12,9 @@ class MpiCommunicator {
   /// A duplicate of MPI_COMM_WORLD. Collective over all ranks.
   static MpiCommunicator duplicate_world();
 
+  /// Another communicator of the same ranks. Collective over them.
+  MpiCommunicator duplicate() const;
+
   /// The ranks of this communicator that pass the same `color`, ordered by their rank here. Collective over it.
   MpiCommunicator split(int color) const;
 

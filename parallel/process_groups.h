@@ -28,24 +28,13 @@ struct ProcessGroups {
   GroupPtr tp;     ///< tensor and sequence parallel
   GroupPtr dp;     ///< data parallel
   GroupPtr tp_dp;  ///< both together: where partial gradients of replicated parameters are summed
-
-  /// Of groups made elsewhere (tests); programs call make_process_groups.
-  ProcessGroups(RankGrid grid, GroupPtr world, GroupPtr tp, GroupPtr dp, GroupPtr tp_dp);
-  /// Copies share the groups.
-  ProcessGroups(const ProcessGroups&);
-  /// Moves leave null groups behind.
-  ProcessGroups(ProcessGroups&&) noexcept;
-  /// As the constructors do.
-  ProcessGroups& operator=(const ProcessGroups&);
-  /// As the constructors do.
-  ProcessGroups& operator=(ProcessGroups&&) noexcept;
-  ~ProcessGroups();
 };
 
 /// Makes the groups of this rank. Collective over all ranks of the MPI world. The runtime shuts them down before
 /// MPI_Finalize.
-/// @throws c10::ValueError on every rank if the grid doesn't fit the world, or asks for a kind that isn't built yet
-///         (context, expert and pipeline parallelism).
+/// @throws AgreedError on every rank if ranks run different versions of this library or of LibTorch, or pass different
+///         grids; c10::ValueError on every rank if the grid doesn't fit the world, or asks for a kind that isn't built
+///         yet (context, expert and pipeline parallelism).
 ProcessGroups make_process_groups(Runtime& runtime, const RankGrid& grid, const ProcessGroupsOptions& options = {});
 
 }  // namespace parallel

@@ -12,8 +12,8 @@
 #include <atomic>
 #include <cerrno>
 #include <cstdio>
-#include <cstdlib>
 #include <functional>
+#include <limits>
 #include <new>
 #include <random>
 #include <string_view>
@@ -80,13 +80,6 @@ struct alignas(kCacheLine) SharedWindow::Counter {
   std::atomic<int64_t> value{0};
   static_assert(std::atomic<int64_t>::is_always_lock_free, "ranks share it: a lock would be each process's own");
 };
-
-void throw_timed_out(const char* operation, int64_t elements, std::chrono::milliseconds timeout,
-                     const std::string& where) {
-  TORCH_CHECK_WITH(DistBackendError, false, operation, " of ", elements, " elements timed out after ", timeout.count(),
-                   " ms (", where, "): a rank of the group has not arrived");
-  std::abort();  // never reached
-}
 
 void SharedWindow::Unmap::operator()(std::byte* memory) const noexcept { munmap(memory, static_cast<size_t>(bytes)); }
 
@@ -174,7 +167,7 @@ std::byte* SharedWindow::part(int from, int to, int64_t step) const {
   return memory_.get() + header_bytes(size_) + ((from * kDepth + step % kDepth) * size_ + to) * part_bytes_;
 }
 
-int64_t SharedWindow::begin_steps(int64_t count, const WindowCall& call) {
+int64_t SharedWindow::begin_steps(int64_t count, const CollectiveCall& call) {
   TORCH_CHECK_WITH(DistBackendError, failures().value.load(std::memory_order_relaxed) == 0, call.operation, " of ",
                    call.elements, " elements cannot begin (", call.where, "): an earlier one of the group has failed");
   const int64_t first = next_step_;
@@ -186,7 +179,7 @@ void SharedWindow::announce(Stage stage, int64_t step) {
   counter(rank_, stage).value.store(step + 1, std::memory_order_release);
 }
 
-void SharedWindow::wait_for_all(Stage stage, int64_t step, const WindowCall& call) {
+void SharedWindow::wait_for_all(Stage stage, int64_t step, const CollectiveCall& call) {
   // Spinning keeps short waits short; after that a core is left to whoever has work.
   constexpr int kSpins = 1000;
   using Clock = std::chrono::steady_clock;
@@ -205,10 +198,26 @@ void SharedWindow::wait_for_all(Stage stage, int64_t step, const WindowCall& cal
                        call.elements, " elements failed (", call.where, "): another rank of the group has given up");
       if (!start) start = Clock::now();
       if (Clock::now() - *start > call.timeout) {
-        throw_timed_out(call.operation, call.elements, call.timeout, call.where);
+        throw_timed_out(call, silent_ranks(slowest(), call.communicator));
       }
     }
   }
+}
+
+std::vector<int> SharedWindow::slowest() const {
+  std::vector<int> ranks;
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (int rank = 0; rank < size_; ++rank) {
+    // Every rank announces the same in the same order.
+    int64_t announced = 0;
+    for (const auto stage : {Stage::kCopiedIn, Stage::kReduced, Stage::kDone}) {
+      announced += counter(rank, stage).value.load(std::memory_order_acquire);
+    }
+    if (announced < least) ranks.clear();
+    least = std::min(least, announced);
+    if (announced == least) ranks.push_back(rank);
+  }
+  return ranks;
 }
 
 void SharedWindow::give_up() noexcept { failures().value.store(1, std::memory_order_relaxed); }

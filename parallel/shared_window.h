@@ -2,26 +2,18 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <mpi.h>
 
-#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
+
+#include "parallel/collective_call.h"
 
 namespace parallel {
-
-/// One collective, as messages name it and as waiting needs it.
-struct WindowCall {
-  const char* operation;
-  int64_t elements;
-  std::chrono::milliseconds timeout;  ///< how long one wait for the peers may last
-  std::string where;                  ///< "group tp, rank 0 of 2"
-  MPI_Comm communicator;              ///< polled while waiting: a peer's MPI call may need this rank to go on
-};
 
 /// A window into which each of t ranks of a host writes one part for each rank. It is small, whatever the size of the
 /// tensors: they go through it in steps, all ranks the same ones. A step has three stages, each announced by a counter
@@ -58,7 +50,7 @@ class SharedWindow {
 
   /// Begins a collective of `count` steps and returns the number of its first.
   /// @throws c10::DistBackendError if an earlier collective failed: what the window holds then is anyone's guess.
-  int64_t begin_steps(int64_t count, const WindowCall& call);
+  int64_t begin_steps(int64_t count, const CollectiveCall& call);
 
   /// What `from` passes to rank `to` in `step`. from's part for itself is where it leaves what it has reduced.
   std::byte* part(int from, int to, int64_t step) const;
@@ -68,7 +60,7 @@ class SharedWindow {
 
   /// Returns when every rank is through `stage` of `step` (at once for steps before the first).
   /// @throws c10::DistBackendError when that takes longer than call.timeout, or another rank has given up.
-  void wait_for_all(Stage stage, int64_t step, const WindowCall& call);
+  void wait_for_all(Stage stage, int64_t step, const CollectiveCall& call);
 
   /// Makes the window unusable on every rank, for good: a rank left a collective half way.
   void give_up() noexcept;
@@ -85,6 +77,8 @@ class SharedWindow {
   static Memory map(const std::string& name, int64_t bytes, int64_t byte_limit, bool create);
   Counter& counter(int rank, Stage stage) const;
   Counter& failures() const;
+  /// The ranks that have announced the least: the others wait for them.
+  std::vector<int> slowest() const;
 
   Memory memory_;
   int rank_;
@@ -92,9 +86,5 @@ class SharedWindow {
   int64_t part_bytes_;
   int64_t next_step_ = 0;
 };
-
-/// Throws the c10::DistBackendError of a collective that a rank hasn't come to.
-[[noreturn]] void throw_timed_out(const char* operation, int64_t elements, std::chrono::milliseconds timeout,
-                                  const std::string& where);
 
 }  // namespace parallel

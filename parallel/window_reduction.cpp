@@ -23,7 +23,7 @@ class WindowReduction {
  public:
   /// @param share  elements that a rank reduces, except the last ones, for which fewer or none may be left.
   WindowReduction(SharedWindow& window, const at::Tensor& input, int64_t share, c10d::ReduceOp::RedOpType reduction,
-                  const WindowCall& call)
+                  const CollectiveCall& call)
       : window_(window),
         call_(call),
         reduction_(reduction),
@@ -109,7 +109,7 @@ class WindowReduction {
   size_t bytes(const Chunk& chunk) const { return static_cast<size_t>(chunk.length * element_bytes_); }
 
   SharedWindow& window_;
-  const WindowCall& call_;
+  const CollectiveCall& call_;
   c10d::ReduceOp::RedOpType reduction_;
   at::TensorOptions options_;
   const std::byte* input_;
@@ -136,7 +136,7 @@ void give_up_on_exception(SharedWindow& window, const Action& action) {
 }  // namespace
 
 void reduce_scatter_in_window(SharedWindow& window, const at::Tensor& output, const at::Tensor& input,
-                              c10d::ReduceOp::RedOpType reduction, const WindowCall& call) {
+                              c10d::ReduceOp::RedOpType reduction, const CollectiveCall& call) {
   give_up_on_exception(window, [&] {
     WindowReduction(window, input, output.numel(), reduction, call)
         .reduce_scatter(static_cast<std::byte*>(output.mutable_data_ptr()));
@@ -144,7 +144,7 @@ void reduce_scatter_in_window(SharedWindow& window, const at::Tensor& output, co
 }
 
 void all_reduce_in_window(SharedWindow& window, const at::Tensor& output, const at::Tensor& input,
-                          c10d::ReduceOp::RedOpType reduction, const WindowCall& call) {
+                          c10d::ReduceOp::RedOpType reduction, const CollectiveCall& call) {
   // Shares begin on cache lines, as far as the tensor does: no line is written by two ranks.
   const int64_t line = 64 / input.element_size();
   const int64_t per_rank = (input.numel() + window.size() - 1) / window.size();

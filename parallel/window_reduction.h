@@ -16,12 +16,12 @@ namespace parallel {
 /// Collective over the window's ranks. Throws c10::DistBackendError when a rank doesn't come; the window is of no use
 /// after that, nor after any other exception.
 void reduce_scatter_in_window(SharedWindow& window, const at::Tensor& output, const at::Tensor& input,
-                              c10d::ReduceOp::RedOpType reduction, const WindowCall& call);
+                              c10d::ReduceOp::RedOpType reduction, const CollectiveCall& call);
 
 /// The same, and every rank gets all shares; n need not be divisible by t.
 /// @param output  [n], contiguous; may be `input` itself.
 /// @param input   [n], contiguous, of output's dtype.
 void all_reduce_in_window(SharedWindow& window, const at::Tensor& output, const at::Tensor& input,
-                          c10d::ReduceOp::RedOpType reduction, const WindowCall& call);
+                          c10d::ReduceOp::RedOpType reduction, const CollectiveCall& call);
 
 }  // namespace parallel

@@ -347,6 +347,10 @@ int pretrain(parallel::Runtime& runtime, const PretrainArguments& arguments) {
   parallel::ProcessGroupsOptions options;
   options.timeout = std::chrono::seconds(config.run.timeout_seconds);
   const auto groups = parallel::make_process_groups(runtime, rank_grid(config, runtime.size()), options);
+  // Every rank reads its host's copy of the configuration.
+  std::vector<parallel::NamedText> values;
+  for (const auto& [key, value] : settings(config)) values.push_back({key, value});
+  parallel::check_equal_texts(values, groups.world);
   return PretrainRun(runtime, groups, config, arguments.progress).run();
 }
 

@@ -122,3 +122,22 @@ TEST(CheckEqual, NamesTheValueAndTheRankThatDiffers) {
     }
   }
 }
+
+TEST(CheckEqualTexts, NamesTheFirstThatDiffersAndTheRank) {
+  for (const int t : test_support::divisors_of_world()) {
+    const auto& tp = groups(t).tp;
+    const int r = parallel::group_rank(tp);
+    const auto check = [&](const std::string& b, const std::string& c) {
+      return agreed_error([&] { parallel::check_equal_texts({{"a", "same"}, {"b", b}, {"c", c}}, tp); });
+    };
+    EXPECT_EQ(check("", "x y"), "");
+    EXPECT_EQ(agreed_error([&] { parallel::check_equal_texts({}, tp); }), "");
+    for (int other = 1; other < t; ++other) {
+      const auto of = " (rank " + std::to_string(other) + ", one of 1 of " + std::to_string(t) + ")";
+      const auto rank = std::to_string(other);
+      EXPECT_EQ(check(r == other ? "mine" : "", r == other ? "too" : "x"),
+                "ranks disagree: b is '' on rank 0 and 'mine' on rank " + rank + of);
+      EXPECT_EQ(check("long", r == other ? "" : "x"), "ranks disagree: c is 'x' on rank 0 and '' on rank " + rank + of);
+    }
+  }
+}

@@ -570,7 +570,7 @@ void expect_timed_out(const std::string& message, const std::string& operation) 
     EXPECT_EQ(message, "nothing thrown") << "the others had come";
   } else {
     EXPECT_EQ(message, operation + " timed out after 300 ms (group impatient, rank " + std::to_string(r) + " of " +
-                           std::to_string(t) + "): a rank of the group has not arrived");
+                           std::to_string(t) + "): rank " + std::to_string(t - 1) + " is silent");
   }
 }
 

@@ -5,15 +5,8 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <array>
-#include <cctype>
-#include <chrono>
-#include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <string>
-#include <thread>
 
 #include "tests/support/command.h"
 
@@ -32,31 +25,7 @@ std::string program(const std::string& mode) {
 }
 
 Outcome start(const std::string& mode) {
-  auto command = quoted(MCPP_MPIEXEC);
-  return test_support::run_command(command.append(" " MCPP_MPIEXEC_FLAGS " ").append(program(mode)));
-}
-
-/// Processes with `mark` among their arguments.
-int processes_with(const std::string& mark) {
-  int count = 0;
-  for (const auto& entry : std::filesystem::directory_iterator("/proc")) {
-    const auto name = entry.path().filename().string();
-    if (!std::all_of(name.begin(), name.end(), [](unsigned char letter) { return std::isdigit(letter) != 0; }))
-      continue;
-    std::ifstream file(entry.path() / "cmdline", std::ios::binary);
-    const std::string arguments(std::istreambuf_iterator<char>(file), {});
-    if (arguments.find(mark) != std::string::npos) ++count;
-  }
-  return count;
-}
-
-/// mpirun's daemons may take a moment to end what they started.
-void expect_no_process_left(const std::string& mode) {
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(5);
-  while (processes_with(mark_of(mode)) > 0 && std::chrono::steady_clock::now() < deadline) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(50));
-  }
-  EXPECT_EQ(processes_with(mark_of(mode)), 0);
+  return test_support::run_command(test_support::mpiexec(2) + " " + program(mode));
 }
 
 std::string host_name() {
@@ -72,7 +41,7 @@ TEST(Runtime, EndsWell) {
   EXPECT_EQ(outcome.status, 0) << outcome.output;
   EXPECT_EQ(occurrences(outcome.output, "rank 0: the sum is 6\n"), 1) << outcome.output;
   EXPECT_EQ(occurrences(outcome.output, "rank 1: the sum is 6\n"), 1) << outcome.output;
-  expect_no_process_left("fine");
+  test_support::expect_no_process_left(mark_of("fine"));
 }
 
 TEST(Runtime, IsOneRankWithoutMpirun) {
@@ -87,7 +56,7 @@ TEST(Runtime, IsOneRankWithoutMpirun) {
 TEST(Runtime, HandsTheStatusOn) {
   const auto outcome = start("status");
   EXPECT_EQ(outcome.status, 3) << outcome.output;
-  expect_no_process_left("status");
+  test_support::expect_no_process_left(mark_of("status"));
 }
 
 TEST(Runtime, SaysOnceWhatEveryRankThrows) {
@@ -96,7 +65,7 @@ TEST(Runtime, SaysOnceWhatEveryRankThrows) {
   EXPECT_EQ(occurrences(outcome.output, "the same on every rank"), 1) << outcome.output;
   EXPECT_EQ(occurrences(outcome.output, "error: the same on every rank\n"), 1) << outcome.output;
   EXPECT_EQ(occurrences(outcome.output, "MPI_ABORT"), 0) << outcome.output;
-  expect_no_process_left("all_throw");
+  test_support::expect_no_process_left(mark_of("all_throw"));
 }
 
 TEST(Runtime, NamesTheRankThatThrowsWhileOthersWait) {
@@ -105,19 +74,19 @@ TEST(Runtime, NamesTheRankThatThrowsWhileOthersWait) {
   EXPECT_EQ(occurrences(outcome.output, "error: rank 1 of 2 on " + host_name() + ": only here\n"), 1) << outcome.output;
   EXPECT_EQ(occurrences(outcome.output, "only here"), 1) << outcome.output;
   EXPECT_EQ(occurrences(outcome.output, "the sum is"), 0) << outcome.output;
-  expect_no_process_left("one_throws");
+  test_support::expect_no_process_left(mark_of("one_throws"));
 }
 
 TEST(Runtime, EndsWhenRanksThrowDifferently) {
   const auto outcome = start("each_throws_its_own");
   EXPECT_GT(outcome.status, 0) << outcome.output;
   EXPECT_GE(occurrences(outcome.output, "this is number "), 1) << outcome.output;
-  expect_no_process_left("each_throws_its_own");
+  test_support::expect_no_process_left(mark_of("each_throws_its_own"));
 }
 
 TEST(Runtime, EndsWhenARankIsKilledWhileOthersWait) {
   const auto outcome = start("one_is_killed");
   EXPECT_NE(outcome.status, 0) << outcome.output;
   EXPECT_EQ(occurrences(outcome.output, "the sum is"), 0) << outcome.output;
-  expect_no_process_left("one_is_killed");
+  test_support::expect_no_process_left(mark_of("one_is_killed"));
 }

@@ -368,8 +368,8 @@ TEST(SharedWindow, ARankThatDoesNotComeBecomesAnErrorForGood) {
   if (!late) message = backend_error(reduce);
   parallel::barrier(test_support::world_tp());
   if (backend->getRank() == 0) {
-    EXPECT_EQ(message, "all_reduce of 50001 elements timed out after 300 ms " + where(*backend) +
-                           ": a rank of the group has not arrived");
+    EXPECT_EQ(message, "all_reduce of 50001 elements timed out after 300 ms " + where(*backend) + ": rank " +
+                           std::to_string(t - 1) + " is silent");
   } else if (!late) {
     EXPECT_EQ(message,
               "all_reduce of 50001 elements failed " + where(*backend) + ": another rank of the group has given up");
@@ -390,7 +390,7 @@ TEST(SharedWindow, ARankThatDoesNotComeToMakeIt) {
   const auto reduce = [&] { all_reduce(*backend, tensor, ReduceOp::SUM); };
   if (!late) {
     EXPECT_EQ(backend_error(reduce), "all_reduce of 50001 elements timed out after 300 ms " + where(*backend) +
-                                         ": a rank of the group has not arrived");
+                                         ": rank " + std::to_string(t - 1) + " is silent");
     EXPECT_EQ(backend_error(reduce), "all_reduce of 50001 elements cannot begin " + where(*backend) +
                                          ": an earlier one of the group has failed");
   }

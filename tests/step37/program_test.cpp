@@ -16,9 +16,7 @@ using test_support::Outcome;
 using test_support::quoted;
 
 Outcome start(const std::string& arguments) {
-  auto command = quoted(MCPP_MPIEXEC);
-  command.append(" " MCPP_MPIEXEC_FLAGS " ").append(quoted(MCPP_PROGRAM)).append(" ").append(arguments);
-  return test_support::run_command(command);
+  return test_support::run_command(test_support::mpiexec(2) + " " + quoted(MCPP_PROGRAM) + " " + arguments);
 }
 
 const std::filesystem::path kCase = MCPP_TEST_CASES "/embed/28_crosses_shards.safetensors";
@@ -37,6 +35,16 @@ class Program : public testing::Test {
   std::string embed(const std::filesystem::path& input) const {
     std::string command = "embed --input ";
     return command.append(quoted(input)).append(" --output ").append(quoted(folder_ / "out.safetensors"));
+  }
+  /// Training in `folder_`, with a configuration of the project and one more setting.
+  std::string pretrain(const std::string& setting) const {
+    return quoted(MCPP_PROGRAM)
+        .append(" pretrain --config ")
+        .append(quoted(MCPP_CONFIGS "/tuxpaint.yaml"))
+        .append(" run.directory=")
+        .append(quoted(folder_ / "run"))
+        .append(" ")
+        .append(setting);
   }
   std::filesystem::path folder_;
 };
@@ -75,4 +83,20 @@ TEST_F(Program, RefusesAMissingInputOnce) {
   EXPECT_EQ(occurrences(outcome.output, "none.safetensors"), 1) << outcome.output;
   EXPECT_EQ(occurrences(outcome.output, "error: "), 1) << outcome.output;
   EXPECT_FALSE(std::filesystem::exists(folder_ / "out.safetensors"));
+}
+
+TEST_F(Program, TellsWhichSettingDiffersBetweenRanks) {
+  const auto outcome = test_support::run_command(test_support::mpiexec(1) + " " + pretrain("training.seed=1") +
+                                                 " : -np 1 " + pretrain("training.seed=2"));
+  EXPECT_GT(outcome.status, 0);
+  EXPECT_EQ(occurrences(outcome.output, "error: ranks disagree: training.seed is '1' on rank 0 and '2' on rank 1 "), 1)
+      << outcome.output;
+}
+
+TEST_F(Program, TellsWhenRanksAreLaidOutDifferently) {
+  const auto outcome = test_support::run_command(test_support::mpiexec(1) + " " + pretrain("parallel.tensor=1") +
+                                                 " : -np 1 " + pretrain("parallel.tensor=2"));
+  EXPECT_GT(outcome.status, 0);
+  EXPECT_EQ(occurrences(outcome.output, "error: ranks disagree: the layout of the ranks is 'tp 1, "), 1)
+      << outcome.output;
 }

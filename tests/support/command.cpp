@@ -1,11 +1,36 @@
 #include "tests/support/command.h"
 
+#include <gtest/gtest.h>
 #include <stdio.h>  // popen
 #include <sys/wait.h>
 
+#include <algorithm>
 #include <array>
+#include <cctype>
+#include <chrono>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <thread>
 
 namespace test_support {
+namespace {
+
+/// Processes with `mark` among their arguments.
+int processes_with(const std::string& mark) {
+  int count = 0;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc")) {
+    const auto name = entry.path().filename().string();
+    if (!std::all_of(name.begin(), name.end(), [](unsigned char letter) { return std::isdigit(letter) != 0; }))
+      continue;
+    std::ifstream file(entry.path() / "cmdline", std::ios::binary);
+    const std::string arguments(std::istreambuf_iterator<char>(file), {});
+    if (arguments.find(mark) != std::string::npos) ++count;
+  }
+  return count;
+}
+
+}  // namespace
 
 // (Appended piece by piece: g++ 12 warns of `"'" + string` without cause.)
 std::string quoted(const std::string& path) {
@@ -24,6 +49,19 @@ Outcome run_command(const std::string& command) {
   const int status = pclose(pipe);
   if (WIFEXITED(status)) outcome.status = WEXITSTATUS(status);
   return outcome;
+}
+
+std::string mpiexec(int ranks) {
+  auto command = quoted(MCPP_MPIEXEC);
+  return command.append(" " MCPP_MPIEXEC_NUMPROC_FLAG " ").append(std::to_string(ranks)).append(" " MCPP_MPIEXEC_FLAGS);
+}
+
+void expect_no_process_left(const std::string& mark) {
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(5);
+  while (processes_with(mark) > 0 && std::chrono::steady_clock::now() < deadline) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  }
+  EXPECT_EQ(processes_with(mark), 0);
 }
 
 int occurrences(const std::string& text, const std::string& part) {

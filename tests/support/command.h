@@ -16,6 +16,13 @@ struct Outcome {
 /// Runs a command of the shell and waits for its end.
 Outcome run_command(const std::string& command);
 
+/// How a program is started on `ranks` ranks: put this in front of it.
+std::string mpiexec(int ranks);
+
+/// Fails the running test if a process with `mark` among its arguments is still there in 5 seconds: mpirun's daemons
+/// may take a moment to end what they started.
+void expect_no_process_left(const std::string& mark);
+
 /// How often `part` is in `text`, without overlaps.
 int occurrences(const std::string& text, const std::string& part);
 

@@ -1,0 +1,101 @@
+#include "parallel/roll_call.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <string_view>
+
+#include "parallel/mpi_check.h"
+
+namespace parallel {
+namespace {
+
+constexpr int kAsk = 1;
+constexpr int kAnswer = 2;
+using Clock = std::chrono::steady_clock;
+
+}  // namespace
+
+struct RollCall::Message {
+  int64_t number = -1;               ///< of the collective that the sender waits in
+  int64_t about = -1;                ///< of an answer: the number that was asked about
+  int64_t elements = 0;              ///< what the sender's collective is about
+  std::array<char, 32> operation{};  ///< its name, ending in 0
+};
+
+RollCall::RollCall(const MpiCommunicator& communicator)
+    : communicator_(communicator.duplicate()), heard_(static_cast<size_t>(communicator.size())) {}
+
+RollCall::Message RollCall::message(const CollectiveCall& call, int64_t number, int64_t about) const {
+  Message result{.number = number, .about = about, .elements = call.elements};
+  const std::string_view name(call.operation);
+  name.copy(result.operation.data(), result.operation.size() - 1);
+  return result;
+}
+
+void RollCall::send(const Message& message, int rank, int tag) {
+  // MPI reads it until the receiver, who may be stopped, takes it: kept for good, and findable for leak checkers.
+  static auto& kept = *new std::vector<std::unique_ptr<Message>>;
+  kept.push_back(std::make_unique<Message>(message));
+  MPI_Request request = MPI_REQUEST_NULL;
+  MCPP_MPI_CHECK(MPI_Isend(kept.back().get(), sizeof(Message), MPI_BYTE, rank, tag, communicator_.get(), &request));
+  MCPP_MPI_CHECK(MPI_Request_free(&request));
+}
+
+int RollCall::receive(Message& message, int tag) {
+  int arrived = 0;
+  MPI_Status status;
+  MCPP_MPI_CHECK(MPI_Iprobe(MPI_ANY_SOURCE, tag, communicator_.get(), &arrived, &status));
+  if (arrived == 0) return -1;
+  MCPP_MPI_CHECK(MPI_Recv(&message, sizeof(Message), MPI_BYTE, status.MPI_SOURCE, tag, communicator_.get(), &status));
+  return status.MPI_SOURCE;
+}
+
+void RollCall::answer(const CollectiveCall& call, int64_t number) {
+  Message question;
+  for (int rank = receive(question, kAsk); rank >= 0; rank = receive(question, kAsk)) {
+    send(message(call, number, question.number), rank, kAnswer);
+    // Who asks waits, too; unless the question is of a collective that was given up long ago.
+    if (question.number >= number) heard_[static_cast<size_t>(rank)] = std::make_unique<Message>(question);
+  }
+}
+
+std::string RollCall::reason(const CollectiveCall& call, int64_t number) {
+  const int own_rank = communicator_.rank();
+  const auto size = static_cast<int>(heard_.size());
+  for (int rank = 0; rank < size; ++rank) {
+    auto& heard = heard_[static_cast<size_t>(rank)];
+    if (heard && heard->number < number) heard.reset();
+    if (rank != own_rank) send(message(call, number, number), rank, kAsk);
+  }
+  const auto missing = [&] {
+    std::vector<int> ranks;
+    for (int rank = 0; rank < size; ++rank) {
+      if (rank != own_rank && !heard_[static_cast<size_t>(rank)]) ranks.push_back(rank);
+    }
+    return ranks;
+  };
+  const auto end = Clock::now() + std::min<std::chrono::milliseconds>(call.timeout, std::chrono::seconds(1));
+  while (!missing().empty() && Clock::now() < end) {
+    answer(call, number);
+    Message reply;
+    for (int rank = receive(reply, kAnswer); rank >= 0; rank = receive(reply, kAnswer)) {
+      if (reply.about == number) heard_[static_cast<size_t>(rank)] = std::make_unique<Message>(reply);
+    }
+    sched_yield();
+  }
+  if (const auto silent = missing(); !silent.empty()) return silent_ranks(silent, call.communicator);
+  for (int rank = 0; rank < size; ++rank) {
+    const auto& heard = heard_[static_cast<size_t>(rank)];
+    if (rank == own_rank) continue;
+    const bool is_here = heard->number == number && std::string_view(heard->operation.data()) == call.operation;
+    if (is_here && heard->elements == call.elements) continue;
+    return "rank " + std::to_string(rank) + " waits in " + heard->operation.data() + " of " +
+           std::to_string(heard->elements) + " elements";
+  }
+  return "every rank waits in it, so the messages between them are lost or too slow";
+}
+
+}  // namespace parallel

@@ -1,0 +1,43 @@
+// Who isn't there, asked once a collective has waited too long.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "parallel/collective_call.h"
+#include "parallel/mpi_communicator.h"
+
+namespace parallel {
+
+/// MPI doesn't tell a waiting rank whom it waits for. A rank whose collective has timed out therefore asks all others,
+/// over a communicator of its own; ranks that wait themselves answer with what they wait in, and who doesn't answer
+/// isn't waiting: stopped, hung, or busy with something else. Nothing is sent as long as no collective times out.
+class RollCall {
+ public:
+  /// Collective over the communicator's ranks.
+  explicit RollCall(const MpiCommunicator& communicator);
+
+  /// Answers ranks that have asked. A rank that waits calls this now and then.
+  /// @param number  counts the group's collectives: the same on every rank that waits in the same one.
+  void answer(const CollectiveCall& call, int64_t number);
+
+  /// Asks, and waits for a second at most (call.timeout, if that is less).
+  /// @return  "rank 1 is silent", or what ranks are in that are in another collective than this one, or that all wait.
+  std::string reason(const CollectiveCall& call, int64_t number);
+
+ private:
+  struct Message;
+
+  Message message(const CollectiveCall& call, int64_t number, int64_t about) const;
+  void send(const Message& message, int rank, int tag);
+  /// Takes what has arrived with `tag`, if anything has; the sender, or -1.
+  int receive(Message& message, int tag);
+
+  MpiCommunicator communicator_;
+  std::vector<std::unique_ptr<Message>> heard_;  ///< of each rank: what it waits in
+};
+
+}  // namespace parallel

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Kills, stops and makes throw random ranks in random collectives of a training step, and checks that the job ends, names
+# the rank, and leaves no process behind.
+#
+#   scripts/faults.sh [COUNT]   200 faults unless told otherwise; FAULTS_SEED=N repeats a run
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+count=${1:-200}
+if [[ $count == --help ]]; then
+  sed -n '2,5s/^# \{0,1\}//p' "$0"
+  exit 0
+fi
+[[ $count =~ ^[1-9][0-9]*$ ]] || fail "$count: expected a number of faults"
+
+"$root/scripts/build.sh" --target faults_test
+export FAULTS=$count OMP_NUM_THREADS=1
+run "$root/build/bin/faults_test"
