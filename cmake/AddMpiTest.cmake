@@ -8,6 +8,10 @@ if(MPI_CXX_LIBRARY_VERSION_STRING MATCHES "Open MPI")
 endif()
 set(MCPP_TEST_ENVIRONMENT
   "OMP_NUM_THREADS=1;OMPI_MCA_mpi_yield_when_idle=1;OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1")
+if(MCPP_SANITIZE)
+  list(APPEND MCPP_TEST_ENVIRONMENT
+    "LSAN_OPTIONS=suppressions=${PROJECT_SOURCE_DIR}/tests/support/leaks.supp:print_suppressions=0")
+endif()
 set(MCPP_TEST_DEVICE "cpu" CACHE STRING "Device the multi-rank tests run on: cpu or cuda")
 
 function(add_mpi_test)

@@ -27,29 +27,6 @@ while [[ $# -gt 0 ]]; do
   esac
 done
 
-missing_packages() {
-  local package
-  for package in "${packages[@]}"; do
-    [[ $(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null) == installed ]] || printf '%s\n' "$package"
-  done
-}
-
-install_packages() {
-  command -v dpkg-query >/dev/null || fail "this is no Debian system; install the equivalents of: ${packages[*]}"
-  local missing
-  mapfile -t missing < <(missing_packages)
-  [[ ${#missing[@]} -gt 0 ]] || return 0
-  local as_root=()
-  if [[ $(id -u) -ne 0 ]]; then
-    command -v sudo >/dev/null || fail "these Debian packages are missing, and there is neither root nor sudo: ${missing[*]}"
-    as_root=(sudo)
-  fi
-  # A set-up that was killed may have left dpkg half way.
-  run "${as_root[@]}" dpkg --configure -a
-  run "${as_root[@]}" apt-get update -qq
-  run "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
-}
-
 install_libtorch() {
   local environment=$cache/torch-$torch_version-1  # the last number changes when the packages in it do
   mkdir -p "$cache"
@@ -68,7 +45,7 @@ install_libtorch() {
   Torch_ROOT=$(echo "$environment"/lib/python3*/site-packages/torch)
 }
 
-install_packages
+install_packages "${packages[@]}"
 [[ -n ${Torch_ROOT:-} ]] || install_libtorch
 
 cd "$root"

@@ -15,6 +15,24 @@ fail() {
   exit 1
 }
 
+# install_packages NAME...: those of Debian's packages that aren't there yet.
+install_packages() {
+  command -v dpkg-query >/dev/null || fail "this is no Debian system; install the equivalents of: $*"
+  local package missing=() as_root=()
+  for package in "$@"; do
+    [[ $(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null) == installed ]] || missing+=("$package")
+  done
+  [[ ${#missing[@]} -gt 0 ]] || return 0
+  if [[ $(id -u) -ne 0 ]]; then
+    command -v sudo >/dev/null || fail "these Debian packages are missing, and there is neither root nor sudo: ${missing[*]}"
+    as_root=(sudo)
+  fi
+  # A set-up that was killed may have left dpkg half way.
+  run "${as_root[@]}" dpkg --configure -a
+  run "${as_root[@]}" apt-get update -qq
+  run "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+}
+
 # mpirun and the programs under it: root is fine in a container, ranks are bound to no core (mpirun -np 2 alone would
 # pin each to one), and waiting ranks leave their core to those that work.
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_mpi_yield_when_idle=1

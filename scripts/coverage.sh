@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Prints which share of the lines the tests ran, file by file and in all: after scripts/test.sh --preset instrumented.
+#
+#   scripts/coverage.sh [--html FILE]   FILE: a page that shows each line
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+options=()
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --html) [[ $# -ge 2 ]] || fail "--html needs a file"; options+=(--html-details "$(realpath "$2")"); shift 2 ;;
+    --help) sed -n '2,4s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) fail "unknown option $1 (see --help)" ;;
+  esac
+done
+[[ -d $root/build-instrumented ]] || fail "there is no build-instrumented/: run scripts/test.sh --preset instrumented first"
+install_packages gcovr
+
+cd "$root"
+run gcovr -j "$(nproc)" --root . --filter parallel/ --filter megatron_cpp/ --filter step37/ \
+  --exclude-throw-branches build-instrumented "${options[@]}"

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Runs clang-tidy 14 (.clang-tidy) and fails if it has something to say.
+#
+#   scripts/tidy.sh                  every source file
+#   scripts/tidy.sh --last-commit    those that the last commit changed
+#   scripts/tidy.sh FILE.cpp ...
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+cd "$root"
+case ${1:-} in
+  --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
+  --last-commit) mapfile -t files < <(git diff --name-only --diff-filter=d HEAD~1 -- '*.cpp') ;;
+  "") mapfile -t files < <(git ls-files '*.cpp') ;;
+  *) files=("$@") ;;
+esac
+install_packages clang-tidy-14
+
+# A build folder of its own, never built: clang can't read g++'s precompiled headers.
+scripts/build.sh --preset tidy --target help >/dev/null
+# Examples are projects of their own; nccl_groups.cpp is listed only where LibTorch has CUDA.
+listed=()
+for file in "${files[@]}"; do
+  grep -q "\"file\": \"$root/$file\"" build-tidy/compile_commands.json && listed+=("$file")
+done
+printf '+ clang-tidy-14 on %d files\n' "${#listed[@]}" >&2
+[[ ${#listed[@]} -gt 0 ]] || exit 0
+printf '%s\0' "${listed[@]}" | xargs -0 -n 1 -P "$(nproc)" clang-tidy-14 -p build-tidy --quiet --warnings-as-errors='*'
