@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The long checks, which take hours on two cores; .ci/run does the short form of most.
+#
+#   scripts/gates.sh [NAME...]   all, in this order, or those that are named:
+#
+#   tidy      clang-tidy on every file
+#   sanitize  every check of the address and undefined-behaviour sanitizers, one- and two-rank tests
+#   mpich     a build with MPICH and the two-rank tests under it
+#   faults    200 ranks killed, stopped or throwing in the middle of a training step
+#   fuzz      a million inputs for every reader of outside data
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+if [[ ${1:-} == --help ]]; then
+  sed -n '2,10s/^# \{0,1\}//p' "$0"
+  exit 0
+fi
+gates=("$@")
+[[ $# -gt 0 ]] || gates=(tidy sanitize mpich faults fuzz)
+
+cd "$root"
+for gate in "${gates[@]}"; do
+  printf '\n== %s\n' "$gate" >&2
+  case $gate in
+    tidy) scripts/tidy.sh ;;
+    sanitize) scripts/test.sh --preset sanitize -L '^(unit|np1|np2)$' ;;
+    mpich)
+      install_packages libmpich-dev mpich
+      scripts/test.sh --preset mpich -L '^np2$'
+      ;;
+    faults) scripts/faults.sh 200 ;;
+    fuzz) scripts/fuzz.sh --runs 1000000 ;;
+    *) fail "unknown gate $gate (see --help)" ;;
+  esac
+done
