@@ -3,8 +3,8 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <array>
-#include <cstring>
+#include <chrono>
+#include <memory>
 #include <string_view>
 
 #include "parallel/mpi_check.h"
@@ -17,13 +17,6 @@ constexpr int kAnswer = 2;
 using Clock = std::chrono::steady_clock;
 
 }  // namespace
-
-struct RollCall::Message {
-  int64_t number = -1;               ///< of the collective that the sender waits in
-  int64_t about = -1;                ///< of an answer: the number that was asked about
-  int64_t elements = 0;              ///< what the sender's collective is about
-  std::array<char, 32> operation{};  ///< its name, ending in 0
-};
 
 RollCall::RollCall(const MpiCommunicator& communicator)
     : communicator_(communicator.duplicate()), heard_(static_cast<size_t>(communicator.size())) {}
@@ -58,7 +51,7 @@ void RollCall::answer(const CollectiveCall& call, int64_t number) {
   for (int rank = receive(question, kAsk); rank >= 0; rank = receive(question, kAsk)) {
     send(message(call, number, question.number), rank, kAnswer);
     // Who asks waits, too; unless the question is of a collective that was given up long ago.
-    if (question.number >= number) heard_[static_cast<size_t>(rank)] = std::make_unique<Message>(question);
+    if (question.number >= number) heard_[static_cast<size_t>(rank)] = question;
   }
 }
 
@@ -82,7 +75,7 @@ std::string RollCall::reason(const CollectiveCall& call, int64_t number) {
     answer(call, number);
     Message reply;
     for (int rank = receive(reply, kAnswer); rank >= 0; rank = receive(reply, kAnswer)) {
-      if (reply.about == number) heard_[static_cast<size_t>(rank)] = std::make_unique<Message>(reply);
+      if (reply.about == number) heard_[static_cast<size_t>(rank)] = reply;
     }
     sched_yield();
   }

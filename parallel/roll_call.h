@@ -1,9 +1,9 @@
 // Who isn't there, asked once a collective has waited too long.
 #pragma once
 
-#include <chrono>
+#include <array>
 #include <cstdint>
-#include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -29,7 +29,12 @@ class RollCall {
   std::string reason(const CollectiveCall& call, int64_t number);
 
  private:
-  struct Message;
+  struct Message {
+    int64_t number = -1;               ///< of the collective that the sender waits in
+    int64_t about = -1;                ///< of an answer: the number that was asked about
+    int64_t elements = 0;              ///< what the sender's collective is about
+    std::array<char, 32> operation{};  ///< its name, ending in 0
+  };
 
   Message message(const CollectiveCall& call, int64_t number, int64_t about) const;
   void send(const Message& message, int rank, int tag);
@@ -37,7 +42,7 @@ class RollCall {
   int receive(Message& message, int tag);
 
   MpiCommunicator communicator_;
-  std::vector<std::unique_ptr<Message>> heard_;  ///< of each rank: what it waits in
+  std::vector<std::optional<Message>> heard_;  ///< of each rank: what it waits in
 };
 
 }  // namespace parallel
