@@ -33,19 +33,6 @@ std::string sizes(const RankGrid& grid) {
 
 }  // namespace
 
-ProcessGroups::ProcessGroups(RankGrid rank_grid, GroupPtr world_group, GroupPtr tp_group, GroupPtr dp_group,
-                             GroupPtr tp_dp_group)
-    : grid(rank_grid),
-      world(std::move(world_group)),
-      tp(std::move(tp_group)),
-      dp(std::move(dp_group)),
-      tp_dp(std::move(tp_dp_group)) {}
-ProcessGroups::ProcessGroups(const ProcessGroups&) = default;
-ProcessGroups::ProcessGroups(ProcessGroups&&) noexcept = default;
-ProcessGroups& ProcessGroups::operator=(const ProcessGroups&) = default;
-ProcessGroups& ProcessGroups::operator=(ProcessGroups&&) noexcept = default;
-ProcessGroups::~ProcessGroups() = default;
-
 ProcessGroups make_process_groups(Runtime& runtime, const RankGrid& grid, const ProcessGroupsOptions& options) {
   const auto world = make_group(runtime, 0, "world", options);
   // Before ranks part by them: where these differ, they would wait for each other until the timeout.
