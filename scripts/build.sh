@@ -11,8 +11,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 torch_version=2.15.0
 cuda_version=13.2.*
 packages=(g++ cmake ninja-build ccache libopenmpi-dev openmpi-bin libgtest-dev librapidcheck-dev nlohmann-json3-dev
-  libcli11-dev libyaml-cpp-dev libsentencepiece-dev libstb-dev)
-[[ -n ${Torch_ROOT:-} ]] || packages+=(python3 python3-venv)
+  libcli11-dev libyaml-cpp-dev libsentencepiece-dev libstb-dev python3)
+[[ -n ${Torch_ROOT:-} ]] || packages+=(python3-venv)
 
 preset=release
 target=all

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Trains Step3.7 as a Slurm job, from the root of a clone that scripts/build.sh has built:
+#
+#   sbatch [sbatch options] scripts/slurm_pretrain.sh [--config FILE] [section.key=value ...]
+#
+#   sbatch --nodes 2 --ntasks-per-node 4 --gpus-per-node 4 scripts/slurm_pretrain.sh parallel.tensor=4
+#   sbatch --ntasks 2 --time 02:00:00 scripts/slurm_pretrain.sh run.directory=runs/mine
+#
+# Near its time limit the job puts itself back into the queue, and after the failure of a node Slurm does; it then goes
+# on from the latest checkpoint. checkpoint.interval decides how many steps are lost: nothing is saved at the signal.
+#SBATCH --job-name=step37
+#SBATCH --output=step37-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@60
+
+[[ -n ${SLURM_JOB_ID:-} ]] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 1; }
+cd "$SLURM_SUBMIT_DIR"  # Slurm runs a copy of this script from elsewhere
+[[ -e scripts/common.sh ]] || { echo "submit from the root of the clone, not from $SLURM_SUBMIT_DIR" >&2; exit 1; }
+source scripts/common.sh
+[[ -x build/bin/step37 ]] || fail "there is no build/bin/step37: run scripts/build.sh before"
+
+config=configs/tuxpaint.yaml
+overrides=()
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --config) [[ $# -ge 2 ]] || fail "--config needs a file"; config=$2; shift 2 ;;
+    *=*) overrides+=("$1"); shift ;;
+    *) fail "unknown option $1: expected --config FILE or section.key=value" ;;
+  esac
+done
+
+# srun doesn't take --cpus-per-task over from sbatch.
+cores=${SLURM_CPUS_PER_TASK:-1}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cores}
+launch=(srun --mpi=pmix --cpu-bind=none --kill-on-bad-exit=1 --cpus-per-task="$cores")
+# A Slurm without PMIx: mpirun asks Slurm where to start its ranks.
+[[ $(srun --mpi=list 2>&1) == *pmix* ]] || launch=(mpirun --bind-to none)
+
+# bash handles a signal between commands, or in `wait`.
+trap 'run scontrol requeue "$SLURM_JOB_ID"' USR1
+run "${launch[@]}" build/bin/step37 pretrain --config "$config" --progress plain "${overrides[@]}" &
+step=$!
+until wait "$step"; do
+  status=$?
+  kill -0 "$step" 2>/dev/null || exit "$status"
+done
