@@ -29,8 +29,9 @@ void agree(bool ok, const std::string& message, const GroupPtr& group) {
   if (num_failed == 0) return;
   auto text = broadcast_text(message, first_failed, group);
   if (num_failed < t) {
-    text += " (rank " + std::to_string(first_failed) + ", one of " + std::to_string(num_failed) + " of " +
-            std::to_string(t) + ")";
+    text += " (rank " + std::to_string(first_failed) + " of " + std::to_string(t);
+    if (num_failed > 1) text += ", and " + std::to_string(num_failed - 1) + " more";
+    text += ")";
   }
   throw AgreedError(text);
 }
@@ -63,8 +64,7 @@ void check_equal_texts(const std::vector<NamedText>& texts, const GroupPtr& grou
   for (const auto& [name, text] : texts) {
     const std::string expected = begin < of_rank_0.size() ? of_rank_0.c_str() + begin : "";
     if (text != expected) {
-      message = "ranks disagree: " + name + " is '" + expected + "' on rank 0 and '" + text + "' on rank " +
-                std::to_string(group->getRank());
+      message = "ranks disagree: " + name + " is '" + expected + "' on rank 0 and '" + text + "' elsewhere";
       break;
     }
     begin += text.size() + 1;

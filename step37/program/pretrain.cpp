@@ -105,7 +105,9 @@ class PretrainRun {
               std::filesystem::remove_all(path);
             }
           }
-          std::filesystem::create_directories(files_.directory);
+          std::error_code error;
+          std::filesystem::create_directories(files_.directory, error);
+          TORCH_CHECK_VALUE(!error, "run.directory ", files_.directory.string(), " cannot be made: ", error.message());
         },
         groups_.world);
   }
@@ -145,8 +147,12 @@ class PretrainRun {
     parallel::agree_on(
         [&] {
           if (!is_main()) return;
-          // A run that goes on keeps its vocabulary, whatever became of the captions.
-          if (resume_from_ && std::filesystem::exists(files_.tokenizer())) return;
+          if (resume_from_) {
+            // One made of today's captions would give the pieces other numbers under the trained weights.
+            TORCH_CHECK_VALUE(std::filesystem::exists(files_.tokenizer()), files_.tokenizer().string(),
+                              " is missing: the run can't go on with another tokenizer; run.fresh=true starts over");
+            return;
+          }
           Tokenizer::train(pictures_.training_captions, config_.data.vocabulary_size).save(files_.tokenizer());
         },
         groups_.world);
@@ -346,6 +352,7 @@ int pretrain(parallel::Runtime& runtime, const PretrainArguments& arguments) {
   runtime.choose_device({.device = config.run.device});
   parallel::ProcessGroupsOptions options;
   options.timeout = std::chrono::seconds(config.run.timeout_seconds);
+  options.master_address = config.run.master_address;
   const auto groups = parallel::make_process_groups(runtime, rank_grid(config, runtime.size()), options);
   // Every rank reads its host's copy of the configuration.
   std::vector<parallel::NamedText> values;

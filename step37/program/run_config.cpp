@@ -31,6 +31,7 @@ void visit_keys(Config& config, const Visit& visit) {
   visit("run.fresh", config.run.fresh, kOptional);
   visit("run.device", config.run.device, kOptional);
   visit("run.timeout_seconds", config.run.timeout_seconds, kOptional);
+  visit("run.master_address", config.run.master_address, kOptional);
   visit("run.checked", config.run.checked, kOptional);
   visit("parallel.tensor", config.parallel.tensor, kOptional);
   visit("parallel.data", config.parallel.data, kOptional);

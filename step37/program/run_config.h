@@ -25,6 +25,7 @@ struct RunSection {
   bool fresh = false;                ///< start over instead of resuming from the latest checkpoint
   std::string device = "auto";       ///< auto, cpu or cuda
   int64_t timeout_seconds = 600;     ///< how long a collective may wait for its peers
+  std::string master_address;        ///< NCCL: an address of rank 0's host that all hosts reach; empty: its name
   bool checked = kCheckedByDefault;  ///< ranks compare what must be equal before they exchange embeddings
 };
 

@@ -557,7 +557,7 @@ TEST(ImageInsertChecked, NamesTheRankWhoseOwnFeaturesDoNotFit) {
     if (variant.t == 1) return;
     const auto layer = make_layer(variant, parameters, {.checked = true});
     const int64_t other = variant.t - 1;
-    const auto by_rank = "(rank " + std::to_string(other) + ", one of 1 of " + std::to_string(variant.t) + ")";
+    const auto by_rank = "(rank " + std::to_string(other) + " of " + std::to_string(variant.t) + ")";
     const Placed on_first{Placement::kOnHolders, std::vector<int64_t>(5, 0), true};
     auto refused = [&](const std::vector<ImageForInsert>& images, const std::string& part) {
       EXPECT_TRUE(insert_world::throws<parallel::AgreedError>([&] { layer.forward(scenario.ids, images); }, part));

@@ -442,6 +442,22 @@ TEST_F(Pretrain, RefusesACheckpointThatDoesNotFit) {
   expect_contains(pretrain_error("run", tp, {"training.steps=2"}), "of-000" + std::to_string(tp) + ".safetensors");
 }
 
+TEST_F(Pretrain, GoesOnWithItsOwnTokenizerOnly) {
+  const int tp = runtime().size();
+  pretrain("run", tp, {"training.steps=1"});
+  on_main([&] { fs::remove(files("run").tokenizer()); });
+  const auto text = pretrain_error("run", tp, {"training.steps=2"});
+  expect_contains(text, files("run").tokenizer().string() + " is missing");
+  expect_contains(text, "run.fresh=true");
+}
+
+TEST_F(Pretrain, NamesTheRunDirectoryThatCannotBeMade) {
+  on_main([&] { std::ofstream(files("run").directory) << "a file"; });
+  const auto directory = (files("run").directory / "below").string();
+  expect_contains(pretrain_error("run", runtime().size(), {"run.directory=" + directory}),
+                  "run.directory " + directory + " cannot be made: Not a directory");
+}
+
 TEST_F(Pretrain, CaptionsAlikeAtEveryTensorParallelSize) {
   pretrain("run", runtime().size());
   const auto checkpoint = files("run").checkpoints() / "latest";

@@ -89,7 +89,9 @@ TEST_F(Program, TellsWhichSettingDiffersBetweenRanks) {
   const auto outcome = test_support::run_command(test_support::mpiexec(1) + " " + pretrain("training.seed=1") +
                                                  " : -np 1 " + pretrain("training.seed=2"));
   EXPECT_GT(outcome.status, 0);
-  EXPECT_EQ(occurrences(outcome.output, "error: ranks disagree: training.seed is '1' on rank 0 and '2' on rank 1 "), 1)
+  EXPECT_EQ(occurrences(outcome.output,
+                        "error: ranks disagree: training.seed is '1' on rank 0 and '2' elsewhere (rank 1 of 2)"),
+            1)
       << outcome.output;
 }
 
