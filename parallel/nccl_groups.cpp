@@ -69,7 +69,8 @@ void add_nccl_backends(Runtime& runtime, ProcessGroups& groups, const ProcessGro
   for (const auto& [dims, group] : named) {
     auto nccl_options = c10d::ProcessGroupNCCL::Options::create();
     nccl_options->timeout = options.timeout;
-    nccl_options->group_name = group->getGroupName();
+    const std::string name = group->getGroupName();
+    nccl_options->group_name = name;
     const auto ranks = groups.grid.group_of(runtime.rank(), dims);
     nccl_options->global_ranks_in_group.assign(ranks.begin(), ranks.end());
     if (world_backend) {
@@ -84,6 +85,7 @@ void add_nccl_backends(Runtime& runtime, ProcessGroups& groups, const ProcessGro
     backend->setBoundDeviceId(device);
     backend->eagerConnectSingleDevice(device);
     group->setBackend(at::kCUDA, c10d::ProcessGroup::NCCL, backend);
+    group->setGroupName(name);  // the new backend keeps it, too
     group->setBoundDeviceId(device);
     if (!world_backend) world_backend = backend;
   }

@@ -18,10 +18,10 @@ namespace {
 GroupPtr make_group(Runtime& runtime, int color, const std::string& name, const ProcessGroupsOptions& options) {
   auto communicator = runtime.world().split(color);
   auto group = c10::make_intrusive<c10d::ProcessGroup>(communicator.rank(), communicator.size());
-  group->setGroupName(name);
   group->setBackend(
       at::kCPU, c10d::ProcessGroup::CUSTOM,
       c10::make_intrusive<MpiBackend>(std::move(communicator), name, MpiBackendOptions{.timeout = options.timeout}));
+  group->setGroupName(name);  // kept by the backends: not before there is one
   runtime.shut_down_at_exit(group);
   return group;
 }

@@ -100,13 +100,13 @@ CommunicationCount CommunicationCount::operator-(const CommunicationCount& earli
 RecordedGroup record(const GroupPtr& group) {
   auto count = std::make_shared<CommunicationCount>();
   auto recorded = c10::make_intrusive<c10d::ProcessGroup>(group->getRank(), group->getSize());
-  recorded->setGroupName(group->getGroupName());
   for (const auto& device : group->getDeviceTypes()) {
     // One backend type stands for one backend in a c10d group, whatever the device: the two need different ones.
     const auto type = device.is_cpu() ? c10d::ProcessGroup::CUSTOM : c10d::ProcessGroup::NCCL;
     recorded->setBackend(device.type(), type,
                          c10::make_intrusive<RecordingBackend>(group->getBackend(device.type()), count));
   }
+  recorded->setGroupName(group->getGroupName());
   return {recorded, count};
 }
 

@@ -89,9 +89,9 @@ class FaultyBackend final : public c10d::Backend {
 
 parallel::GroupPtr with_fault(const parallel::GroupPtr& group, Fault& fault) {
   auto faulty = c10::make_intrusive<c10d::ProcessGroup>(group->getRank(), group->getSize());
-  faulty->setGroupName(group->getGroupName());
   faulty->setBackend(at::kCPU, c10d::ProcessGroup::CUSTOM,
                      c10::make_intrusive<FaultyBackend>(group->getBackend(at::kCPU), fault));
+  faulty->setGroupName(group->getGroupName());
   return faulty;
 }
 
@@ -132,8 +132,9 @@ int body(parallel::Runtime& runtime, const std::vector<std::string>& arguments) 
   const int rank = std::stoi(arguments[2]);
   Fault fault{arguments[1], runtime.rank() == rank ? std::stoll(arguments[3]) : -1};
   const int tp = std::stoi(arguments[4]);
-  auto groups = parallel::make_process_groups(runtime, {.tp = tp, .dp = runtime.size() / tp},
-                                              {.timeout = std::chrono::milliseconds(std::stoll(arguments[5]))});
+  parallel::ProcessGroupsOptions options;
+  options.timeout = std::chrono::milliseconds(std::stoll(arguments[5]));
+  auto groups = parallel::make_process_groups(runtime, {.tp = tp, .dp = runtime.size() / tp}, options);
   for (auto* group : {&groups.world, &groups.tp, &groups.dp, &groups.tp_dp}) *group = with_fault(*group, fault);
 
   step37::Step37Model model(model_config(), groups.tp);
