@@ -71,7 +71,7 @@ RUNS_AS_IT_IS = [
     r"scripts/\w+\.sh --help$",
     r"mpirun .*build/bin/step37 (embed|generate|--)",
     r"build/bin/step37 (generate|embed|--|pretrain --help)",
-    r"mpirun .*build/bin/\w+_test ",
+    r"(OMP_NUM_THREADS=1 )?mpirun .*build/bin/\w+_test ",
     r"mpirun .*build_\w+/\w+$",
     r"cmake --install build --prefix \S+$",
     r"cmake -S examples/\w+ -B build_\w+ -DCMAKE_PREFIX_PATH=\S+ && cmake --build build_\w+$",
@@ -327,7 +327,8 @@ class CommandsTest:
 # ------------------------------------------------------------------------------------------- quoted error messages
 
 # Headings of the page quote messages; those of other programs are named as such there.
-MESSAGE = re.compile(r"^\*\*`(.+)`\*\*(?: \((.+)\))?$")
+HEADING = re.compile(r"^\*\*`.+`\*\*(?P<other_program> \(.+\))?$")
+MESSAGE = re.compile(r"\*\*`(.+?)`\*\*")
 
 
 def program_text(source):
@@ -346,14 +347,15 @@ def check_messages(test, page):
     """A quoted message is literal parts, with ... for what differs: they must stand in the sources."""
     text, number_checked = program_text(test.source), 0
     for number, line in enumerate(page.read_text().splitlines(), 1):
-        quoted = MESSAGE.match(line)
-        if not quoted or quoted[2]:
+        heading = HEADING.match(line)
+        if not heading or heading["other_program"]:
             continue
-        number_checked += 1
-        # The parts in their order, and near each other: they are of one message, not of any.
-        parts = [re.escape(part.strip()) for part in quoted[1].split("...") if part.strip()]
-        if not re.search(".{0,300}?".join(parts), text, re.S):
-            test.fail(page, number, f"no source has the message: {quoted[1]}")
+        for message in MESSAGE.findall(line):
+            number_checked += 1
+            # The parts in their order, and near each other: they are of one message, not of any.
+            parts = [re.escape(part.strip()) for part in message.split("...") if part.strip()]
+            if not re.search(".{0,300}?".join(parts), text, re.S):
+                test.fail(page, number, f"no source has the message: {message}")
     print(f"{page.relative_to(test.source)}: {number_checked} quoted messages looked for in the sources")
     if number_checked == 0:
         test.fail(page, 1, "no quoted message found")

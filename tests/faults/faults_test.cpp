@@ -15,7 +15,6 @@
 #include <random>
 #include <regex>
 #include <string>
-#include <utility>
 
 #include "tests/support/command.h"
 
@@ -55,8 +54,8 @@ std::string command(const Fault& fault) {
 
 /// The collectives that a rank comes to in the steps of the program, all groups together.
 int64_t num_collectives(const Layout& layout, int rank) {
-  static std::map<std::pair<int, int>, int64_t> known;
-  const auto [entry, is_new] = known.try_emplace({layout.ranks, rank}, 0);
+  static std::map<std::array<int, 3>, int64_t> known;
+  const auto [entry, is_new] = known.try_emplace({layout.ranks, layout.tp, rank}, 0);
   if (!is_new) return entry->second;
   const auto outcome = test_support::run_command(command({"none", layout, rank, -1}));
   EXPECT_EQ(outcome.status, 0) << outcome.output;
