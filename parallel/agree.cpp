@@ -75,6 +75,7 @@ void check_equal_texts(const std::vector<NamedText>& texts, const GroupPtr& grou
 std::string broadcast_text(const std::string& text, int root, const GroupPtr& group) {
   auto length = at::full({1}, static_cast<int64_t>(text.size()), at::kLong);
   length = broadcast(length, root, group);
+  if (length.item<int64_t>() == 0) return {};
   auto letters = at::empty({length.item<int64_t>()}, at::kByte);
   if (group->getRank() == root) std::memcpy(letters.mutable_data_ptr(), text.data(), text.size());
   letters = broadcast(letters, root, group);

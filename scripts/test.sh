@@ -22,4 +22,6 @@ done
 
 "$root/scripts/build.sh" --preset "$preset" -DMCPP_TEST_DEVICE="$device"
 cd "$root"
+# Lines are counted from here on, and not on top of those of another build.
+[[ $preset != instrumented ]] || find build-instrumented -name '*.gcda' -delete
 run ctest --preset "$preset" -j "$(nproc)" "${options[@]}"
