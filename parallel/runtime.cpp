@@ -20,8 +20,8 @@
 #include "parallel/nccl_groups.h"
 
 #if defined(__SANITIZE_ADDRESS__)
-// MPI unloads its modules when it ends, before leaks are looked for: what leaked in them would have no name, and couldn't
-// be told from leaks of ours (tests/support/leaks.supp).
+// MPI unloads its modules when it ends, before leaks are looked for: what leaked in them would have no name, and
+// couldn't be told from leaks of ours (tests/support/leaks.supp).
 extern "C" int dlclose(void* /*module*/) { return 0; }
 #endif
 

@@ -11,7 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 torch_version=2.15.0
 cuda_version=13.2.*
 packages=(g++ cmake ninja-build ccache libopenmpi-dev openmpi-bin libgtest-dev librapidcheck-dev nlohmann-json3-dev
-  libcli11-dev libyaml-cpp-dev libsentencepiece-dev libstb-dev python3)
+  libcli11-dev libyaml-cpp-dev libsentencepiece-dev libjpeg62-turbo-dev libpng-dev libstb-dev python3)
 [[ -n ${Torch_ROOT:-} ]] || packages+=(python3-venv)
 
 preset=release
@@ -44,6 +44,8 @@ install_libtorch() {
   flock -u 9
   Torch_ROOT=$(echo "$environment"/lib/python3*/site-packages/torch)
 }
+
+[[ $preset != fuzz ]] || packages+=(clang-14 libclang-rt-14-dev libfuzzer-14-dev)
 
 install_packages "${packages[@]}"
 [[ -n ${Torch_ROOT:-} ]] || install_libtorch

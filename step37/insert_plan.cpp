@@ -115,8 +115,10 @@ std::vector<InsertRun> what_remains(const std::vector<InsertRun>& writes, int64_
 
 InsertPlan InsertPlan::build(std::span<const int64_t> input_ids, int64_t B, int64_t S,
                              std::span<const InsertGroup> groups, MismatchPolicy policy) {
-  TORCH_CHECK_VALUE(B >= 0 && S >= 0 && static_cast<int64_t>(input_ids.size()) == B * S, input_ids.size(),
-                    " input ids are not [", B, ", ", S, "]");
+  int64_t num_ids = 0;
+  TORCH_CHECK_VALUE(
+      B >= 0 && S >= 0 && !__builtin_mul_overflow(B, S, &num_ids) && static_cast<int64_t>(input_ids.size()) == num_ids,
+      input_ids.size(), " input ids are not [", B, ", ", S, "]");
   InsertPlan plan;
   plan.B_ = B;
   plan.S_ = S;
@@ -140,10 +142,16 @@ InsertPlan InsertPlan::build(std::span<const int64_t> input_ids, int64_t B, int6
         if (length > 0) writes.push_back({plan.num_images(), plan.num_feature_rows(), batch, position + 1, length});
       }
       plan.image_rows_.push_back(group.rows[k]);
-      plan.image_begins_.push_back(plan.image_begins_.back() + group.rows[k]);
+      int64_t end = 0;
+      TORCH_CHECK_VALUE(!__builtin_add_overflow(plan.num_feature_rows(), group.rows[k], &end), "image ", k,
+                        " of start token ", group.start_token, " has ", group.rows[k], " feature rows behind ",
+                        plan.num_feature_rows(), ": their number doesn't fit in 64 bits");
+      plan.image_begins_.push_back(end);
     }
   }
   plan.runs_ = what_remains(writes, B);
+  // Without ids B may be any number, and batch rows that nothing is inserted in needn't be told apart.
+  if (plan.runs_.empty()) return plan;
   for (int64_t batch = 0; batch <= B; ++batch) {
     const auto first = std::lower_bound(plan.runs_.begin(), plan.runs_.end(), batch,
                                         [](const InsertRun& run, int64_t row) { return run.batch < row; });

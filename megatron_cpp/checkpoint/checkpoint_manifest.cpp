@@ -8,7 +8,11 @@
 #include <cstring>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <string_view>
+#include <system_error>
 #include <utility>
+
+#include "megatron_cpp/checkpoint/json_integer.h"
 
 namespace megatron::internal {
 namespace {
@@ -25,6 +29,8 @@ void check_pieces(const std::string& name, const CheckpointTensor& tensor) {
   std::stable_sort(pieces.begin(), pieces.end(),
                    [](const auto& a, const auto& b) { return a.rows.begin < b.rows.begin; });
   const int64_t dim = pieces.empty() ? 0 : pieces.front().dim;
+  TORCH_CHECK_VALUE(std::all_of(tensor.shape.begin(), tensor.shape.end(), [](int64_t size) { return size >= 0; }),
+                    tensor_text, " has a negative size");
   TORCH_CHECK_VALUE(is_dim_of(dim, tensor.shape), tensor_text, " has no dimension ", dim, " to be split in");
   const int64_t num_rows = tensor.shape[static_cast<size_t>(dim)];
   const auto check_gap = [&](int64_t begin, int64_t end) {
@@ -55,14 +61,20 @@ class ManifestObject {
     TORCH_CHECK_VALUE(json_.is_object(), file_.string(), ": ", key_.empty() ? "the whole" : "key " + key_,
                       " is not a JSON object");
   }
-  template <class T>
-  T get(const std::string& name) const {
+  std::string text(const std::string& name) const {
     const auto& value = at(name);
-    try {
-      return value.template get<T>();
-    } catch (const nlohmann::json::exception& error) {
-      TORCH_CHECK_VALUE(false, file_.string(), ": key ", path_to(name), ": ", error.what());
-    }
+    TORCH_CHECK_VALUE(value.is_string(), file_.string(), ": key ", path_to(name), " is not a string");
+    return value.get<std::string>();
+  }
+  int64_t integer(const std::string& name) const {
+    const auto value = integer_of(at(name));
+    TORCH_CHECK_VALUE(value.has_value(), file_.string(), ": key ", path_to(name), " is not a 64-bit integer");
+    return *value;
+  }
+  std::vector<int64_t> integers(const std::string& name) const {
+    const auto values = integers_of(at(name));
+    TORCH_CHECK_VALUE(values.has_value(), file_.string(), ": key ", path_to(name), " is not a list of 64-bit integers");
+    return *values;
   }
   ManifestObject object(const std::string& name) const { return {at(name), file_, path_to(name)}; }
   std::vector<ManifestObject> objects(const std::string& name) const {
@@ -110,13 +122,19 @@ Json manifest_json(const CheckpointManifest& manifest) {
           {"tensors", std::move(tensors)}};
 }
 
+/// Whether a file of this name can only be in the folder itself.
+bool is_file_name(std::string_view name) {
+  constexpr std::string_view kSeparators("/\0", 2);
+  return !name.empty() && name != "." && name != ".." && name.find_first_of(kSeparators) == std::string_view::npos;
+}
+
 CheckpointTensor parse_tensor(const ManifestObject& object) {
-  CheckpointTensor tensor{object.get<std::string>("dtype"), object.get<std::vector<int64_t>>("shape"), {}};
+  CheckpointTensor tensor{object.text("dtype"), object.integers("shape"), {}};
   for (const auto& piece : object.objects("pieces")) {
-    const auto begin = piece.get<int64_t>("begin");
+    const auto begin = piece.integer("begin");
     int64_t end = 0;
-    if (__builtin_add_overflow(begin, piece.get<int64_t>("length"), &end)) end = -1;  // check_pieces refuses it
-    tensor.pieces.push_back({piece.get<std::string>("file"), piece.get<int64_t>("dim"), {begin, end}});
+    if (__builtin_add_overflow(begin, piece.integer("length"), &end)) end = -1;  // check_pieces refuses it
+    tensor.pieces.push_back({piece.text("file"), piece.integer("dim"), {begin, end}});
   }
   return tensor;
 }
@@ -135,7 +153,7 @@ CheckpointManifest merge_manifests(const std::vector<std::string>& parts, int64_
     const auto json = Json::parse(parts[rank]);
     const fs::path origin = "the list of rank " + std::to_string(rank);
     const ManifestObject part(json, origin, "");
-    const auto part_step = part.get<int64_t>("step");
+    const auto part_step = part.integer("step");
     TORCH_CHECK_VALUE(part_step == step, "rank ", rank, " saves step ", part_step, ", rank 0 step ", step);
     const auto tensors = part.object("tensors");
     for (const auto& name : tensors.names()) {
@@ -158,12 +176,17 @@ CheckpointManifest read_manifest(const fs::path& folder) {
   const auto json = Json::parse(stream, /*cb=*/nullptr, /*allow_exceptions=*/false);
   TORCH_CHECK_VALUE(!json.is_discarded(), file.string(), " is not JSON");
   const ManifestObject root(json, file, "");
-  const auto version = root.get<int64_t>("format_version");
+  const auto version = root.integer("format_version");
   TORCH_CHECK_VALUE(version == kFormatVersion, file.string(), ": format_version is ", version, ", this program reads ",
                     kFormatVersion);
-  CheckpointManifest manifest{root.get<int64_t>("step"), root.get<std::string>("state"), {}, {}};
+  CheckpointManifest manifest{root.integer("step"), root.text("state"), {}, {}};
   const auto files = root.object("files");
-  for (const auto& name : files.names()) manifest.file_bytes.emplace(name, files.get<int64_t>(name));
+  for (const auto& name : files.names()) {
+    const auto bytes = files.integer(name);
+    TORCH_CHECK_VALUE(is_file_name(name) && bytes >= 0, file.string(), ": key files has ", name, " of ", bytes,
+                      " bytes: not a file in the manifest's folder");
+    manifest.file_bytes.emplace(name, bytes);
+  }
   const auto tensors = root.object("tensors");
   for (const auto& name : tensors.names()) {
     auto tensor = parse_tensor(tensors.object(name));
@@ -184,7 +207,8 @@ CheckpointManifest read_manifest(const fs::path& folder) {
 void check_files(const fs::path& folder, const CheckpointManifest& manifest) {
   for (const auto& [name, bytes] : manifest.file_bytes) {
     const auto file = folder / name;
-    TORCH_CHECK_VALUE(fs::is_regular_file(file), file.string(), " is missing");
+    std::error_code unknown;  // a name may be too long to be asked for
+    TORCH_CHECK_VALUE(fs::is_regular_file(file, unknown), file.string(), " is missing");
     const auto found = static_cast<int64_t>(fs::file_size(file));
     TORCH_CHECK_VALUE(found == bytes, file.string(), " has ", found, " bytes, the manifest says ", bytes);
   }

@@ -15,6 +15,8 @@
 #include <set>
 #include <utility>
 
+#include "megatron_cpp/checkpoint/json_integer.h"
+
 namespace megatron {
 namespace {
 
@@ -56,13 +58,22 @@ class FileDescriptor {
   int descriptor_;
 };
 
-/// Number of bytes of a tensor, or nothing if the shape is negative or its product overflows.
+/// Number of bytes of a tensor, or nothing if the shape is negative or its product overflows. That of an empty tensor
+/// is taken without its zeros, as strides are.
 std::optional<int64_t> byte_count(const std::vector<int64_t>& shape, at::ScalarType dtype) {
   auto bytes = static_cast<int64_t>(c10::elementSize(dtype));
   for (const int64_t size : shape) {
-    if (size < 0 || __builtin_mul_overflow(bytes, size, &bytes)) return std::nullopt;
+    if (size < 0 || __builtin_mul_overflow(bytes, std::max<int64_t>(size, 1), &bytes)) return std::nullopt;
   }
-  return bytes;
+  return std::find(shape.begin(), shape.end(), 0) == shape.end() ? bytes : 0;
+}
+
+std::vector<int64_t> parse_integers(const std::string& name, const Json& json, const char* key,
+                                    const std::filesystem::path& path) {
+  const auto values = internal::integers_of(json.at(key));
+  TORCH_CHECK_VALUE(values.has_value(), path.string(), ": tensor ", name, ": ", key,
+                    " is not a list of 64-bit integers");
+  return *values;
 }
 
 SafetensorsEntry parse_entry(const std::string& name, const Json& json, const std::filesystem::path& path) {
@@ -72,8 +83,8 @@ SafetensorsEntry parse_entry(const std::string& name, const Json& json, const st
     const auto dtype = dtype_from_name(dtype_name);
     TORCH_CHECK_VALUE(dtype.has_value(), path.string(), ": tensor ", name, " has unknown dtype ", dtype_name);
     entry.dtype = *dtype;
-    entry.shape = json.at("shape").get<std::vector<int64_t>>();
-    const auto offsets = json.at("data_offsets").get<std::vector<int64_t>>();
+    entry.shape = parse_integers(name, json, "shape", path);
+    const auto offsets = parse_integers(name, json, "data_offsets", path);
     TORCH_CHECK_VALUE(offsets.size() == 2, path.string(), ": tensor ", name, " has ", offsets.size(), " data offsets");
     entry.begin = offsets[0];
     entry.end = offsets[1];

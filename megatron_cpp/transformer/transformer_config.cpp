@@ -20,6 +20,8 @@ void validate_layer(const TransformerConfig& config, int64_t number, int t) {
   TORCH_CHECK_VALUE(layer.sliding_window >= 0, prefix, "sliding_window ", layer.sliding_window, " is negative");
   TORCH_CHECK_VALUE(layer.rope_theta > 0.0, prefix, "rope_theta ", layer.rope_theta, " is not positive");
   TORCH_CHECK_VALUE(layer.swiglu_limit >= 0.0, prefix, "swiglu_limit ", layer.swiglu_limit, " is negative");
+  TORCH_CHECK_VALUE(layer.partial_rotary_factor > 0.0 && layer.partial_rotary_factor <= 1.0, prefix,
+                    "partial_rotary_factor ", layer.partial_rotary_factor, " is not in (0, 1]");
   const int64_t rotary_dim = layer.rotary_dim(config.head_dim);
   TORCH_CHECK_VALUE(rotary_dim % 2 == 0 && rotary_dim >= 2 && rotary_dim <= config.head_dim, prefix, "rotates ",
                     rotary_dim, " elements of a head (head_dim ", config.head_dim, ", partial_rotary_factor ",

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "parallel/hash.h"
+#include "step37/data/utf8.h"
 
 namespace step37 {
 namespace {
@@ -67,7 +68,7 @@ std::string caption_from_text(std::string_view text) {
   if (text.substr(0, kByteOrderMark.size()) == kByteOrderMark) text.remove_prefix(kByteOrderMark.size());
   while (!text.empty()) {
     const auto line = text.substr(0, text.find('\n'));
-    if (const auto caption = trim(line); !caption.empty()) return std::string(caption);
+    if (const auto caption = trim(line); !caption.empty()) return to_utf8(caption);
     text.remove_prefix(std::min(line.size() + 1, text.size()));
   }
   return {};

@@ -3,42 +3,40 @@
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <fstream>
 #include <iterator>
-#include <limits>
-#include <memory>
 #include <optional>
+#include <stdexcept>
 #include <system_error>
 #include <vector>
 
-// The one translation unit with stb_image's implementation; static, so that it meets no other copy when linked.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wunused-function"
-#pragma GCC diagnostic ignored "-Wsign-conversion"
-#pragma GCC diagnostic ignored "-Wconversion"
-#pragma GCC diagnostic ignored "-Wshadow"
-#define STB_IMAGE_STATIC
-#define STB_IMAGE_IMPLEMENTATION
-#define STBI_ONLY_PNG
-#define STBI_ONLY_JPEG
-#define STBI_NO_STDIO
-#define STBI_FAILURE_USERMSG
-#include <stb/stb_image.h>
-#pragma GCC diagnostic pop
+#include "step37/data/picture_file.h"
 
 namespace step37 {
 namespace {
 
-struct FreePixels {
-  void operator()(stbi_uc* pixels) const { stbi_image_free(pixels); }
-};
-
-std::optional<std::vector<stbi_uc>> read_bytes(const std::filesystem::path& path) {
+std::optional<std::vector<uint8_t>> read_bytes(const std::filesystem::path& path) {
   std::error_code not_there;
   if (!std::filesystem::is_regular_file(path, not_there)) return std::nullopt;
   std::ifstream file(path, std::ios::binary);
   if (!file) return std::nullopt;
-  return std::vector<stbi_uc>(std::istreambuf_iterator<char>(file), {});
+  return std::vector<uint8_t>(std::istreambuf_iterator<char>(file), {});
+}
+
+/// A file of a few bytes may say that it holds gigabytes of pixels.
+constexpr int64_t kMaxPixels = 1 << 27;
+
+/// What the header says. Throws as decode_picture_file does.
+PictureSize size_in_header(const std::vector<uint8_t>& bytes) {
+  const auto header = decode_picture_file(bytes, /*max_pixels=*/0);
+  return {header.width, header.height};
+}
+
+/// The pixels of a picture; of a sliver, those of the square that plan_crops may have it padded to.
+bool is_too_large(const PictureSize& size) {
+  const auto [shorter, longer] = std::minmax(size.width, size.height);
+  return (shorter < 32 ? longer : shorter) * longer > kMaxPixels;
 }
 
 /// `value` with opacity `alpha` over white. 255 is odd, so there are no ties and adding 127 rounds to nearest.
@@ -46,13 +44,13 @@ uint8_t over_white(int value, int alpha) {
   return static_cast<uint8_t>((value * alpha + 255 * (255 - alpha) + 127) / 255);
 }
 
-/// [3, height, width] from height * width RGBA pixels.
-at::Tensor planes_over_white(const stbi_uc* rgba, int64_t height, int64_t width) {
-  auto pixels = at::empty({3, height, width}, at::kByte);
+/// [3, height, width].
+at::Tensor planes_over_white(const RgbaPicture& picture) {
+  auto pixels = at::empty({3, picture.height, picture.width}, at::kByte);
   auto* out = pixels.mutable_data_ptr<uint8_t>();
-  const int64_t num_pixels = height * width;
+  const int64_t num_pixels = picture.height * picture.width;
   for (int64_t i = 0; i < num_pixels; ++i) {
-    const stbi_uc* pixel = rgba + 4 * i;
+    const uint8_t* pixel = picture.pixels.data() + 4 * i;
     for (int64_t channel = 0; channel < 3; ++channel) {
       out[channel * num_pixels + i] = over_white(pixel[channel], pixel[3]);
     }
@@ -76,26 +74,26 @@ DecodedPicture decode_picture(const std::filesystem::path& path) {
   const auto bytes = read_bytes(path);
   if (!bytes) return failure("can't be opened");
   if (bytes->empty()) return failure("is empty");
-  if (bytes->size() > static_cast<size_t>(std::numeric_limits<int>::max())) return failure("is larger than 2 GiB");
-
-  int width = 0;
-  int height = 0;
-  int channels_in_file = 0;
-  const std::unique_ptr<stbi_uc, FreePixels> rgba(
-      stbi_load_from_memory(bytes->data(), static_cast<int>(bytes->size()), &width, &height, &channels_in_file, 4));
-  if (!rgba) return failure(std::string("can't be decoded: ") + stbi_failure_reason());
-  return {planes_over_white(rgba.get(), height, width), {}};
+  try {
+    if (const auto size = size_in_header(*bytes); is_too_large(size)) {
+      return failure("has " + std::to_string(size.width) + " x " + std::to_string(size.height) + " pixels; at most " +
+                     std::to_string(kMaxPixels) + " are read, where a sliver counts as a square");
+    }
+    return {planes_over_white(decode_picture_file(*bytes, kMaxPixels)), {}};
+  } catch (const std::runtime_error& error) {
+    return failure(std::string("can't be decoded: ") + error.what());
+  }
 }
 
 std::optional<PictureSize> picture_size(const std::filesystem::path& path) {
   const auto bytes = read_bytes(path);
-  if (!bytes || bytes->size() > static_cast<size_t>(std::numeric_limits<int>::max())) return std::nullopt;
-  int width = 0;
-  int height = 0;
-  int channels = 0;
-  const int known = stbi_info_from_memory(bytes->data(), static_cast<int>(bytes->size()), &width, &height, &channels);
-  if (known == 0 || width <= 0 || height <= 0) return std::nullopt;
-  return PictureSize{width, height};
+  if (!bytes) return std::nullopt;
+  try {
+    const auto size = size_in_header(*bytes);
+    return is_too_large(size) ? std::nullopt : std::optional(size);
+  } catch (const std::runtime_error&) {
+    return std::nullopt;
+  }
 }
 
 at::Tensor black_picture(int64_t height, int64_t width) {

@@ -20,9 +20,10 @@ struct DecodedPicture {
 
 /// Decodes a PNG or JPEG file. Gray and palette pictures become RGB, 16-bit samples keep their upper 8 bits, and
 /// transparent pictures are composited over white: round((alpha * value + (255 - alpha) * 255) / 255), exactly.
-/// EXIF orientation isn't applied. Safe to call from several threads.
+/// EXIF orientation isn't applied. At most 2^27 pixels, where a picture less than 32 pixels wide or high counts as the
+/// square that plan_crops may pad it to. Safe to call from several threads.
 /// A file that is missing, empty or broken isn't an exception: a data set of millions has some, and training goes on
-/// with black_picture and a warning that repeats `error`. (Of a JPEG cut short, stb_image returns what there is.)
+/// with black_picture and a warning that repeats `error`. (Of a JPEG cut short there is what arrived.)
 DecodedPicture decode_picture(const std::filesystem::path& path);
 
 /// Sides of a picture in pixels.
@@ -31,7 +32,8 @@ struct PictureSize {
   int64_t height;
 };
 
-/// The size that the header of a PNG or JPEG file gives, without decoding it; nothing if it can't be read.
+/// The size that the header of a PNG or JPEG file gives, without decoding it; nothing if it can't be read, or is more
+/// than decode_picture takes.
 std::optional<PictureSize> picture_size(const std::filesystem::path& path);
 
 /// [3, height, width] uint8, all zero.

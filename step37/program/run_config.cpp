@@ -1,6 +1,7 @@
 #include "step37/program/run_config.h"
 
 #include <c10/util/Exception.h>
+#include <yaml-cpp/eventhandler.h>
 #include <yaml-cpp/yaml.h>
 
 #include <algorithm>
@@ -10,12 +11,16 @@
 #include <cmath>
 #include <cstring>
 #include <fstream>
+#include <functional>
+#include <limits>
 #include <map>
 #include <numeric>
 #include <sstream>
 #include <string_view>
+#include <type_traits>
 
 #include "parallel/shard.h"
+#include "step37/data/utf8.h"
 
 namespace step37 {
 namespace {
@@ -91,18 +96,24 @@ void visit_keys(Config& config, const Visit& visit) {
 
 std::string section_of(std::string_view key) { return std::string(key.substr(0, key.find('.'))); }
 
-std::vector<std::string> key_names() {
-  std::vector<std::string> names;
-  RunConfig config;
-  visit_keys(config, [&](const char* key, const auto& /*member*/, Need /*need*/) { names.emplace_back(key); });
+const std::vector<std::string>& key_names() {
+  static const auto names = [] {
+    std::vector<std::string> keys;
+    const RunConfig config;
+    visit_keys(config, [&](const char* key, const auto& /*member*/, Need /*need*/) { keys.emplace_back(key); });
+    return keys;
+  }();
   return names;
 }
 
-std::vector<std::string> section_names() {
-  std::vector<std::string> names;
-  for (const auto& key : key_names()) {
-    if (names.empty() || names.back() != section_of(key)) names.push_back(section_of(key));
-  }
+const std::vector<std::string>& section_names() {
+  static const auto names = [] {
+    std::vector<std::string> sections;
+    for (const auto& key : key_names()) {
+      if (sections.empty() || sections.back() != section_of(key)) sections.push_back(section_of(key));
+    }
+    return sections;
+  }();
   return names;
 }
 
@@ -158,7 +169,7 @@ bool read_value(const std::string& text, Named& value) {
 }
 bool read_value(const std::string& text, std::string& value) {
   value = text;
-  return true;
+  return is_utf8(text);  // checkpoints keep settings as JSON
 }
 bool read_value(const std::string& text, int64_t& value) { return read_number(text, value); }
 bool read_value(const std::string& text, double& value) { return read_number(text, value) && std::isfinite(value); }
@@ -174,7 +185,7 @@ std::string expected(Named type) {
   for (size_t i = 1; i < names.size(); ++i) text.append(i + 1 < names.size() ? ", " : " or ").append(names[i].first);
   return text;
 }
-std::string expected(const std::string& /*type*/) { return "text"; }
+std::string expected(const std::string& /*type*/) { return "text in UTF-8"; }
 std::string expected(int64_t /*type*/) { return "an integer"; }
 std::string expected(double /*type*/) { return "a number"; }
 std::string expected(const std::optional<int64_t>& /*type*/) { return "an integer or all"; }
@@ -203,8 +214,11 @@ std::string nearest(const std::string& wrong, const std::vector<std::string>& na
     if (wrong.find('.') != std::string::npos) return whole;
     return std::min(whole, edit_distance(wrong, std::string_view(name).substr(name.find('.') + 1)));
   };
-  return *std::min_element(names.begin(), names.end(),
-                           [&](const auto& a, const auto& b) { return distance(a) < distance(b); });
+  std::vector<size_t> distances;
+  distances.reserve(names.size());
+  for (const auto& name : names) distances.push_back(distance(name));
+  const auto least = std::min_element(distances.begin(), distances.end());
+  return names[static_cast<size_t>(least - distances.begin())];
 }
 
 void check_known(const char* kind, const std::string& name, const std::vector<std::string>& names,
@@ -220,7 +234,7 @@ struct Given {
   std::string shown;                 ///< for messages
   std::string where;                 ///< file:line or the override
 };
-using GivenValues = std::map<std::string, Given>;
+using GivenValues = std::map<std::string, Given, std::less<>>;
 
 std::string read_text(const std::filesystem::path& path) {
   std::ifstream file(path, std::ios::binary);
@@ -235,21 +249,54 @@ std::string location(const std::filesystem::path& path, const YAML::Mark& mark) 
   return path.string() + ":" + std::to_string(mark.line + 1);
 }
 
+/// Looks where documents start, and at nothing else.
+class DocumentStarts : public YAML::EventHandler {
+ public:
+  std::vector<YAML::Mark> marks;
+
+  void OnDocumentStart(const YAML::Mark& mark) override { marks.push_back(mark); }
+  void OnDocumentEnd() override {}
+  void OnNull(const YAML::Mark& /*mark*/, YAML::anchor_t /*anchor*/) override {}
+  void OnAlias(const YAML::Mark& /*mark*/, YAML::anchor_t /*anchor*/) override {}
+  void OnScalar(const YAML::Mark& /*mark*/, const std::string& /*tag*/, YAML::anchor_t /*anchor*/,
+                const std::string& /*value*/) override {}
+  void OnSequenceStart(const YAML::Mark& /*mark*/, const std::string& /*tag*/, YAML::anchor_t /*anchor*/,
+                       YAML::EmitterStyle::value /*style*/) override {}
+  void OnSequenceEnd() override {}
+  void OnMapStart(const YAML::Mark& /*mark*/, const std::string& /*tag*/, YAML::anchor_t /*anchor*/,
+                  YAML::EmitterStyle::value /*style*/) override {}
+  void OnMapEnd() override {}
+};
+
+/// Where a second document starts, if one does. Not YAML::LoadAll: to yaml-cpp up to 0.8 a comma or bracket out of
+/// place is one empty document after the other, and LoadAll collects them until memory is full.
+std::optional<YAML::Mark> second_document(const std::string& text) {
+  std::istringstream stream(text);
+  YAML::Parser parser(stream);
+  DocumentStarts starts;
+  while (starts.marks.size() < 2 && parser.HandleNextDocument(starts)) {
+  }
+  return starts.marks.size() < 2 ? std::nullopt : std::optional(starts.marks.back());
+}
+
 YAML::Node parse_yaml(const std::filesystem::path& path) {
   const auto text = read_text(path);
-  std::vector<YAML::Node> documents;
+  YAML::Node document;
   try {
-    documents = YAML::LoadAll(text);
+    const auto second = second_document(text);
+    TORCH_CHECK_VALUE(!second, location(path, *second), ": a second YAML document, or something out of place");
+    document.reset(YAML::Load(text));
   } catch (const YAML::Exception& error) {
     TORCH_CHECK_VALUE(false, location(path, error.mark), ": not YAML: ", error.msg);
   }
-  TORCH_CHECK_VALUE(documents.size() <= 1, path.string(), " holds ", documents.size(), " YAML documents, expected one");
-  return documents.empty() ? YAML::Node() : documents.front();
+  return document;
 }
 
 /// The name on the left of a colon.
 std::string name_of(const YAML::Node& key, const std::filesystem::path& path) {
-  TORCH_CHECK_VALUE(key.IsScalar(), location(path, key.Mark()), ": a name that isn't plain text");
+  // A message would end at a NUL.
+  TORCH_CHECK_VALUE(key.IsScalar() && key.Scalar().find('\0') == std::string::npos, location(path, key.Mark()),
+                    ": a name that isn't plain text");
   return key.Scalar();
 }
 
@@ -368,6 +415,16 @@ void check_counts(const RunConfig& config) {
   }
 }
 
+/// No number is so large that arithmetic with it overflows. A seed is but a pattern of bits.
+void check_no_overflow(const RunConfig& config) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  visit_keys(config, [&](const char* key, const auto& member, Need /*need*/) {
+    if constexpr (std::is_same_v<decltype(member), const int64_t&>) {
+      TORCH_CHECK_VALUE(member <= kMost || &member == &config.training.seed, key, " ", member, " is above ", kMost);
+    }
+  });
+}
+
 void check_run_and_data(const RunConfig& config) {
   const auto& device = config.run.device;
   TORCH_CHECK_VALUE(device == "auto" || device == "cpu" || device == "cuda", "run.device ", device,
@@ -396,6 +453,7 @@ void check_batch(const RunConfig& config, const parallel::RankGrid& grid) {
 void validate(const RunConfig& config, int num_ranks) {
   const auto grid = rank_grid(config, num_ranks);
   check_counts(config);
+  check_no_overflow(config);
   check_run_and_data(config);
   model_config(config, config.data.vocabulary_size).validate(grid.tp);
   crop_options(config).validate();
@@ -419,7 +477,9 @@ parallel::RankGrid rank_grid(const RunConfig& config, int num_ranks) {
 
 Step37Config model_config(const RunConfig& config, int64_t vocabulary_size) {
   const auto& model = config.model;
-  TORCH_CHECK_VALUE(model.num_layers >= 1, "model.num_layers ", model.num_layers, " is below 1");
+  constexpr int64_t kMaxLayers = 10000;  // far beyond any model: a slip of the pen mustn't take all memory
+  TORCH_CHECK_VALUE(model.num_layers >= 1 && model.num_layers <= kMaxLayers, "model.num_layers ", model.num_layers,
+                    " is not in [1, ", kMaxLayers, "]");
   TORCH_CHECK_VALUE(model.full_attention_interval >= 1, "model.full_attention_interval ", model.full_attention_interval,
                     " is below 1");
   Step37Config result;

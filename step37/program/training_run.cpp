@@ -7,7 +7,19 @@
 #include <utility>
 #include <vector>
 
+#include "megatron_cpp/checkpoint/json_integer.h"
+
 namespace step37 {
+
+namespace {
+
+int64_t integer_at(const nlohmann::json& json, const char* key) {
+  const auto value = megatron::internal::integer_of(json.at(key));
+  TORCH_CHECK_VALUE(value.has_value(), key, " is not a 64-bit integer");
+  return *value;
+}
+
+}  // namespace
 
 std::string to_text(const RunState& state) {
   auto kept = nlohmann::ordered_json::array();
@@ -27,10 +39,12 @@ RunState run_state_from_text(const std::string& text, const std::string& where) 
       kept.push_back(entry.at(0).get<std::string>() + "=" + entry.at(1).get<std::string>());
     }
     state.config = run_config_from_settings(kept);
-    state.sampler = {json.at("sampler").at("epoch"), json.at("sampler").at("position")};
-    state.optimizer_steps = json.at("optimizer_steps");
+    state.sampler = {integer_at(json.at("sampler"), "epoch"), integer_at(json.at("sampler"), "position")};
+    state.optimizer_steps = integer_at(json, "optimizer_steps");
   } catch (const nlohmann::json::exception& error) {
     TORCH_CHECK_VALUE(false, where, ": the state is no training run's: ", error.what());
+  } catch (const c10::ValueError& error) {
+    TORCH_CHECK_VALUE(false, where, ": the state is no training run's: ", error.what_without_backtrace());
   }
   return state;
 }

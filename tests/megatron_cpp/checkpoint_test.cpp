@@ -546,13 +546,17 @@ TEST_F(DamagedCheckpoint, ManifestsThatAreWrong) {
   EXPECT_TRUE(mentions(error_after("{", "["), {file, "not JSON"}));
   EXPECT_TRUE(mentions(error_after("\"format_version\": 1", "\"format_version\": 2"), {file, "format_version is 2"}));
   EXPECT_TRUE(mentions(error_after("\"step\"", "\"stepp\""), {file, "no key step"}));
-  EXPECT_TRUE(mentions(error_after("\"step\": 7", "\"step\": \"7\""), {file, "key step", "number"}));
+  EXPECT_TRUE(mentions(error_after("\"step\": 7", "\"step\": \"7\""), {file, "key step", "integer"}));
+  EXPECT_TRUE(mentions(error_after("\"step\": 7", "\"step\": 1e300"), {file, "key step", "integer"}));
+  EXPECT_TRUE(mentions(error_after("\"files\": {", "\"files\": {\"../x\": 1,"), {file, "key files has ../x"}));
+  EXPECT_TRUE(mentions(error_after("\"files\": {", "\"files\": {\"x\": -1,"), {file, "key files has x of -1 bytes"}));
   EXPECT_TRUE(mentions(error_after("\"dtype\"", "\"type\""), {file, "no key tensors/norm/dtype"}));
   EXPECT_TRUE(mentions(error_after("\"begin\"", "\"start\""), {file, "no key tensors/norm/pieces[0]/begin"}));
   EXPECT_TRUE(mentions(error_after("\"pieces\"", "\"parts\""), {file, "no key tensors/norm/pieces"}));
   EXPECT_TRUE(
       mentions(error_after("\"length\": 5", "\"length\": 4"), {file, "tensor norm", "rows [4, 5)", "no piece"}));
   EXPECT_TRUE(mentions(error_after("\"length\": 5", "\"length\": 9223372036854775807"), {file, "tensor norm", "rows"}));
+  EXPECT_TRUE(mentions(error_after("\"length\": 5", "\"length\": 5.5"), {file, "pieces[0]/length", "integer"}));
   EXPECT_TRUE(mentions(error_after("\"dim\": 0", "\"dim\": 1"), {file, "tensor norm of shape [5]", "dimension 1"}));
   EXPECT_TRUE(mentions(error_after("\"file\": \"rank", "\"file\": \"tank"), {file, "tank-0000", "norm"}));
   EXPECT_TRUE(mentions(error_after(original, "[1]"), {file, "not a JSON object"}));

@@ -185,6 +185,13 @@ TEST_F(Safetensors, HeadersThatSayNothingSensible) {
   EXPECT_TRUE(contains(error_of(entry(R"("dtype": 1, "shape": [1], "data_offsets": [0, 4])"), 4), "tensor x: "));
   EXPECT_TRUE(contains(error_of(entry(R"("dtype": "F33", "shape": [1], "data_offsets": [0, 4])"), 4), "dtype F33"));
   EXPECT_TRUE(contains(error_of(entry(R"("dtype": "F32", "shape": [1], "data_offsets": [0])"), 4), "1 data offsets"));
+  for (const char* number : {"1.0", "true", "\"1\"", "null", "1e300", "9223372036854775808", "36893488147419103232"}) {
+    const std::string one = number;
+    EXPECT_TRUE(contains(error_of(entry(R"("dtype": "U8", "data_offsets": [0, 1], "shape": [)" + one + "]"), 1),
+                         "tensor x: shape is not a list of 64-bit integers"));
+    EXPECT_TRUE(contains(error_of(entry(R"("dtype": "U8", "shape": [1], "data_offsets": [0, )" + one + "]"), 1),
+                         "tensor x: data_offsets is not a list of 64-bit integers"));
+  }
   EXPECT_TRUE(contains(error_of(R"({"__metadata__": 1})", 0), "__metadata__"));
   EXPECT_TRUE(contains(error_of(R"({"__metadata__": {"a": 1}})", 0), "metadata a"));
 }
@@ -198,6 +205,8 @@ TEST_F(Safetensors, ShapesThatDontFitTheirBytes) {
                            error("[4611686018427387904, 4]", "[0, 0]"), error("[]", "[0, 8]")}) {
     EXPECT_TRUE(contains(text, "tensor x") && contains(text, "does not fit its bytes")) << text;
   }
+  // No bytes, but strides that no tensor can have.
+  EXPECT_TRUE(contains(error("[0, 4611686018427387904, 4]", "[0, 0]"), "does not fit its bytes"));
   EXPECT_TRUE(contains(error("[4]", "[0, 16]"), "truncated: tensor x ends at byte 16"));
 }
 

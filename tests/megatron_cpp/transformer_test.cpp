@@ -678,7 +678,8 @@ TEST_F(TransformerTest, ConfigurationsThatCannotBeSplitAreRefused) {
       {[](auto& c) { c.layers[2].num_attention_heads = 6; }, 1,
        "layer 2 num_attention_heads 6 is not divisible by num_query_groups 4"},
       {[](auto& c) { c.layers[0].partial_rotary_factor = 0.4; }, 1, "layer 0 rotates 3 elements of a head (head_dim 8"},
-      {[](auto& c) { c.layers[0].partial_rotary_factor = 1.5; }, 1, "layer 0 rotates 12 elements"},
+      {[](auto& c) { c.layers[0].partial_rotary_factor = 1.5; }, 1, "layer 0 partial_rotary_factor 1.5 is not"},
+      {[](auto& c) { c.layers[0].partial_rotary_factor = 1e300; }, 1, "layer 0 partial_rotary_factor 1e+300 is not"},
       {[](auto& c) { c.layers[0].sliding_window = -1; }, 1, "layer 0 sliding_window -1 is negative"},
       {[](auto& c) { c.vocabulary_size = 0; }, 1, "vocabulary_size 0 is not positive"}};
   for (const auto& item : cases) {

@@ -20,6 +20,7 @@
 #include "step37/data/crop_plan.h"
 #include "step37/data/picture.h"
 #include "step37/data/tokenizer.h"
+#include "step37/data/utf8.h"
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-function"
@@ -92,6 +93,25 @@ TEST(Captions, FirstLineThatIsNotBlank) {
   EXPECT_EQ(caption_from_text(""), "");
   EXPECT_EQ(caption_from_text("\xEF\xBB\xBF"), "");
   EXPECT_EQ(caption_from_text(" \r\n\n\t"), "");
+  EXPECT_EQ(caption_from_text("\xC9t\xE9 \n"), "\uFFFDt\uFFFD") << "Latin-1 isn't UTF-8";
+}
+
+TEST(Utf8, WellFormedAndNot) {
+  using namespace std::string_view_literals;
+  for (const auto text : {""sv, "a\0b"sv, "\xC2\x80"sv, "\xDF\xBF"sv, "\xE0\xA0\x80"sv, "\xED\x9F\xBF"sv,
+                          "\xEE\x80\x80"sv, "\xEF\xBF\xBF"sv, "\xF0\x90\x80\x80"sv, "\xF4\x8F\xBF\xBF"sv}) {
+    EXPECT_TRUE(is_utf8(text)) << text;
+    EXPECT_EQ(to_utf8(text), text);
+  }
+  // Alone, cut, overlong, surrogates, beyond U+10FFFF.
+  for (const auto text :
+       {"\x80"sv, "\xC2"sv, "\xC0\x80"sv, "\xC1\xBF"sv, "\xE0\x9F\xBF"sv, "\xE1\x80"sv, "\xED\xA0\x80"sv,
+        "\xF0\x8F\xBF\xBF"sv, "\xF4\x90\x80\x80"sv, "\xF5\x80\x80\x80"sv, "\xFF"sv}) {
+    EXPECT_FALSE(is_utf8(text)) << text;
+    std::string replaced;
+    for (size_t i = 0; i < text.size(); ++i) replaced += "\uFFFD";
+    EXPECT_EQ(to_utf8(std::string("a").append(text).append("b")), std::string("a").append(replaced).append("b"));
+  }
 }
 
 TEST(CaptionedPictures, SortedByBytesAndCounted) {
@@ -260,6 +280,41 @@ TEST(Picture, BrokenFilesAreNamed) {
     EXPECT_FALSE(decoded.pixels.defined()) << path;
     EXPECT_CONTAINS(decoded.error, path.string());
   }
+}
+
+/// The four bytes that end a chunk of a PNG file (PNG specification, annex D).
+std::string crc32(std::string_view chunk) {
+  uint32_t sum = 0xffffffff;
+  for (const char letter : chunk) {
+    sum ^= static_cast<uint8_t>(letter);
+    for (int bit = 0; bit < 8; ++bit) sum = (sum & 1) != 0 ? 0xedb88320 ^ (sum >> 1) : sum >> 1;
+  }
+  std::string bytes;
+  for (const int shift : {24, 16, 8, 0}) bytes.push_back(static_cast<char>(~sum >> shift & 0xff));
+  return bytes;
+}
+
+TEST(Picture, HeadersThatPromiseGigabytes) {
+  using namespace std::string_literals;
+  using namespace std::string_view_literals;
+  const TemporaryFolder folder;
+  const auto with_size = [&](std::string_view size) {
+    const auto header = "IHDR"s.append(size).append("\x08\x00\x00\x00\x00"sv);
+    return folder.write(
+        "large.png",
+        "\x89PNG\r\n\x1a\n\x00\x00\x00\x0d"s.append(header).append(crc32(header)).append("\x00\x00\x00\x00IDAT"sv));
+  };
+  // 30000 x 30000; 65536 x 1, which plan_crops would have padded to a square; 65536 x 32, the most it wouldn't.
+  for (const auto& [size, text] : {std::pair("\x00\x00\x75\x30\x00\x00\x75\x30"sv, "30000 x 30000"),
+                                   std::pair("\x00\x01\x00\x00\x00\x00\x00\x01"sv, "65536 x 1")}) {
+    const auto path = with_size(size);
+    EXPECT_FALSE(picture_size(path).has_value());
+    EXPECT_EQ(decode_picture(path).error, "picture " + path.string() + " has " + text +
+                                              " pixels; at most 134217728 are read, where a sliver counts as a square");
+  }
+  const auto narrow = picture_size(with_size("\x00\x01\x00\x00\x00\x00\x00\x20"sv));
+  ASSERT_TRUE(narrow.has_value());
+  EXPECT_EQ(narrow->width, 65536);
 }
 
 TEST(Picture, Black) {

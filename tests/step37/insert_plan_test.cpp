@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <limits>
 #include <random>
 #include <span>
 #include <string>
@@ -285,6 +286,16 @@ TEST(InsertPlan, RefusesSizesThatDoNotFit) {
                 build({1, 3, {7, 7, 1}}, {{7, {1, -2}}}, policy);
               }),
               "image 1 of start token 7 has -2 feature rows");
+    constexpr int64_t kMax = std::numeric_limits<int64_t>::max();
+    EXPECT_EQ(value_error([&] {
+                build({1, 3, {7, 7, 1}}, {{7, {kMax, 1}}}, policy);
+              }),
+              "image 1 of start token 7 has 1 feature rows behind 9223372036854775807: their number doesn't fit in 64 "
+              "bits");
+    EXPECT_EQ(value_error([&] {
+                build({1LL << 32, 1LL << 32, {}}, {}, policy);
+              }),
+              "0 input ids are not [4294967296, 4294967296]");
   }
 }
 

@@ -192,7 +192,9 @@ TEST_F(RunConfigTest, ValuesOfAnotherTypeAreRefused) {
   EXPECT_EQ(load_error("training:\n  steps: [5]\n"), "training.steps in x.yaml:2 must be an integer, got a list");
   EXPECT_EQ(load_error("training:\n  steps: {a: 5}\n"), "training.steps in x.yaml:2 must be an integer, got a section");
   EXPECT_EQ(load_error("training:\n  steps:\n"), "training.steps in x.yaml:2 must be an integer, got no value");
-  EXPECT_EQ(load_error("data:\n  directory:\n"), "data.directory in x.yaml:2 must be text, got no value");
+  EXPECT_EQ(load_error("data:\n  directory:\n"), "data.directory in x.yaml:2 must be text in UTF-8, got no value");
+  EXPECT_EQ(override_error("data.directory=\xe9t\xe9"),
+            "data.directory in the override data.directory=\xe9t\xe9 must be text in UTF-8, got \xe9t\xe9");
   EXPECT_EQ(override_error("training.steps="),
             "training.steps in the override training.steps= must be an integer, got nothing");
   EXPECT_EQ(override_error("training.steps=99999999999999999999"),
@@ -247,7 +249,9 @@ TEST_F(RunConfigTest, FilesThatArentConfigurationsAreRefused) {
   EXPECT_EQ(load_error("- 1\n- 2\n").find("x.yaml:1: not a configuration"), 0U);
   EXPECT_EQ(load_error("\ntraining: 5\n").find("section training in x.yaml:2 must hold keys"), 0U);
   EXPECT_EQ(load_error("[1, 2]: 5\n"), "x.yaml:1: a name that isn't plain text");
-  EXPECT_EQ(load_error("run: {}\n---\nrun: {}\n"), "x.yaml holds 2 YAML documents, expected one");
+  EXPECT_EQ(load_error("run: {\"fre\\0sh\": true}\n"), "x.yaml:1: a name that isn't plain text");
+  EXPECT_EQ(load_error("run: {}\n---\nrun: {}\n"), "x.yaml:2: a second YAML document, or something out of place");
+  EXPECT_EQ(load_error("{run: {}}\n,\n"), "x.yaml:2: a second YAML document, or something out of place");
 }
 
 TEST_F(RunConfigTest, RanksAreSplitIntoTensorTimesData) {
@@ -328,7 +332,11 @@ TEST_F(RunConfigTest, WhatDoesntFitIsRefusedWithTheNumbers) {
   EXPECT_EQ(validation_error({"training.sequence_length=33", "parallel.sequence_parallel=false"}), "no error");
   EXPECT_EQ(validation_error({"training.sequence_length=2"}),
             "training.sequence_length 2 has no room for a caption: a picture of 56 pixels takes 3 positions");
-  EXPECT_EQ(validation_error({"model.num_layers=0"}), "model.num_layers 0 is below 1");
+  EXPECT_EQ(validation_error({"model.num_layers=0"}), "model.num_layers 0 is not in [1, 10000]");
+  EXPECT_EQ(validation_error({"model.num_layers=1000000000"}), "model.num_layers 1000000000 is not in [1, 10000]");
+  EXPECT_EQ(validation_error({"vision.width=9223372036854775776"}),
+            "vision.width 9223372036854775776 is above 2147483647");
+  EXPECT_EQ(validation_error({"training.seed=9223372036854775807"}), "no error");
   EXPECT_EQ(validation_error({"model.full_attention_interval=0"}), "model.full_attention_interval 0 is below 1");
   EXPECT_EQ(validation_error({"model.ffn_hidden_size=127"}),
             "ffn_hidden_size 127 is not divisible by tensor-parallel size 2");

@@ -1,0 +1,112 @@
+// What every fuzz target needs: a reader of outside data may return or refuse, and nothing else.
+#pragma once
+
+#include <c10/util/Exception.h>
+#include <stdlib.h>  // mkdtemp
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <optional>
+#include <string>
+#include <string_view>
+
+/// Ends the process unless `condition` holds: libFuzzer then keeps the input, and ctest counts a failure.
+#define FUZZ_CHECK(condition, ...)                                                      \
+  do {                                                                                  \
+    if (!(condition)) {                                                                 \
+      std::fprintf(stderr, "%s:%d: %s is not so. %s\n", __FILE__, __LINE__, #condition, \
+                   std::string(::c10::str("" __VA_OPT__(, ) __VA_ARGS__)).c_str());     \
+      std::abort();                                                                     \
+    }                                                                                   \
+  } while (false)
+
+/// libFuzzer calls it with one input after the other (https://llvm.org/docs/LibFuzzer.html).
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size);
+
+namespace fuzz {
+
+inline bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
+
+/// Why `action` refuses its input: the text of the c10::ValueError it throws. Nothing if it returns. Any other
+/// exception leaves the target, and so is a finding.
+template <class Action>
+std::optional<std::string> refusal(const Action& action) {
+  try {
+    action();
+  } catch (const c10::ValueError& error) {
+    return error.what_without_backtrace();
+  }
+  return std::nullopt;
+}
+
+/// A folder of this process's own in TMPDIR, for readers that take a path; removed at the end.
+class WorkFolder {
+ public:
+  WorkFolder() {
+    auto name = (std::filesystem::temp_directory_path() / "fuzz.XXXXXX").string();
+    FUZZ_CHECK(mkdtemp(name.data()) != nullptr, "cannot make ", name, ": ", std::strerror(errno));
+    path_ = name;
+  }
+  ~WorkFolder() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  WorkFolder(const WorkFolder&) = delete;
+  WorkFolder& operator=(const WorkFolder&) = delete;
+
+  const std::filesystem::path& path() const { return path_; }
+
+  /// The file `name` with these bytes, whatever it held before.
+  std::filesystem::path write(std::string_view name, std::string_view bytes) const {
+    auto path = path_ / name;
+    std::ofstream file(path, std::ios::binary);
+    file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+    FUZZ_CHECK(file.flush().good(), "cannot write ", path.string());
+    return path;
+  }
+
+ private:
+  std::filesystem::path path_;
+};
+
+inline std::string_view text_of(const uint8_t* data, size_t size) {
+  return size == 0 ? std::string_view() : std::string_view(reinterpret_cast<const char*>(data), size);
+}
+
+/// An input read as numbers, for targets whose reader takes values instead of bytes. Behind its end there are zeros.
+class Numbers {
+ public:
+  Numbers(const uint8_t* data, size_t size) : data_(data), size_(size) {}
+
+  bool empty() const { return size_ == 0; }
+  /// One byte.
+  int64_t byte() {
+    if (size_ == 0) return 0;
+    --size_;
+    return *data_++;
+  }
+  /// One byte, modulo `count`.
+  int64_t below(int64_t count) { return byte() % count; }
+  /// Eight bytes: any number there is.
+  int64_t any() {
+    uint64_t value = 0;
+    for (int i = 0; i < 8; ++i) value |= static_cast<uint64_t>(byte()) << (8 * i);
+    return static_cast<int64_t>(value);
+  }
+  /// Mostly [0, count); any number if the first byte is at least 0xf8.
+  int64_t mostly_below(int64_t count) {
+    const auto first = byte();
+    return first >= 0xf8 ? any() : first % count;
+  }
+
+ private:
+  const uint8_t* data_;
+  size_t size_;
+};
+
+}  // namespace fuzz
