@@ -17,7 +17,7 @@ function(mcpp_public_library layer)
   add_library(megatron_cpp::${layer} ALIAS ${target})
   # Before 1.0 a minor version may break the binary interface.
   set_target_properties(${target} PROPERTIES EXPORT_NAME ${layer} VERSION ${PROJECT_VERSION}
-    SOVERSION ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR} VERIFY_INTERFACE_HEADER_SETS ON)
+    SOVERSION ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR})
   target_compile_features(${target} PUBLIC cxx_std_20)
   install(TARGETS ${target} EXPORT megatron_cpp_targets
     LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}

@@ -2,7 +2,6 @@
 
 #include <sched.h>
 
-#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <string_view>
@@ -14,6 +13,8 @@ namespace {
 
 constexpr int kAsk = 1;
 constexpr int kAnswer = 2;
+/// How long answers are waited for: ranks that wait ask for questions every few milliseconds, where they get a core.
+constexpr auto kPatience = std::chrono::seconds(2);
 using Clock = std::chrono::steady_clock;
 
 }  // namespace
@@ -70,7 +71,7 @@ std::string RollCall::reason(const CollectiveCall& call, int64_t number) {
     }
     return ranks;
   };
-  const auto end = Clock::now() + std::min<std::chrono::milliseconds>(call.timeout, std::chrono::seconds(1));
+  const auto end = Clock::now() + kPatience;
   while (!missing().empty() && Clock::now() < end) {
     answer(call, number);
     Message reply;

@@ -24,7 +24,7 @@ class RollCall {
   /// @param number  counts the group's collectives: the same on every rank that waits in the same one.
   void answer(const CollectiveCall& call, int64_t number);
 
-  /// Asks, and waits for a second at most (call.timeout, if that is less).
+  /// Asks, and waits for two seconds at most.
   /// @return  "rank 1 is silent", or what ranks are in that are in another collective than this one, or that all wait.
   std::string reason(const CollectiveCall& call, int64_t number);
 

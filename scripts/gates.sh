@@ -5,17 +5,18 @@
 #
 #   tidy      clang-tidy on every file
 #   sanitize  every check of the address and undefined-behaviour sanitizers, one- and two-rank tests
+#   shared    a build with shared libraries, installed, moved and used, and the two-rank tests
 #   mpich     a build with MPICH and the two-rank tests under it
 #   faults    200 ranks killed, stopped or throwing in the middle of a training step
 #   fuzz      a million inputs for every reader of outside data
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 if [[ ${1:-} == --help ]]; then
-  sed -n '2,10s/^# \{0,1\}//p' "$0"
+  sed -n '2,11s/^# \{0,1\}//p' "$0"
   exit 0
 fi
 gates=("$@")
-[[ $# -gt 0 ]] || gates=(tidy sanitize mpich faults fuzz)
+[[ $# -gt 0 ]] || gates=(tidy sanitize shared mpich faults fuzz)
 
 cd "$root"
 for gate in "${gates[@]}"; do
@@ -23,6 +24,7 @@ for gate in "${gates[@]}"; do
   case $gate in
     tidy) scripts/tidy.sh ;;
     sanitize) scripts/test.sh --preset sanitize -L '^(unit|np1|np2)$' ;;
+    shared) scripts/test.sh --preset shared -L '^(install|np2)$' ;;
     mpich)
       install_packages libmpich-dev mpich
       scripts/test.sh --preset mpich -L '^np2$'

@@ -16,6 +16,7 @@
 #include <string_view>
 #include <vector>
 
+#include "megatron_cpp/checkpoint/safetensors.h"
 #include "step37/data/captioned_pictures.h"
 #include "step37/data/crop_plan.h"
 #include "step37/data/picture.h"
@@ -250,6 +251,21 @@ TEST(Picture, Jpeg) {
   ASSERT_EQ(decoded.pixels.sizes(), (std::vector<int64_t>{3, 8, 16}));
   const auto expected = bytes({200, 100, 50}, {3, 1, 1}).to(at::kInt);
   EXPECT_LE((decoded.pixels.to(at::kInt) - expected).abs().max().item<int>(), 3);
+}
+
+// tests/cases/images/formats, written and read by Pillow 13. JPEG's last bits are the decoder's business.
+TEST(Picture, EveryFormatAsPillowReadsIt) {
+  const fs::path folder = MCPP_TEST_CASES "/images/formats";
+  const megatron::SafetensorsFile expected(folder / "expected.safetensors");
+  EXPECT_EQ(expected.entries().size(), 11U);
+  for (const auto& [name, entry] : expected.entries()) {
+    const auto decoded = decode_picture(folder / name);
+    ASSERT_TRUE(decoded.ok()) << decoded.error;
+    const auto want = expected.read(name);
+    ASSERT_EQ(decoded.pixels.sizes(), want.sizes()) << name;
+    const int tolerance = fs::path(name).extension() == ".jpg" ? 2 : 0;
+    EXPECT_LE((decoded.pixels.to(at::kInt) - want.to(at::kInt)).abs().max().item<int>(), tolerance) << name;
+  }
 }
 
 TEST(Picture, BrokenFilesAreNamed) {
