@@ -8,17 +8,14 @@
 #include <ATen/Parallel.h>
 
 #include <CLI/CLI.hpp>
-#include <algorithm>
 #include <chrono>
-#include <cstdio>
 #include <cstring>
-#include <fstream>
 #include <functional>
-#include <nlohmann/json.hpp>
 #include <string>
-#include <utility>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <vector>
 
+#include "benchmarks/support.h"
 #include "parallel/mpi_backend.h"
 #include "parallel/runtime.h"
 
@@ -36,14 +33,6 @@ struct Operation {
   std::string name;
   std::function<void()> run;
 };
-
-std::string cpu_model() {
-  std::ifstream file("/proc/cpuinfo");
-  for (std::string line; std::getline(file, line);) {
-    if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
-  }
-  return "unknown";
-}
 
 /// All operations on `bytes` of each rank: what it passes in, or, of an all-gather, what it gets.
 std::vector<Operation> operations(MpiBackend& backend, at::ScalarType dtype, int64_t bytes) {
@@ -73,41 +62,17 @@ std::vector<Operation> operations(MpiBackend& backend, at::ScalarType dtype, int
   };
 }
 
-/// Milliseconds of the slowest rank, [operations, repetitions]. The operations take turns, so that what else the
-/// machine does meets all of them.
-at::Tensor measure(MpiBackend& backend, const std::vector<Operation>& operations, int64_t repetitions) {
-  constexpr int64_t kWarmUp = 3;
-  auto times = at::zeros({static_cast<int64_t>(operations.size()), repetitions}, at::kDouble);
-  for (int64_t repetition = -kWarmUp; repetition < repetitions; ++repetition) {
-    for (size_t i = 0; i < operations.size(); ++i) {
-      backend.barrier({});
-      const auto start = std::chrono::steady_clock::now();
-      operations[i].run();
-      const std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - start;
-      if (repetition >= 0) times[static_cast<int64_t>(i)][repetition] = elapsed.count();
-    }
-  }
-  std::vector<at::Tensor> tensors{times};
-  c10d::AllreduceOptions options;
-  options.reduceOp = c10d::ReduceOp::MAX;
-  backend.allreduce(tensors, options);
-  return times;
-}
-
-void print(const std::vector<Operation>& operations, const at::Tensor& times, at::ScalarType dtype, int64_t bytes) {
-  const auto median = std::get<0>(times.median(1));
-  const auto smallest = times.amin(1);
+void print(const std::vector<Operation>& operations, const std::vector<std::vector<double>>& times,
+           at::ScalarType dtype, int64_t bytes, int rank) {
+  const double memcpy_ms = benchmarks::median(times.front());
   for (size_t i = 0; i < operations.size(); ++i) {
-    const auto row = static_cast<int64_t>(i);
-    const nlohmann::ordered_json line = {
-        {"operation", operations[i].name},
-        {"dtype", dtype == at::kFloat ? "float32" : "bfloat16"},
-        {"bytes", bytes},
-        {"milliseconds", {{"min", smallest[row].item<double>()}, {"median", median[row].item<double>()}}},
-        {"ratio_to_memcpy", (median[row] / median[0]).item<double>()}};
-    std::printf("%s\n", line.dump().c_str());
+    benchmarks::print({{"operation", operations[i].name},
+                       {"dtype", benchmarks::name_of(dtype)},
+                       {"bytes", bytes},
+                       {"milliseconds", benchmarks::min_and_median(times[i])},
+                       {"ratio_to_memcpy", benchmarks::median(times[i]) / memcpy_ms}},
+                      rank);
   }
-  std::fflush(stdout);
 }
 
 int benchmark(parallel::Runtime& runtime, const Arguments& arguments) {
@@ -115,16 +80,18 @@ int benchmark(parallel::Runtime& runtime, const Arguments& arguments) {
   parallel::MpiBackendOptions options{.timeout = std::chrono::minutes(1)};
   if (arguments.messages) options.shared_memory_limit = 0;
   const auto backend = c10::make_intrusive<MpiBackend>(runtime.world().split(0), "benchmark", options);
-  if (runtime.rank() == 0) {
-    const nlohmann::ordered_json machine = {
-        {"cpu", cpu_model()}, {"ranks", runtime.size()}, {"threads", at::get_num_threads()}};
-    std::printf("%s\n", machine.dump().c_str());
-  }
+  const auto group = c10::make_intrusive<c10d::ProcessGroup>(runtime.rank(), runtime.size());
+  group->setGroupName("benchmark");
+  group->setBackend(at::kCPU, c10d::ProcessGroup::CUSTOM, backend);
+  benchmarks::print({{"cpu", benchmarks::cpu_model()}, {"ranks", runtime.size()}, {"threads", at::get_num_threads()}},
+                    runtime.rank());
+  const benchmarks::Rounds rounds{.warm_up = 3, .min = arguments.repetitions, .max = arguments.repetitions};
   for (const auto dtype : {at::kFloat, at::kBFloat16}) {
     for (const int64_t bytes : arguments.bytes) {
       const auto all = operations(*backend, dtype, bytes);
-      const auto times = measure(*backend, all, arguments.repetitions);
-      if (runtime.rank() == 0) print(all, times, dtype, bytes);
+      std::vector<std::function<void()>> runs;
+      for (const auto& operation : all) runs.push_back(operation.run);
+      print(all, benchmarks::measure(runs, rounds, group), dtype, bytes, runtime.rank());
     }
   }
   return 0;

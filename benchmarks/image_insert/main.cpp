@@ -8,15 +8,10 @@
 // otherwise. Prints one JSON object a line: the machine first, then plans and volumes at scale, then one per way.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/record_function.h>
 
 #include <CLI/CLI.hpp>
-#include <algorithm>
-#include <chrono>
-#include <cstdio>
 #include <cstdlib>
-#include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -26,7 +21,7 @@
 
 #include "benchmarks/image_insert/scale.h"
 #include "benchmarks/image_insert/ways.h"
-#include "megatron_cpp/tensor_parallel/matrix_product.h"
+#include "benchmarks/support.h"
 #include "parallel/collectives.h"
 #include "parallel/host_memory.h"
 #include "parallel/process_groups.h"
@@ -37,12 +32,12 @@
 namespace benchmark_image_insert {
 namespace {
 
-using Clock = std::chrono::steady_clock;
+using benchmarks::Clock;
+using benchmarks::milliseconds_since;
+using benchmarks::min_and_median;
+using benchmarks::over_ranks;
+using benchmarks::print;
 using nlohmann::ordered_json;
-
-double milliseconds_since(Clock::time_point start) {
-  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
-}
 
 /// The time that this thread's matrix products take, while it lives.
 class GemmClock {
@@ -88,10 +83,6 @@ struct Measured {
   int64_t peak_bytes = 0;
 };
 
-double over_ranks(double value, parallel::Reduction reduction, const parallel::GroupPtr& group) {
-  return parallel::all_reduce(at::full({1}, value, at::kDouble), group, reduction).item<double>();
-}
-
 /// What doesn't change from step to step, and a first touch of all memory.
 void warm_up(const Way& way, Measured& measured, const Sizes& sizes, at::ScalarType dtype,
              const parallel::RecordedGroup& tp) {
@@ -122,11 +113,6 @@ void time_step(const Way& way, Measured& measured, const parallel::GroupPtr& pla
   measured.non_gemm_ms.push_back(over_ranks(step - gemms.milliseconds(), parallel::Reduction::kMin, plain));
 }
 
-ordered_json min_and_median(std::vector<double> times) {
-  std::sort(times.begin(), times.end());
-  return {{"min", times.front()}, {"median", times[times.size() / 2]}};
-}
-
 ordered_json to_json(const Way& way, const Measured& measured, const Sizes& sizes, at::ScalarType dtype,
                      const parallel::GroupPtr& plain) {
   auto collectives = ordered_json::object();
@@ -140,7 +126,7 @@ ordered_json to_json(const Way& way, const Measured& measured, const Sizes& size
     return static_cast<int64_t>(over_ranks(static_cast<double>(value), parallel::Reduction::kMax, plain));
   };
   return {{"way", way.name},
-          {"dtype", dtype == at::kFloat ? "float32" : "bfloat16"},
+          {"dtype", benchmarks::name_of(dtype)},
           {"tp", plain->getSize()},
           {"sequence", sizes.sequence},
           {"projector_sharding", way.projector_sharding},
@@ -153,57 +139,16 @@ ordered_json to_json(const Way& way, const Measured& measured, const Sizes& size
           {"rounds", measured.step_ms.size()}};
 }
 
-void print(const ordered_json& object, int rank) {
-  if (rank != 0) return;
-  std::printf("%s\n", object.dump().c_str());
-  std::fflush(stdout);
-}
-
-/// Rounds through all ways, each once a round, to and fro, so that a drift of the machine hits all alike.
+/// The ways take turns.
 void measure(const std::vector<Way>& ways, const Sizes& sizes, at::ScalarType dtype, double seconds,
              const parallel::RecordedGroup& tp, const parallel::GroupPtr& plain) {
   std::vector<Measured> measured(ways.size());
   for (size_t i = 0; i < ways.size(); ++i) warm_up(ways[i], measured[i], sizes, dtype, tp);
-  constexpr int kMinRounds = 3;
-  constexpr int kMaxRounds = 15;
-  const auto start = Clock::now();
-  for (int round = 0; round < kMaxRounds; ++round) {
-    for (size_t step = 0; step < ways.size(); ++step) {
-      const size_t i = round % 2 == 0 ? step : ways.size() - 1 - step;
-      time_step(ways[i], measured[i], plain);
-    }
-    const double spent = over_ranks(milliseconds_since(start), parallel::Reduction::kMax, plain) / 1000.0;
-    if (round + 1 >= kMinRounds && spent > seconds) break;
-  }
+  benchmarks::take_turns(ways.size(), {.warm_up = 0, .min = 3, .max = 15, .seconds = seconds}, plain,
+                         [&](size_t i, bool) { time_step(ways[i], measured[i], plain); });
   for (size_t i = 0; i < ways.size(); ++i) {
     print(to_json(ways[i], measured[i], sizes, dtype, plain), plain->getRank());
   }
-}
-
-std::string cpu_model() {
-  std::ifstream file("/proc/cpuinfo");
-  for (std::string line; std::getline(file, line);) {
-    if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
-  }
-  return "unknown";
-}
-
-/// Of one rank, while all compute.
-double gemm_gigaflops(at::ScalarType dtype, const parallel::GroupPtr& plain) {
-  constexpr int64_t kRows = 512;
-  constexpr int64_t kColumns = 1024;
-  constexpr int64_t kInner = 4096;
-  const auto a = at::ones({kRows, kInner}, dtype);
-  const auto b = at::ones({kColumns, kInner}, dtype);
-  std::vector<double> times;
-  for (int i = 0; i < 6; ++i) {
-    parallel::barrier(plain);
-    const auto start = Clock::now();
-    megatron::internal::linear_product(a, b, {});
-    times.push_back(milliseconds_since(start));
-  }
-  const double best = *std::min_element(times.begin() + 1, times.end());
-  return over_ranks(2.0 * kRows * kColumns * kInner / best / 1e6, parallel::Reduction::kMin, plain);
 }
 
 struct Arguments {
@@ -219,14 +164,10 @@ int run(parallel::Runtime& runtime, const Arguments& arguments) {
   if (std::getenv("OMP_NUM_THREADS") == nullptr) at::set_num_threads(1);
   const auto groups = parallel::make_process_groups(runtime, {.tp = runtime.size()});
   const auto tp = parallel::record(groups.tp);
-  print(
-      {{"cpu", cpu_model()},
-       {"instruction_set", at::get_cpu_capability()},
-       {"ranks", runtime.size()},
-       {"threads_per_rank", at::get_num_threads()},
-       {"gemm_gigaflops_per_rank",
-        {{"float32", gemm_gigaflops(at::kFloat, groups.tp)}, {"bfloat16", gemm_gigaflops(at::kBFloat16, groups.tp)}}}},
-      runtime.rank());
+  auto machine = benchmarks::machine(runtime.size());
+  machine["gemm_gigaflops_per_rank"] = {{"float32", benchmarks::gemm_gigaflops(at::kFloat, groups.tp)},
+                                        {"bfloat16", benchmarks::gemm_gigaflops(at::kBFloat16, groups.tp)}};
+  print(machine, runtime.rank());
   if (runtime.rank() == 0) {
     for (const auto& plan : rehearse_plans()) print(plan, 0);
     if (full || arguments.rehearse) {
@@ -237,7 +178,7 @@ int run(parallel::Runtime& runtime, const Arguments& arguments) {
   parallel::barrier(groups.tp);
   for (const int64_t sequence : arguments.sequences) {
     for (const auto& name : arguments.dtypes) {
-      const auto dtype = name == "float32" ? at::kFloat : at::kBFloat16;
+      const auto dtype = benchmarks::dtype_of(name);
       Sizes sizes;
       sizes.sequence = sequence;
       const auto batch = make_batch(sizes, dtype);

@@ -3,12 +3,12 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <chrono>
 #include <numeric>
 #include <string>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include "benchmarks/image_insert/ways.h"
+#include "benchmarks/support.h"
 #include "megatron_cpp/optimizer/gradient_buffer.h"
 #include "parallel/recording_backend.h"
 #include "parallel/rehearsal_backend.h"
@@ -42,24 +42,17 @@ PlanInput make_input(int64_t B, int64_t S, int64_t num_images) {
   return input;
 }
 
-struct Milliseconds {
-  double min;
-  double median;
-};
-
+/// Least and median milliseconds of an action on this rank alone.
 template <class Action>
-Milliseconds time(const Action& action) {
+ordered_json time(const Action& action) {
   std::vector<double> times;
   for (int i = 0; i < 51; ++i) {
-    const auto start = std::chrono::steady_clock::now();
+    const auto start = benchmarks::Clock::now();
     action();
-    times.push_back(std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count());
+    times.push_back(benchmarks::milliseconds_since(start));
   }
-  std::sort(times.begin(), times.end());
-  return {times.front(), times[times.size() / 2]};
+  return benchmarks::min_and_median(times);
 }
-
-ordered_json to_json(const Milliseconds& times) { return {{"min", times.min}, {"median", times.median}}; }
 
 double largest_over_mean(const std::vector<int64_t>& values) {
   const auto sum = std::accumulate(values.begin(), values.end(), int64_t{0});
@@ -151,9 +144,9 @@ std::vector<ordered_json> rehearse_plans() {
                          {"batch", B},
                          {"sequence", S},
                          {"images", num_images},
-                         {"build_ms", to_json(build)},
-                         {"build_ns_per_token", build.median * 1e6 / static_cast<double>(B * S)},
-                         {"owned_by_one_of_64_ms", to_json(owned)},
+                         {"build_ms", build},
+                         {"build_ns_per_token", build.at("median").get<double>() * 1e6 / static_cast<double>(B * S)},
+                         {"owned_by_one_of_64_ms", owned},
                          {"balance", std::move(balances)}});
     }
   }

@@ -1,0 +1,101 @@
+#include "benchmarks/support.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <fstream>
+#include <utility>
+
+#include "megatron_cpp/tensor_parallel/matrix_product.h"
+
+namespace benchmarks {
+
+double milliseconds_since(Clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+}
+
+double over_ranks(double value, parallel::Reduction reduction, const parallel::GroupPtr& group) {
+  return parallel::all_reduce(at::full({1}, value, at::kDouble), group, reduction).item<double>();
+}
+
+void take_turns(size_t count, const Rounds& rounds, const parallel::GroupPtr& group,
+                const std::function<void(size_t, bool)>& action) {
+  for (int64_t round = 0; round < rounds.warm_up; ++round) {
+    for (size_t i = 0; i < count; ++i) action(i, false);
+  }
+  const auto start = Clock::now();
+  for (int64_t round = 0; round < rounds.max; ++round) {
+    for (size_t step = 0; step < count; ++step) action(round % 2 == 0 ? step : count - 1 - step, true);
+    const double spent = over_ranks(milliseconds_since(start), parallel::Reduction::kMax, group) / 1000.0;
+    if (round + 1 >= rounds.min && spent > rounds.seconds) break;
+  }
+}
+
+std::vector<std::vector<double>> measure(const std::vector<std::function<void()>>& operations, const Rounds& rounds,
+                                         const parallel::GroupPtr& group) {
+  std::vector<std::vector<double>> times(operations.size());
+  take_turns(operations.size(), rounds, group, [&](size_t i, bool timed) {
+    parallel::barrier(group);
+    const auto start = Clock::now();
+    operations[i]();
+    const double elapsed = milliseconds_since(start);
+    if (timed) times[i].push_back(over_ranks(elapsed, parallel::Reduction::kMax, group));
+  });
+  return times;
+}
+
+double median(std::vector<double> times) {
+  std::sort(times.begin(), times.end());
+  return times.at(times.size() / 2);
+}
+
+nlohmann::ordered_json min_and_median(const std::vector<double>& times) {
+  return {{"min", *std::min_element(times.begin(), times.end())}, {"median", median(times)}};
+}
+
+std::string cpu_model() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);) {
+    if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
+  }
+  return "unknown";
+}
+
+nlohmann::ordered_json machine(int ranks) {
+  return {{"cpu", cpu_model()},
+          {"instruction_set", at::get_cpu_capability()},
+          {"ranks", ranks},
+          {"threads_per_rank", at::get_num_threads()}};
+}
+
+double gemm_gigaflops(at::ScalarType dtype, const parallel::GroupPtr& group) {
+  constexpr int64_t kRows = 512;
+  constexpr int64_t kColumns = 1024;
+  constexpr int64_t kInner = 4096;
+  const auto a = at::ones({kRows, kInner}, dtype);
+  const auto b = at::ones({kColumns, kInner}, dtype);
+  std::vector<double> times;
+  for (int i = 0; i < 6; ++i) {
+    parallel::barrier(group);
+    const auto start = Clock::now();
+    megatron::internal::linear_product(a, b, {});
+    times.push_back(milliseconds_since(start));
+  }
+  const double best = *std::min_element(times.begin() + 1, times.end());
+  return over_ranks(2.0 * kRows * kColumns * kInner / best / 1e6, parallel::Reduction::kMin, group);
+}
+
+std::string name_of(at::ScalarType dtype) { return dtype == at::kFloat ? "float32" : "bfloat16"; }
+
+at::ScalarType dtype_of(const std::string& name) { return name == "float32" ? at::kFloat : at::kBFloat16; }
+
+void print(const nlohmann::ordered_json& object, int rank) {
+  if (rank != 0) return;
+  std::printf("%s\n", object.dump().c_str());
+  std::fflush(stdout);
+}
+
+}  // namespace benchmarks
