@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Builds and runs every benchmark, and compares with the ratios in benchmarks/ratios.json.
+#
+#   scripts/bench.sh [--ranks N] [--quick] [--full] [--update] [--strict] [cmake options, such as -DMCPP_WERROR=ON]
+#
+# --ranks N   ranks of each benchmark, 2 without it
+# --quick     few rounds, one dtype: does everything run? Its ratios are rough.
+# --full      the image insert in all its settings: 12 GB of memory and half an hour more; without it 4 GB are enough
+# --update    makes the ratios of this run the ones to compare with
+# --strict    exit status 1 if a ratio got worse by more than 25 %; a shared machine is too noisy for that
+#
+# Writes build/bench/results.json and build/bench/report.html. docs/benchmarks.md says what is measured.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+ranks=2
+quick=
+full=
+report_options=()
+build_options=()
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --ranks) [[ $# -ge 2 ]] || fail "--ranks needs a number"; ranks=$2; shift 2 ;;
+    --quick) quick=1; shift ;;
+    --full) full=1; shift ;;
+    --update | --strict) report_options+=("$1"); shift ;;
+    --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -D*) build_options+=("$1"); shift ;;
+    *) fail "unknown option $1 (see --help)" ;;
+  esac
+done
+[[ $ranks =~ ^[1-9][0-9]*$ ]] || fail "--ranks $ranks: expected a number above 0"
+[[ -z $quick || ${report_options[*]} != *--update* ]] || fail "--quick is too rough for --update"
+[[ -z $quick || -z $full ]] || fail "--quick and --full exclude each other"
+
+"$root/scripts/build.sh" --target benchmarks "${build_options[@]}"
+cd "$root"
+export OMP_NUM_THREADS=1
+bin=build/bin
+results=build/bench
+mkdir -p "$results"
+rm -f "$results"/*.jsonl
+
+# to_file NAME COMMAND...: its lines of JSON become build/bench/NAME.jsonl.
+to_file() {
+  local name=$1
+  shift
+  local start=$SECONDS
+  run "$@" >"$results/$name.jsonl"
+  printf '  %s: %d s\n' "$name" $((SECONDS - start)) >&2
+}
+
+# on_ranks NAME PROGRAM...
+on_ranks() {
+  local name=$1
+  shift
+  to_file "$name" mpirun -np "$ranks" "${mpirun_flags[@]}" "$@"
+}
+
+collectives=()
+layers=()
+training_step=()
+image_insert=(--dtype bfloat16 --seconds 1)
+if [[ -n $quick ]]; then
+  collectives=(--repetitions 5)
+  layers=(--dtype float32 --seconds 1)
+  training_step=(--dtype float32 --seconds 1)
+elif [[ -n $full ]]; then
+  image_insert=(--full)
+fi
+
+on_ranks collectives $bin/benchmark_collectives "${collectives[@]}"
+python=$(compgen -G "$cache/torch-*/bin/python" | tail -n 1 || true)
+if [[ -n $python ]] && "$python" -c 'import torch' 2>/dev/null; then
+  to_file gloo_collectives "$python" benchmarks/gloo_collectives.py --ranks "$ranks" "${collectives[@]}"
+else
+  printf 'No Python with PyTorch under %s: Gloo is left out.\n' "$cache" >&2
+fi
+on_ranks layers $bin/benchmark_layers "${layers[@]}"
+if [[ -x $bin/benchmark_image_insert ]]; then
+  on_ranks image_insert $bin/benchmark_image_insert "${image_insert[@]}"
+else
+  printf 'benchmark_image_insert is not built (MCPP_PROGRAMS=OFF): left out.\n' >&2
+fi
+on_ranks training_step $bin/benchmark_training_step "${training_step[@]}"
+
+run python3 benchmarks/report.py "$results" --ratios benchmarks/ratios.json "${report_options[@]}"
