@@ -72,23 +72,23 @@ def timed_ways(results):
 
 
 def insert_setting(line):
-    return line["dtype"], line["sequence"], line["features"]
+    return line["dtype"], line["sequence"], line.get("scale", 1), line["features"]
 
 
 def insert_ratios(results):
     ways = timed_ways(results)
     public = {insert_setting(line): line for line in ways if line["way"] == "public"}
-    text = {insert_setting(line)[:2]: line for line in ways if line["way"] == "text_only"}
+    text = {insert_setting(line)[:3]: line for line in ways if line["way"] == "text_only"}
     ratios = {}
     for line in ways:
         if line["way"] in ("public", "text_only", "projector_gemm"):
             continue
-        dtype, sequence, features = insert_setting(line)
-        name = f"image_insert/{way_name(line)}/{features}/{dtype}/{sequence}"
-        ratios[f"{name}/to_public"] = least(line, "step_ms") / least(public[dtype, sequence, features], "step_ms")
+        dtype, sequence, scale, features = setting = insert_setting(line)
+        name = f"image_insert/{way_name(line)}/{features}/{dtype}/{sequence}" + (f"/scale {scale}" if scale > 1 else "")
+        ratios[f"{name}/to_public"] = least(line, "step_ms") / least(public[setting], "step_ms")
         if features == "frozen":
             ratios[f"{name}/besides_products_to_text"] = (
-                least(line, "non_gemm_ms") / least(text[dtype, sequence], "non_gemm_ms"))
+                least(line, "non_gemm_ms") / least(text[setting[:3]], "non_gemm_ms"))
     return ratios
 
 
@@ -287,14 +287,15 @@ def layer_plots(results):
 def insert_plots(results):
     ways = timed_ways(results)
     plots = ""
-    for setting in dict.fromkeys((line["dtype"], line["sequence"]) for line in ways):
+    for setting in dict.fromkeys(insert_setting(line)[:3] for line in ways):
         groups = []
         for line in ways:
-            if (line["dtype"], line["sequence"]) == setting:
+            if insert_setting(line)[:3] == setting:
                 step = least(line, "step_ms")
                 rest = min(least(line, "non_gemm_ms"), step)
                 groups.append((f"{way_name(line)}, {line['features']}", [step - rest, rest]))
-        plots += stacked(f"Image insert, {setting[0]}, {setting[1]} positions: forward and backward, ms", "ms",
+        sizes = f"{setting[1]} positions" + (f", sizes over {setting[2]}" if setting[2] > 1 else "")
+        plots += stacked(f"Image insert, {setting[0]}, {sizes}: forward and backward, ms", "ms",
                          ["projector's matrix products", "everything else"], groups)
     return plots
 

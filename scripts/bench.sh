@@ -59,10 +59,11 @@ on_ranks() {
 collectives=()
 layers=()
 training_step=()
-image_insert=(--dtype bfloat16 --seconds 1)
+image_insert=(--dtype bfloat16 --scale 2 --seconds 5)
 if [[ -n $quick ]]; then
   collectives=(--repetitions 5)
   layers=(--dtype float32 --seconds 1)
+  image_insert=(--dtype bfloat16 --scale 2 --seconds 1)
   training_step=(--dtype float32 --seconds 1)
 elif [[ -n $full ]]; then
   image_insert=(--full)

@@ -125,18 +125,20 @@ ordered_json to_json(const Way& way, const Measured& measured, const Sizes& size
   const auto largest = [&](int64_t value) {
     return static_cast<int64_t>(over_ranks(static_cast<double>(value), parallel::Reduction::kMax, plain));
   };
-  return {{"way", way.name},
-          {"dtype", benchmarks::name_of(dtype)},
-          {"tp", plain->getSize()},
-          {"sequence", sizes.sequence},
-          {"projector_sharding", way.projector_sharding},
-          {"features", way.features_trained ? "trained" : "frozen"},
-          {"step_ms", min_and_median(measured.step_ms)},
-          {"non_gemm_ms", min_and_median(measured.non_gemm_ms)},
-          {"bytes_per_rank", largest(measured.sent.bytes_sent)},
-          {"collectives", std::move(collectives)},
-          {"peak_full_buffer_bytes", largest(measured.peak_bytes)},
-          {"rounds", measured.step_ms.size()}};
+  ordered_json line = {{"way", way.name},
+                       {"dtype", benchmarks::name_of(dtype)},
+                       {"tp", plain->getSize()},
+                       {"sequence", sizes.sequence},
+                       {"projector_sharding", way.projector_sharding},
+                       {"features", way.features_trained ? "trained" : "frozen"},
+                       {"step_ms", min_and_median(measured.step_ms)},
+                       {"non_gemm_ms", min_and_median(measured.non_gemm_ms)},
+                       {"bytes_per_rank", largest(measured.sent.bytes_sent)},
+                       {"collectives", std::move(collectives)},
+                       {"peak_full_buffer_bytes", largest(measured.peak_bytes)},
+                       {"rounds", measured.step_ms.size()}};
+  if (sizes.scale > 1) line["scale"] = sizes.scale;
+  return line;
 }
 
 /// The ways take turns.
@@ -156,6 +158,7 @@ struct Arguments {
   bool rehearse = false;
   std::vector<std::string> dtypes = {"float32", "bfloat16"};
   std::vector<int64_t> sequences;
+  int64_t scale = 1;
   double seconds = 0.0;
 };
 
@@ -181,6 +184,9 @@ int run(parallel::Runtime& runtime, const Arguments& arguments) {
       const auto dtype = benchmarks::dtype_of(name);
       Sizes sizes;
       sizes.sequence = sequence;
+      sizes.hidden /= arguments.scale;
+      sizes.channels /= arguments.scale;
+      sizes.scale = arguments.scale;
       const auto batch = make_batch(sizes, dtype);
       const double seconds = arguments.seconds > 0.0 ? arguments.seconds : (full ? 300.0 : 120.0);
       // One embedding table with its gradient at a time.
@@ -207,6 +213,9 @@ int main(int argc, char** argv) {
   app.add_option("--sequence", arguments.sequences,
                  "sequence lengths, multiples of 2048; without it 2048, or as --full says")
       ->check(CLI::PositiveNumber);
+  app.add_option("--scale", arguments.scale, "H = 4096 and C = 6144 over this, for less memory and smaller products")
+      ->check(CLI::IsMember({1, 2, 4, 8}))
+      ->capture_default_str();
   app.add_option("--seconds", arguments.seconds, "rounds of a setting go on for this long, three at least");
   CLI11_PARSE(app, argc, argv);
   if (arguments.sequences.empty()) {

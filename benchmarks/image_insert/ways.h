@@ -23,6 +23,7 @@ struct Sizes {
   int64_t vocabulary = 128815;
   int64_t images_per_pack = 8;   ///< per 2048 tokens: images of 169 rows
   int64_t patches_per_pack = 4;  ///< and patches of 81
+  int64_t scale = 1;             ///< what hidden and channels were divided by
 };
 
 /// Images of one start token, all of the same size.
