@@ -3,7 +3,7 @@
 #
 #   scripts/bench.sh [--ranks N] [--quick] [--full] [--update] [--strict] [cmake options, such as -DMCPP_WERROR=ON]
 #
-# --ranks N   ranks of each benchmark, 2 without it
+# --ranks N   ranks of each benchmark: 1, 2 or 4 (sizes are divisible by these); 2 without it
 # --quick     few rounds, one dtype: does everything run? Its ratios are rough.
 # --full      the image insert in all its settings: 12 GB of memory and half an hour more; without it 4 GB are enough
 # --update    makes the ratios of this run the ones to compare with
@@ -28,7 +28,7 @@ while [[ $# -gt 0 ]]; do
     *) fail "unknown option $1 (see --help)" ;;
   esac
 done
-[[ $ranks =~ ^[1-9][0-9]*$ ]] || fail "--ranks $ranks: expected a number above 0"
+[[ $ranks =~ ^[124]$ ]] || fail "--ranks $ranks: expected 1, 2 or 4"
 [[ -z $quick || ${report_options[*]} != *--update* ]] || fail "--quick is too rough for --update"
 [[ -z $quick || -z $full ]] || fail "--quick and --full exclude each other"
 
