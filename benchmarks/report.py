@@ -224,7 +224,7 @@ def size_name(num_bytes):
 
 def curves(title, series, points):
     """Milliseconds over bytes, both logarithmic. points: [[(bytes, milliseconds)], one list a series]"""
-    width, height, left, bottom, top, right = 760, 280, 64, 34, 10, 34
+    width, height, left, bottom, top, right = 760, 280, 76, 34, 10, 34
     xs = sorted({x for curve in points for x, _ in curve})
     ys = [y for curve in points for _, y in curve]
     low, high = math.floor(math.log10(min(ys))), math.ceil(math.log10(max(ys)))
