@@ -50,8 +50,8 @@ void check_equal(const std::vector<NamedValue>& values, const GroupPtr& group);
 
 /// A text that must be the same on every rank.
 struct NamedText {
-  std::string name;
-  std::string text;
+  std::string name;  ///< what messages call it
+  std::string text;  ///< this rank's
 };
 
 /// The same for texts, none of which holds a 0 character. Collective over `group`, with texts of the same names: two
