@@ -12,7 +12,6 @@
 #include <cstring>
 #include <functional>
 #include <string>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <vector>
 
 #include "benchmarks/support.h"
@@ -100,20 +99,13 @@ int benchmark(parallel::Runtime& runtime, const Arguments& arguments) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  return parallel::Runtime::run([&](parallel::Runtime& runtime) {
-    CLI::App app("Times the collectives of the MPI backend. Start with mpirun -np N.", "benchmark_collectives");
-    Arguments arguments;
-    app.add_option("--bytes", arguments.bytes, "Sizes, in bytes per rank")->check(CLI::PositiveNumber);
-    app.add_option("--repetitions", arguments.repetitions, "Timed runs of each operation")
-        ->capture_default_str()
-        ->check(CLI::PositiveNumber);
-    app.add_flag("--messages", arguments.messages, "Without shared memory: reductions by MPI's messages");
-    try {
-      app.parse(argc, argv);
-    } catch (const CLI::ParseError& error) {
-      if (runtime.rank() == 0) return app.exit(error);
-      return error.get_exit_code();
-    }
-    return benchmark(runtime, arguments);
-  });
+  CLI::App app("Times the collectives of the MPI backend. Start with mpirun -np N.", "benchmark_collectives");
+  Arguments arguments;
+  app.add_option("--bytes", arguments.bytes, "Sizes, in bytes per rank")->check(CLI::PositiveNumber);
+  app.add_option("--repetitions", arguments.repetitions, "Timed runs of each operation")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
+  app.add_flag("--messages", arguments.messages, "Without shared memory: reductions by MPI's messages");
+  return benchmarks::run_on_ranks(app, argc, argv,
+                                  [&](parallel::Runtime& runtime) { return benchmark(runtime, arguments); });
 }

@@ -15,7 +15,6 @@
 #include <functional>
 #include <memory>
 #include <string>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 #include <vector>
 
@@ -348,6 +347,5 @@ int main(int argc, char** argv) {
   app.add_option("--layer", arguments.layers, "these only, by the names in the output");
   app.add_option("--seconds", arguments.seconds, "rounds of a dtype go on for this long, three at least")
       ->capture_default_str();
-  CLI11_PARSE(app, argc, argv);
-  return parallel::Runtime::run([&](parallel::Runtime& runtime) { return run(runtime, arguments); });
+  return benchmarks::run_on_ranks(app, argc, argv, [&](parallel::Runtime& runtime) { return run(runtime, arguments); });
 }

@@ -15,7 +15,6 @@
 #include <cstdlib>
 #include <numeric>
 #include <string>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 #include <vector>
 
@@ -222,6 +221,5 @@ int main(int argc, char** argv) {
   app.add_option("--layers", arguments.layers, "decoder layers")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--seconds", arguments.seconds, "steps of a dtype go on for this long, three at least")
       ->capture_default_str();
-  CLI11_PARSE(app, argc, argv);
-  return parallel::Runtime::run([&](parallel::Runtime& runtime) { return run(runtime, arguments); });
+  return benchmarks::run_on_ranks(app, argc, argv, [&](parallel::Runtime& runtime) { return run(runtime, arguments); });
 }

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
 #include <fstream>
@@ -12,6 +13,17 @@
 #include "megatron_cpp/tensor_parallel/matrix_product.h"
 
 namespace benchmarks {
+
+int run_on_ranks(CLI::App& app, int argc, char** argv, const std::function<int(parallel::Runtime&)>& body) {
+  return parallel::Runtime::run([&](parallel::Runtime& runtime) {
+    try {
+      app.parse(argc, argv);
+    } catch (const CLI::ParseError& error) {
+      return runtime.rank() == 0 ? app.exit(error) : error.get_exit_code();
+    }
+    return body(runtime);
+  });
+}
 
 double milliseconds_since(Clock::time_point start) {
   return std::chrono::duration<double, std::milli>(Clock::now() - start).count();

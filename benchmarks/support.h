@@ -12,8 +12,17 @@
 
 #include "parallel/collectives.h"
 #include "parallel/group.h"
+#include "parallel/runtime.h"
+
+namespace CLI {
+class App;
+}
 
 namespace benchmarks {
+
+/// A benchmark's main: reads the command line into `app` and runs `body`, or, where an option is wrong or asks for
+/// help, says so on rank 0 alone. Returns the exit status. Collective over the MPI world.
+int run_on_ranks(CLI::App& app, int argc, char** argv, const std::function<int(parallel::Runtime&)>& body);
 
 using Clock = std::chrono::steady_clock;
 double milliseconds_since(Clock::time_point start);

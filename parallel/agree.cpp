@@ -4,7 +4,6 @@
 #include <c10/util/Exception.h>
 
 #include <cstring>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include "parallel/collectives.h"
 

@@ -4,7 +4,6 @@
 #include <c10/util/Exception.h>
 
 #include <numeric>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 
 #include "parallel/agree.h"

@@ -3,7 +3,6 @@
 #include <c10/util/Exception.h>
 #include <torch/headeronly/version.h>
 
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 #include <vector>
 

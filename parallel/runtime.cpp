@@ -11,7 +11,6 @@
 #include <cstdlib>
 #include <exception>
 #include <thread>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 
 #include "parallel/agree.h"

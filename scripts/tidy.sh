@@ -9,7 +9,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$root"
 case ${1:-} in
   --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
-  --last-commit) mapfile -t files < <(git diff --name-only --diff-filter=d HEAD~1 -- '*.cpp') ;;
+  --last-commit)
+    git rev-parse -q --verify HEAD~1 >/dev/null || { echo "there is no earlier commit to compare with" >&2; exit 0; }
+    mapfile -t files < <(git diff --name-only --diff-filter=d HEAD~1 HEAD -- '*.cpp')
+    ;;
   "") mapfile -t files < <(git ls-files '*.cpp') ;;
   *) files=("$@") ;;
 esac

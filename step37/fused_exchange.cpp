@@ -6,7 +6,6 @@
 #include <torch/custom_class.h>
 
 #include <optional>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 
 #include "megatron_cpp/tensor_parallel/rows.h"

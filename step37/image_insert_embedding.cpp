@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 
 #include "megatron_cpp/tensor_parallel/linear_function.h"

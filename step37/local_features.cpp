@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <numeric>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <variant>
 
 #include "parallel/mappings.h"

@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 
 #include <numeric>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 
 #include "megatron_cpp/tensor_parallel/rows.h"

@@ -16,7 +16,6 @@
 #include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <vector>
 
 #include "benchmarks/image_insert/scale.h"
@@ -217,10 +216,10 @@ int main(int argc, char** argv) {
       ->check(CLI::IsMember({1, 2, 4, 8}))
       ->capture_default_str();
   app.add_option("--seconds", arguments.seconds, "rounds of a setting go on for this long, three at least");
-  CLI11_PARSE(app, argc, argv);
-  if (arguments.sequences.empty()) {
-    arguments.sequences = arguments.full ? std::vector<int64_t>{2048, 8192} : std::vector<int64_t>{2048};
-  }
-  return parallel::Runtime::run(
-      [&](parallel::Runtime& runtime) { return benchmark_image_insert::run(runtime, arguments); });
+  return benchmarks::run_on_ranks(app, argc, argv, [&](parallel::Runtime& runtime) {
+    if (arguments.sequences.empty()) {
+      arguments.sequences = arguments.full ? std::vector<int64_t>{2048, 8192} : std::vector<int64_t>{2048};
+    }
+    return benchmark_image_insert::run(runtime, arguments);
+  });
 }

@@ -5,7 +5,6 @@
 
 #include <exception>
 #include <limits>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 
 #include "megatron_cpp/tensor_parallel/embedding_candidate.h"

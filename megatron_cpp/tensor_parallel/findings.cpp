@@ -7,7 +7,6 @@
 #include <map>
 #include <set>
 #include <sstream>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include "parallel/collectives.h"
 

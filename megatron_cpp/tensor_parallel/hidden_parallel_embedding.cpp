@@ -2,7 +2,6 @@
 
 #include <ATen/ATen.h>
 
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 
 #include "megatron_cpp/tensor_parallel/embedding_look_up.h"

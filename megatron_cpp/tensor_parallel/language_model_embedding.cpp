@@ -1,6 +1,5 @@
 #include "megatron_cpp/tensor_parallel/language_model_embedding.h"
 
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 
 #include "megatron_cpp/tensor_parallel/hidden_parallel_embedding.h"

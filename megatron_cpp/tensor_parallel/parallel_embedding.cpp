@@ -1,6 +1,5 @@
 #include "megatron_cpp/tensor_parallel/parallel_embedding.h"
 
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 
 #include "parallel/mappings.h"

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <vector>
 
 #include "parallel/collectives.h"

@@ -1,7 +1,5 @@
 #include "megatron_cpp/transformer/gpt_model.h"
 
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
-
 namespace megatron {
 namespace {
 

@@ -1,7 +1,5 @@
 #include "megatron_cpp/transformer/transformer_block.h"
 
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
-
 #include "megatron_cpp/transformer/transformer_layer.h"
 
 namespace megatron {

@@ -4,7 +4,6 @@
 
 #include <cstdio>
 #include <optional>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 
 #include "parallel/agree.h"

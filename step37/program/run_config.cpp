@@ -1,26 +1,22 @@
 #include "step37/program/run_config.h"
 
 #include <c10/util/Exception.h>
-#include <yaml-cpp/eventhandler.h>
 #include <yaml-cpp/yaml.h>
 
 #include <algorithm>
 #include <array>
-#include <cerrno>
 #include <charconv>
 #include <cmath>
-#include <cstring>
-#include <fstream>
 #include <functional>
 #include <limits>
 #include <map>
 #include <numeric>
-#include <sstream>
 #include <string_view>
 #include <type_traits>
 
 #include "parallel/shard.h"
 #include "step37/data/utf8.h"
+#include "step37/program/yaml_file.h"
 
 namespace step37 {
 namespace {
@@ -236,62 +232,6 @@ struct Given {
 };
 using GivenValues = std::map<std::string, Given, std::less<>>;
 
-std::string read_text(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  if (file.peek() != std::ifstream::traits_type::eof()) text << file.rdbuf();
-  TORCH_CHECK_VALUE(file.is_open() && !file.bad(), "can't read the configuration ", path.string(), ": ",
-                    std::strerror(errno));
-  return text.str();
-}
-
-std::string location(const std::filesystem::path& path, const YAML::Mark& mark) {
-  return path.string() + ":" + std::to_string(mark.line + 1);
-}
-
-/// Looks where documents start, and at nothing else.
-class DocumentStarts : public YAML::EventHandler {
- public:
-  std::vector<YAML::Mark> marks;
-
-  void OnDocumentStart(const YAML::Mark& mark) override { marks.push_back(mark); }
-  void OnDocumentEnd() override {}
-  void OnNull(const YAML::Mark& /*mark*/, YAML::anchor_t /*anchor*/) override {}
-  void OnAlias(const YAML::Mark& /*mark*/, YAML::anchor_t /*anchor*/) override {}
-  void OnScalar(const YAML::Mark& /*mark*/, const std::string& /*tag*/, YAML::anchor_t /*anchor*/,
-                const std::string& /*value*/) override {}
-  void OnSequenceStart(const YAML::Mark& /*mark*/, const std::string& /*tag*/, YAML::anchor_t /*anchor*/,
-                       YAML::EmitterStyle::value /*style*/) override {}
-  void OnSequenceEnd() override {}
-  void OnMapStart(const YAML::Mark& /*mark*/, const std::string& /*tag*/, YAML::anchor_t /*anchor*/,
-                  YAML::EmitterStyle::value /*style*/) override {}
-  void OnMapEnd() override {}
-};
-
-/// Where a second document starts, if one does. Not YAML::LoadAll: to yaml-cpp up to 0.8 a comma or bracket out of
-/// place is one empty document after the other, and LoadAll collects them until memory is full.
-std::optional<YAML::Mark> second_document(const std::string& text) {
-  std::istringstream stream(text);
-  YAML::Parser parser(stream);
-  DocumentStarts starts;
-  while (starts.marks.size() < 2 && parser.HandleNextDocument(starts)) {
-  }
-  return starts.marks.size() < 2 ? std::nullopt : std::optional(starts.marks.back());
-}
-
-YAML::Node parse_yaml(const std::filesystem::path& path) {
-  const auto text = read_text(path);
-  YAML::Node document;
-  try {
-    const auto second = second_document(text);
-    TORCH_CHECK_VALUE(!second, location(path, *second), ": a second YAML document, or something out of place");
-    document.reset(YAML::Load(text));
-  } catch (const YAML::Exception& error) {
-    TORCH_CHECK_VALUE(false, location(path, error.mark), ": not YAML: ", error.msg);
-  }
-  return document;
-}
-
 /// The name on the left of a colon.
 std::string name_of(const YAML::Node& key, const std::filesystem::path& path) {
   // A message would end at a NUL.
@@ -306,7 +246,7 @@ Given given_value(const YAML::Node& value, const std::string& where) {
 }
 
 GivenValues values_of_file(const std::filesystem::path& path) {
-  const auto root = parse_yaml(path);
+  const auto root = parse_yaml_file(path);
   TORCH_CHECK_VALUE(root.IsMap() || root.IsNull(), location(path, root.Mark()),
                     ": not a configuration: expected sections with keys, as training: and steps: 100 below it");
   GivenValues values;

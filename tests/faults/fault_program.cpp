@@ -11,7 +11,6 @@
 
 #include <cstdio>
 #include <string>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 #include <vector>
 

@@ -20,8 +20,6 @@
 
 namespace {
 
-using test_support::occurrences;
-using test_support::Outcome;
 using Clock = std::chrono::steady_clock;
 
 struct Layout {

@@ -4,7 +4,6 @@
 #include <torch/nn/pimpl.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -12,7 +11,6 @@
 #include <memory>
 #include <sstream>
 #include <string>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 #include <vector>
 
@@ -197,20 +195,6 @@ class WarningLog : public c10::WarningHandler {
 /// A folder that all ranks share, for one test.
 class Checkpoint : public testing::Test {
  protected:
-  void SetUp() override {
-    std::string made;
-    if (world_rank() == 0) {
-      made = (fs::temp_directory_path() / "checkpoint_test.XXXXXX").string();
-      if (::mkdtemp(made.data()) == nullptr) made.clear();
-    }
-    folder_ = parallel::broadcast_text(made, 0, world());
-    ASSERT_FALSE(folder_.empty());
-  }
-  void TearDown() override {
-    parallel::barrier(world());
-    if (world_rank() == 0) fs::remove_all(folder_);
-  }
-
   fs::path save(int64_t step, const std::vector<ShardedTensor>& tensors, int64_t keep_last = 0) {
     const CheckpointContents contents{step, "{}", tensors};
     return megatron::save_checkpoint(directory(), contents, world(), {.keep_last = keep_last});
@@ -222,17 +206,16 @@ class Checkpoint : public testing::Test {
     EXPECT_EQ(text, parallel::broadcast_text(text, 0, world()));
     return text;
   }
-  fs::path directory() const { return folder_ / "run" / "checkpoints"; }
+  fs::path directory() const { return folder_.path() / "run" / "checkpoints"; }
 
  private:
-  fs::path folder_;
+  test_support::SharedFolder folder_;
 };
 
 /// One saved step to damage; rank 0 alone reads it.
 class DamagedCheckpoint : public Checkpoint {
  protected:
   void SetUp() override {
-    Checkpoint::SetUp();
     step_ = save(7, {split("rows", {8, 3}, 0, 1), whole("norm", {5}, 0, 1)});
     parallel::barrier(world());
   }

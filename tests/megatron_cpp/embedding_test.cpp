@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <string>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <vector>
 
 #include "megatron_cpp/tensor_parallel/language_model_embedding.h"

@@ -8,7 +8,6 @@
 
 #include <memory>
 #include <string>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <vector>
 
 #include "megatron_cpp/tensor_parallel/language_model_embedding.h"

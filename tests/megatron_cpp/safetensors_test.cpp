@@ -5,12 +5,13 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <string>
 #include <vector>
+
+#include "tests/support/temporary_folder.h"
 
 namespace {
 
@@ -29,14 +30,7 @@ bool same(const at::Tensor& a, const at::Tensor& b) {
 
 class Safetensors : public testing::Test {
  protected:
-  void SetUp() override {
-    auto made = (fs::temp_directory_path() / "safetensors_test.XXXXXX").string();
-    ASSERT_NE(::mkdtemp(made.data()), nullptr);
-    folder_ = made;
-  }
-  void TearDown() override { fs::remove_all(folder_); }
-
-  fs::path file() const { return folder_ / "a.safetensors"; }
+  fs::path file() const { return folder_.path() / "a.safetensors"; }
 
   /// A file of this header and so many bytes of data.
   void write_raw(const std::string& header, size_t data_bytes) const {
@@ -65,7 +59,7 @@ class Safetensors : public testing::Test {
     return text;
   }
 
-  fs::path folder_;
+  test_support::TemporaryFolder folder_;
 };
 
 }  // namespace
@@ -236,11 +230,11 @@ TEST_F(Safetensors, NamesGivenTwice) {
   EXPECT_TRUE(contains(write_error({{"x", at::ones({1})}, {"x", at::ones({1})}}), "tensor name x"));
   EXPECT_TRUE(contains(write_error({{"__metadata__", at::ones({1})}}), "__metadata__"));
   EXPECT_TRUE(contains(write_error({{"z", at::ones({1}, at::kComplexFloat)}}), "tensor z"));
-  EXPECT_TRUE(fs::is_empty(folder_)) << "refused before anything is written";
+  EXPECT_TRUE(fs::is_empty(folder_.path())) << "refused before anything is written";
 }
 
 TEST_F(Safetensors, FoldersThatDontExist) {
-  const auto nowhere = folder_ / "nowhere" / "a.safetensors";
+  const auto nowhere = folder_.path() / "nowhere" / "a.safetensors";
   for (const bool as_text : {false, true}) {
     std::string text = "nothing thrown";
     try {

@@ -13,7 +13,6 @@
 #include <nlohmann/json.hpp>
 #include <numbers>
 #include <string>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 #include <vector>
 

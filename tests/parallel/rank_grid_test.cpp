@@ -7,7 +7,6 @@
 #include <array>
 #include <set>
 #include <string>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <vector>
 
 #include "parallel/process_groups.h"

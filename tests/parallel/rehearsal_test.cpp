@@ -3,8 +3,6 @@
 #include <c10/util/Exception.h>
 #include <gtest/gtest.h>
 
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
-
 #include "parallel/collectives.h"
 #include "parallel/recording_backend.h"
 #include "parallel/rehearsal_backend.h"

@@ -6,7 +6,6 @@
 
 #include <cstdio>
 #include <string>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include "parallel/collectives.h"
 #include "parallel/process_groups.h"

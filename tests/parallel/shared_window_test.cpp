@@ -13,7 +13,6 @@
 #include <random>
 #include <string>
 #include <thread>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <vector>
 
 #include "parallel/collectives.h"

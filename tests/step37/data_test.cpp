@@ -1,7 +1,6 @@
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 #include <gtest/gtest.h>
-#include <stdlib.h>  // mkdtemp
 
 #include <algorithm>
 #include <filesystem>
@@ -22,6 +21,7 @@
 #include "step37/data/picture.h"
 #include "step37/data/tokenizer.h"
 #include "step37/data/utf8.h"
+#include "tests/support/temporary_folder.h"
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-function"
@@ -39,32 +39,7 @@ namespace {
 namespace fs = std::filesystem;
 
 /// A folder of its own for each test, removed afterwards.
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    auto name = (fs::temp_directory_path() / "step37_data_test.XXXXXX").string();
-    TORCH_CHECK(mkdtemp(name.data()) != nullptr, "can't make ", name);
-    path_ = name;
-  }
-  ~TemporaryFolder() {
-    std::error_code ignored;
-    fs::remove_all(path_, ignored);
-  }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-
-  const fs::path& path() const { return path_; }
-
-  fs::path write(const std::string& name, std::string_view bytes) const {
-    const auto path = path_ / name;
-    fs::create_directories(path.parent_path());
-    std::ofstream(path, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-    return path;
-  }
-
- private:
-  fs::path path_;
-};
+using test_support::TemporaryFolder;
 
 std::string read_file(const fs::path& path) {
   std::ifstream file(path, std::ios::binary);
@@ -151,6 +126,7 @@ TEST(CaptionedPictures, FolderAtFaultIsNamed) {
 
 TEST(HeldOut, DependsOnThePathAlone) {
   std::vector<CaptionedPicture> pictures;
+  pictures.reserve(2000);
   for (int i = 0; i < 2000; ++i) pictures.push_back({"animals/picture" + std::to_string(i) + ".png", "x"});
   const auto split = split_held_out(pictures);
   EXPECT_EQ(split.training.size() + split.held_out.size(), pictures.size());
@@ -273,7 +249,7 @@ TEST(Picture, BrokenFilesAreNamed) {
   const auto whole = folder.path() / "whole.png";
   const std::vector<uint8_t> noise = [] {
     std::mt19937 generator(1);
-    std::vector<uint8_t> values(40 * 30 * 3);
+    std::vector<uint8_t> values(size_t{40} * 30 * 3);
     for (auto& value : values) value = static_cast<uint8_t>(generator());
     return values;
   }();

@@ -4,7 +4,6 @@
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 #include <gtest/gtest.h>
-#include <stdlib.h>  // mkdtemp
 
 #include <algorithm>
 #include <array>
@@ -15,7 +14,6 @@
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <vector>
 
 #include "megatron_cpp/checkpoint/safetensors.h"
@@ -33,35 +31,20 @@ using step37::EmbedArguments;
 using test_support::runtime;
 using test_support::Warnings;
 
-/// Each test has a folder of its own, which every rank knows and rank 0 makes and removes.
+/// Each test has a folder of its own.
 class Embed : public testing::Test {
  protected:
-  void SetUp() override {
-    std::string name;
-    if (runtime().rank() == 0) {
-      name = (std::filesystem::temp_directory_path() / "embed_test.XXXXXX").string();
-      if (mkdtemp(name.data()) == nullptr) name.clear();
-    }
-    folder_ = parallel::broadcast_text(name, 0, test_support::world_tp());
-    ASSERT_FALSE(folder_.empty());  // the same on every rank
-  }
-  void TearDown() override {
-    parallel::barrier(test_support::world_tp());
-    std::error_code ignored;
-    if (runtime().rank() == 0 && !folder_.empty()) std::filesystem::remove_all(folder_, ignored);
-  }
-
   EmbedArguments arguments_for(const std::filesystem::path& input) const {
     EmbedArguments arguments;
     arguments.input = input;
-    arguments.output = folder_ / "out.safetensors";
+    arguments.output = folder_.path() / "out.safetensors";
     arguments.checked = false;  // its collectives would be counted
     return arguments;
   }
 
   /// The statistics of a run, on rank 0; null elsewhere.
   nlohmann::json stats_of(EmbedArguments arguments) const {
-    arguments.stats = folder_ / "stats.json";
+    arguments.stats = folder_.path() / "stats.json";
     EXPECT_EQ(step37::embed(runtime(), arguments), 0);
     if (runtime().rank() != 0) return {};
     std::ifstream stream(arguments.stats);
@@ -70,7 +53,7 @@ class Embed : public testing::Test {
 
   /// A case with some tensors replaced (or removed, if undefined), written by rank 0.
   std::filesystem::path changed_case(const std::string& name, const std::map<std::string, at::Tensor>& changes) const {
-    const auto path = folder_ / "changed.safetensors";
+    const auto path = folder_.path() / "changed.safetensors";
     parallel::barrier(test_support::world_tp());  // nobody reads the previous one any more
     if (runtime().rank() == 0) {
       const SafetensorsFile original(case_path(name));
@@ -96,7 +79,7 @@ class Embed : public testing::Test {
     return std::filesystem::path(MCPP_TEST_CASES) / "embed" / (name + ".safetensors");
   }
 
-  std::filesystem::path folder_;
+  test_support::SharedFolder folder_;
 };
 
 std::vector<std::filesystem::path> golden_cases() {
@@ -452,8 +435,8 @@ TEST_F(Embed, RefusesBrokenInputs) {
   auto refused = [&](const std::map<std::string, at::Tensor>& changes, const std::string& part) {
     expect_contains(agreed_error(any_size(arguments_for(changed_case(name, changes)))), part);
   };
-  expect_contains(agreed_error(arguments_for(folder_ / "none.safetensors")), "cannot open");
-  expect_contains(agreed_error(arguments_for(folder_)), "is not a regular file");
+  expect_contains(agreed_error(arguments_for(folder_.path() / "none.safetensors")), "cannot open");
+  expect_contains(agreed_error(arguments_for(folder_.path())), "is not a regular file");
   for (const char* tensor : {"input_ids", "word_embeddings.weight", "align_projector.weight", "grad_output"}) {
     refused({{tensor, at::Tensor()}}, std::string("changed.safetensors: no tensor ") + tensor);
   }
@@ -501,10 +484,10 @@ TEST_F(Embed, RefusesTruncatedFiles) {
 
 TEST_F(Embed, RefusesOutputsThatCannotBeWritten) {
   auto arguments = any_size(arguments_for(case_path("02_one_image")));
-  arguments.output = folder_ / "no such folder" / "out.safetensors";
+  arguments.output = folder_.path() / "no such folder" / "out.safetensors";
   expect_contains(agreed_error(arguments), "cannot write ");
   arguments = any_size(arguments_for(case_path("02_one_image")));
-  arguments.stats = folder_ / "no such folder" / "stats.json";
+  arguments.stats = folder_.path() / "no such folder" / "stats.json";
   expect_contains(agreed_error(arguments), "cannot write ");
 }
 

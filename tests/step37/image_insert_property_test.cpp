@@ -15,7 +15,6 @@
 #include <ostream>
 #include <sstream>
 #include <string>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <vector>
 
 #include "parallel/shard.h"

@@ -2,8 +2,6 @@
 
 #include <ATen/ATen.h>
 
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
-
 #include "parallel/collectives.h"
 #include "parallel/shard.h"
 #include "tests/support/test_world.h"

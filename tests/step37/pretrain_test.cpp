@@ -5,7 +5,6 @@
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 #include <gtest/gtest.h>
-#include <stdlib.h>  // mkdtemp
 
 #include <algorithm>
 #include <filesystem>
@@ -16,7 +15,6 @@
 #include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 #include <vector>
 
@@ -130,27 +128,13 @@ void write_pictures(const fs::path& folder) {
   }
 }
 
-/// Each test has a folder of its own, with pictures and a configuration, which every rank knows and rank 0 makes and
-/// removes.
+/// Each test has a folder of its own, with pictures and a configuration.
 class Pretrain : public testing::Test {
  protected:
   void SetUp() override {
-    std::string name;
-    if (runtime().rank() == 0) {
-      name = (fs::temp_directory_path() / "pretrain_test.XXXXXX").string();
-      if (mkdtemp(name.data()) == nullptr) name.clear();
-    }
-    folder_ = parallel::broadcast_text(name, 0, world_tp());
-    ASSERT_FALSE(folder_.empty());  // the same on every rank
     on_main([&] {
       write_file(config_file(), kConfig);
       write_pictures(pictures());
-    });
-  }
-  void TearDown() override {
-    on_main([&] {
-      std::error_code ignored;
-      if (!folder_.empty()) fs::remove_all(folder_, ignored);
     });
   }
 
@@ -161,9 +145,9 @@ class Pretrain : public testing::Test {
     parallel::barrier(world_tp());
   }
 
-  fs::path config_file() const { return folder_ / "config.yaml"; }
-  fs::path pictures() const { return folder_ / "pictures"; }
-  RunFiles files(const std::string& run) const { return {folder_ / run}; }
+  fs::path config_file() const { return folder_.path() / "config.yaml"; }
+  fs::path pictures() const { return folder_.path() / "pictures"; }
+  RunFiles files(const std::string& run) const { return {folder_.path() / run}; }
 
   Overrides overrides_of(const std::string& run, int tp, const Overrides& more) const {
     Overrides overrides = {"run.directory=" + files(run).directory.string(), "data.directory=" + pictures().string(),
@@ -210,7 +194,7 @@ class Pretrain : public testing::Test {
 
   static std::string step_name(int64_t step) { return "step-0000000" + std::to_string(step); }
 
-  fs::path folder_;
+  test_support::SharedFolder folder_;
 };
 
 /// The lines of a run's metrics, without what depends on the clock.
@@ -391,8 +375,8 @@ TEST_F(Pretrain, LeavesPicturesWithoutCaptionOut) {
 
 TEST_F(Pretrain, RefusesFoldersWithoutCaptionedPictures) {
   const int tp = runtime().size();
-  const auto missing = (folder_ / "missing").string();
-  const auto empty = (folder_ / "empty").string();
+  const auto missing = (folder_.path() / "missing").string();
+  const auto empty = (folder_.path() / "empty").string();
   on_main([&] {
     fs::create_directory(empty);
     write_picture(fs::path(empty) / "a.png", 20, 20, 1);

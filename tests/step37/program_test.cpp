@@ -1,13 +1,13 @@
 // The step37 program, started with mpirun on two ranks as a user starts it.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
-#include <stdlib.h>  // mkdtemp
 
 #include <filesystem>
 #include <string>
 
 #include "megatron_cpp/checkpoint/safetensors.h"
 #include "tests/support/command.h"
+#include "tests/support/temporary_folder.h"
 
 namespace {
 
@@ -23,18 +23,9 @@ const std::filesystem::path kCase = MCPP_TEST_CASES "/embed/28_crosses_shards.sa
 
 class Program : public testing::Test {
  protected:
-  void SetUp() override {
-    auto name = (std::filesystem::temp_directory_path() / "program_test.XXXXXX").string();
-    ASSERT_NE(mkdtemp(name.data()), nullptr);
-    folder_ = name;
-  }
-  void TearDown() override {
-    std::error_code ignored;
-    std::filesystem::remove_all(folder_, ignored);
-  }
   std::string embed(const std::filesystem::path& input) const {
     std::string command = "embed --input ";
-    return command.append(quoted(input)).append(" --output ").append(quoted(folder_ / "out.safetensors"));
+    return command.append(quoted(input)).append(" --output ").append(quoted(folder_.path() / "out.safetensors"));
   }
   /// Training in `folder_`, with a configuration of the project and one more setting.
   std::string pretrain(const std::string& setting) const {
@@ -42,11 +33,11 @@ class Program : public testing::Test {
         .append(" pretrain --config ")
         .append(quoted(MCPP_CONFIGS "/tuxpaint.yaml"))
         .append(" run.directory=")
-        .append(quoted(folder_ / "run"))
+        .append(quoted(folder_.path() / "run"))
         .append(" ")
         .append(setting);
   }
-  std::filesystem::path folder_;
+  test_support::TemporaryFolder folder_;
 };
 
 }  // namespace
@@ -59,11 +50,11 @@ TEST_F(Program, SaysItsVersionOnce) {
 
 TEST_F(Program, ReplaysACase) {
   const auto outcome = start(embed(kCase) + " --sequence-parallel --projector-sharding replicated --stats " +
-                             quoted(folder_ / "stats.json"));
+                             quoted(folder_.path() / "stats.json"));
   EXPECT_EQ(outcome.status, 0) << outcome.output;
-  EXPECT_TRUE(std::filesystem::exists(folder_ / "stats.json"));
+  EXPECT_TRUE(std::filesystem::exists(folder_.path() / "stats.json"));
   const megatron::SafetensorsFile input(kCase);
-  const megatron::SafetensorsFile output(folder_ / "out.safetensors");
+  const megatron::SafetensorsFile output(folder_.path() / "out.safetensors");
   for (const char* name : {"output", "grad.word_embeddings.weight", "grad.align_projector.weight",
                            "grad.align_projector.bias", "grad.group0.image_features"}) {
     EXPECT_TRUE(at::equal(output.read(name), input.read(std::string("expected.") + name))) << name;
@@ -78,11 +69,11 @@ TEST_F(Program, RefusesABadOptionValueOnce) {
 }
 
 TEST_F(Program, RefusesAMissingInputOnce) {
-  const auto outcome = start(embed(folder_ / "none.safetensors"));
+  const auto outcome = start(embed(folder_.path() / "none.safetensors"));
   EXPECT_GT(outcome.status, 0);
   EXPECT_EQ(occurrences(outcome.output, "none.safetensors"), 1) << outcome.output;
   EXPECT_EQ(occurrences(outcome.output, "error: "), 1) << outcome.output;
-  EXPECT_FALSE(std::filesystem::exists(folder_ / "out.safetensors"));
+  EXPECT_FALSE(std::filesystem::exists(folder_.path() / "out.safetensors"));
 }
 
 TEST_F(Program, TellsWhichSettingDiffersBetweenRanks) {

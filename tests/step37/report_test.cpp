@@ -2,13 +2,14 @@
 
 #include <c10/util/Exception.h>
 #include <gtest/gtest.h>
-#include <stdlib.h>  // mkdtemp
 
 #include <cmath>
 #include <filesystem>
 #include <fstream>
 #include <string>
 #include <string_view>
+
+#include "tests/support/temporary_folder.h"
 
 namespace step37 {
 namespace {
@@ -17,18 +18,7 @@ namespace fs = std::filesystem;
 
 class ReportTest : public ::testing::Test {
  protected:
-  void SetUp() override {
-    auto name = (fs::temp_directory_path() / "step37_report_test.XXXXXX").string();
-    ASSERT_NE(mkdtemp(name.data()), nullptr);
-    folder_ = name;
-  }
-  void TearDown() override { fs::remove_all(folder_); }
-
-  fs::path file(const std::string& name, std::string_view bytes) const {
-    const auto path = folder_ / name;
-    std::ofstream(path, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-    return path;
-  }
+  fs::path file(const std::string& name, std::string_view bytes) const { return folder_.write(name, bytes); }
   ReportInput with_metrics(std::string_view lines) const {
     ReportInput input;
     input.title = "a run";
@@ -41,14 +31,14 @@ class ReportTest : public ::testing::Test {
       render_report(with_metrics(lines));
     } catch (const c10::ValueError& error) {
       const std::string message = error.what_without_backtrace();
-      const auto prefix = folder_.string() + "/";
+      const auto prefix = folder_.path().string() + "/";
       EXPECT_EQ(message.find(prefix), 0U) << message;
       return message.substr(prefix.size());
     }
     return "no error";
   }
 
-  fs::path folder_;
+  test_support::TemporaryFolder folder_;
 };
 
 constexpr std::string_view kThreeSteps =
@@ -119,7 +109,7 @@ TEST_F(ReportTest, EscapesEveryText) {
   auto input = with_metrics(kThreeSteps);
   input.title = "<b>&title";
   input.settings = {{"a<.b&", "\"v'<script>"}, {"no_section", "<i>"}};
-  input.pictures = {{folder_ / "no<file>.png", true, "true <img>", "generated </article>"}};
+  input.pictures = {{folder_.path() / "no<file>.png", true, "true <img>", "generated </article>"}};
   const auto html = render_report(input);
   for (const auto* part :
        {"<title>&lt;b&gt;&amp;title</title>", "<caption>a&lt;</caption>", "b&amp;</th>", "&quot;v&#39;&lt;script&gt;",
@@ -145,8 +135,8 @@ TEST_F(ReportTest, CarriesThePicturesBytes) {
 
 TEST_F(ReportTest, APictureThatCantBeShownBecomesANote) {
   auto input = with_metrics(kThreeSteps);
-  input.pictures = {{folder_ / "gone.png", false, "a cat", "a dog"},
-                    {folder_, false, "a folder", "a dog"},
+  input.pictures = {{folder_.path() / "gone.png", false, "a cat", "a dog"},
+                    {folder_.path(), false, "a folder", "a dog"},
                     {file("text.png", "hello"), true, "a text", "a dog"}};
   const auto html = render_report(input);
   EXPECT_TRUE(contains(html, "gone.png can&#39;t be read"));
@@ -204,7 +194,7 @@ TEST_F(ReportTest, BrokenMetricsAreRefusedWithTheirLine) {
 
 TEST_F(ReportTest, MetricsThatArentThereAreRefused) {
   ReportInput input;
-  input.metrics = folder_ / "none.jsonl";
+  input.metrics = folder_.path() / "none.jsonl";
   try {
     render_report(input);
     FAIL() << "no error";

@@ -2,7 +2,6 @@
 
 #include <c10/util/Exception.h>
 #include <gtest/gtest.h>
-#include <stdlib.h>  // mkdtemp
 
 #include <algorithm>
 #include <cstdint>
@@ -13,6 +12,8 @@
 #include <string_view>
 #include <utility>
 #include <vector>
+
+#include "tests/support/temporary_folder.h"
 
 namespace step37 {
 namespace {
@@ -30,19 +31,8 @@ constexpr std::string_view kSmallest =
 
 class RunConfigTest : public ::testing::Test {
  protected:
-  void SetUp() override {
-    auto name = (fs::temp_directory_path() / "step37_run_config_test.XXXXXX").string();
-    ASSERT_NE(mkdtemp(name.data()), nullptr);
-    folder_ = name;
-  }
-  void TearDown() override { fs::remove_all(folder_); }
-
   /// A file x.yaml that holds `text`.
-  fs::path file(std::string_view text) const {
-    const auto path = folder_ / "x.yaml";
-    std::ofstream(path) << text;
-    return path;
-  }
+  fs::path file(std::string_view text) const { return folder_.write("x.yaml", text); }
   RunConfig load(std::string_view text, const std::vector<std::string>& overrides = {}) const {
     return load_run_config(file(text), overrides);
   }
@@ -54,7 +44,7 @@ class RunConfigTest : public ::testing::Test {
       body();
     } catch (const c10::ValueError& error) {
       std::string message = error.what_without_backtrace();
-      const auto prefix = folder_.string() + "/";
+      const auto prefix = folder_.path().string() + "/";
       for (auto at = message.find(prefix); at != std::string::npos; at = message.find(prefix)) {
         message.erase(at, prefix.size());
       }
@@ -70,7 +60,7 @@ class RunConfigTest : public ::testing::Test {
     return error_of([&] { validate(smallest(overrides), num_ranks); });
   }
 
-  fs::path folder_;
+  test_support::TemporaryFolder folder_;
 };
 
 std::vector<std::string> as_overrides(const RunConfig& config) {
@@ -239,10 +229,10 @@ TEST_F(RunConfigTest, RequiredKeysAreNamed) {
 }
 
 TEST_F(RunConfigTest, FilesThatArentConfigurationsAreRefused) {
-  const auto missing = error_of([&] { load_run_config(folder_ / "y.yaml"); });
+  const auto missing = error_of([&] { load_run_config(folder_.path() / "y.yaml"); });
   EXPECT_EQ(missing, "can't read the configuration y.yaml: No such file or directory");
-  fs::create_directory(folder_ / "z.yaml");
-  EXPECT_EQ(error_of([&] { load_run_config(folder_ / "z.yaml"); }),
+  fs::create_directory(folder_.path() / "z.yaml");
+  EXPECT_EQ(error_of([&] { load_run_config(folder_.path() / "z.yaml"); }),
             "can't read the configuration z.yaml: Is a directory");
   const auto syntax = load_error("training:\n  steps: [1\nrun: 2\n");
   EXPECT_EQ(syntax.find("x.yaml:3: not YAML: "), 0U) << syntax;

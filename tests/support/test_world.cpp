@@ -5,8 +5,8 @@
 #include <cstdlib>
 #include <map>
 #include <memory>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
+#include "parallel/agree.h"
 #include "parallel/collectives.h"
 #include "parallel/mpi_backend.h"
 
@@ -62,6 +62,13 @@ void end_test_world() {
   world().by_tp.clear();
   world().runtime.reset();
 }
+
+SharedFolder::SharedFolder() {
+  if (runtime().rank() == 0) own_.emplace();
+  path_ = parallel::broadcast_text(own_ ? own_->path().string() : "", 0, world_tp());
+}
+
+SharedFolder::~SharedFolder() { parallel::barrier(world_tp()); }
 
 bool on_all_ranks(bool condition) {
   return parallel::all_reduce(at::full({1}, condition ? 1 : 0, at::kInt), world_tp(), parallel::Reduction::kMin)

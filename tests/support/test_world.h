@@ -4,12 +4,15 @@
 #include <ATen/core/Tensor.h>
 #include <gtest/gtest.h>
 
+#include <filesystem>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "parallel/group.h"
 #include "parallel/process_groups.h"
 #include "parallel/runtime.h"
+#include "tests/support/temporary_folder.h"
 
 namespace test_support {
 
@@ -34,6 +37,22 @@ at::Tensor on_device(const at::Tensor& tensor);
 
 /// Ends the runtime; the test main calls it after the last test.
 void end_test_world();
+
+/// A new folder that all ranks know; rank 0 makes it and removes it with everything in it. Making and removing are
+/// collective over the world.
+class SharedFolder {
+ public:
+  SharedFolder();
+  ~SharedFolder();
+  SharedFolder(const SharedFolder&) = delete;
+  SharedFolder& operator=(const SharedFolder&) = delete;
+
+  const std::filesystem::path& path() const { return path_; }
+
+ private:
+  std::optional<TemporaryFolder> own_;  ///< rank 0's
+  std::filesystem::path path_;
+};
 
 /// True on every rank if `condition` holds on every rank. Collective over the world.
 bool on_all_ranks(bool condition);
