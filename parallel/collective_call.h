@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace parallel {
@@ -14,7 +15,7 @@ struct CollectiveCall {
   const char* operation;
   int64_t elements;
   std::chrono::milliseconds timeout;  ///< how long one wait for the peers may last
-  std::string where;                  ///< "group tp, rank 0 of 2"
+  std::string_view where;             ///< "group tp, rank 0 of 2"
   MPI_Comm communicator;              ///< polled while waiting: a peer's MPI call may need this rank to go on
 };
 

@@ -109,22 +109,18 @@ struct MpiBackend::InFlight {
   std::vector<int> counts;
 };
 
-MpiBackend::MpiBackend(MpiCommunicator communicator, std::string name, const MpiBackendOptions& options)
+MpiBackend::MpiBackend(MpiCommunicator communicator, const std::string& name, const MpiBackendOptions& options)
     : c10d::Backend(communicator.rank(), communicator.size()),
       communicator_(std::move(communicator)),
       roll_call_(std::make_unique<RollCall>(communicator_)),
-      name_(std::move(name)),
+      where_("group " + name + ", rank " + std::to_string(rank_) + " of " + std::to_string(size_)),
       options_(options) {}
-
-std::string MpiBackend::where() const {
-  return "group " + name_ + ", rank " + std::to_string(rank_) + " of " + std::to_string(size_);
-}
 
 MpiBackend::~MpiBackend() = default;
 
 CollectiveCall MpiBackend::call(const char* operation, int64_t elements, Milliseconds requested_timeout) const {
   const auto timeout = requested_timeout == c10d::kUnsetTimeout ? options_.timeout : requested_timeout;
-  return {operation, elements, timeout, where(), communicator_.get()};
+  return {operation, elements, timeout, where_, communicator_.get()};
 }
 
 void MpiBackend::finish(MPI_Request request, const CollectiveCall& call, InFlight in_flight) {
@@ -207,7 +203,7 @@ SharedWindow* MpiBackend::window_for(const at::Tensor& input, const CollectiveCa
                    " elements cannot begin (", call.where, "): an earlier one of the group has failed");
   if (window_state_ == WindowState::kNotTried) {
     window_state_ = WindowState::kBeingMade;  // and so it stays if a rank doesn't come
-    auto made = SharedWindow::make(rank_, size_, options_.shared_memory_limit, call.where, [&](const at::Tensor& mine) {
+    auto made = SharedWindow::make(rank_, size_, options_.shared_memory_limit, where_, [&](const at::Tensor& mine) {
       auto all = at::empty({size_}, mine.options());
       gather(all, mine, call);
       return all;
@@ -266,17 +262,17 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::allgather(std::vector<std::vector<at:
   for (size_t i = 0; i < inputs.size(); ++i) {
     check_tensor(inputs[i], "all_gather");
     TORCH_CHECK_VALUE(static_cast<int>(outputs[i].size()) == size_, "all_gather: ", outputs[i].size(),
-                      " output tensors for ", where());
+                      " output tensors for ", where_);
     std::vector<int64_t> counts;
     counts.reserve(outputs[i].size());
     for (const auto& output : outputs[i]) {
       check_tensor(output, "all_gather");
       TORCH_CHECK_VALUE(output.scalar_type() == inputs[i].scalar_type(), "all_gather: output ", output.scalar_type(),
-                        " for input ", inputs[i].scalar_type(), " (", where(), ")");
+                        " for input ", inputs[i].scalar_type(), " (", where_, ")");
       counts.push_back(output.numel());
     }
     TORCH_CHECK_VALUE(counts[static_cast<size_t>(rank_)] == inputs[i].numel(), "all_gather: this rank's output has ",
-                      counts[static_cast<size_t>(rank_)], " elements, its input ", inputs[i].numel(), " (", where(),
+                      counts[static_cast<size_t>(rank_)], " elements, its input ", inputs[i].numel(), " (", where_,
                       ")");
     const auto input = inputs[i].contiguous().view({-1});
     InFlight in_flight{{}, std::vector<int>(2 * counts.size())};
@@ -310,7 +306,7 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::all_gather_single(at::Tensor& output,
   check_tensor(output, "all_gather");
   TORCH_CHECK_VALUE(output.numel() == size_ * input.numel() && output.scalar_type() == input.scalar_type(),
                     "all_gather: output ", output.sizes(), " ", output.scalar_type(), " does not hold ", size_,
-                    " inputs ", input.sizes(), " ", input.scalar_type(), " (", where(), ")");
+                    " inputs ", input.sizes(), " ", input.scalar_type(), " (", where_, ")");
   const auto buffer = contiguous_or_new(output);
   gather(buffer, input.contiguous(), call("all_gather", input.numel(), options.timeout));
   copy_back(output, buffer);
@@ -323,7 +319,7 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::reduce_scatter_single(at::Tensor& out
   check_tensor(output, "reduce_scatter");
   TORCH_CHECK_VALUE(input.numel() == size_ * output.numel() && output.scalar_type() == input.scalar_type(),
                     "reduce_scatter: input ", input.sizes(), " ", input.scalar_type(), " is not ", size_, " outputs ",
-                    output.sizes(), " ", output.scalar_type(), " (", where(), ")");
+                    output.sizes(), " ", output.scalar_type(), " (", where_, ")");
   check_reduction(options.reduceOp, input.scalar_type(), "reduce_scatter");
   const auto values = input.contiguous();
   // Apart from the input: a share is written while the window still takes others from there.
@@ -349,16 +345,16 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::all_to_all_single(at::Tensor& output,
   check_tensor(input, "all_to_all");
   check_tensor(output, "all_to_all");
   TORCH_CHECK_VALUE(output.scalar_type() == input.scalar_type(), "all_to_all: output ", output.scalar_type(),
-                    " for input ", input.scalar_type(), " (", where(), ")");
+                    " for input ", input.scalar_type(), " (", where_, ")");
   auto element_counts = [&](const at::Tensor& tensor, const std::vector<int64_t>& splits, const char* which) {
     const int64_t rows = tensor.dim() == 0 ? 1 : tensor.size(0);
     if (splits.empty()) {
-      TORCH_CHECK_VALUE(rows % size_ == 0, "all_to_all: ", rows, " ", which, " rows are not divisible by ", where());
+      TORCH_CHECK_VALUE(rows % size_ == 0, "all_to_all: ", rows, " ", which, " rows are not divisible by ", where_);
       return std::vector<int64_t>(static_cast<size_t>(size_), tensor.numel() / size_);
     }
     const int64_t sum = std::accumulate(splits.begin(), splits.end(), int64_t{0});
     TORCH_CHECK_VALUE(static_cast<int>(splits.size()) == size_ && sum == rows, "all_to_all: ", splits.size(), " ",
-                      which, " splits of together ", sum, " rows for ", rows, " rows (", where(), ")");
+                      which, " splits of together ", sum, " rows for ", rows, " rows (", where_, ")");
     const int64_t row_elements = rows == 0 ? 0 : tensor.numel() / rows;
     auto counts = splits;
     for (auto& count : counts) count *= row_elements;

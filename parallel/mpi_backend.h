@@ -49,7 +49,7 @@ class MpiBackend final : public c10d::Backend {
   /// Collective over the communicator's ranks.
   /// @param name     the group's name in messages ("tp").
   /// @param options  the same on every rank, but for shared_memory_limit.
-  MpiBackend(MpiCommunicator communicator, std::string name, const MpiBackendOptions& options);
+  MpiBackend(MpiCommunicator communicator, const std::string& name, const MpiBackendOptions& options);
   ~MpiBackend() override;
 
   /// "mpi".
@@ -100,11 +100,10 @@ class MpiBackend final : public c10d::Backend {
                               const CollectiveCall& call);
   /// The window for reducing `input`, made if need be; null where MPI's messages are the way. The same on every rank.
   SharedWindow* window_for(const at::Tensor& input, const CollectiveCall& call);
-  std::string where() const;
 
   MpiCommunicator communicator_;
   std::unique_ptr<RollCall> roll_call_;
-  std::string name_;
+  std::string where_;  ///< "group tp, rank 0 of 2"
   MpiBackendOptions options_;
   int64_t num_requests_ = 0;  ///< MPI's, so far: the same on every rank
   enum class WindowState { kNotTried, kBeingMade, kKnown };

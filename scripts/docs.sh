@@ -7,16 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 [[ $# -eq 0 ]] || { sed -n '2,5s/^# \{0,1\}//p' "$0"; exit 0; }
 
-if ! command -v doxygen >/dev/null; then
-  command -v apt-get >/dev/null || fail "doxygen is missing, and this is no Debian system to install it from"
-  as_root=()
-  if [[ $(id -u) -ne 0 ]]; then
-    command -v sudo >/dev/null || fail "doxygen is missing, and there is neither root nor sudo: apt-get install doxygen"
-    as_root=(sudo)
-  fi
-  run "${as_root[@]}" apt-get update -qq
-  run "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends doxygen
-fi
+command -v doxygen >/dev/null || install_packages doxygen
 
 # The headers of a library's FILE_SET: those that are installed.
 public_headers() {

@@ -4,7 +4,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 tool=clang-format-14
 command -v "$tool" >/dev/null || tool=clang-format
-command -v "$tool" >/dev/null || fail "clang-format 14 is missing: apt-get install clang-format-14"
+command -v "$tool" >/dev/null || { tool=clang-format-14; install_packages "$tool"; }
 [[ $("$tool" --version) == *"version 14."* ]] || fail "$("$tool" --version): the project is formatted with version 14"
 cd "$root"
 mapfile -t files < <(git ls-files --cached --others --exclude-standard '*.h' '*.cpp')

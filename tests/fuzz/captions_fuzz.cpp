@@ -6,6 +6,7 @@
 #include "step37/data/tokenizer.h"
 #include "step37/data/utf8.h"
 #include "tests/fuzz/fuzz.h"
+#include "tests/support/temporary_folder.h"
 
 namespace {
 
@@ -54,7 +55,7 @@ bool is_file_name(std::string_view name) {
 
 /// A folder that holds this picture and its caption only.
 void check_scan(const std::string& name, std::string_view text, const std::string& caption) {
-  static const fuzz::WorkFolder folder;
+  static const test_support::TemporaryFolder folder;
   const auto picture = folder.write(name, "");
   const auto caption_file = folder.write(std::filesystem::path(name).replace_extension(".txt").string(), text);
   step37::CaptionedPictures found;

@@ -3,6 +3,7 @@
 
 #include "megatron_cpp/checkpoint/checkpoint_manifest.h"
 #include "tests/fuzz/fuzz.h"
+#include "tests/support/temporary_folder.h"
 
 namespace {
 
@@ -36,7 +37,7 @@ void check_merged(CheckpointManifest manifest) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  static const fuzz::WorkFolder folder;
+  static const test_support::TemporaryFolder folder;
   const auto path = folder.write(megatron::internal::kManifestFile, fuzz::text_of(data, size));
   CheckpointManifest manifest;
   const auto reason = fuzz::refusal([&] { manifest = megatron::internal::read_manifest(folder.path()); });

@@ -2,15 +2,12 @@
 #pragma once
 
 #include <c10/util/Exception.h>
-#include <stdlib.h>  // mkdtemp
 
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <filesystem>
-#include <fstream>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -43,36 +40,6 @@ std::optional<std::string> refusal(const Action& action) {
   }
   return std::nullopt;
 }
-
-/// A folder of this process's own in TMPDIR, for readers that take a path; removed at the end.
-class WorkFolder {
- public:
-  WorkFolder() {
-    auto name = (std::filesystem::temp_directory_path() / "fuzz.XXXXXX").string();
-    FUZZ_CHECK(mkdtemp(name.data()) != nullptr, "cannot make ", name, ": ", std::strerror(errno));
-    path_ = name;
-  }
-  ~WorkFolder() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
-  WorkFolder(const WorkFolder&) = delete;
-  WorkFolder& operator=(const WorkFolder&) = delete;
-
-  const std::filesystem::path& path() const { return path_; }
-
-  /// The file `name` with these bytes, whatever it held before.
-  std::filesystem::path write(std::string_view name, std::string_view bytes) const {
-    auto path = path_ / name;
-    std::ofstream file(path, std::ios::binary);
-    file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-    FUZZ_CHECK(file.flush().good(), "cannot write ", path.string());
-    return path;
-  }
-
- private:
-  std::filesystem::path path_;
-};
 
 inline std::string_view text_of(const uint8_t* data, size_t size) {
   return size == 0 ? std::string_view() : std::string_view(reinterpret_cast<const char*>(data), size);

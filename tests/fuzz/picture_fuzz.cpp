@@ -6,6 +6,7 @@
 #include "step37/data/crop_plan.h"
 #include "step37/data/picture.h"
 #include "tests/fuzz/fuzz.h"
+#include "tests/support/temporary_folder.h"
 
 namespace {
 
@@ -35,7 +36,7 @@ void check_views(const at::Tensor& pixels, const step37::PictureSize& size) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  static const fuzz::WorkFolder folder;
+  static const test_support::TemporaryFolder folder;
   const auto path = folder.write("input", fuzz::text_of(data, size));
   const auto in_header = step37::picture_size(path);
   // A header of a few bytes may speak of many megabytes of pixels, legally: those cost time and find nothing.

@@ -4,6 +4,7 @@
 #include "step37/program/run_config.h"
 #include "step37/program/training_run.h"
 #include "tests/fuzz/fuzz.h"
+#include "tests/support/temporary_folder.h"
 
 namespace {
 
@@ -59,7 +60,7 @@ void check_valid(const step37::RunConfig& config, int num_ranks) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  static const fuzz::WorkFolder folder;
+  static const test_support::TemporaryFolder folder;
   const auto input = read_input(fuzz::text_of(data, size));
   const auto path = folder.write("input.yaml", input.yaml);
   step37::RunConfig config;

@@ -7,13 +7,14 @@
 
 #include "megatron_cpp/checkpoint/safetensors.h"
 #include "tests/fuzz/fuzz.h"
+#include "tests/support/temporary_folder.h"
 
 namespace {
 
 using megatron::SafetensorsFile;
 
-const fuzz::WorkFolder& folder() {
-  static const fuzz::WorkFolder folder;
+const test_support::TemporaryFolder& folder() {
+  static const test_support::TemporaryFolder folder;
   return folder;
 }
 

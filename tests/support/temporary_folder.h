@@ -33,7 +33,9 @@ class TemporaryFolder {
   std::filesystem::path write(const std::string& name, std::string_view bytes) const {
     auto file = path_ / name;
     std::filesystem::create_directories(file.parent_path());
-    std::ofstream(file, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+    std::ofstream stream(file, std::ios::binary);
+    stream.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+    if (!stream.flush()) throw std::system_error(errno, std::generic_category(), file.string());
     return file;
   }
 
