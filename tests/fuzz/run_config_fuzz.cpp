@@ -31,6 +31,7 @@ Input read_input(std::string_view text) {
 void check_settings(const step37::RunConfig& config) {
   const auto settings = step37::settings(config);
   std::vector<std::string> overrides;
+  overrides.reserve(settings.size());
   for (const auto& [key, value] : settings) overrides.push_back(key + "=" + value);
   FUZZ_CHECK(step37::settings(step37::run_config_from_settings(overrides)) == settings);
 
