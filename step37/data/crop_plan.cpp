@@ -68,12 +68,10 @@ CropPlan plan_crops(int64_t width, int64_t height, const CropOptions& options) {
   plan.global_height = plan.square_pad ? std::max(width, height) : height;
   if (const int64_t long_side = std::max(width, height); long_side > options.max_side) {
     const double scale = static_cast<double>(options.max_side) / static_cast<double>(long_side);
-    plan.global_width = static_cast<int64_t>(static_cast<double>(plan.global_width) * scale);
-    plan.global_height = static_cast<int64_t>(static_cast<double>(plan.global_height) * scale);
+    for (auto* side : {&plan.global_width, &plan.global_height}) {
+      *side = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(*side) * scale));
+    }
   }
-  TORCH_CHECK_VALUE(plan.global_width > 0 && plan.global_height > 0, "a picture of ", width, " x ", height,
-                    " pixels has no side left when it is scaled down to ", options.max_side);
-
   plan.crop_width = plan.global_width;
   plan.crop_height = plan.global_height;
   plan.window = window_side(plan.global_width, plan.global_height, options);

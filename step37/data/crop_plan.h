@@ -45,12 +45,12 @@ struct CropPlan {
 
 /// Plans the views of a picture:
 ///   - a side below 32 pixels and sides in a ratio above 4: pad to a square;
-///   - a side above max_side: scale down, sides rounded down;
+///   - a side above max_side: scale down, sides rounded down, but not to nothing (where the reference fails);
 ///   - window: no crops if the long side is <= global_side, unless long / short > 1.5 (then the short side);
 ///     otherwise crop_side, or min(short, crop_side) if long / short > 4;
 ///   - each side to a multiple of the window: up if the remainder is above 20 % of the window, else down; a side below
 ///     the window is kept.
-/// @throws c10::ValueError if a side isn't positive, or is scaled down to nothing (a ratio above max_side).
+/// @throws c10::ValueError if a side isn't positive.
 CropPlan plan_crops(int64_t width, int64_t height, const CropOptions& options);
 
 /// Per crop, row by row: whether <patch_newline> follows it. True for the last crop of every row but the last row.
