@@ -61,14 +61,14 @@ void Runtime::choose_device(const DeviceOptions& options) {
 }
 
 Runtime::~Runtime() {
-  for (auto group = groups_.rbegin(); group != groups_.rend(); ++group) {
+  while (!groups_.empty()) {
     try {
-      (*group)->shutdown();
+      groups_.back()->shutdown();
     } catch (const std::exception& error) {
       std::fprintf(stderr, "[rank %d] while shutting a group down: %s\n", rank_, error.what());
     }
+    groups_.pop_back();
   }
-  groups_.clear();
   errors_.reset();
   world_.reset();
   if (owns_mpi_) MCPP_MPI_CHECK_LOG(MPI_Finalize());
@@ -80,6 +80,7 @@ bool Runtime::all_fail_alike(const std::string& message) const {
   const uint64_t mine = stable_hash(message);
   std::vector<uint64_t> all(static_cast<size_t>(size_));
   MPI_Request request = MPI_REQUEST_NULL;
+  // NOLINTNEXTLINE(mpi-type-mismatch): the check doesn't know that MPI_UINT64_T is a uint64_t
   if (MPI_Iallgather(&mine, 1, MPI_UINT64_T, all.data(), 1, MPI_UINT64_T, errors_->get(), &request) != MPI_SUCCESS) {
     return false;
   }
