@@ -12,7 +12,7 @@
 
 #include <cstdio>
 
-#include "megatron_cpp/tensor_parallel/embedding_conformance.h"
+#include "megatron_cpp/conformance/embedding_conformance.h"
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
 #include "parallel/process_groups.h"

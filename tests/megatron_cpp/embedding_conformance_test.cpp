@@ -1,5 +1,5 @@
 // The check of users' own embeddings: passes right ones, and names what is wrong with wrong ones.
-#include "megatron_cpp/tensor_parallel/embedding_conformance.h"
+#include "megatron_cpp/conformance/embedding_conformance.h"
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>

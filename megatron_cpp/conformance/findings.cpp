@@ -1,4 +1,4 @@
-#include "megatron_cpp/tensor_parallel/findings.h"
+#include "megatron_cpp/conformance/findings.h"
 
 #include <ATen/ATen.h>
 

@@ -9,8 +9,8 @@
 #include <optional>
 #include <string>
 
-#include "megatron_cpp/tensor_parallel/embedding_conformance.h"
-#include "megatron_cpp/tensor_parallel/findings.h"
+#include "megatron_cpp/conformance/embedding_conformance.h"
+#include "megatron_cpp/conformance/findings.h"
 #include "megatron_cpp/tensor_parallel/parallel_embedding.h"
 #include "megatron_cpp/tensor_parallel/parameter_shard.h"
 #include "parallel/group.h"

@@ -1,4 +1,4 @@
-#include "megatron_cpp/tensor_parallel/embedding_candidate.h"
+#include "megatron_cpp/conformance/embedding_candidate.h"
 
 #include <ATen/ATen.h>
 

@@ -1,4 +1,4 @@
-#include "megatron_cpp/tensor_parallel/embedding_conformance.h"
+#include "megatron_cpp/conformance/embedding_conformance.h"
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
@@ -7,8 +7,8 @@
 #include <limits>
 #include <utility>
 
-#include "megatron_cpp/tensor_parallel/embedding_candidate.h"
-#include "megatron_cpp/tensor_parallel/findings.h"
+#include "megatron_cpp/conformance/embedding_candidate.h"
+#include "megatron_cpp/conformance/findings.h"
 #include "parallel/agree.h"
 #include "parallel/recording_backend.h"
 
