@@ -1,6 +1,7 @@
 #include "megatron_cpp/tensor_parallel/vocab_parallel_cross_entropy.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -28,11 +29,25 @@ OwnTargets own_targets(const at::Tensor& target, const at::Tensor& ignored, para
   return {(target - own.begin).masked_fill(here.logical_not(), 0), here};
 }
 
-/// values [S, B, columns] at the targets that are here, [S, B]; 0 elsewhere.
-at::Tensor at_targets(const at::Tensor& values, const OwnTargets& targets) {
-  if (values.size(-1) == 0) return at::zeros(targets.column.sizes(), values.options());
-  const auto picked = values.gather(-1, targets.column.unsqueeze(-1)).squeeze(-1);
-  return picked.masked_fill(targets.here.logical_not(), 0);
+/// logits [S, B, columns] - maxima [S, B] at the targets that are here, [S, B]; 0 elsewhere.
+at::Tensor at_targets(const at::Tensor& logits, const at::Tensor& maxima, const OwnTargets& targets) {
+  if (logits.size(-1) == 0) return at::zeros_like(maxima);
+  const auto picked = logits.gather(-1, targets.column.unsqueeze(-1)).squeeze(-1);
+  return (picked - maxima).masked_fill(targets.here.logical_not(), 0);
+}
+
+/// Calls body(first, length) for blocks of positions of `values`, [S, B, columns]: on the CPU as many as a core's cache
+/// holds, so that one operator finds there what the one before has written; elsewhere once, for all.
+template <class Body>
+void for_blocks_of_positions(const at::Tensor& values, const Body& body) {
+  constexpr int64_t kCacheBytes = 256 * 1024;
+  const int64_t S = values.size(0);
+  int64_t length = S;
+  if (values.is_cpu() && values.numel() > 0) {
+    const auto position_bytes = static_cast<int64_t>(values.nbytes()) / S;
+    length = std::max<int64_t>(1, kCacheBytes * at::get_num_threads() / position_bytes);
+  }
+  for (int64_t first = 0; first < S; first += length) body(first, std::min(length, S - first));
 }
 
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
@@ -51,12 +66,18 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
                                    : at::full(target.sizes(), -std::numeric_limits<double>::infinity(), options);
     maxima = parallel::all_reduce(maxima, tp, parallel::Reduction::kMax);
 
-    auto exponentials = at::sub(real_logits, maxima.unsqueeze(-1));  // half types become float32 here
-    std::vector<at::Tensor> summands{at::Tensor(), at_targets(exponentials, targets)};
-    if (label_smoothing > 0) summands.push_back(exponentials.sum(-1));
-    exponentials.exp_();
-    summands[0] = exponentials.sum(-1);
-    const auto sums = parallel::all_reduce(at::stack(summands), tp);
+    // Half types become float32 here.
+    auto exponentials = at::empty(real_logits.sizes(), options);
+    auto own_sums = at::empty({label_smoothing > 0 ? 3 : 2, target.size(0), target.size(1)}, options);
+    for_blocks_of_positions(exponentials, [&](int64_t first, int64_t length) {
+      auto block = exponentials.narrow(0, first, length);
+      auto sums = own_sums.narrow(1, first, length);
+      at::sub_out(block, real_logits.narrow(0, first, length), maxima.narrow(0, first, length).unsqueeze(-1));
+      if (label_smoothing > 0) sums[2].copy_(block.sum(-1));
+      sums[0].copy_(block.exp_().sum(-1));
+    });
+    own_sums[1].copy_(at_targets(real_logits, maxima, targets));
+    const auto sums = parallel::all_reduce(own_sums, tp);
 
     const auto log_sum = sums[0].log();
     auto loss = log_sum - (1 - label_smoothing) * sums[1];
@@ -89,7 +110,16 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     gradient.narrow(-1, real_columns, columns - real_columns).zero_();
     if (real_columns > 0) {
       auto real = gradient.narrow(-1, 0, real_columns);
-      at::addcmul_out(real, per_class.unsqueeze(-1), exponentials, per_exponential.unsqueeze(-1));
+      for_blocks_of_positions(exponentials, [&](int64_t first, int64_t length) {
+        auto block = real.narrow(0, first, length);
+        const auto own = exponentials.narrow(0, first, length);
+        const auto factor = per_exponential.narrow(0, first, length).unsqueeze(-1);
+        if (label_smoothing > 0) {
+          at::addcmul_out(block, per_class.narrow(0, first, length).unsqueeze(-1), own, factor);
+        } else {
+          at::mul_out(block, own, factor);
+        }
+      });
       // The target's column from its exponential again, and not from the gradient, which may be rounded already; where
       // the target isn't here, column 0 gets what it has.
       const auto column = targets.column.unsqueeze(-1);

@@ -31,7 +31,7 @@ struct CrossEntropyOptions {
 ///                isn't ignore_index trips an asynchronous device assertion.
 /// @return        [S, B] float32 (float64 for such logits), equal on every rank; its gradient must be so too.
 /// Gradient in logits' dtype, without communication, rounded once. Saves S·B·V/t exponentials in the loss's dtype; the
-/// backward pass makes the gradient and no other tensor of that size (on the CPU, half types pass through float32).
+/// backward pass makes the gradient and no other tensor of that size.
 /// Comm: forward 2 all-reduces: the maxima, S·B elements, and 2·S·B sums (3·S·B with label smoothing); backward none.
 /// Collective over tp. Throws c10::ValueError, before anything is sent, on every rank alike, if logits are not floating
 /// point [S, B, V'/t] with V' >= V, target is not [S, B] int64 or holds an id outside the vocabulary (naming it and its
