@@ -9,7 +9,6 @@
 #include <functional>
 #include <initializer_list>
 #include <memory>
-#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -21,6 +20,7 @@
 #include "megatron_cpp/tensor_parallel/row_parallel_linear.h"
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
+#include "tests/support/temporary_folder.h"
 #include "tests/support/test_world.h"
 
 namespace {
@@ -34,6 +34,7 @@ using megatron::ShardedTensor;
 using megatron::UnusedTensors;
 using test_support::exact_values;
 using test_support::groups;
+using test_support::read_file;
 
 constexpr int64_t kV = 5;  // over four ranks: two rows each, the last rank's both padding
 constexpr int64_t kH = 8;
@@ -141,18 +142,11 @@ ShardedTensor whole(const std::string& name, at::IntArrayRef shape, int64_t dim,
   return {name, global_values(name, shape, seed).to(dtype), shape.vec(), dim, 0, world_rank() == 0};
 }
 
-std::string read_text(const fs::path& file) {
-  std::ifstream stream(file);
-  std::stringstream text;
-  text << stream.rdbuf();
-  return text.str();
-}
-
 void write_text(const fs::path& file, const std::string& text) { std::ofstream(file) << text; }
 
 /// Replaces the first `from` of a file; the file must have one.
 void edit(const fs::path& file, const std::string& from, const std::string& to) {
-  auto text = read_text(file);
+  auto text = read_file(file);
   const auto at = text.find(from);
   ASSERT_NE(at, std::string::npos) << file << " has no " << from;
   write_text(file, text.replace(at, from.size(), to));
@@ -519,7 +513,7 @@ TEST_F(DamagedCheckpoint, FilesThatAreNotWhatTheyWere) {
 
 TEST_F(DamagedCheckpoint, ManifestsThatAreWrong) {
   if (world_rank() != 0) return;
-  const auto original = read_text(manifest());
+  const auto original = read_file(manifest());
   const auto error_after = [&](const std::string& from, const std::string& to) {
     write_text(manifest(), original);
     edit(manifest(), from, to);

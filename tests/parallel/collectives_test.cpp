@@ -20,6 +20,7 @@ namespace {
 
 using parallel::GroupPtr;
 using parallel::Reduction;
+using test_support::contains;
 using test_support::groups;
 using test_support::on_device;
 using test_support::runtime;
@@ -80,8 +81,6 @@ at::Tensor strided_like(const at::Tensor& tensor) {
 
 /// The MPI backend of the whole world, for what collectives.h has no function for.
 c10::intrusive_ptr<c10d::Backend> mpi(int t) { return groups(t).tp->getBackend(c10::DeviceType::CPU); }
-
-bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 }  // namespace
 

@@ -10,7 +10,6 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
-#include <iterator>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -26,17 +25,10 @@
 #include "step37/program/generate.h"
 #include "step37/program/training_run.h"
 #include "step37/step37_model.h"
+#include "tests/support/errors.h"
+#include "tests/support/stb_image_write.h"
+#include "tests/support/temporary_folder.h"
 #include "tests/support/test_world.h"
-
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wunused-function"
-#pragma GCC diagnostic ignored "-Wsign-conversion"
-#pragma GCC diagnostic ignored "-Wconversion"
-#pragma GCC diagnostic ignored "-Wmissing-field-initializers"
-#define STB_IMAGE_WRITE_STATIC
-#define STB_IMAGE_WRITE_IMPLEMENTATION
-#include <stb/stb_image_write.h>
-#pragma GCC diagnostic pop
 
 namespace {
 
@@ -46,11 +38,14 @@ using step37::ImageForInsert;
 using step37::RunFiles;
 using step37::Step37Batch;
 using step37::Step37Model;
+using test_support::contains;
 using test_support::divisors_of_world;
 using test_support::groups;
+using test_support::read_file;
 using test_support::runtime;
 using test_support::single;
 using test_support::world_tp;
+using test_support::write_file;
 using Overrides = std::vector<std::string>;
 using Tensors = std::map<std::string, at::Tensor>;
 
@@ -93,16 +88,6 @@ report:
   pictures: 0
   max_new_tokens: 4
 )";
-
-void write_file(const fs::path& path, std::string_view bytes) {
-  fs::create_directories(path.parent_path());
-  std::ofstream(path, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-}
-
-std::string read_file(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
 
 void write_picture(const fs::path& path, int width, int height, int seed) {
   std::vector<unsigned char> pixels;
@@ -254,10 +239,6 @@ void expect_same_run(const RunFiles& actual, const RunFiles& expected, double to
   }
 }
 
-void expect_contains(const std::string& text, const std::string& part) {
-  EXPECT_NE(text.find(part), std::string::npos) << text << "\n  lacks: " << part;
-}
-
 /// Every file below `folder` with its bytes and the time of its last change.
 std::map<std::string, std::pair<std::string, fs::file_time_type>> contents_of(const fs::path& folder) {
   std::map<std::string, std::pair<std::string, fs::file_time_type>> contents;
@@ -382,10 +363,10 @@ TEST_F(Pretrain, RefusesFoldersWithoutCaptionedPictures) {
     write_picture(fs::path(empty) / "a.png", 20, 20, 1);
   });
   for (const int size : {1, tp}) {
-    expect_contains(pretrain_error("run", size, {"data.directory=" + missing}), missing);
-    expect_contains(pretrain_error("run", size, {"data.directory=" + empty}), empty);
+    EXPECT_TRUE(contains(pretrain_error("run", size, {"data.directory=" + missing}), missing));
+    EXPECT_TRUE(contains(pretrain_error("run", size, {"data.directory=" + empty}), empty));
   }
-  expect_contains(pretrain_error("run", tp, {"data.held_out=0.999"}), "are held out (data.held_out 0.999)");
+  EXPECT_TRUE(contains(pretrain_error("run", tp, {"data.held_out=0.999"}), "are held out (data.held_out 0.999)"));
 }
 
 TEST_F(Pretrain, GoesBackBeyondATruncatedCheckpoint) {
@@ -403,7 +384,7 @@ TEST_F(Pretrain, GoesBackBeyondATruncatedCheckpoint) {
   const auto text = agreed_error([&] {
     step37::generate(runtime(), {files("run").checkpoints() / "latest", pictures() / "picture0.png", "", 4});
   });
-  expect_contains(text, "of-000" + std::to_string(tp) + ".safetensors");
+  EXPECT_TRUE(contains(text, "of-000" + std::to_string(tp) + ".safetensors"));
   pretrain("run", tp, overrides);
   if (runtime().rank() != 0) return;
   EXPECT_EQ(metrics_of(files("run")).size(), 2U);
@@ -415,15 +396,17 @@ TEST_F(Pretrain, RefusesACheckpointThatDoesNotFit) {
   const int tp = runtime().size();
   pretrain("run", tp, {"training.steps=1"});
   const auto other_size = pretrain_error("run", tp, {"training.steps=2", "model.hidden_size=64"});
-  expect_contains(other_size, "manifest.json");
-  expect_contains(other_size, "tensor model.embed_tokens.weight is Float [300, 32], asked for as Float [300, 64]");
+  EXPECT_TRUE(contains(other_size, "manifest.json"));
+  EXPECT_TRUE(
+      contains(other_size, "tensor model.embed_tokens.weight is Float [300, 32], asked for as Float [300, 64]"));
   on_main([&] {
     for (const auto& entry : fs::directory_iterator(files("run").checkpoints() / step_name(1))) {
       if (entry.path().extension() != ".safetensors") continue;
       std::fstream(entry.path(), std::ios::binary | std::ios::in | std::ios::out) << "not tensors";
     }
   });
-  expect_contains(pretrain_error("run", tp, {"training.steps=2"}), "of-000" + std::to_string(tp) + ".safetensors");
+  EXPECT_TRUE(
+      contains(pretrain_error("run", tp, {"training.steps=2"}), "of-000" + std::to_string(tp) + ".safetensors"));
 }
 
 TEST_F(Pretrain, GoesOnWithItsOwnTokenizerOnly) {
@@ -431,15 +414,15 @@ TEST_F(Pretrain, GoesOnWithItsOwnTokenizerOnly) {
   pretrain("run", tp, {"training.steps=1"});
   on_main([&] { fs::remove(files("run").tokenizer()); });
   const auto text = pretrain_error("run", tp, {"training.steps=2"});
-  expect_contains(text, files("run").tokenizer().string() + " is missing");
-  expect_contains(text, "run.fresh=true");
+  EXPECT_TRUE(contains(text, files("run").tokenizer().string() + " is missing"));
+  EXPECT_TRUE(contains(text, "run.fresh=true"));
 }
 
 TEST_F(Pretrain, NamesTheRunDirectoryThatCannotBeMade) {
   on_main([&] { std::ofstream(files("run").directory) << "a file"; });
   const auto directory = (files("run").directory / "below").string();
-  expect_contains(pretrain_error("run", runtime().size(), {"run.directory=" + directory}),
-                  "run.directory " + directory + " cannot be made: Not a directory");
+  EXPECT_TRUE(contains(pretrain_error("run", runtime().size(), {"run.directory=" + directory}),
+                       "run.directory " + directory + " cannot be made: Not a directory"));
 }
 
 TEST_F(Pretrain, CaptionsAlikeAtEveryTensorParallelSize) {

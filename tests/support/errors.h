@@ -1,9 +1,11 @@
-// What an action throws or warns of.
+// What an action throws or warns of, and whether that says what it should.
 #pragma once
 
 #include <c10/util/Exception.h>
+#include <gtest/gtest.h>
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace test_support {
@@ -17,6 +19,12 @@ std::string value_error(const Action& action) {
     return error.what_without_backtrace();
   }
   return "nothing thrown";
+}
+
+/// Whether `text` has `part` in it.
+inline testing::AssertionResult contains(std::string_view text, std::string_view part) {
+  if (text.find(part) != std::string_view::npos) return testing::AssertionSuccess() << text << "\n  has: " << part;
+  return testing::AssertionFailure() << text << "\n  lacks: " << part;
 }
 
 /// Collects warnings while it lives, and so keeps them from the test's output.

@@ -1,4 +1,4 @@
-// A folder of a test's own.
+// A folder of a test's own, and files written and read in one piece.
 #pragma once
 
 #include <stdlib.h>  // mkdtemp
@@ -6,11 +6,26 @@
 #include <cerrno>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <string>
 #include <string_view>
 #include <system_error>
 
 namespace test_support {
+
+/// Writes the file `path`, and makes the folders that it is in.
+inline void write_file(const std::filesystem::path& path, std::string_view bytes) {
+  std::filesystem::create_directories(path.parent_path());
+  std::ofstream stream(path, std::ios::binary);
+  stream.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  if (!stream.flush()) throw std::system_error(errno, std::generic_category(), path.string());
+}
+
+/// All bytes of a file; none if it can't be read.
+inline std::string read_file(const std::filesystem::path& path) {
+  std::ifstream stream(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(stream), {}};
+}
 
 /// A new folder, removed with everything in it at the end. Of one process; ranks share a SharedFolder.
 class TemporaryFolder {
@@ -32,10 +47,7 @@ class TemporaryFolder {
   /// The file `name`, which may be in folders below, with these bytes.
   std::filesystem::path write(const std::string& name, std::string_view bytes) const {
     auto file = path_ / name;
-    std::filesystem::create_directories(file.parent_path());
-    std::ofstream stream(file, std::ios::binary);
-    stream.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-    if (!stream.flush()) throw std::system_error(errno, std::generic_category(), file.string());
+    write_file(file, bytes);
     return file;
   }
 
