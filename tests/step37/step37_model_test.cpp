@@ -1,0 +1,199 @@
+// Step37Model, whose pictures may be on any rank: loss and gradients at every tensor-parallel size against one rank.
+#include "step37/step37_model.h"
+
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "parallel/collectives.h"
+#include "step37/program/run_config.h"
+#include "tests/step37/small_run.h"
+#include "tests/support/test_world.h"
+
+namespace {
+
+using small_run::Overrides;
+using step37::ImageForInsert;
+using step37::Step37Batch;
+using step37::Step37Model;
+using test_support::divisors_of_world;
+using test_support::groups;
+using test_support::single;
+using Tensors = std::map<std::string, at::Tensor>;
+
+constexpr int64_t kVocabulary = 300;
+constexpr int64_t kImStart = 4;
+constexpr int64_t kPatchStart = 7;
+constexpr int64_t kS = 32;
+
+/// Two sequences with two patches (one row each) and three images (four rows each): the second has an image only.
+Step37Batch batch_without_pictures() {
+  Step37Batch batch;
+  batch.input_ids = (at::arange(2 * kS, at::kLong) * 37).remainder(200).add(20).view({2, kS});
+  auto ids = batch.input_ids.accessor<int64_t, 2>();
+  ids[0][1] = kPatchStart;
+  ids[0][4] = kPatchStart;
+  ids[0][8] = kImStart;
+  ids[0][14] = kImStart;
+  ids[1][20] = kImStart;
+  batch.labels = (at::arange(2 * kS, at::kLong) * 53).remainder(kVocabulary).view({2, kS});
+  batch.labels.narrow(1, 0, 10).fill_(-100);
+  batch.attention.position_ids = at::arange(kS, at::kLong).unsqueeze(0);
+  return batch;
+}
+
+at::Tensor pixels(int64_t count, int64_t side, int64_t seed) {
+  return test_support::exact_values({count, 3, side, side}, seed).div(2);
+}
+
+/// Patches and images, all of them on every rank.
+std::vector<ImageForInsert> pictures_for_all() {
+  std::vector<ImageForInsert> images(2);
+  images[0].insert_start_token = kPatchStart;
+  images[0].images = pixels(2, 56, 1);
+  images[1].insert_start_token = kImStart;
+  images[1].images = pixels(3, 112, 2);
+  return images;
+}
+
+/// The same, of which each rank of `tp` keeps the pictures that `holders` gives it, counted over both groups.
+std::vector<ImageForInsert> pictures_held_by(const std::vector<int64_t>& holders, const parallel::GroupPtr& tp) {
+  auto images = pictures_for_all();
+  auto next = holders.begin();
+  for (auto& group : images) {
+    const int64_t count = group.images.size(0);
+    std::vector<int64_t> own;
+    for (int64_t i = 0; i < count; ++i) {
+      if (next[i] == tp->getRank()) own.push_back(i);
+    }
+    group.rows = at::full({count}, group.insert_start_token == kImStart ? 4 : 1, at::kLong);
+    group.holders = at::tensor(at::ArrayRef<int64_t>(&*next, static_cast<size_t>(count)), at::kLong);
+    group.images = group.images.index_select(0, at::tensor(at::ArrayRef<int64_t>(own), at::kLong));
+    next += count;
+  }
+  return images;
+}
+
+/// Loss and gradients of one backward.
+struct Gradients {
+  double loss = 0.0;
+  std::vector<megatron::ParameterShard> shards;  ///< with their gradients complete over tp
+};
+
+Gradients backward(const step37::Step37Config& config, const Step37Batch& batch, const parallel::GroupPtr& tp) {
+  Step37Model model(config, tp);
+  Gradients result;
+  result.shards = megatron::parameter_shards(*model);
+  megatron::initialize_parameters(result.shards, 7);
+  for (auto& shard : result.shards) {
+    if (shard.parameter.requires_grad()) shard.parameter.mutable_grad() = at::zeros_like(shard.parameter.detach());
+  }
+  const auto loss = model->loss_sum(batch);
+  loss.backward();
+  result.loss = loss.item<double>();
+  for (auto& shard : result.shards) {
+    if (!shard.parameter.requires_grad() || shard.rule != megatron::GradientRule::kReplicatedPartial) continue;
+    shard.parameter.mutable_grad() = parallel::all_reduce(shard.parameter.grad(), tp);
+  }
+  return result;
+}
+
+void expect_gradients(const Gradients& actual, const Gradients& dense) {
+  EXPECT_NEAR(actual.loss, dense.loss, 1e-4 * std::abs(dense.loss));
+  Tensors whole;
+  double largest = 0.0;
+  for (const auto& shard : dense.shards) {
+    if (!shard.parameter.requires_grad()) continue;
+    largest = std::max(largest, shard.parameter.grad().abs().max().item<double>());
+    for (const auto& segment : shard.segments) {
+      whole[segment.name] = shard.parameter.grad().narrow(segment.dim, segment.local_begin, segment.length);
+    }
+  }
+  EXPECT_GT(largest, 0.0);
+  for (const auto& shard : actual.shards) {
+    for (const auto& segment : shard.segments) {
+      EXPECT_EQ(shard.parameter.requires_grad(), whole.count(segment.name) == 1) << segment.name;
+      if (!shard.parameter.requires_grad() || segment.length == 0) continue;
+      const auto gradient = shard.parameter.grad().narrow(segment.dim, segment.local_begin, segment.length);
+      const auto expected = whole.at(segment.name).narrow(segment.dim, segment.global_begin, segment.length);
+      // Some are 0 but for rounding, which has the size of their neighbours'.
+      const double scale = std::max(1e-2 * largest, whole.at(segment.name).abs().max().item<double>());
+      EXPECT_LE((gradient - expected).abs().max().item<double>(), 1e-4 * scale) << segment.name;
+    }
+  }
+}
+
+class Model : public small_run::SmallRun {
+ protected:
+  step37::Step37Config config(const Overrides& more) const {
+    return step37::model_config(step37::load_run_config(config_file(), overrides_of("none", 1, more)), kVocabulary);
+  }
+
+  /// `images_of(tp)` on every tensor-parallel size give what `dense_images` give on one rank.
+  void expect_like_dense(const Overrides& overrides, const std::vector<ImageForInsert>& dense_images,
+                         const std::function<std::vector<ImageForInsert>(const parallel::GroupPtr&)>& images_of) const {
+    auto batch = batch_without_pictures();
+    for (const std::string sp : {"false", "true"}) {
+      auto with_sp = overrides;
+      with_sp.push_back("parallel.sequence_parallel=" + sp);
+      batch.images = dense_images;
+      const auto dense = backward(config(with_sp), batch, single());
+      for (const int tp : divisors_of_world()) {
+        SCOPED_TRACE(testing::Message() << "tensor " << tp << ", sequence_parallel " << sp);
+        batch.images = images_of(groups(tp).tp);
+        expect_gradients(backward(config(with_sp), batch, groups(tp).tp), dense);
+      }
+    }
+  }
+};
+
+const std::vector<Overrides> kFrozen = {
+    {}, {"model.freeze_projector=true", "model.freeze_language_model=true"}, {"vision.freeze=true"}};
+
+}  // namespace
+
+TEST_F(Model, PicturesOnOneRankOnly) {
+  for (const auto& frozen : kFrozen) {
+    SCOPED_TRACE(testing::PrintToString(frozen));
+    expect_like_dense(frozen, pictures_for_all(), [](const parallel::GroupPtr& tp) {
+      return pictures_held_by(std::vector<int64_t>(5, tp->getSize() - 1), tp);
+    });
+  }
+}
+
+TEST_F(Model, PicturesHereAndThere) {
+  for (const auto& frozen : kFrozen) {
+    for (const char* layout : {"projector_sharding=replicated", "projector_sharding=column", "projector_sharding=row",
+                               "embedding_sharding=hidden"}) {
+      auto overrides = frozen;
+      overrides.push_back(std::string("parallel.") + layout);
+      SCOPED_TRACE(testing::PrintToString(overrides));
+      expect_like_dense(overrides, pictures_for_all(), [](const parallel::GroupPtr& tp) {
+        const int64_t t = tp->getSize();
+        return pictures_held_by({1 % t, 0, 3 % t, 0, 2 % t}, tp);
+      });
+    }
+  }
+}
+
+TEST_F(Model, PicturesOnEveryRank) {
+  expect_like_dense({}, pictures_for_all(), [](const parallel::GroupPtr& /*tp*/) { return pictures_for_all(); });
+}
+
+TEST_F(Model, NoPictures) {
+  expect_like_dense({}, {}, [](const parallel::GroupPtr& /*tp*/) { return std::vector<ImageForInsert>(); });
+}
+
+TEST_F(Model, FeaturesAndPicturesTogether) {
+  auto images = pictures_for_all();
+  images[0].images.reset();
+  images[0].image_features = test_support::exact_values({2, 1, 64}, 3);
+  expect_like_dense({}, images, [&](const parallel::GroupPtr& /*tp*/) { return images; });
+}
