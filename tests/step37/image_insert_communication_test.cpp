@@ -47,6 +47,7 @@ using step37::ImageForInsert;
 using step37::MismatchPolicy;
 using test_support::exact_values;
 using test_support::on_device;
+using test_support::throws;
 using test_support::Warnings;
 
 std::string text(const CommunicationCount& count) {
@@ -540,9 +541,8 @@ TEST(ImageInsertChecked, NamesWhatARankHasOtherThanTheRest) {
       SCOPED_TRACE(disagreement.name);
       Arguments arguments{scenario.ids.clone(), scenario.images, {}};
       if (layer.rank() == other) disagreement.change(arguments);
-      EXPECT_TRUE(insert_world::throws<parallel::AgreedError>([&] { forward(layer, arguments); }, disagreement.part));
-      EXPECT_TRUE(insert_world::throws<parallel::AgreedError>([&] { forward(layer, arguments); },
-                                                              "rank " + std::to_string(other)));
+      EXPECT_TRUE(throws<parallel::AgreedError>([&] { forward(layer, arguments); }, disagreement.part));
+      EXPECT_TRUE(throws<parallel::AgreedError>([&] { forward(layer, arguments); }, "rank " + std::to_string(other)));
     }
     // All of them are still in step.
     EXPECT_TRUE(test_support::equal(forward(layer, {scenario.ids, scenario.images, {}}), layer.own_sequence(expected)));
@@ -559,7 +559,7 @@ TEST(ImageInsertChecked, NamesTheRankWhoseOwnFeaturesDoNotFit) {
     const auto by_rank = "(rank " + std::to_string(other) + " of " + std::to_string(variant.t) + ")";
     const Placed on_first{Placement::kOnHolders, std::vector<int64_t>(5, 0), true};
     auto refused = [&](const std::vector<ImageForInsert>& images, const std::string& part) {
-      EXPECT_TRUE(insert_world::throws<parallel::AgreedError>([&] { layer.forward(scenario.ids, images); }, part));
+      EXPECT_TRUE(throws<parallel::AgreedError>([&] { layer.forward(scenario.ids, images); }, part));
     };
     auto wrong = layer.leaves(scenario.images, on_first);
     if (layer.rank() == other) wrong[0].image_features = features(1, {1, 3});

@@ -40,7 +40,6 @@ using insert_world::rows_of;
 using insert_world::Scenario;
 using insert_world::scenarios;
 using insert_world::tensors_of;
-using insert_world::throws;
 using insert_world::two_groups;
 using insert_world::Variant;
 using megatron::EmbeddingSharding;
@@ -56,6 +55,7 @@ using step37::ProjectorSharding;
 using test_support::exact_values;
 using test_support::groups;
 using test_support::on_device;
+using test_support::throws;
 using test_support::Warnings;
 
 /// Placements other than everywhere that a variant takes: sliced by channel, and on single ranks as balanced, dealt in

@@ -3,13 +3,11 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
 #include <gtest/gtest.h>
 
 #include <cstdint>
 #include <functional>
 #include <string>
-#include <utility>
 #include <variant>
 #include <vector>
 
@@ -17,7 +15,6 @@
 #include "parallel/group.h"
 #include "parallel/recording_backend.h"
 #include "step37/image_insert_embedding.h"
-#include "tests/support/errors.h"
 
 namespace insert_world {
 
@@ -217,26 +214,5 @@ testing::AssertionResult feature_gradients_are(const Layer& layer, const std::ve
 /// over the layer's group.
 testing::AssertionResult gradients_are(const Layer& layer, const std::vector<step37::ImageForInsert>& passed,
                                        const Results& expected, const Trainable& trainable, const Placed& placed = {});
-
-// ---- What is said ----
-
-/// Whether `action` throws an Error whose text has `part` in it.
-template <class Error = c10::ValueError, class Action>
-testing::AssertionResult throws(const Action& action, const std::string& part) {
-  std::string text = "nothing thrown";
-  try {
-    action();
-  } catch (const Error& error) {
-    if constexpr (std::is_base_of_v<c10::Error, Error>) {
-      text = error.what_without_backtrace();
-    } else {
-      text = error.what();
-    }
-    if (text.find(part) != std::string::npos) return testing::AssertionSuccess();
-  } catch (const std::exception& error) {
-    text = std::string("another exception: ") + error.what();
-  }
-  return testing::AssertionFailure() << text << "\n  instead of: " << part;
-}
 
 }  // namespace insert_world

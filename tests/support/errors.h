@@ -4,8 +4,10 @@
 #include <c10/util/Exception.h>
 #include <gtest/gtest.h>
 
+#include <exception>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 namespace test_support {
@@ -25,6 +27,25 @@ std::string value_error(const Action& action) {
 inline testing::AssertionResult contains(std::string_view text, std::string_view part) {
   if (text.find(part) != std::string_view::npos) return testing::AssertionSuccess() << text << "\n  has: " << part;
   return testing::AssertionFailure() << text << "\n  lacks: " << part;
+}
+
+/// Whether `action` throws an Error whose text has `part` in it.
+template <class Error = c10::ValueError, class Action>
+testing::AssertionResult throws(const Action& action, const std::string& part) {
+  std::string text = "nothing thrown";
+  try {
+    action();
+  } catch (const Error& error) {
+    if constexpr (std::is_base_of_v<c10::Error, Error>) {
+      text = error.what_without_backtrace();
+    } else {
+      text = error.what();
+    }
+    if (text.find(part) != std::string::npos) return testing::AssertionSuccess();
+  } catch (const std::exception& error) {
+    text = std::string("another exception: ") + error.what();
+  }
+  return testing::AssertionFailure() << text << "\n  instead of: " << part;
 }
 
 /// Collects warnings while it lives, and so keeps them from the test's output.
