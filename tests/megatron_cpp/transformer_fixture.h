@@ -1,0 +1,57 @@
+// What the tests of the decoder share: their fixture, values, and modules that start from values other than zero.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "tests/support/test_world.h"
+
+namespace transformer_fixture {
+
+inline constexpr double kTolerance = 2e-5;  // of the largest element; float32 sums in another order
+
+/// Remembers the largest relative difference of each test, for the test's XML.
+class TransformerTest : public testing::Test {
+ protected:
+  void compare(const at::Tensor& actual, const at::Tensor& expected, const std::string& what,
+               double tolerance = kTolerance) {
+    EXPECT_TRUE(test_support::near(actual, expected, tolerance)) << what;
+    if (!actual.defined() || !expected.defined() || actual.sizes() != expected.sizes() || actual.numel() == 0) return;
+    const auto want = expected.detach().to(at::kDouble);
+    const auto difference = (actual.detach().to(at::kDouble) - want).abs().max().item<double>();
+    largest_ = std::max(largest_, difference / std::max(1e-30, want.abs().max().item<double>()));
+  }
+  void TearDown() override { RecordProperty("largest_relative_difference", std::to_string(largest_ * 1e6) + "e-6"); }
+
+ private:
+  double largest_ = 0.0;
+};
+
+inline at::Tensor normal_values(at::IntArrayRef shape, uint64_t seed, at::ScalarType dtype = at::kFloat) {
+  return test_support::on_device(at::randn(shape, at::detail::createCPUGenerator(seed), at::TensorOptions(dtype)));
+}
+
+inline at::Tensor integers(const std::vector<int64_t>& values) { return at::tensor(values, at::kLong); }
+
+inline at::Tensor leaf(const at::Tensor& tensor) { return tensor.detach().clone().requires_grad_(); }
+
+/// Moves a module to the test's device and starts its parameters, norms too, from values other than zero.
+template <class Module>
+std::vector<megatron::ParameterShard> start(Module& module) {
+  module->to(test_support::runtime().device());
+  auto shards = megatron::parameter_shards(*module);
+  for (auto& shard : shards) {
+    if (shard.initial_value.kind == megatron::InitialValue::Kind::kConstant)
+      shard.initial_value = megatron::InitialValue::normal(0.2);
+  }
+  megatron::initialize_parameters(shards, 7);
+  return shards;
+}
+
+}  // namespace transformer_fixture
