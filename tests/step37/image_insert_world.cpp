@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include <utility>
+
 #include "parallel/collectives.h"
 #include "parallel/shard.h"
 #include "tests/support/test_world.h"
@@ -246,6 +248,18 @@ std::string name_of(Placement placement) {
 Placed on_balanced_holders(const std::vector<ImageForInsert>& images, int t) {
   const auto holders = parallel::balanced_assignment(rows_of(images), t);
   return {Placement::kOnHolders, {holders.begin(), holders.end()}, false};
+}
+
+std::vector<Placed> placements(const Variant& variant, const std::vector<ImageForInsert>& images) {
+  // The first image on the last rank and so on: neither balanced nor even.
+  std::vector<int64_t> dealt;
+  for (size_t i = 0; i < rows_of(images).size(); ++i) {
+    dealt.push_back(variant.t - 1 - static_cast<int64_t>(i) % variant.t);
+  }
+  std::vector<Placed> result{{Placement::kEverywhere, on_balanced_holders(images, variant.t).holders, false},
+                             {Placement::kOnHolders, dealt, true}};
+  if (variant.row()) result.push_back({Placement::kSliced, result.front().holders, false});
+  return result;
 }
 
 int64_t Layer::rank() const { return recorded.group->getRank(); }

@@ -152,6 +152,9 @@ struct Placed {
 /// On the ranks that hold them if nobody says otherwise.
 Placed on_balanced_holders(const std::vector<step37::ImageForInsert>& images, int t);
 
+/// One of each placement that a variant takes: everywhere, on single ranks dealt in turn backwards, sliced by channel.
+std::vector<Placed> placements(const Variant& variant, const std::vector<step37::ImageForInsert>& images);
+
 struct LayerOptions {
   step37::MismatchPolicy on_mismatch = step37::MismatchPolicy::kError;
   bool bias = true;
