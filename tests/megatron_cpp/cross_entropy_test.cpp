@@ -19,6 +19,7 @@ namespace {
 using megatron::CrossEntropyOptions;
 using megatron::vocab_parallel_cross_entropy;
 using parallel::CollectiveKind;
+using test_support::contains;
 using test_support::groups;
 using test_support::on_device;
 using test_support::value_error;
@@ -95,8 +96,6 @@ void expect_equals_dense(const at::Tensor& padded_logits, const at::Tensor& targ
       at::zeros({columns.size(0), columns.size(1), columns.size(-1) - real}, padded_logits.options())))
       << "padding has a gradient";
 }
-
-bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 /// Vocabularies for t ranks, with V'/t columns each: none padded, the last shard partly, some shards wholly.
 struct Vocabulary {

@@ -25,6 +25,7 @@ using megatron::RowParallelLinear;
 using megatron::RowParallelLinearOptions;
 using parallel::CollectiveKind;
 using parallel::CommunicationCount;
+using test_support::contains;
 using test_support::exact_values;
 using test_support::groups;
 using test_support::on_device;
@@ -83,8 +84,6 @@ CommunicationCount expected_count(const std::vector<std::pair<CollectiveKind, in
 
 /// Bytes of `elements` float32 that one of t ranks sends when it gathers or scatters them all; an all-reduce is twice.
 int64_t share(int64_t elements, int t) { return elements * 4 * (t - 1) / t; }
-
-bool contains(const std::string& text, const std::string& fragment) { return text.find(fragment) != std::string::npos; }
 
 struct Frozen {
   bool input = false;

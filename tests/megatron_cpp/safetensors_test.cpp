@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "tests/support/errors.h"
 #include "tests/support/temporary_folder.h"
 
 namespace {
@@ -19,8 +20,8 @@ namespace fs = std::filesystem;
 using megatron::NamedTensor;
 using megatron::SafetensorsFile;
 using megatron::write_safetensors;
-
-bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+using test_support::contains;
+using test_support::value_error;
 
 /// Equal dtype, shape and bits.
 bool same(const at::Tensor& a, const at::Tensor& b) {
@@ -38,15 +39,6 @@ class Safetensors : public testing::Test {
     const uint64_t length = header.size();
     stream.write(reinterpret_cast<const char*>(&length), sizeof(length));
     stream << header << std::string(data_bytes, '\0');
-  }
-  template <class Action>
-  static std::string value_error(const Action& action) {
-    try {
-      action();
-    } catch (const c10::ValueError& error) {
-      return error.what_without_backtrace();
-    }
-    return "nothing thrown";
   }
   /// What opening such a file throws.
   std::string error_of(const std::string& header, size_t data_bytes) const {

@@ -6,11 +6,13 @@
 #include <string>
 
 #include "parallel/group.h"
+#include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
 namespace {
 
 using parallel::AgreedError;
+using test_support::contains;
 using test_support::groups;
 
 template <class Action>
@@ -22,8 +24,6 @@ std::string agreed_error(const Action& action) {
   }
   return {};
 }
-
-bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 }  // namespace
 

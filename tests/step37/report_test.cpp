@@ -9,12 +9,14 @@
 #include <string>
 #include <string_view>
 
+#include "tests/support/errors.h"
 #include "tests/support/temporary_folder.h"
 
 namespace step37 {
 namespace {
 
 namespace fs = std::filesystem;
+using test_support::contains;
 
 class ReportTest : public ::testing::Test {
  protected:
@@ -51,8 +53,6 @@ constexpr std::string_view kThreeSteps =
     R"({"step": 3, "loss": 4.125, "grad_norm": 1.5, "learning_rate": 0.001, "tokens": 1300, "images": 42, )"
     R"("tokens_per_second": 600.0, "step_seconds": 2.0, "validation_loss": 5.75})"
     "\n";
-
-bool contains(const std::string& text, std::string_view part) { return text.find(part) != std::string::npos; }
 
 size_t count(const std::string& text, std::string_view part) {
   size_t found = 0;

@@ -17,12 +17,14 @@
 
 #include "megatron_cpp/checkpoint/safetensors.h"
 #include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "tests/support/errors.h"
 
 namespace step37 {
 namespace {
 
 using megatron::GradientRule;
 using megatron::SafetensorsFile;
+using test_support::value_error;
 
 const std::string kCases = MCPP_TEST_CASES;
 constexpr double kGoldenTolerance = 1e-4;  // of the largest element
@@ -90,15 +92,6 @@ VisionTower small_tower() {
   const at::NoGradGuard no_grad;
   for (auto& item : tower->named_parameters()) item.value().add_(at::randn_like(item.value()), 0.1);
   return tower;
-}
-
-std::string value_error(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const c10::ValueError& error) {
-    return error.what_without_backtrace();
-  }
-  return "no c10::ValueError";
 }
 
 class GoldenVisionTower : public ::testing::TestWithParam<const char*> {};
