@@ -71,7 +71,7 @@ nlohmann::ordered_json min_and_median(const std::vector<double>& times) {
 std::string cpu_model() {
   std::ifstream file("/proc/cpuinfo");
   for (std::string line; std::getline(file, line);) {
-    if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
+    if (line.starts_with("model name")) return line.substr(line.find(':') + 2);
   }
   return "unknown";
 }

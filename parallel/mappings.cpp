@@ -65,8 +65,9 @@ at::Tensor map(const at::Tensor& input, const GroupPtr& group) {
 }
 
 struct AllToAll : torch::autograd::Function<AllToAll> {
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& input, std::vector<int64_t> output_splits,
-                            std::vector<int64_t> input_splits, const GroupPtr& group) {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& input,
+                            const std::vector<int64_t>& output_splits, const std::vector<int64_t>& input_splits,
+                            const GroupPtr& group) {
     context->saved_data["group"] = group;
     context->saved_data["output_splits"] = output_splits;
     context->saved_data["input_splits"] = input_splits;

@@ -75,7 +75,7 @@ std::vector<InsertRun> renumbered(std::vector<InsertRun> runs, const std::vector
 
 }  // namespace
 
-ImageInsertEmbeddingImpl::ImageInsertEmbeddingImpl(megatron::LanguageModelEmbedding language_embedding,
+ImageInsertEmbeddingImpl::ImageInsertEmbeddingImpl(const megatron::LanguageModelEmbedding& language_embedding,
                                                    ImageInsertEmbeddingOptions options)
     : options_(std::move(options)), language_embedding_(language_embedding.ptr()) {
   const int64_t C = options_.encoder_output_dim();
@@ -119,10 +119,10 @@ ImageInsertEmbeddingImpl::ImageInsertEmbeddingImpl(megatron::LanguageModelEmbedd
   }
 }
 
-ImageInsertEmbeddingImpl::ImageInsertEmbeddingImpl(megatron::LanguageModelEmbedding language_embedding,
+ImageInsertEmbeddingImpl::ImageInsertEmbeddingImpl(const megatron::LanguageModelEmbedding& language_embedding,
                                                    int64_t encoder_output_dim, int64_t hidden_size, bool projector_bias)
     : ImageInsertEmbeddingImpl(
-          std::move(language_embedding),
+          language_embedding,
           ImageInsertEmbeddingOptions(encoder_output_dim, hidden_size).projector_bias(projector_bias)) {}
 
 std::vector<at::Tensor> ImageInsertEmbeddingImpl::normalize_feature_list(const FeatureList& features) {

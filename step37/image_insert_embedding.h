@@ -90,9 +90,10 @@ class ImageInsertEmbeddingImpl : public megatron::ParallelModule {
   ///                            shared. Its group is the one everything here is sharded over.
   /// @throws c10::ValueError if hidden_size isn't the embedding's, isn't divisible by t in the column sharding, or C
   ///         isn't in the row sharding; for a hidden-parallel embedding with the row sharding or kAllGather.
-  ImageInsertEmbeddingImpl(megatron::LanguageModelEmbedding language_embedding, ImageInsertEmbeddingOptions options);
+  ImageInsertEmbeddingImpl(const megatron::LanguageModelEmbedding& language_embedding,
+                           ImageInsertEmbeddingOptions options);
   /// The reference's constructor; everything else as ImageInsertEmbeddingOptions has it.
-  ImageInsertEmbeddingImpl(megatron::LanguageModelEmbedding language_embedding, int64_t encoder_output_dim,
+  ImageInsertEmbeddingImpl(const megatron::LanguageModelEmbedding& language_embedding, int64_t encoder_output_dim,
                            int64_t hidden_size, bool projector_bias = false);
 
   /// @param input_ids     [B, S] int64, equal on every rank. On the CPU; ids on a GPU cost one copy to the host.

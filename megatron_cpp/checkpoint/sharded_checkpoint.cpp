@@ -107,7 +107,7 @@ void check_slice(const ShardedTensor& tensor) {
 /// The text of every rank, on every rank. Collective: two all-gathers.
 std::vector<std::string> gather_texts(const std::string& text, const parallel::GroupPtr& group) {
   const auto lengths = parallel::all_gather(at::full({1}, static_cast<int64_t>(text.size()), at::kLong), group);
-  const int64_t longest = lengths.max().item<int64_t>();
+  const auto longest = lengths.max().item<int64_t>();
   auto letters = at::zeros({1, longest}, at::kByte);
   std::memcpy(letters.mutable_data_ptr(), text.data(), text.size());
   letters = parallel::all_gather(letters, group);
@@ -190,7 +190,9 @@ void remove_old(const fs::path& directory, int64_t step, int64_t keep_last) {
     std::error_code error;
     fs::rename(folder, doomed, error);  // half removed, it must not be called step-N
     if (!error) fs::remove_all(doomed, error);
-    if (error) TORCH_WARN("cannot remove the old checkpoint ", folder.string(), ": ", error.message());
+    if (error) {
+      TORCH_WARN("cannot remove the old checkpoint ", folder.string(), ": ", error.message());
+    }
   }
 }
 

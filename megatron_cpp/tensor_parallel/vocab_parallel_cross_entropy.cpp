@@ -40,7 +40,7 @@ at::Tensor at_targets(const at::Tensor& logits, const at::Tensor& maxima, const 
 /// holds, so that one operator finds there what the one before has written; elsewhere once, for all.
 template <class Body>
 void for_blocks_of_positions(const at::Tensor& values, const Body& body) {
-  constexpr int64_t kCacheBytes = 256 * 1024;
+  constexpr int64_t kCacheBytes = int64_t{256} * 1024;
   const int64_t S = values.size(0);
   int64_t length = S;
   if (values.is_cpu() && values.numel() > 0) {

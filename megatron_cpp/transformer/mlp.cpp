@@ -28,7 +28,7 @@ struct SwiGLUFunction : torch::autograd::Function<SwiGLUFunction> {
     const double limit = context->saved_data["limit"].toDouble();
     const auto halves = gate_up.chunk(2, -1);
     const auto& gate = halves[0];
-    auto up = halves[1];
+    const auto& up = halves[1];
     auto activated = at::silu(gate);
     at::Tensor activated_gradient;
     at::Tensor up_gradient;

@@ -65,7 +65,7 @@ uint64_t mixed_hash(std::string_view text) {
 
 std::string caption_from_text(std::string_view text) {
   constexpr std::string_view kByteOrderMark = "\xEF\xBB\xBF";
-  if (text.substr(0, kByteOrderMark.size()) == kByteOrderMark) text.remove_prefix(kByteOrderMark.size());
+  if (text.starts_with(kByteOrderMark)) text.remove_prefix(kByteOrderMark.size());
   while (!text.empty()) {
     const auto line = text.substr(0, text.find('\n'));
     if (const auto caption = trim(line); !caption.empty()) return to_utf8(caption);

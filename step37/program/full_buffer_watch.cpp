@@ -21,7 +21,7 @@ struct FullBufferWatch::State {
 
   void see(const at::Tensor& tensor) {
     if (!tensor.defined() || !tensor.has_storage() || tensor.scalar_type() != dtype || tensor.sizes() != shape) return;
-    const auto storage = tensor.storage();
+    const auto& storage = tensor.storage();
     auto* const identity = storage.unsafeGetStorageImpl();
     // An expanded view of a small tensor is no full buffer.
     if (static_cast<int64_t>(storage.nbytes()) < bytes() || ignored.count(identity) > 0) return;

@@ -219,7 +219,9 @@ struct Axis {
   double share(double value) const { return (value - low) / (high - low); }
   std::vector<double> ticks() const {
     std::vector<double> result;
-    for (double n = std::ceil(low / step - 1e-9); n * step <= high + step * 1e-9; n += 1.0) result.push_back(n * step);
+    const auto first = std::llround(std::ceil(low / step - 1e-9));
+    const auto last = std::llround(std::floor(high / step + 1e-9));
+    for (auto n = first; n <= last; ++n) result.push_back(static_cast<double>(n) * step);
     return result;
   }
 };

@@ -13,6 +13,7 @@
 #include <numeric>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 
 #include "parallel/shard.h"
 #include "step37/data/utf8.h"
@@ -292,7 +293,7 @@ void set_values(const GivenValues& values, RunConfig& config) {
     auto value = member;
     TORCH_CHECK_VALUE(given.value.has_value() && read_value(*given.value, value), key, " in ", given.where, " must be ",
                       expected(member), ", got ", given.shown);
-    member = value;
+    member = std::move(value);
   });
 }
 

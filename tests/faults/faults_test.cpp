@@ -92,7 +92,7 @@ void expect_named(const Fault& fault, const std::string& output) {
 TEST(Faults, EndTheJobAndAreNamed) {
   const char* count = std::getenv("FAULTS");
   const char* seed_text = std::getenv("FAULTS_SEED");
-  const int num_faults = count == nullptr ? 12 : std::atoi(count);
+  const int num_faults = count == nullptr ? 12 : std::stoi(count);
   const unsigned seed = seed_text == nullptr ? std::random_device{}() : static_cast<unsigned>(std::stoul(seed_text));
   std::printf("FAULTS_SEED=%u\n", seed);
   std::mt19937 random(seed);

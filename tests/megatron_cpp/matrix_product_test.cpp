@@ -15,7 +15,6 @@
 namespace {
 
 using megatron::internal::LinearInput;
-using parallel::CollectiveKind;
 using test_support::exact_values;
 using test_support::on_device;
 

@@ -95,7 +95,7 @@ std::vector<std::filesystem::path> golden_cases() {
 bool is_features(const std::string& name) { return name.find(".image_features") != std::string::npos; }
 
 bool is_parameter(const std::string& name) {
-  return name == "word_embeddings.weight" || name.rfind("align_projector.", 0) == 0;
+  return name == "word_embeddings.weight" || name.starts_with("align_projector.");
 }
 
 /// What a run under MismatchPolicy::kError must say of a case; empty if its counts match.
@@ -106,7 +106,7 @@ std::string mismatch_of(const SafetensorsFile& file) {
     const auto token = file.read(group + ".insert_start_token").item<int64_t>();
     int64_t images = 0;
     for (const auto& [name, entry] : file.entries()) {
-      if (name.rfind(group + ".image_features", 0) == 0) images += entry.shape.size() == 3 ? entry.shape[0] : 1;
+      if (name.starts_with(group + ".image_features")) images += entry.shape.size() == 3 ? entry.shape[0] : 1;
     }
     const auto places = ids.eq(token).sum().item<int64_t>();
     if (images != places) {
@@ -194,7 +194,7 @@ void expect_results(const SafetensorsFile& input, const std::filesystem::path& o
   const SafetensorsFile output(output_path);
   std::set<std::string> names{"output"};
   for (const auto& [name, entry] : input.entries()) {
-    if (name.rfind("expected.", 0) == 0 || !(is_parameter(name) || is_features(name)) || !wanted(name)) continue;
+    if (name.starts_with("expected.") || !(is_parameter(name) || is_features(name)) || !wanted(name)) continue;
     const auto gradient = "grad." + name;
     names.insert(gradient);
     EXPECT_TRUE(output.contains(gradient)) << gradient;

@@ -34,7 +34,6 @@ using insert_world::Scenario;
 using insert_world::Sizes;
 using insert_world::Trainable;
 using insert_world::Variant;
-using step37::ImageForInsert;
 using step37::MismatchPolicy;
 using test_support::exact_values;
 

@@ -167,7 +167,7 @@ void expect_same_run(const RunFiles& actual, const RunFiles& expected, double to
     if (found == tensors.end()) continue;
     if (tolerance == 0) {
       EXPECT_TRUE(test_support::equal(found->second, tensor)) << name;
-    } else if (name.rfind("optimizer.", 0) != 0) {
+    } else if (!name.starts_with("optimizer.")) {
       EXPECT_TRUE(test_support::near(found->second, tensor, tolerance)) << name;
     }
   }
@@ -368,7 +368,7 @@ TEST_F(Pretrain, CaptionsAlikeAtEveryTensorParallelSize) {
   const auto printed = runtime().rank() == 0 ? testing::internal::GetCapturedStdout() : std::string();
   EXPECT_EQ(status, 0);
   if (runtime().rank() == 0) {
-    EXPECT_EQ(printed.rfind("The", 0), 0U) << printed;
+    EXPECT_TRUE(printed.starts_with("The")) << printed;
   }
   const auto expected = parallel::broadcast_text(printed, 0, world_tp());
 
