@@ -129,7 +129,7 @@ at::Tensor check_partial(const Candidate& candidate, const Case& asked, Findings
 /// @return  [S*B] ranks, -1 where the embedding doesn't say.
 at::Tensor check_finders(const Candidate& candidate, const Case& asked, const at::Tensor& partial, Findings& findings) {
   const int64_t num_rows = asked.ids.numel();
-  const auto nobody = at::full({num_rows}, -1, at::kLong);
+  auto nobody = at::full({num_rows}, -1, at::kLong);
   const auto ranks = candidate.embedding->finders(asked.ids);
   if (ranks.empty()) return nobody;
   const auto length = static_cast<int64_t>(ranks.size());

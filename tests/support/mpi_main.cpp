@@ -17,7 +17,7 @@ namespace {
 
 int env_int(const char* name, int fallback) {
   const char* value = std::getenv(name);
-  return value ? std::atoi(value) : fallback;
+  return value ? std::stoi(value) : fallback;
 }
 
 /// Ends the whole job when one test takes longer than `limit`: a rank that left a collective hangs its peers.
@@ -42,7 +42,7 @@ class Watchdog {
   template <class F>
   void set(F change) {
     {
-      std::lock_guard lock(mutex_);
+      std::scoped_lock lock(mutex_);
       change();
       ++generation_;
     }
