@@ -17,15 +17,6 @@ case ${1:-} in
   "") mapfile -t files < <(git ls-files '*.cpp') ;;
   *) files=("$@") ;;
 esac
-version=23.1.4
-tool=$cache/clang-tidy-$version
-if [[ ! -e $tool/complete ]]; then
-  install_packages python3-venv
-  rm -rf "$tool"
-  run /usr/bin/python3 -m venv "$tool"
-  run "$tool/bin/pip" install --quiet --disable-pip-version-check "clang-tidy==$version"
-  touch "$tool/complete"
-fi
 
 # A build folder of its own, never built: clang can't read g++'s precompiled headers.
 scripts/build.sh --preset tidy --target help >/dev/null
@@ -36,4 +27,14 @@ for file in "${files[@]}"; do
 done
 printf '+ clang-tidy on %d files\n' "${#listed[@]}" >&2
 [[ ${#listed[@]} -gt 0 ]] || exit 0
+
+version=23.1.4
+tool=$cache/clang-tidy-$version
+if [[ ! -e $tool/complete ]]; then
+  install_packages python3-venv
+  rm -rf "$tool"
+  run /usr/bin/python3 -m venv "$tool"
+  run "$tool/bin/pip" install --quiet --disable-pip-version-check "clang-tidy==$version"
+  touch "$tool/complete"
+fi
 printf '%s\0' "${listed[@]}" | xargs -0 -n 1 -P "$(nproc)" "$tool/bin/clang-tidy" -p build-tidy --quiet --warnings-as-errors='*'
