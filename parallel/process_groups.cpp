@@ -55,4 +55,8 @@ ProcessGroups make_process_groups(Runtime& runtime, const RankGrid& grid, const 
   return groups;
 }
 
+void destroy_process_groups(Runtime& runtime, const ProcessGroups& groups) {
+  for (const auto& group : {groups.tp_dp, groups.dp, groups.tp, groups.world}) runtime.shut_down(group);
+}
+
 }  // namespace parallel

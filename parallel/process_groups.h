@@ -21,7 +21,7 @@ struct ProcessGroupsOptions {
 };
 
 /// One c10d::ProcessGroup for each kind of parallelism, each carrying MPI for tensors on the CPU and, where the rank
-/// has a GPU, NCCL for tensors on it. A value; the groups live as long as a copy does.
+/// has a GPU, NCCL for tensors on it. A value; the groups live as long as a copy does, or the runtime that made them.
 struct ProcessGroups {
   RankGrid grid;   ///< how the ranks of `world` are laid out
   GroupPtr world;  ///< all ranks: start-up, agreement, checkpoints
@@ -36,5 +36,9 @@ struct ProcessGroups {
 ///         grids; c10::ValueError on every rank if the grid doesn't fit the world, or asks for a kind that isn't built
 ///         yet (context, expert and pipeline parallelism).
 ProcessGroups make_process_groups(Runtime& runtime, const RankGrid& grid, const ProcessGroupsOptions& options = {});
+
+/// Shuts the groups down before the runtime ends, so that their communicators, of which an MPI has some thousand, are
+/// freed with the last copy. Collective over all ranks, none of which may communicate in them afterwards.
+void destroy_process_groups(Runtime& runtime, const ProcessGroups& groups);
 
 }  // namespace parallel

@@ -76,6 +76,11 @@ Runtime::~Runtime() {
 
 void Runtime::shut_down_at_exit(GroupPtr group) { groups_.push_back(std::move(group)); }
 
+void Runtime::shut_down(const GroupPtr& group) {
+  group->shutdown();
+  std::erase(groups_, group);
+}
+
 bool Runtime::all_fail_alike(const std::string& message) const {
   const uint64_t mine = stable_hash(message);
   std::vector<uint64_t> all(static_cast<size_t>(size_));

@@ -49,6 +49,8 @@ class Runtime {
 
   /// Shuts `group`'s backends down when the runtime ends, in the reverse order of these calls.
   void shut_down_at_exit(GroupPtr group);
+  /// Shuts `group`'s backends down now; the runtime forgets it.
+  void shut_down(const GroupPtr& group);
 
   /// Runs a program's body and turns what leaves it into an exit status. An exception on every rank with the same text
   /// is printed once, by rank 0, and the status is 1 everywhere. An exception on some ranks is printed by them, with

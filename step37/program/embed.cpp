@@ -345,6 +345,7 @@ int embed(parallel::Runtime& runtime, const EmbedArguments& arguments) {
         if (!arguments.stats.empty()) megatron::write_file(arguments.stats, stats.dump(2) + "\n");
       },
       groups.world);
+  parallel::destroy_process_groups(runtime, groups);
   return 0;
 }
 

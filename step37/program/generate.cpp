@@ -42,6 +42,7 @@ int generate(parallel::Runtime& runtime, const GenerateArguments& arguments) {
   const auto caption = caption_picture(model, *tokenizer, picture, tokenizer->encode(arguments.prompt), options,
                                        groups.tp, runtime.device());
   if (runtime.rank() == 0) std::printf("%s\n", caption.c_str());
+  parallel::destroy_process_groups(runtime, groups);
   return 0;
 }
 

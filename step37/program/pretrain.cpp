@@ -357,7 +357,9 @@ int pretrain(parallel::Runtime& runtime, const PretrainArguments& arguments) {
   std::vector<parallel::NamedText> values;
   for (const auto& [key, value] : settings(config)) values.push_back({key, value});
   parallel::check_equal_texts(values, groups.world);
-  return PretrainRun(runtime, groups, config, arguments.progress).run();
+  const int status = PretrainRun(runtime, groups, config, arguments.progress).run();
+  parallel::destroy_process_groups(runtime, groups);
+  return status;
 }
 
 }  // namespace step37

@@ -9,7 +9,9 @@
 #include <string>
 #include <vector>
 
+#include "parallel/collectives.h"
 #include "parallel/process_groups.h"
+#include "parallel/runtime.h"
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
@@ -148,4 +150,15 @@ TEST(ProcessGroups, RefuseGridsOnEveryRank) {
             std::string::npos);
   EXPECT_NE(value_error([&] { parallel::make_process_groups(runtime, {.pp = size}); }).find("not built yet"),
             std::string::npos);
+}
+
+TEST(ProcessGroups, AreFreedWithTheLastCopyOnceDestroyed) {
+  auto& runtime = test_support::runtime();
+  auto groups = parallel::make_process_groups(runtime, {.dp = runtime.size()});
+  parallel::barrier(groups.dp);
+  const c10::weak_intrusive_ptr<c10d::ProcessGroup> dp(groups.dp);
+  parallel::destroy_process_groups(runtime, groups);
+  EXPECT_FALSE(dp.expired());
+  groups = {};
+  EXPECT_TRUE(dp.expired());
 }
