@@ -28,21 +28,10 @@ while [[ $# -gt 0 ]]; do
 done
 
 install_libtorch() {
-  local environment=$cache/torch-$torch_version-1  # the last number changes when the packages in it do
-  mkdir -p "$cache"
-  # Two clones may set up at the same time: the second waits and finds it done.
-  exec 9>"$environment.lock"
-  flock 9
-  if [[ ! -e $environment/complete ]]; then
-    rm -rf "$environment"
-    run /usr/bin/python3 -m venv "$environment"
-    # nvidia-cuda-crt: headers that compiling against the wheel's CUDA parts needs and the wheel does not bring.
-    run "$environment/bin/pip" install --quiet --disable-pip-version-check "torch==$torch_version" \
-      "nvidia-cuda-crt==$cuda_version"
-    touch "$environment/complete"
-  fi
-  flock -u 9
-  Torch_ROOT=$(echo "$environment"/lib/python3*/site-packages/torch)
+  local name=torch-$torch_version-1  # the last number changes when the packages in it do
+  # nvidia-cuda-crt: headers that compiling against the wheel's CUDA parts needs and the wheel does not bring.
+  python_environment "$name" "torch==$torch_version" "nvidia-cuda-crt==$cuda_version"
+  Torch_ROOT=$(echo "$cache/$name"/lib/python3*/site-packages/torch)
 }
 
 [[ $preset != fuzz ]] || packages+=(clang-14 libclang-rt-14-dev libfuzzer-14-dev)

@@ -33,6 +33,24 @@ install_packages() {
   run "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
 }
 
+# python_environment NAME PACKAGE...: the virtual environment $cache/NAME with these packages of PyPI, which all clones
+# share. A new list of packages wants a new name.
+python_environment() {
+  local environment=$cache/$1
+  shift
+  mkdir -p "$cache"
+  # Two clones may set up at the same time: the second waits and finds it done.
+  exec 9>"$environment.lock"
+  flock 9
+  if [[ ! -e $environment/complete ]]; then
+    rm -rf "$environment"
+    run /usr/bin/python3 -m venv "$environment"
+    run "$environment/bin/pip" install --quiet --disable-pip-version-check "$@"
+    touch "$environment/complete"
+  fi
+  flock -u 9
+}
+
 # mpirun and the programs under it: root is fine in a container, ranks are bound to no core (mpirun -np 2 alone would
 # pin each to one), and waiting ranks leave their core to those that work.
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_mpi_yield_when_idle=1

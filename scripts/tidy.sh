@@ -29,12 +29,6 @@ printf '+ clang-tidy on %d files\n' "${#listed[@]}" >&2
 [[ ${#listed[@]} -gt 0 ]] || exit 0
 
 version=23.1.4
-tool=$cache/clang-tidy-$version
-if [[ ! -e $tool/complete ]]; then
-  install_packages python3-venv
-  rm -rf "$tool"
-  run /usr/bin/python3 -m venv "$tool"
-  run "$tool/bin/pip" install --quiet --disable-pip-version-check "clang-tidy==$version"
-  touch "$tool/complete"
-fi
-printf '%s\0' "${listed[@]}" | xargs -0 -n 1 -P "$(nproc)" "$tool/bin/clang-tidy" -p build-tidy --quiet --warnings-as-errors='*'
+install_packages python3-venv
+python_environment "clang-tidy-$version" "clang-tidy==$version"
+printf '%s\0' "${listed[@]}" | xargs -0 -n 1 -P "$(nproc)" "$cache/clang-tidy-$version/bin/clang-tidy" -p build-tidy --quiet --warnings-as-errors='*'
