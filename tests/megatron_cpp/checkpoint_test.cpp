@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <filesystem>
-#include <fstream>
 #include <functional>
 #include <initializer_list>
 #include <memory>
@@ -35,6 +34,7 @@ using megatron::UnusedTensors;
 using test_support::exact_values;
 using test_support::groups;
 using test_support::read_file;
+using test_support::write_file;
 
 constexpr int64_t kV = 5;  // over four ranks: two rows each, the last rank's both padding
 constexpr int64_t kH = 8;
@@ -142,14 +142,12 @@ ShardedTensor whole(const std::string& name, at::IntArrayRef shape, int64_t dim,
   return {name, global_values(name, shape, seed).to(dtype), shape.vec(), dim, 0, world_rank() == 0};
 }
 
-void write_text(const fs::path& file, const std::string& text) { std::ofstream(file) << text; }
-
 /// Replaces the first `from` of a file; the file must have one.
 void edit(const fs::path& file, const std::string& from, const std::string& to) {
   auto text = read_file(file);
   const auto at = text.find(from);
   ASSERT_NE(at, std::string::npos) << file << " has no " << from;
-  write_text(file, text.replace(at, from.size(), to));
+  write_file(file, text.replace(at, from.size(), to));
 }
 
 std::vector<std::string> names_in(const fs::path& folder) {
@@ -378,9 +376,9 @@ TEST_F(Checkpoint, AnInterruptedSaveIsIgnoredAndCleaned) {
   save(1, {whole("norm", {5}, 0, 1)});
   if (world_rank() == 0) {
     fs::create_directories(directory() / "step-00000002.partial");
-    write_text(directory() / "step-00000002.partial" / "rank-0000-of-0001.safetensors.partial", "half");
+    write_file(directory() / "step-00000002.partial" / "rank-0000-of-0001.safetensors.partial", "half");
     fs::create_directory_symlink("step-00000002", directory() / "latest.partial");
-    write_text(directory() / "notes.partial", "not ours");
+    write_file(directory() / "notes.partial", "not ours");
     EXPECT_EQ(megatron::latest_checkpoint(directory()), directory() / "step-00000001");
     EXPECT_EQ(CheckpointReader(directory()).step(), 1);
   }
@@ -403,7 +401,7 @@ TEST_F(Checkpoint, AnErrorOfOneRankIsThatOfAllAndLeavesTheLatest) {
 TEST_F(Checkpoint, AFolderThatCannotBeMadeIsAnErrorOfAll) {
   if (world_rank() == 0) {
     fs::create_directories(directory().parent_path());
-    write_text(directory(), "a file");
+    write_file(directory(), "a file");
   }
   parallel::barrier(world());
   EXPECT_TRUE(mentions(save_error({2, "{}", {whole("norm", {5}, 0, 2)}}), {directory().string()}));
@@ -515,7 +513,7 @@ TEST_F(DamagedCheckpoint, ManifestsThatAreWrong) {
   if (world_rank() != 0) return;
   const auto original = read_file(manifest());
   const auto error_after = [&](const std::string& from, const std::string& to) {
-    write_text(manifest(), original);
+    write_file(manifest(), original);
     edit(manifest(), from, to);
     return open_error();
   };
