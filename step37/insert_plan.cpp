@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <map>
-#include <ranges>
 
 namespace step37 {
 namespace {
@@ -102,7 +101,9 @@ std::vector<InsertRun> what_remains(const std::vector<InsertRun>& writes, int64_
   if (std::adjacent_find(sorted.begin(), sorted.end(), overlaps) == sorted.end()) return sorted;
 
   std::vector<BatchRow> batch_rows(static_cast<size_t>(B));
-  for (const auto& write : std::views::reverse(writes)) batch_rows[static_cast<size_t>(write.batch)].offer(write);
+  for (auto write = writes.rbegin(); write != writes.rend(); ++write) {
+    batch_rows[static_cast<size_t>(write->batch)].offer(*write);
+  }
   std::vector<InsertRun> runs;
   for (const auto& batch_row : batch_rows) {
     for (const auto& [position, run] : batch_row.runs()) runs.push_back(run);
