@@ -10,39 +10,39 @@
 namespace parallel {
 namespace {
 
-/// Hands every call to another backend and counts it.
-class RecordingBackend final : public c10d::Backend {
+/// Hands every call to another backend, and first tells the observer.
+class ObservedBackend final : public c10d::Backend {
  public:
-  RecordingBackend(c10::intrusive_ptr<c10d::Backend> inner, std::shared_ptr<CommunicationCount> count)
-      : c10d::Backend(inner->getRank(), inner->getSize()), inner_(std::move(inner)), count_(std::move(count)) {}
+  ObservedBackend(c10::intrusive_ptr<c10d::Backend> inner, std::shared_ptr<const CollectiveObserver> observer)
+      : c10d::Backend(inner->getRank(), inner->getSize()), inner_(std::move(inner)), observer_(std::move(observer)) {}
 
   const std::string getBackendName() const override { return inner_->getBackendName(); }
   void setTimeout(std::chrono::milliseconds timeout) override { inner_->setTimeout(timeout); }
 
   c10::intrusive_ptr<c10d::Work> broadcast(std::vector<at::Tensor>& tensors,
                                            const c10d::BroadcastOptions& options) override {
-    for (const auto& tensor : tensors) add(CollectiveKind::kBroadcast, shared(tensor));
+    for (const auto& tensor : tensors) (*observer_)(CollectiveKind::kBroadcast, shared(tensor));
     return inner_->broadcast(tensors, options);
   }
   c10::intrusive_ptr<c10d::Work> allreduce(std::vector<at::Tensor>& tensors,
                                            const c10d::AllreduceOptions& options) override {
-    for (const auto& tensor : tensors) add(CollectiveKind::kAllReduce, 2 * shared(tensor));
+    for (const auto& tensor : tensors) (*observer_)(CollectiveKind::kAllReduce, 2 * shared(tensor));
     return inner_->allreduce(tensors, options);
   }
   c10::intrusive_ptr<c10d::Work> allgather(std::vector<std::vector<at::Tensor>>& outputs,
                                            std::vector<at::Tensor>& inputs,
                                            const c10d::AllgatherOptions& options) override {
-    for (const auto& input : inputs) add(CollectiveKind::kAllGather, (size_ - 1) * bytes(input));
+    for (const auto& input : inputs) (*observer_)(CollectiveKind::kAllGather, (size_ - 1) * bytes(input));
     return inner_->allgather(outputs, inputs, options);
   }
   c10::intrusive_ptr<c10d::Work> all_gather_single(at::Tensor& output, at::Tensor& input,
                                                    const c10d::AllgatherOptions& options) override {
-    add(CollectiveKind::kAllGather, shared(output));
+    (*observer_)(CollectiveKind::kAllGather, shared(output));
     return inner_->all_gather_single(output, input, options);
   }
   c10::intrusive_ptr<c10d::Work> reduce_scatter_single(at::Tensor& output, at::Tensor& input,
                                                        const c10d::ReduceScatterOptions& options) override {
-    add(CollectiveKind::kReduceScatter, shared(input));
+    (*observer_)(CollectiveKind::kReduceScatter, shared(input));
     return inner_->reduce_scatter_single(output, input, options);
   }
   c10::intrusive_ptr<c10d::Work> all_to_all_single(at::Tensor& output, at::Tensor& input,
@@ -55,7 +55,7 @@ class RecordingBackend final : public c10d::Backend {
       const int64_t kept = input_split_sizes[static_cast<size_t>(rank_)];
       sent = rows == 0 ? 0 : bytes(input) / rows * (rows - kept);
     }
-    add(CollectiveKind::kAllToAll, sent);
+    (*observer_)(CollectiveKind::kAllToAll, sent);
     return inner_->all_to_all_single(output, input, output_split_sizes, input_split_sizes, options);
   }
   c10::intrusive_ptr<c10d::Work> barrier(const c10d::BarrierOptions& options) override {
@@ -66,13 +66,9 @@ class RecordingBackend final : public c10d::Backend {
   static int64_t bytes(const at::Tensor& tensor) { return static_cast<int64_t>(tensor.nbytes()); }
   /// (t-1)/t of the tensor's bytes.
   int64_t shared(const at::Tensor& tensor) const { return bytes(tensor) * (size_ - 1) / size_; }
-  void add(CollectiveKind kind, int64_t bytes_sent) {
-    ++count_->collectives[static_cast<size_t>(kind)];
-    count_->bytes_sent += bytes_sent;
-  }
 
   c10::intrusive_ptr<c10d::Backend> inner_;
-  std::shared_ptr<CommunicationCount> count_;
+  std::shared_ptr<const CollectiveObserver> observer_;
 };
 
 }  // namespace
@@ -96,17 +92,26 @@ CommunicationCount CommunicationCount::operator-(const CommunicationCount& earli
   return difference;
 }
 
-RecordedGroup record(const GroupPtr& group) {
-  auto count = std::make_shared<CommunicationCount>();
-  auto recorded = c10::make_intrusive<c10d::ProcessGroup>(group->getRank(), group->getSize());
+GroupPtr observe(const GroupPtr& group, CollectiveObserver observer) {
+  const auto shared_observer = std::make_shared<const CollectiveObserver>(std::move(observer));
+  auto observed = c10::make_intrusive<c10d::ProcessGroup>(group->getRank(), group->getSize());
   for (const auto& device : group->getDeviceTypes()) {
     // One backend type stands for one backend in a c10d group, whatever the device: the two need different ones.
     const auto type = device.is_cpu() ? c10d::ProcessGroup::CUSTOM : c10d::ProcessGroup::NCCL;
-    recorded->setBackend(device.type(), type,
-                         c10::make_intrusive<RecordingBackend>(group->getBackend(device.type()), count));
+    observed->setBackend(device.type(), type,
+                         c10::make_intrusive<ObservedBackend>(group->getBackend(device.type()), shared_observer));
   }
-  recorded->setGroupName(group->getGroupName());
-  return {recorded, count};
+  observed->setGroupName(group->getGroupName());
+  return observed;
+}
+
+RecordedGroup record(const GroupPtr& group) {
+  auto count = std::make_shared<CommunicationCount>();
+  auto recorded = observe(group, [count](CollectiveKind kind, int64_t bytes_sent) {
+    ++count->collectives[static_cast<size_t>(kind)];
+    count->bytes_sent += bytes_sent;
+  });
+  return {std::move(recorded), std::move(count)};
 }
 
 }  // namespace parallel

@@ -1,8 +1,9 @@
-// Counting what is communicated: the only counter that tests, benchmarks and `--stats` read.
+// Seeing what is communicated: the only counter that tests, benchmarks and `--stats` read, and the observer under it.
 #pragma once
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string_view>
 
@@ -17,9 +18,18 @@ inline constexpr int kNumCollectiveKinds = 5;  ///< entries of CollectiveKind
 /// "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast".
 std::string_view collective_name(CollectiveKind kind);
 
-/// Collectives of a group since its recording began, and the bytes this rank sends for them by the standard count:
-/// all-reduce 2(t-1)/t, all-gather and reduce-scatter (t-1)/t of the full tensor, all-to-all what goes to other ranks,
-/// broadcast (t-1)/t; uneven exchanges what is really sent. Barriers aren't counted.
+/// Called as a collective begins, on the thread that calls it, with the bytes that this rank sends for it by the
+/// standard count: all-reduce 2(t-1)/t, all-gather and reduce-scatter (t-1)/t of the full tensor, all-to-all what goes
+/// to other ranks, broadcast (t-1)/t; uneven exchanges what is really sent.
+using CollectiveObserver = std::function<void(CollectiveKind kind, int64_t bytes_sent)>;
+
+/// A group of the same ranks whose collectives go through `group`'s backends after `observer` was called; where that
+/// throws, the collective throws the same and sends nothing. Barriers aren't observed. `group` stays usable and isn't
+/// observed. Not collective.
+GroupPtr observe(const GroupPtr& group, CollectiveObserver observer);
+
+/// Collectives of a group since its recording began, and the bytes this rank sends for them as CollectiveObserver has
+/// them.
 struct CommunicationCount {
   std::array<int64_t, kNumCollectiveKinds> collectives{};  ///< calls, by CollectiveKind
   int64_t bytes_sent = 0;                                  ///< by this rank
@@ -39,8 +49,7 @@ struct RecordedGroup {
   std::shared_ptr<const CommunicationCount> count;  ///< so far; goes on counting as long as the group lives
 };
 
-/// A group of the same ranks whose collectives go through `group`'s backends and are counted. `group` stays usable and
-/// isn't counted. Not collective.
+/// Counts what observe() sees.
 RecordedGroup record(const GroupPtr& group);
 
 }  // namespace parallel

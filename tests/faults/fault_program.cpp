@@ -10,12 +10,14 @@
 #include <signal.h>  // raise
 
 #include <cstdio>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "megatron_cpp/training/trainer.h"
 #include "parallel/process_groups.h"
+#include "parallel/recording_backend.h"
 #include "parallel/runtime.h"
 #include "step37/step37_model.h"
 
@@ -34,65 +36,6 @@ struct Fault {
     if (kind == "throw") throw std::runtime_error("a fault on purpose");
   }
 };
-
-/// Hands every call to another backend, unless the fault is in the way.
-class FaultyBackend final : public c10d::Backend {
- public:
-  FaultyBackend(c10::intrusive_ptr<c10d::Backend> inner, Fault& fault)
-      : c10d::Backend(inner->getRank(), inner->getSize()), inner_(std::move(inner)), fault_(fault) {}
-
-  const std::string getBackendName() const override { return inner_->getBackendName(); }
-
-  c10::intrusive_ptr<c10d::Work> broadcast(std::vector<at::Tensor>& tensors,
-                                           const c10d::BroadcastOptions& options) override {
-    fault_.come();
-    return inner_->broadcast(tensors, options);
-  }
-  c10::intrusive_ptr<c10d::Work> allreduce(std::vector<at::Tensor>& tensors,
-                                           const c10d::AllreduceOptions& options) override {
-    fault_.come();
-    return inner_->allreduce(tensors, options);
-  }
-  c10::intrusive_ptr<c10d::Work> allgather(std::vector<std::vector<at::Tensor>>& outputs,
-                                           std::vector<at::Tensor>& inputs,
-                                           const c10d::AllgatherOptions& options) override {
-    fault_.come();
-    return inner_->allgather(outputs, inputs, options);
-  }
-  c10::intrusive_ptr<c10d::Work> all_gather_single(at::Tensor& output, at::Tensor& input,
-                                                   const c10d::AllgatherOptions& options) override {
-    fault_.come();
-    return inner_->all_gather_single(output, input, options);
-  }
-  c10::intrusive_ptr<c10d::Work> reduce_scatter_single(at::Tensor& output, at::Tensor& input,
-                                                       const c10d::ReduceScatterOptions& options) override {
-    fault_.come();
-    return inner_->reduce_scatter_single(output, input, options);
-  }
-  c10::intrusive_ptr<c10d::Work> all_to_all_single(at::Tensor& output, at::Tensor& input,
-                                                   std::vector<int64_t>& output_split_sizes,
-                                                   std::vector<int64_t>& input_split_sizes,
-                                                   const c10d::AllToAllOptions& options) override {
-    fault_.come();
-    return inner_->all_to_all_single(output, input, output_split_sizes, input_split_sizes, options);
-  }
-  c10::intrusive_ptr<c10d::Work> barrier(const c10d::BarrierOptions& options) override {
-    fault_.come();
-    return inner_->barrier(options);
-  }
-
- private:
-  c10::intrusive_ptr<c10d::Backend> inner_;
-  Fault& fault_;
-};
-
-parallel::GroupPtr with_fault(const parallel::GroupPtr& group, Fault& fault) {
-  auto faulty = c10::make_intrusive<c10d::ProcessGroup>(group->getRank(), group->getSize());
-  faulty->setBackend(at::kCPU, c10d::ProcessGroup::CUSTOM,
-                     c10::make_intrusive<FaultyBackend>(group->getBackend(at::kCPU), fault));
-  faulty->setGroupName(group->getGroupName());
-  return faulty;
-}
 
 constexpr int64_t V = 96, H = 64, S = 128;  // [S, B, H] takes 32 KiB: large enough to go through shared memory
 constexpr int64_t kImageStart = 90;
@@ -134,7 +77,9 @@ int body(parallel::Runtime& runtime, const std::vector<std::string>& arguments) 
   parallel::ProcessGroupsOptions options;
   options.timeout = std::chrono::milliseconds(std::stoll(arguments[5]));
   auto groups = parallel::make_process_groups(runtime, {.tp = tp, .dp = runtime.size() / tp}, options);
-  for (auto* group : {&groups.world, &groups.tp, &groups.dp, &groups.tp_dp}) *group = with_fault(*group, fault);
+  for (auto* group : {&groups.world, &groups.tp, &groups.dp, &groups.tp_dp}) {
+    *group = parallel::observe(*group, [&](parallel::CollectiveKind, int64_t) { fault.come(); });
+  }
 
   step37::Step37Model model(model_config(), groups.tp);
   const auto parameters = megatron::parameter_shards(*model);

@@ -1,11 +1,14 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <exception>
 #include <ostream>
+#include <stdexcept>
 #include <vector>
 
 #include "parallel/collectives.h"
 #include "parallel/recording_backend.h"
+#include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
 namespace {
@@ -164,4 +167,20 @@ TEST(Recording, LeavesTheGroupItselfAndOtherRecordingsAlone) {
   parallel::all_reduce(input, nested.group);
   EXPECT_EQ(first.count->total(), t == 1 ? 0 : 2);
   EXPECT_EQ(nested.count->total(), t == 1 ? 0 : 1);
+}
+
+TEST(Observing, WhatTheObserverThrowsEndsTheCollectiveBeforeAnythingIsSent) {
+  for (const int t : test_support::divisors_of_world()) {
+    if (t == 1) continue;  // nothing to send, and nothing to see
+    bool refuse = true;
+    const auto group = parallel::observe(groups(t).tp, [&](CollectiveKind kind, int64_t bytes_sent) {
+      EXPECT_EQ(kind, CollectiveKind::kAllReduce);
+      EXPECT_EQ(bytes_sent, 2 * (16 * (t - 1) / t));
+      if (refuse) throw std::runtime_error("not now");
+    });
+    const auto input = on_device(at::ones({4}));
+    EXPECT_TRUE(test_support::throws<std::exception>([&] { parallel::all_reduce(input, group); }, "not now"));
+    refuse = false;  // the group is whole: had a rank sent something, the next sum would be wrong
+    EXPECT_TRUE(at::equal(parallel::all_reduce(input, group), on_device(at::full({4}, double(t)))));
+  }
 }
