@@ -43,7 +43,7 @@ std::string mark() { return "faults-test-" + std::to_string(getpid()); }
 std::string command(const Fault& fault) {
   std::string text = "timeout -s KILL 60 ";
   text += test_support::mpiexec(fault.layout.ranks);
-  text.append(" ").append(test_support::quoted(MCPP_FAULT_PROGRAM)).append(" ").append(fault.kind);
+  text.append(" ").append(test_support::quoted(MCPP_TEST_PROGRAM)).append(" ").append(fault.kind);
   for (const int64_t number : {int64_t{fault.rank}, fault.collective, int64_t{fault.layout.tp}, kTimeout.count()}) {
     text.append(" ").append(std::to_string(number));
   }

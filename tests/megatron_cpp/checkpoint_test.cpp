@@ -19,6 +19,7 @@
 #include "megatron_cpp/tensor_parallel/row_parallel_linear.h"
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
+#include "tests/support/errors.h"
 #include "tests/support/temporary_folder.h"
 #include "tests/support/test_world.h"
 
@@ -34,6 +35,7 @@ using megatron::UnusedTensors;
 using test_support::exact_values;
 using test_support::groups;
 using test_support::read_file;
+using test_support::value_error;
 using test_support::write_file;
 
 constexpr int64_t kV = 5;  // over four ranks: two rows each, the last rank's both padding
@@ -159,16 +161,6 @@ std::vector<std::string> names_in(const fs::path& folder) {
 
 using Names = std::vector<std::string>;
 
-template <class Error, class Action>
-std::string text_of(const Action& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    return parallel::error_text(error);
-  }
-  return "nothing thrown";
-}
-
 testing::AssertionResult mentions(const std::string& text, std::initializer_list<std::string> parts) {
   for (const auto& part : parts) {
     if (text.find(part) == std::string::npos)
@@ -176,13 +168,6 @@ testing::AssertionResult mentions(const std::string& text, std::initializer_list
   }
   return testing::AssertionSuccess();
 }
-
-/// Keeps warnings instead of printing them.
-class WarningLog : public c10::WarningHandler {
- public:
-  void process(const c10::Warning& warning) override { text += warning.msg() + "\n"; }
-  std::string text;
-};
 
 /// A folder that all ranks share, for one test.
 class Checkpoint : public testing::Test {
@@ -193,8 +178,8 @@ class Checkpoint : public testing::Test {
   }
   /// The error that all ranks throw, equal on all.
   std::string save_error(const CheckpointContents& contents) {
-    const auto text =
-        text_of<parallel::AgreedError>([&] { megatron::save_checkpoint(directory(), contents, world()); });
+    const auto text = test_support::error_of<parallel::AgreedError>(
+        [&] { megatron::save_checkpoint(directory(), contents, world()); });
     EXPECT_EQ(text, parallel::broadcast_text(text, 0, world()));
     return text;
   }
@@ -217,11 +202,11 @@ class DamagedCheckpoint : public Checkpoint {
     return step_ / ("rank-000" + std::to_string(world_size() - 1) + "-of-000" + number + ".safetensors");
   }
   std::string open_error() const {
-    return text_of<c10::ValueError>([&] { const CheckpointReader reader(step_); });
+    return value_error([&] { const CheckpointReader reader(step_); });
   }
   std::string load_error(const std::vector<ShardedTensor>& tensors,
                          UnusedTensors unused = UnusedTensors::kAllow) const {
-    return text_of<c10::ValueError>([&] { CheckpointReader(step_).load(tensors, unused); });
+    return value_error([&] { CheckpointReader(step_).load(tensors, unused); });
   }
   /// The whole tensor as a reader of one rank asks for it.
   static ShardedTensor wanted(const std::string& name, at::IntArrayRef shape, at::ScalarType dtype = at::kFloat) {
@@ -451,18 +436,18 @@ TEST_F(Checkpoint, LatestFallsBackPastBrokenOnes) {
   parallel::barrier(world());
   if (world_rank() != 0) return;
   EXPECT_EQ(megatron::latest_checkpoint(directory()), directory() / "step-00000300");
-  WarningLog warnings;
-  const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
+  const test_support::Warnings warnings;
   const auto file = names_in(directory() / "step-00000300").back();
   fs::resize_file(directory() / "step-00000300" / file, 100);
   EXPECT_EQ(megatron::latest_checkpoint(directory()), directory() / "step-00000020");
-  EXPECT_TRUE(mentions(warnings.text, {"step-00000300", file, "has 100 bytes, the manifest says"}));
+  ASSERT_FALSE(warnings.texts.empty());
+  EXPECT_TRUE(mentions(warnings.texts.back(), {"step-00000300", file, "has 100 bytes, the manifest says"}));
   fs::remove(directory() / "step-00000020" / "manifest.json");
   EXPECT_EQ(megatron::latest_checkpoint(directory()), directory() / "step-00000001");
-  EXPECT_TRUE(mentions(warnings.text, {"step-00000020", "manifest.json", "No such file"}));
+  EXPECT_TRUE(mentions(warnings.texts.back(), {"step-00000020", "manifest.json", "No such file"}));
   fs::remove(directory() / "step-00000001" / file);
   EXPECT_EQ(megatron::latest_checkpoint(directory()), std::nullopt);
-  EXPECT_TRUE(mentions(warnings.text, {"step-00000001", file, "is missing"}));
+  EXPECT_TRUE(mentions(warnings.texts.back(), {"step-00000001", file, "is missing"}));
   EXPECT_EQ(megatron::latest_checkpoint(directory() / "nowhere"), std::nullopt);
 }
 
@@ -486,8 +471,8 @@ TEST_F(DamagedCheckpoint, AsksThatDontFit) {
   auto beyond = wanted("norm", {5});
   beyond.global_begin = 3;
   EXPECT_TRUE(mentions(load_error({beyond}), {"tensor norm of shape [5]", "row 3"}));
-  EXPECT_TRUE(mentions(text_of<c10::ValueError>([&] { CheckpointReader(step_).global_shape("missing"); }),
-                       {file, "no tensor missing"}));
+  EXPECT_TRUE(
+      mentions(value_error([&] { CheckpointReader(step_).global_shape("missing"); }), {file, "no tensor missing"}));
 }
 
 TEST_F(DamagedCheckpoint, FilesThatAreNotWhatTheyWere) {

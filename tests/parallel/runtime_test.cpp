@@ -20,7 +20,7 @@ using test_support::quoted;
 std::string mark_of(const std::string& mode) { return "runtime-test-" + std::to_string(getpid()) + "-" + mode; }
 
 std::string program(const std::string& mode) {
-  auto command = quoted(MCPP_RUNTIME_PROGRAM);
+  auto command = quoted(MCPP_TEST_PROGRAM);
   return command.append(" ").append(mode).append(" ").append(mark_of(mode));
 }
 

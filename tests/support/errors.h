@@ -12,15 +12,31 @@
 
 namespace test_support {
 
-/// The text of the c10::ValueError that `action` throws, without its stack trace; "nothing thrown" if it returns.
-template <class Action>
-std::string value_error(const Action& action) {
+/// The text of an error, without c10's stack trace.
+template <class Error>
+std::string text_of(const Error& error) {
+  if constexpr (std::is_base_of_v<c10::Error, Error>) {
+    return error.what_without_backtrace();
+  } else {
+    return error.what();
+  }
+}
+
+/// The text of the Error that `action` throws; "nothing thrown" if it returns.
+template <class Error, class Action>
+std::string error_of(const Action& action) {
   try {
     action();
-  } catch (const c10::ValueError& error) {
-    return error.what_without_backtrace();
+  } catch (const Error& error) {
+    return text_of(error);
   }
   return "nothing thrown";
+}
+
+/// The text of the c10::ValueError that `action` throws; "nothing thrown" if it returns.
+template <class Action>
+std::string value_error(const Action& action) {
+  return error_of<c10::ValueError>(action);
 }
 
 /// Whether `text` has `part` in it.
@@ -36,11 +52,7 @@ testing::AssertionResult throws(const Action& action, const std::string& part) {
   try {
     action();
   } catch (const Error& error) {
-    if constexpr (std::is_base_of_v<c10::Error, Error>) {
-      text = error.what_without_backtrace();
-    } else {
-      text = error.what();
-    }
+    text = text_of(error);
     if (text.find(part) != std::string::npos) return testing::AssertionSuccess();
   } catch (const std::exception& error) {
     text = std::string("another exception: ") + error.what();
