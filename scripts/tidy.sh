@@ -15,7 +15,11 @@ case ${1:-} in
     mapfile -t files < <(git diff --name-only --diff-filter=d HEAD~1 HEAD -- '*.cpp')
     ;;
   "") mapfile -t files < <(git ls-files '*.cpp') ;;
-  *) files=("$@") ;;
+  -*) fail "unknown option $1 (see --help)" ;;
+  *)
+    files=("$@")
+    for file in "${files[@]}"; do [[ -e $file ]] || fail "there is no file $file"; done
+    ;;
 esac
 
 # A build folder of its own, never built: clang can't read g++'s precompiled headers.
