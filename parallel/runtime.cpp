@@ -54,9 +54,20 @@ void Runtime::choose_device(const DeviceOptions& options) {
   const int64_t num_devices = has_nccl() ? at::detail::getCUDAHooks().deviceCount() : 0;
   TORCH_CHECK_VALUE(options.device == "auto" || num_devices > 0, "device cuda was asked for, but ",
                     has_nccl() ? "this host has no GPU" : "this build has no NCCL");
-  if (num_devices == 0) return;
-  TORCH_CHECK_VALUE(local_size_ <= num_devices || options.share_devices, local_size_, " ranks on a host with ",
-                    num_devices, " GPUs: start at most one rank per GPU, or allow sharing");
+  const bool enough = num_devices > 0 && (local_size_ <= num_devices || options.share_devices);
+  if (options.device == "auto") {
+    int everywhere = enough ? 1 : 0;
+    MCPP_MPI_CHECK(MPI_Allreduce(MPI_IN_PLACE, &everywhere, 1, MPI_INT, MPI_MIN, world_->get()));
+    if (everywhere == 0) {
+      if (rank_ == 0 && num_devices > 0) {
+        TORCH_WARN("not every rank can have a GPU of its own (", local_size_, " ranks and ", num_devices,
+                   " GPUs on this host): all ranks compute on the CPU");
+      }
+      return;
+    }
+  }
+  TORCH_CHECK_VALUE(enough, local_size_, " ranks on a host with ", num_devices,
+                    " GPUs: start at most one rank per GPU, or allow sharing");
   device_ = c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(local_rank_ % num_devices));
 }
 

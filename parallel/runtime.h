@@ -15,7 +15,8 @@ namespace parallel {
 
 /// Which device the ranks of a host compute on.
 struct DeviceOptions {
-  /// "cpu", "cuda", or "auto": a GPU if this build and this host have one.
+  /// "cpu"; "cuda": a GPU each, or an error; "auto": a GPU each if every rank of the job can have one, else the CPU for
+  /// all, since the ranks of a group compute on the same kind of device.
   std::string device = "auto";
   /// Lets several ranks of a host share a GPU. NCCL refuses that unless NCCL_MULTI_RANK_GPU_ENABLE=1 is set too.
   bool share_devices = false;
@@ -43,7 +44,8 @@ class Runtime {
   /// A communicator of the runtime, over all ranks; groups are split from it.
   const MpiCommunicator& world() const { return *world_; }
 
-  /// Chooses this rank's device; before any group is made. Every rank calls it with the same options.
+  /// Chooses this rank's device; before any group is made. Collective over all ranks, with the same options. "auto"
+  /// warns on rank 0 where its host has GPUs that are left alone.
   /// @throws c10::ValueError, the same on every rank of a host, if the device isn't there or would be shared unasked.
   void choose_device(const DeviceOptions& options);
 
