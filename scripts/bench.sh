@@ -4,7 +4,7 @@
 #   scripts/bench.sh [--ranks N] [--quick] [--full] [--update] [--strict] [cmake options, such as -DMCPP_WERROR=ON]
 #
 # --ranks N   ranks of each benchmark: 1, 2 or 4 (sizes are divisible by these); 2 without it
-# --quick     few rounds, one dtype: does everything run? Its ratios are rough.
+# --quick     few rounds, one dtype for most: does everything run? Its ratios are rough.
 # --full      the image insert in all its settings: 12 GB of memory and half an hour more; without it 4 GB are enough
 # --update    makes the ratios of this run the ones to compare with
 # --strict    exit status 1 if a ratio got worse by more than 25 %; a shared machine is too noisy for that

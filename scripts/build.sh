@@ -2,8 +2,9 @@
 # Sets up what the build needs (Debian packages, LibTorch) and builds. May be run again at any time: what is there is
 # kept, what an interrupted run left half done is done again.
 #
-#   scripts/build.sh [--preset release|debug|sanitize] [--target NAME] [cmake options, such as -DMCPP_WERROR=ON]
+#   scripts/build.sh [--preset NAME] [--target NAME] [cmake options, such as -DMCPP_WERROR=ON]
 #
+# Presets are those of CMakePresets.json: release without one, debug, sanitize, ...; each builds in a folder of its own.
 # LibTorch comes from the PyPI wheel, in a virtual environment under the user's cache folder that all clones share; set
 # Torch_ROOT to the torch/ (or libtorch/) folder of your own to use that instead.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # Fetches the captioned pictures of Debian's package tuxpaint-stamps-default (796 PNG, 785 with a caption) through apt,
-# without installing it, into the user's cache folder, and points data/tuxpaint at them. Cheap to run again.
+# without installing it, into the user's cache folder, and points data/tuxpaint at them. Cheap to run again. No options.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+[[ ${1:-} != --help ]] || { sed -n '2,3s/^# \{0,1\}//p' "$0"; exit 0; }
+[[ $# -eq 0 ]] || fail "unknown option $1 (see --help)"
 
 package=tuxpaint-stamps-default
 pictures=$cache/$package

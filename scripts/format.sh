@@ -1,6 +1,16 @@
 #!/usr/bin/env bash
-# Formats every source file with clang-format 14; with --check changes nothing and fails if one would change.
+# Formats every source file with clang-format 14.
+#
+#   scripts/format.sh [--check]   --check changes nothing, and fails if a file would change
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+action=(-i)
+case ${1:-} in
+  "") ;;
+  --check) action=(--dry-run --Werror) ;;
+  --help) sed -n '2,4s/^# \{0,1\}//p' "$0"; exit 0 ;;
+  *) fail "unknown option $1 (see --help)" ;;
+esac
 
 tool=clang-format-14
 command -v "$tool" >/dev/null || tool=clang-format
@@ -8,7 +18,5 @@ command -v "$tool" >/dev/null || { tool=clang-format-14; install_packages "$tool
 [[ $("$tool" --version) == *"version 14."* ]] || fail "$("$tool" --version): the project is formatted with version 14"
 cd "$root"
 mapfile -t files < <(git ls-files --cached --others --exclude-standard '*.h' '*.cpp')
-action=(-i)
-[[ ${1:-} == --check ]] && action=(--dry-run --Werror)
 printf '+ %s %s (%d files)\n' "$tool" "${action[*]}" "${#files[@]}" >&2
 "$tool" "${action[@]}" "${files[@]}"

@@ -4,22 +4,25 @@
 #
 #   scripts/fuzz.sh [--runs N] [--seconds N] [TARGET...]
 #
-# --runs: inputs a target is given, 20000 by default; --seconds: how long it may take. Without TARGET all of them run.
+# --runs: inputs a target is given, 20000 by default; --seconds: how long it runs, in place of the default number of
+# inputs, or at the most where both are given. Without TARGET all of them run.
 # Ends with 1 at the first finding, and says which file has the input.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-runs=20000
+runs=
 seconds=0
 targets=()
 while [[ $# -gt 0 ]]; do
   case $1 in
     --runs) [[ $# -ge 2 ]] || fail "--runs needs a number"; runs=$2; shift 2 ;;
     --seconds) [[ $# -ge 2 ]] || fail "--seconds needs a number"; seconds=$2; shift 2 ;;
-    --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
     -*) fail "unknown option $1 (see --help)" ;;
     *) targets+=("$1"); shift ;;
   esac
 done
+
+[[ -n $runs ]] || runs=$([[ $seconds -gt 0 ]] && echo -1 || echo 20000)  # -1: as many as there is time for
 
 corpora=$root/tests/fuzz/corpus
 [[ ${#targets[@]} -gt 0 ]] || mapfile -t targets < <(ls "$corpora")
@@ -48,7 +51,7 @@ for target in "${targets[@]}"; do
   dictionary=$root/tests/fuzz/$target.dict
   [[ ! -e $dictionary ]] || options+=(-dict="$dictionary")
   log=$found/log
-  printf '+ %s_fuzz: %s runs\n' "$target" "$runs" >&2
+  printf '+ %s_fuzz\n' "$target" >&2
   if ! "$root/build-fuzz/bin/${target}_fuzz" "${options[@]}" "$grown" "$corpora/$target" &>"$log"; then
     tail -n 60 "$log" >&2
     input=$(sed -n 's/.*Test unit written to //p' "$log" | tail -1)

@@ -6,18 +6,19 @@
 #   scripts/pretrain.sh                                      configs/tuxpaint.yaml on two ranks
 #   scripts/pretrain.sh data.directory=my/pictures run.directory=runs/mine
 #   scripts/pretrain.sh --ranks 4 parallel.tensor=2          two replicas of two ranks
+#
+# Folders in the configuration and in settings are relative to the clone's root. The pictures are fetched if the
+# configuration names data/tuxpaint and no setting another folder.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 ranks=2
 config=$root/configs/tuxpaint.yaml
 overrides=()
-own_data=no
 while [[ $# -gt 0 ]]; do
   case $1 in
     --ranks) [[ $# -ge 2 ]] || fail "--ranks needs a number"; ranks=$2; shift 2 ;;
     --config) [[ $# -ge 2 ]] || fail "--config needs a file"; config=$(realpath "$2"); shift 2 ;;
-    --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    data.directory=*) own_data=yes; overrides+=("$1"); shift ;;
+    --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *=*) overrides+=("$1"); shift ;;
     *) fail "unknown option $1 (see --help)" ;;
   esac
@@ -26,7 +27,9 @@ done
 
 "$root/scripts/build.sh" --target step37
 cd "$root"
-[[ $own_data == yes ]] || scripts/fetch_tuxpaint.sh
+if grep -q data/tuxpaint "$config" && [[ " ${overrides[*]}" != *" data.directory="* ]]; then
+  scripts/fetch_tuxpaint.sh
+fi
 
 # Cores are shared out among the ranks.
 cores=$(nproc)
@@ -35,15 +38,3 @@ progress=plain
 [[ -t 1 ]] && progress=line
 run mpirun -np "$ranks" "${mpirun_flags[@]}" build/bin/step37 pretrain --config "$config" --progress "$progress" \
   "${overrides[@]}"
-
-# Where the run went: the last word on the command line, or runs/<configuration>.
-directory=runs/$(basename "$config" .yaml)
-for override in "${overrides[@]}"; do
-  [[ $override == run.directory=* ]] && directory=${override#run.directory=}
-done
-cat <<TEXT
-
-The report is $directory/report.html: open it in a browser.
-To caption a picture of your own:
-  build/bin/step37 generate --checkpoint $directory/checkpoints/latest --image a.png
-TEXT

@@ -25,6 +25,8 @@ overrides=()
 while [[ $# -gt 0 ]]; do
   case $1 in
     --config) [[ $# -ge 2 ]] || fail "--config needs a file"; config=$2; shift 2 ;;
+    # Asked for once: the job that Slurm starts again goes on.
+    run.fresh=*) [[ ${SLURM_RESTART_COUNT:-0} -gt 0 ]] || overrides+=("$1"); shift ;;
     *=*) overrides+=("$1"); shift ;;
     *) fail "unknown option $1: expected --config FILE or section.key=value" ;;
   esac

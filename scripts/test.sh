@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Sets up, builds and runs all tests.
 #
-#   scripts/test.sh [--preset release|debug|sanitize] [--device cpu|cuda] [ctest options, such as -R linear]
+#   scripts/test.sh [--preset NAME] [--device cpu|cuda] [ctest options, such as -R linear]
 #
+# Presets are those of CMakePresets.json: release without one, debug, sanitize, instrumented, shared, mpich.
 # --device cuda runs the multi-rank tests over NCCL; ranks share GPUs where they outnumber them.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -13,7 +14,7 @@ while [[ $# -gt 0 ]]; do
   case $1 in
     --preset) [[ $# -ge 2 ]] || fail "--preset needs a name"; preset=$2; shift 2 ;;
     --device) [[ $# -ge 2 ]] || fail "--device needs cpu or cuda"; device=$2; shift 2 ;;
-    --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) options+=("$1"); shift ;;
   esac
 done

@@ -47,6 +47,13 @@ CaptionLoader::Source read_source(const std::filesystem::path& folder, const std
   return source;
 }
 
+/// This program, as it can be started from the working directory.
+std::string this_program() {
+  std::error_code error;
+  const auto path = std::filesystem::read_symlink("/proc/self/exe", error);
+  return error ? "step37" : std::filesystem::proximate(path, error).string();
+}
+
 /// At most `count` of `total` indices, spread evenly.
 std::vector<size_t> spread(size_t total, size_t count) {
   std::vector<size_t> chosen;
@@ -81,6 +88,9 @@ class PretrainRun {
       train(state);
     }
     write_report();
+    say("\nThe report is " + files_.report().string() + ": open it in a browser.");
+    say("To caption a picture of your own:\n  " + this_program() + " generate --checkpoint " +
+        (files_.checkpoints() / "latest").string() + " --image a.png");
     return 0;
   }
 
@@ -303,7 +313,6 @@ class PretrainRun {
           input.num_parameters = num_parameters();
           input.num_ranks = runtime_.size();
           megatron::write_file(files_.report(), render_report(input));
-          say("report: " + files_.report().string());
         },
         groups_.world);
   }
