@@ -275,7 +275,7 @@ void append_segments(std::vector<ShardedTensor>& result, const ParameterShard& s
                      const std::string& prefix, const CheckpointName& published_name,
                      const parallel::ProcessGroups& groups) {
   const bool is_whole = shard.rule != GradientRule::kSharded;
-  const bool main_replica = parallel::group_rank(groups.dp) == 0 && (!is_whole || parallel::group_rank(groups.tp) == 0);
+  const bool main_replica = groups.dp->getRank() == 0 && (!is_whole || groups.tp->getRank() == 0);
   for (const auto& segment : shard.segments) {
     result.push_back({prefix + published_name(segment.name),
                       values.detach().narrow(segment.dim, segment.local_begin, segment.length), segment.global_shape,
@@ -307,8 +307,8 @@ std::vector<ShardedTensor> sharded_tensors(const AdamW& optimizer, const Checkpo
 
 fs::path save_checkpoint(const fs::path& directory, const CheckpointContents& contents, const parallel::GroupPtr& world,
                          const SaveCheckpointOptions& options) {
-  const bool is_first = parallel::group_rank(world) == 0;
-  const auto own_file = rank_file(parallel::group_rank(world), parallel::group_size(world));
+  const bool is_first = world->getRank() == 0;
+  const auto own_file = rank_file(world->getRank(), world->getSize());
   const auto folder = directory / step_name(contents.step);
   const fs::path partial = folder.string() + std::string(kPartial);
 
@@ -334,7 +334,13 @@ fs::path save_checkpoint(const fs::path& directory, const CheckpointContents& co
     if (is_first) fs::remove_all(partial, ignored);
     throw;
   }
-  if (is_first && options.keep_last > 0) remove_old(directory, contents.step, options.keep_last);
+  if (is_first && options.keep_last > 0) {
+    try {
+      remove_old(directory, contents.step, options.keep_last);
+    } catch (const std::exception& error) {  // the other ranks are through: the new checkpoint is what counts
+      TORCH_WARN("cannot remove old checkpoints in ", directory.string(), ": ", parallel::error_text(error));
+    }
+  }
   return folder;
 }
 
@@ -392,14 +398,19 @@ void CheckpointReader::load(const std::vector<ShardedTensor>& tensors, UnusedTen
 }
 
 std::optional<fs::path> latest_checkpoint(const fs::path& directory) {
-  for (const auto& [step, folder] : step_folders(directory)) {
+  const auto folders = step_folders(directory);
+  std::string reason;
+  for (const auto& [step, folder] : folders) {
     try {
       internal::check_files(folder, internal::read_manifest(folder));
       return folder;
     } catch (const std::exception& error) {
-      TORCH_WARN("passing over the broken checkpoint ", folder.string(), ": ", parallel::error_text(error));
+      reason = parallel::error_text(error);
+      TORCH_WARN("passing over the broken checkpoint ", folder.string(), ": ", reason);
     }
   }
+  TORCH_CHECK_VALUE(folders.empty(), "none of the ", folders.size(), " checkpoints in ", directory.string(),
+                    " can be read; the last one looked at: ", reason);
   return std::nullopt;
 }
 

@@ -117,6 +117,7 @@ class CheckpointReader {
 /// The complete checkpoint of the highest step in `directory`: its manifest can be read and every file named there has
 /// its size. A warning names each newer one that is broken. Nothing if there is none, or no such directory. Not
 /// collective: rank 0 asks, and broadcasts the answer.
+/// @throws c10::ValueError if there are some, but all are broken: whoever would start over would lose them.
 std::optional<std::filesystem::path> latest_checkpoint(const std::filesystem::path& directory);
 
 }  // namespace megatron
