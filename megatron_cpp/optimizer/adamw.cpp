@@ -17,6 +17,7 @@ void AdamWOptions::validate() const {
 AdamW::AdamW(std::vector<ParameterShard> parameters, const AdamWOptions& options)
     : parameters_(std::move(parameters)), options_(options) {
   options_.validate();
+  std::erase_if(parameters_, [](const ParameterShard& shard) { return !shard.parameter.requires_grad(); });
   moments_.reserve(parameters_.size());
   for (const auto& shard : parameters_) {
     const auto like = shard.parameter.detach();
@@ -26,6 +27,9 @@ AdamW::AdamW(std::vector<ParameterShard> parameters, const AdamWOptions& options
 
 void AdamW::step(double learning_rate) {
   const at::NoGradGuard no_grad;
+  for (const auto& shard : parameters_) {
+    TORCH_CHECK_VALUE(shard.parameter.grad().defined(), "parameter ", shard.name, " has no gradient to step with");
+  }
   ++num_steps_;
   for (const bool decays : {true, false}) {
     std::vector<at::Tensor> parameters;

@@ -25,11 +25,12 @@ struct AdamWOptions {
 /// own parameters from their .grad; equal replicas stay equal because their gradients are.
 class AdamW {
  public:
-  /// Moments start at 0, beside the parameters.
+  /// Moments start at 0, beside the parameters. Those that need no gradient are left alone.
   /// @throws c10::ValueError as AdamWOptions::validate does.
   AdamW(std::vector<ParameterShard> parameters, const AdamWOptions& options);
 
   /// One update. Not collective.
+  /// @throws c10::ValueError, before anything is changed, naming a parameter that has no .grad.
   void step(double learning_rate);
 
   /// The moments of one parameter; of its shape, dtype and device.
@@ -37,7 +38,7 @@ class AdamW {
     at::Tensor exp_avg;     ///< decaying mean of the gradient
     at::Tensor exp_avg_sq;  ///< decaying mean of its square
   };
-  /// As given.
+  /// As given, without those that need no gradient.
   const std::vector<ParameterShard>& parameters() const { return parameters_; }
   /// One per parameter, in the order of parameters().
   const std::vector<Moments>& moments() const { return moments_; }

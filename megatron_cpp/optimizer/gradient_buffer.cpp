@@ -56,10 +56,10 @@ void GradientBuffer::reduce() {
 double GradientBuffer::norm() const {
   // A replicated parameter is counted by rank 0 of the group, a sharded one by everybody, each its part.
   auto sum = at::zeros({1}, buffer_.options().dtype(at::kDouble));
+  const auto dtype = buffer_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   for (const auto& shard : parameters_) {
     if (shard.rule != GradientRule::kSharded && tp_->getRank() != 0) continue;
-    const auto norm =
-        at::linalg_vector_norm(shard.parameter.grad(), 2, std::nullopt, false, at::kFloat).to(at::kDouble);
+    const auto norm = at::linalg_vector_norm(shard.parameter.grad(), 2, std::nullopt, false, dtype).to(at::kDouble);
     sum.add_(norm * norm);
   }
   return std::sqrt(parallel::all_reduce(sum, tp_).item<double>());

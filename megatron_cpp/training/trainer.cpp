@@ -24,15 +24,17 @@ StepResult Trainer::step(const std::function<at::Tensor(int64_t)>& loss_sum, int
   TORCH_CHECK_VALUE(num_loss_tokens > 0, "the global batch has no loss token");
   const int64_t step_number = optimizer_.num_steps() + 1;
   gradients_.zero();
-  at::Tensor loss;
+  // Of a rank without a micro-batch, too.
+  auto loss =
+      at::zeros({1}, gradients_.parameters().front().parameter.options().dtype(at::kDouble).requires_grad(false));
   for (int64_t micro_batch = 0; micro_batch < num_micro_batches; ++micro_batch) {
     const auto mean = loss_sum(micro_batch) / static_cast<double>(num_loss_tokens);
     mean.backward();
-    loss = loss.defined() ? loss + mean.detach() : mean.detach();
+    loss.add_(mean.detach());
   }
   gradients_.reduce();
   StepResult result;
-  result.loss = parallel::all_reduce(loss.reshape({1}), groups_.dp).item<double>();
+  result.loss = parallel::all_reduce(loss, groups_.dp).item<double>();
   result.grad_norm = gradients_.norm();
   result.learning_rate = options_.learning_rate.at(step_number);
   TORCH_CHECK_VALUE(std::isfinite(result.loss) && std::isfinite(result.grad_norm), "step ", step_number, ": loss ",

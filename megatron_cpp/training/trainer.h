@@ -38,6 +38,7 @@ class Trainer {
 
   /// One step. The loss is the sum of the token losses over the loss tokens of the whole global batch, of all
   /// micro-batches and data-parallel ranks together, so that tokens weigh alike wherever they are.
+  /// @param num_micro_batches  of this data-parallel rank, equal over tp; 0 if the global batch has none left for it.
   /// @param loss_sum           for micro-batch i of this data-parallel rank, in [0, num_micro_batches): the sum of its
   ///                           token losses, a scalar, equal over tp.
   /// @param num_loss_tokens    of the global batch; equal on every rank.

@@ -157,6 +157,14 @@ TEST(GradientBuffer, RefusesWhatDoesNotFit) {
   EXPECT_TRUE(contains(text, "first is "));
 }
 
+TEST(GradientBuffer, TakesFloat64) {
+  const auto& group = groups(1);
+  const auto shard = shard_of("double", parameter({7}, at::kDouble), GradientRule::kReplicated);
+  auto buffer = buffer_of({shard}, group);
+  (shard.parameter * 1e30).sum().backward();
+  EXPECT_NEAR(buffer.norm(), std::sqrt(7.0) * 1e30, 1e18);  // no float32 holds its square
+}
+
 // ---- AdamW ----
 
 namespace {
@@ -237,6 +245,27 @@ TEST(AdamW, GoesOnBitForBit) {
   for (size_t i = 0; i < whole.parameters().size(); ++i) {
     EXPECT_TRUE(test_support::equal(second.parameters()[i].parameter, whole.parameters()[i].parameter));
   }
+}
+
+TEST(AdamW, LeavesFrozenParametersAlone) {
+  auto shards = parameters_for_adamw();
+  shards[1].parameter.set_requires_grad(false);
+  const auto frozen = shards[1].parameter.clone();
+  AdamW optimizer(shards, {});
+  EXPECT_EQ(optimizer.parameters().size(), shards.size() - 1);
+  EXPECT_EQ(optimizer.moments().size(), shards.size() - 1);
+  step_with_gradients(optimizer, 1, 0.1);
+  EXPECT_TRUE(test_support::equal(shards[1].parameter, frozen));
+}
+
+TEST(AdamW, RefusesAParameterWithoutGradient) {
+  AdamW optimizer(parameters_for_adamw(), {});
+  const auto before = optimizer.parameters()[0].parameter.detach().clone();
+  for (const auto& shard : optimizer.parameters()) shard.parameter.mutable_grad() = gradient_for(shard, 1);
+  optimizer.parameters()[3].parameter.mutable_grad().reset();
+  EXPECT_TRUE(contains(value_error([&] { optimizer.step(0.1); }), "parameter 4 has no gradient"));
+  EXPECT_EQ(optimizer.num_steps(), 0);
+  EXPECT_TRUE(test_support::equal(optimizer.parameters()[0].parameter, before));
 }
 
 TEST(AdamW, RefusesValuesOutOfRange) {
@@ -347,6 +376,24 @@ TEST(Trainer, MicroBatchesAndReplicasAreOneBatch) {
       EXPECT_TRUE(near(model.weight, reference.weight, 1e-5));
       EXPECT_TRUE(near(model.bias, reference.bias, 1e-5));
     }
+  }
+}
+
+TEST(Trainer, AReplicaMayHaveNoMicroBatch) {
+  const Regression reference;
+  Trainer reference_trainer(reference.shards(), alone(), trainer_options(1.0));
+  const auto expected = step(reference_trainer, reference, alone(), 1);
+  for (const int tp : divisors_of_world()) {
+    SCOPED_TRACE(testing::Message() << "tensor " << tp);
+    const auto& group = groups(tp);
+    const Regression model;
+    Trainer trainer(model.shards(), group, trainer_options(1.0));
+    const bool is_last = group.dp->getRank() == group.dp->getSize() - 1;
+    const auto result =
+        trainer.step([&](int64_t /*i*/) { return model.loss_sum(0, kTokens); }, is_last ? 1 : 0, kTokens);
+    EXPECT_EQ(result.loss, expected.loss);
+    EXPECT_EQ(result.grad_norm, expected.grad_norm);
+    EXPECT_TRUE(test_support::equal(model.weight, reference.weight));
   }
 }
 
