@@ -4,27 +4,33 @@
 #include <c10/util/Exception.h>
 
 namespace step37 {
-namespace {
+namespace internal {
 
-void append_blocks(const at::Tensor& features, std::vector<at::Tensor>& blocks) {
-  TORCH_CHECK_VALUE(features.defined() && (features.dim() == 2 || features.dim() == 3),
-                    "image features must be [L, C] or [N, L, C], got ",
-                    features.defined() ? c10::str(features.sizes()) : "an undefined tensor");
-  if (features.dim() == 2) {
-    blocks.push_back(features);
-    return;
+std::vector<at::Tensor> feature_tensors(const FeatureList& features) {
+  std::vector<at::Tensor> tensors;
+  if (const auto* tensor = std::get_if<at::Tensor>(&features)) {
+    tensors.push_back(*tensor);
+  } else {
+    tensors = std::get<std::vector<at::Tensor>>(features);
   }
-  for (int64_t image = 0; image < features.size(0); ++image) blocks.push_back(features.select(0, image));
+  for (const auto& tensor : tensors) {
+    TORCH_CHECK_VALUE(tensor.defined() && (tensor.dim() == 2 || tensor.dim() == 3),
+                      "image features must be [L, C] or [N, L, C], got ",
+                      tensor.defined() ? c10::str(tensor.sizes()) : "an undefined tensor");
+  }
+  return tensors;
 }
 
-}  // namespace
+}  // namespace internal
 
 std::vector<at::Tensor> feature_blocks(const FeatureList& features) {
   std::vector<at::Tensor> blocks;
-  if (const auto* tensor = std::get_if<at::Tensor>(&features)) {
-    append_blocks(*tensor, blocks);
-  } else {
-    for (const auto& entry : std::get<std::vector<at::Tensor>>(features)) append_blocks(entry, blocks);
+  for (const auto& tensor : internal::feature_tensors(features)) {
+    if (tensor.dim() == 2) {
+      blocks.push_back(tensor);
+      continue;
+    }
+    for (int64_t image = 0; image < tensor.size(0); ++image) blocks.push_back(tensor.select(0, image));
   }
   return blocks;
 }

@@ -43,4 +43,12 @@ struct ImageForInsert {
 /// @throws c10::ValueError for a feature tensor whose rank isn't 2 or 3.
 std::vector<at::Tensor> feature_blocks(const FeatureList& features);
 
+namespace internal {
+
+/// The tensors of the list as they were given: [L_i, C] of one image or [N_i, L, C] of several.
+/// @throws c10::ValueError for one that is neither.
+std::vector<at::Tensor> feature_tensors(const FeatureList& features);
+
+}  // namespace internal
+
 }  // namespace step37

@@ -312,7 +312,9 @@ at::Tensor ImageInsertEmbeddingImpl::projected_by_owners(const at::Tensor& parti
   const auto text = language_embedding_->reduce(partial);
   const auto own = row_indices(own_runs(plan), plan.B());
   const auto indices = megatron::internal::index_tensors({own.embedding_rows, own.feature_rows}, text.device());
-  const auto rows = features.rows.size() == 1 ? features.rows.front() : at::cat(features.rows);
+  // What a user gives may have any strides.
+  const auto rows =
+      megatron::internal::as_rows(features.rows.size() == 1 ? features.rows.front() : at::cat(features.rows));
   const auto projected = project({megatron::internal::gather_rows(rows, indices[1])}, /*gathered=*/false);
   return internal::insert_rows(text, projected.to(text.scalar_type()), indices[0], {});
 }

@@ -77,7 +77,10 @@ struct ImageInsertEmbeddingOptions {
 /// projected features of each group in the rows after its start tokens.
 ///
 /// Gradients: an overwritten row sends nothing to the word embedding; a projected row gets the gradient of the row it
-/// ended in, zero if it was cut or overwritten.
+/// ended in, zero if it was cut or overwritten. Features that every rank gives get their whole gradient on every rank
+/// with the column and the row sharding (of channels that come sliced, this rank's). With the replicated sharding, and
+/// in every sharding as soon as a group of the batch has `rows`, only the rank that projects or holds an image gets
+/// its gradient and the others zeros: what computes features on every rank needs GradientRule::kReplicatedPartial then.
 ///
 /// Communication: what the word embedding alone costs, see ParallelEmbedding's derived classes, and nothing on top
 /// where exchange is kFused and features are on every rank and frozen. docs/image-insert.md has the table of what else
@@ -100,9 +103,10 @@ class ImageInsertEmbeddingImpl : public megatron::ParallelModule {
   /// @param images        the groups, patches before images; empty: the plain word embedding.
   /// @param position_ids  [B, S] int64 or undefined, handed to the language embedding.
   /// @return              [S, B, H], or [S/t, B, H] under sequence parallelism.
-  /// Collective over the group. Throws c10::ValueError, before anything is sent and on every rank alike: a group
-  /// without features ("the vision tower has to run first"), features of another rank or width, an image count that
-  /// doesn't match (unless MismatchPolicy::kTruncate), ids outside the vocabulary.
+  /// Collective over the group. Throws c10::ValueError, before anything is sent: a group without features ("the vision
+  /// tower has to run first"), features of another rank or width, an image count that doesn't match (unless
+  /// MismatchPolicy::kTruncate), ids outside the vocabulary. On every rank alike where every rank was given the same;
+  /// what is wrong with features of single ranks is thrown by those that hold them, with `checked` by all.
   at::Tensor forward(const at::Tensor& input_ids, const std::vector<ImageForInsert>& images,
                      const at::Tensor& position_ids = {});
 

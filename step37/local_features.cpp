@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <numeric>
-#include <variant>
 
 #include "parallel/mappings.h"
 #include "parallel/shard.h"
@@ -17,18 +16,7 @@ namespace {
 std::vector<at::Tensor> list_entries(const ImageForInsert& group) {
   TORCH_CHECK_VALUE(group.image_features.has_value(), "the group of start token ", group.insert_start_token,
                     " has no image_features: the vision tower has to run first");
-  std::vector<at::Tensor> entries;
-  if (const auto* tensor = std::get_if<at::Tensor>(&*group.image_features)) {
-    entries.push_back(*tensor);
-  } else {
-    entries = std::get<std::vector<at::Tensor>>(*group.image_features);
-  }
-  for (const auto& entry : entries) {
-    TORCH_CHECK_VALUE(entry.defined() && (entry.dim() == 2 || entry.dim() == 3),
-                      "image features must be [L, C] or [N, L, C], got ",
-                      entry.defined() ? c10::str(entry.sizes()) : "an undefined tensor");
-  }
-  return entries;
+  return feature_tensors(*group.image_features);
 }
 
 std::vector<int64_t> to_vector(const at::Tensor& values, const char* what, int64_t token) {

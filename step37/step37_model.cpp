@@ -15,6 +15,11 @@ void freeze(torch::nn::Module& module) {
   for (auto& parameter : module.parameters()) parameter.set_requires_grad(false);
 }
 
+/// Whether the tower has yet to run on pictures that every rank was given.
+bool is_to_be_shared_out(const ImageForInsert& group) {
+  return group.images.defined() && !group.rows.defined() && !group.image_features.has_value();
+}
+
 }  // namespace
 
 void Step37Config::validate(int tensor_parallel_size) const {
@@ -55,7 +60,7 @@ void Step37ModelImpl::keep_own_pictures(std::vector<ImageForInsert>& images) con
   if (tp_->getSize() == 1) return;
   std::vector<int64_t> costs;  // patches of each picture that every rank was given
   for (const auto& group : images) {
-    if (!group.images.defined() || group.rows.defined()) continue;
+    if (!is_to_be_shared_out(group)) continue;
     const int64_t patch = config_.vision.patch_size;
     const int64_t patches = (group.images.size(2) / patch) * (group.images.size(3) / patch);
     costs.insert(costs.end(), static_cast<size_t>(group.images.size(0)), patches);
@@ -63,7 +68,7 @@ void Step37ModelImpl::keep_own_pictures(std::vector<ImageForInsert>& images) con
   const auto holders = parallel::balanced_assignment(costs, tp_->getSize());
   auto next = holders.begin();
   for (auto& group : images) {
-    if (!group.images.defined() || group.rows.defined()) continue;
+    if (!is_to_be_shared_out(group)) continue;
     const int64_t num_images = group.images.size(0);
     std::vector<int64_t> group_holders(next, next + num_images);
     next += num_images;

@@ -47,7 +47,7 @@ struct Step37Batch {
 /// Pictures through the tower, their features into the word embedding, that through the decoder.
 class Step37ModelImpl : public torch::nn::Module {
  public:
-  /// Parameters are zero: load them, or call megatron::initialize_parameters. Not collective.
+  /// Parameters have no values yet: load them, or call megatron::initialize_parameters. Not collective.
   Step37ModelImpl(const Step37Config& config, parallel::GroupPtr tp);
 
   /// @return  logits [S, B, V'/t], this rank's columns of the padded vocabulary.

@@ -114,6 +114,31 @@ TEST(ImageInsertEmbedding, TakesOddSizesWhereNothingIsSplit) {
   });
 }
 
+// A tower of convolutions leaves channels before positions.
+TEST(ImageInsertEmbedding, TakesFeaturesOfAnyStrides) {
+  const Parameters parameters(1);
+  const Scenario one_image{"one image", make_ids(1, {{kImage, 0, 5}}), {group_of(kImage, features(1, {1, 8}))}};
+  for (const auto& scenario : {one_image, two_groups()}) {
+    const auto loss_weights = exact_values({kS, scenario.ids.size(0), kH}, 5);
+    const auto expected = dense(scenario, parameters, true, loss_weights);
+    for_each_variant([&](const Variant& variant) {
+      for (const auto& trainable : kTrainable) {
+        if (!trainable.any()) continue;
+        SCOPED_TRACE(testing::Message() << scenario.name << ", " << trainable.name());
+        const auto layer = make_layer(variant, parameters);
+        layer.set_trainable(trainable);
+        const auto images = layer.leaves(scenario.images, {}, trainable.features);
+        const auto channels_first = changed(
+            images, [](const at::Tensor& tensor) { return tensor.transpose(-1, -2).contiguous().transpose(-1, -2); });
+        const auto output = layer.forward(scenario.ids, channels_first);
+        EXPECT_TRUE(test_support::equal(output, layer.own_sequence(expected.output)));
+        layer.backward(output, loss_weights);
+        EXPECT_TRUE(gradients_are(layer, images, expected, trainable));
+      }
+    });
+  }
+}
+
 // As the vision tower leaves them: each rank has its own images, some ranks none, or its own channels. No rank may wait
 // for another in vain, whatever is trained.
 TEST(ImageInsertEmbedding, TakesFeaturesThatAreNotOnEveryRank) {

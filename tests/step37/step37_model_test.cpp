@@ -193,7 +193,9 @@ TEST_F(Model, NoPictures) {
 
 TEST_F(Model, FeaturesAndPicturesTogether) {
   auto images = pictures_for_all();
-  images[0].images.reset();
   images[0].image_features = test_support::exact_values({2, 1, 64}, 3);
-  expect_like_dense({}, images, [&](const parallel::GroupPtr& /*tp*/) { return images; });
+  auto pictures_gone = images;
+  pictures_gone[0].images.reset();
+  expect_like_dense({}, pictures_gone, [&](const parallel::GroupPtr& /*tp*/) { return images; });
+  expect_like_dense({}, pictures_gone, [&](const parallel::GroupPtr& /*tp*/) { return pictures_gone; });
 }
