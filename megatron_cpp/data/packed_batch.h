@@ -19,7 +19,7 @@ struct Sample {
 
 /// What becomes of a sample with more than max_length positions; none is ever cut.
 enum class OversizePolicy {
-  kDrop,    ///< left out, and reported
+  kDrop,    ///< left out: Result::kDropped, PackedSamples::dropped say so
   kExtend,  ///< gets a sequence of its own, longer than max_length
 };
 

@@ -55,8 +55,9 @@ void Sampler::restore(const SamplerState& state) {
   TORCH_CHECK_VALUE(state.epoch >= 0, "sampler epoch ", state.epoch, " is negative");
   TORCH_CHECK_VALUE(state.position >= 0 && state.position < num_samples_, "sampler position ", state.position,
                     " isn't in [0, ", num_samples_, "): was it saved with another data set?");
+  const bool is_same_epoch = state.epoch == state_.epoch;
   state_ = state;
-  start_epoch();
+  if (!is_same_epoch) start_epoch();
 }
 
 MixedSampler::MixedSampler(std::vector<Sampler> samplers, std::vector<double> weights)

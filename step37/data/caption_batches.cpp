@@ -206,9 +206,13 @@ CaptionLoader::CaptionLoader(Options options, Source source, const parallel::Pro
                options_.seed),
       packer_(options_.packing) {
   parallel::even_shard_size(options_.global_batch, groups_.dp->getSize(), "global batch", "data-parallel");
-  parallel::agree(groups_.tp->getRank() != 0 || !source_.pictures.empty(), "there is no picture to train on",
-                  groups_.tp);
-  if (groups_.tp->getRank() == 0) sampler_.restore(start);
+  parallel::agree_on(
+      [&] {
+        if (groups_.tp->getRank() != 0) return;
+        TORCH_CHECK_VALUE(!source_.pictures.empty(), "there is no picture to train on");
+        sampler_.restore(start);
+      },
+      groups_.tp);
   prefetch();
 }
 

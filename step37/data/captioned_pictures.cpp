@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <fstream>
-#include <iterator>
 #include <optional>
 #include <system_error>
 #include <utility>
@@ -39,11 +38,17 @@ std::vector<std::string> picture_paths(const fs::path& folder) {
   return paths;
 }
 
-/// The file's bytes, or nothing if it can't be opened.
+/// The file's bytes, or nothing if it isn't a file or can't be opened.
 std::optional<std::string> read_text(const fs::path& path) {
+  std::error_code not_there;
+  if (!fs::is_regular_file(path, not_there)) return std::nullopt;
   std::ifstream file(path, std::ios::binary);
   if (!file) return std::nullopt;
-  return std::string(std::istreambuf_iterator<char>(file), {});
+  std::string text(fs::file_size(path), '\0');
+  file.read(text.data(), static_cast<std::streamsize>(text.size()));
+  TORCH_CHECK_VALUE(!file.bad(), "cannot read ", path.string());
+  text.resize(static_cast<size_t>(file.gcount()));
+  return text;
 }
 
 std::string_view trim(std::string_view text) {

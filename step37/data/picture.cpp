@@ -5,7 +5,7 @@
 
 #include <algorithm>
 #include <fstream>
-#include <iterator>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <system_error>
@@ -16,13 +16,21 @@
 namespace step37 {
 namespace {
 
-std::optional<std::vector<uint8_t>> read_bytes(const std::filesystem::path& path) {
+/// At most `limit` bytes from the file's beginning; nothing if it can't be opened.
+/// @throws std::runtime_error if it can't be read.
+std::optional<std::vector<uint8_t>> read_bytes(const std::filesystem::path& path, int64_t limit) {
   std::error_code not_there;
   if (!std::filesystem::is_regular_file(path, not_there)) return std::nullopt;
   std::ifstream file(path, std::ios::binary);
   if (!file) return std::nullopt;
-  return std::vector<uint8_t>(std::istreambuf_iterator<char>(file), {});
+  std::vector<uint8_t> bytes(static_cast<size_t>(std::min<int64_t>(limit, static_cast<int64_t>(file_size(path)))));
+  file.read(reinterpret_cast<char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
+  if (file.bad()) throw std::runtime_error("reading it failed");
+  bytes.resize(static_cast<size_t>(file.gcount()));
+  return bytes;
 }
+
+constexpr int64_t kWholeFile = std::numeric_limits<int64_t>::max();
 
 /// A file of a few bytes may say that it holds gigabytes of pixels.
 constexpr int64_t kMaxPixels = 1 << 27;
@@ -65,16 +73,28 @@ void check_pictures(const at::Tensor& pictures, const char* function) {
                     " wants pictures [3, H, W] or [N, 3, H, W], got ", pictures.sizes());
 }
 
+/// The size that the first `limit` bytes of a file give; nothing if they don't, or it is too large.
+std::optional<PictureSize> size_within(const std::filesystem::path& path, int64_t limit) {
+  try {
+    const auto bytes = read_bytes(path, limit);
+    if (!bytes) return std::nullopt;
+    const auto size = size_in_header(*bytes);
+    return is_too_large(size) ? std::nullopt : std::optional(size);
+  } catch (const std::runtime_error&) {
+    return std::nullopt;
+  }
+}
+
 }  // namespace
 
 DecodedPicture decode_picture(const std::filesystem::path& path) {
   const auto failure = [&path](const std::string& reason) {
     return DecodedPicture{{}, "picture " + path.string() + " " + reason};
   };
-  const auto bytes = read_bytes(path);
-  if (!bytes) return failure("can't be opened");
-  if (bytes->empty()) return failure("is empty");
   try {
+    const auto bytes = read_bytes(path, kWholeFile);
+    if (!bytes) return failure("can't be opened");
+    if (bytes->empty()) return failure("is empty");
     if (const auto size = size_in_header(*bytes); is_too_large(size)) {
       return failure("has " + std::to_string(size.width) + " x " + std::to_string(size.height) + " pixels; at most " +
                      std::to_string(kMaxPixels) + " are read, where a sliver counts as a square");
@@ -86,14 +106,9 @@ DecodedPicture decode_picture(const std::filesystem::path& path) {
 }
 
 std::optional<PictureSize> picture_size(const std::filesystem::path& path) {
-  const auto bytes = read_bytes(path);
-  if (!bytes) return std::nullopt;
-  try {
-    const auto size = size_in_header(*bytes);
-    return is_too_large(size) ? std::nullopt : std::optional(size);
-  } catch (const std::runtime_error&) {
-    return std::nullopt;
-  }
+  // Few files have more than 64 KiB before their size; a run looks at every picture before it begins.
+  const auto size = size_within(path, int64_t{1} << 16);
+  return size ? size : size_within(path, kWholeFile);
 }
 
 at::Tensor black_picture(int64_t height, int64_t width) {

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <cstdio>
+#include <limits>
 #include <utility>
 
 #include "parallel/collectives.h"
@@ -49,6 +50,11 @@ std::string caption_picture(Step37Model& model, const Tokenizer& tokenizer, cons
   const auto images = features_of(model, picture, options, tp, device);
   auto tokens = prompt_tokens(picture, options.format);
   auto caption = prompt;
+  // No caption has these; a second start of a picture would want a second picture.
+  const auto& ids = options.format.picture_ids;
+  const auto not_text = at::tensor({ids.im_start, ids.im_patch, ids.im_end, ids.patch_start, ids.patch_end,
+                                    ids.patch_newline, options.format.begin_id, options.pad_id},
+                                   at::TensorOptions(at::kLong).device(device));
   tokens.insert(tokens.end(), prompt.begin(), prompt.end());
   for (int64_t i = 0; i < options.max_new_tokens; ++i) {
     auto batch = one_sequence(tokens, options.pad_to, options.pad_id);
@@ -56,6 +62,7 @@ std::string caption_picture(Step37Model& model, const Tokenizer& tokenizer, cons
     const auto logits = model->forward(batch).select(0, static_cast<int64_t>(tokens.size()) - 1);
     const auto next = parallel::all_gather_last_dim(logits, tp)
                           .narrow(-1, 0, model->config().text.vocabulary_size)
+                          .index_fill(-1, not_text, -std::numeric_limits<double>::infinity())
                           .argmax(-1)
                           .item<int64_t>();
     if (next == options.format.end_id) break;

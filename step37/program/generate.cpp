@@ -18,10 +18,12 @@ int generate(parallel::Runtime& runtime, const GenerateArguments& arguments) {
   const auto groups = parallel::make_process_groups(runtime, {.tp = runtime.size()});
   std::optional<Tokenizer> tokenizer;
   RunState state;
+  int64_t step = -1;
   Step37Model model{nullptr};
   parallel::agree_on(
       [&] {
         const megatron::CheckpointReader reader(arguments.checkpoint);
+        step = reader.step();
         state = run_state_from_text(reader.state(), reader.folder().string());
         // checkpoints/step-N lies in the run's directory, as does the tokenizer.
         const RunFiles files{reader.folder().parent_path().parent_path()};
@@ -35,6 +37,8 @@ int generate(parallel::Runtime& runtime, const GenerateArguments& arguments) {
         TORCH_CHECK_VALUE(decoded.ok(), decoded.error);
       },
       groups.world);
+  // `latest` may have moved on between two ranks' looks at it.
+  parallel::check_equal({{"the step of checkpoint " + arguments.checkpoint.string(), step}}, groups.world);
   auto options = captioner_options(state.config, *tokenizer, arguments.image.parent_path(), runtime.size());
   options.max_new_tokens = arguments.max_new_tokens;
   const auto picture =

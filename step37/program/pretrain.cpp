@@ -15,6 +15,7 @@
 #include "megatron_cpp/training/trainer.h"
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
+#include "parallel/hash.h"
 #include "parallel/runtime.h"
 #include "step37/checkpoint_names.h"
 #include "step37/data/captioned_pictures.h"
@@ -47,6 +48,35 @@ CaptionLoader::Source read_source(const std::filesystem::path& folder, const std
   return source;
 }
 
+/// What must be the same on all ranks that pack: how many pictures there are, and a hash of all that packing looks at.
+std::string summary_of(const Pictures& pictures) {
+  uint64_t hash = parallel::kHashBasis;
+  size_t count = 0;
+  const auto add = [&](const CaptionLoader::Source& source, const std::vector<std::string>& captions) {
+    count += source.pictures.size();
+    for (size_t i = 0; i < source.pictures.size(); ++i) {
+      const auto& [path, width, height] = source.pictures[i];
+      for (const auto& text : {path, std::to_string(width), std::to_string(height), captions[i]}) {
+        hash = parallel::stable_hash(text, parallel::stable_hash("\n", hash));
+      }
+    }
+  };
+  add(pictures.training, pictures.training_captions);
+  add(pictures.held_out, pictures.held_out_captions);
+  return std::to_string(count) + " captioned pictures (hash of paths, sizes and captions: " + std::to_string(hash) +
+         ")";
+}
+
+/// Samples that fit into no pack.
+int64_t num_too_long(const CaptionLoader::Source& source, const CaptionLoader::Options& options) {
+  int64_t count = 0;
+  for (size_t i = 0; i < source.pictures.size(); ++i) {
+    const auto sample = caption_sample(source.pictures[i], source.captions[i], options.format);
+    if (static_cast<int64_t>(sample.tokens.size()) - 1 > options.packing.max_length) ++count;
+  }
+  return count;
+}
+
 /// This program, as it can be started from the working directory.
 std::string this_program() {
   std::error_code error;
@@ -73,9 +103,9 @@ class PretrainRun {
         progress_style_(progress) {}
 
   int run() {
-    prepare_directory();
-    resume_from_ = find_checkpoint();
     read_pictures();
+    prepare_directory();
+    if (!config_.run.fresh) resume_from_ = find_checkpoint();
     prepare_tokenizer();
     build_model();
     RunState state;
@@ -109,16 +139,18 @@ class PretrainRun {
     parallel::agree_on(
         [&] {
           if (!is_main()) return;
-          if (config_.run.fresh) {
-            for (const auto& path : {files_.checkpoints(), files_.metrics(), files_.report(), files_.tokenizer()}) {
-              std::filesystem::remove_all(path);
-            }
-          }
           std::error_code error;
           std::filesystem::create_directories(files_.directory, error);
           TORCH_CHECK_VALUE(!error, "run.directory ", files_.directory.string(), " cannot be made: ", error.message());
+          lock_.emplace(files_.lock());
         },
         groups_.world);
+  }
+
+  void remove_earlier_run() const {
+    for (const auto& path : {files_.checkpoints(), files_.metrics(), files_.report(), files_.tokenizer()}) {
+      std::filesystem::remove_all(path);
+    }
   }
 
   std::optional<std::filesystem::path> find_checkpoint() const {
@@ -150,6 +182,12 @@ class PretrainRun {
               folder.string());
         },
         groups_.world);
+    // Each replica packs by itself, from its host's copy.
+    const auto own = packs() ? summary_of(pictures_) : "";
+    const auto of_rank_0 = parallel::broadcast_text(own, 0, groups_.world);
+    parallel::agree(!packs() || own == of_rank_0,
+                    "data.directory " + config_.data.directory + " holds " + own + ", on rank 0 " + of_rank_0,
+                    groups_.world);
   }
 
   void prepare_tokenizer() {
@@ -162,7 +200,10 @@ class PretrainRun {
                               " is missing: the run can't go on with another tokenizer; run.fresh=true starts over");
             return;
           }
-          Tokenizer::train(pictures_.training_captions, config_.data.vocabulary_size).save(files_.tokenizer());
+          const auto tokenizer = Tokenizer::train(pictures_.training_captions, config_.data.vocabulary_size);
+          // Now that everything given is known to be usable.
+          if (config_.run.fresh) remove_earlier_run();
+          tokenizer.save(files_.tokenizer());
         },
         groups_.world);
     parallel::agree_on([&] { tokenizer_.emplace(Tokenizer::load(files_.tokenizer())); }, groups_.world);
@@ -179,6 +220,12 @@ class PretrainRun {
     loader_options_.packing.pad_token = tokenizer_->pad_id();
     loader_options_.global_batch = config_.training.global_batch;
     loader_options_.seed = static_cast<uint64_t>(config_.training.seed);
+    const int64_t left_out =
+        num_too_long(pictures_.training, loader_options_) + num_too_long(pictures_.held_out, loader_options_);
+    if (left_out > 0) {
+      say("pictures left out because they take more than the " + std::to_string(config_.training.sequence_length) +
+          " positions of training.sequence_length with their captions: " + std::to_string(left_out));
+    }
   }
 
   void build_model() {
@@ -342,6 +389,7 @@ class PretrainRun {
   RunConfig config_;
   RunFiles files_;
   ProgressStyle progress_style_;
+  std::optional<RunLock> lock_;  ///< on world rank 0
   std::optional<std::filesystem::path> resume_from_;
   int64_t resumed_steps_ = -1;
   Pictures pictures_;

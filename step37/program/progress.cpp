@@ -14,6 +14,7 @@ namespace {
 /// The lines of `path` whose step is at most `last_step`.
 std::string kept_lines(const std::filesystem::path& path, int64_t last_step) {
   std::ifstream file(path);
+  TORCH_CHECK_VALUE(file.is_open(), "cannot read ", path.string());
   std::string kept;
   std::string line;
   while (std::getline(file, line)) {
@@ -21,6 +22,7 @@ std::string kept_lines(const std::filesystem::path& path, int64_t last_step) {
     const bool whole = json.is_object() && json.contains("step") && json["step"].is_number_integer();
     if (whole && json["step"].get<int64_t>() <= last_step) kept += line + "\n";
   }
+  TORCH_CHECK_VALUE(!file.bad(), "cannot read ", path.string());
   return kept;
 }
 
@@ -86,11 +88,6 @@ void Progress::show(const StepMetrics& metrics) {
     const bool stays = metrics.validation_loss.has_value() || metrics.step == total_steps_;
     std::printf("\r%s\033[K%s", line.c_str(), stays ? "\n" : "");
   }
-  std::fflush(stdout);
-}
-
-void Progress::note(const std::string& text) {
-  std::printf("%s%s\n", style_ == ProgressStyle::kLine ? "\r\033[K" : "", text.c_str());
   std::fflush(stdout);
 }
 

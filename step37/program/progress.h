@@ -47,8 +47,6 @@ class Progress {
   /// Counts time from here. `first_step` is the first of this run, counted from 1.
   Progress(int64_t first_step, int64_t total_steps, ProgressStyle style);
   void show(const StepMetrics& metrics);
-  /// A line of its own, whatever the style.
-  void note(const std::string& text);
 
  private:
   int64_t first_step_;

@@ -72,17 +72,6 @@ std::string grouped(int64_t value) {
   return text;
 }
 
-std::string duration(double seconds) {
-  const auto total = std::llround(seconds);
-  if (total < 60) return significant(seconds, 2) + " s";
-  const auto two_digits = [](long long value) {
-    std::string text(value < 10 ? "0" : "");
-    return text += std::to_string(value);
-  };
-  if (total < 3600) return std::to_string(total / 60) + " min " + two_digits(total % 60) + " s";
-  return std::to_string(total / 3600) + " h " + two_digits(total / 60 % 60) + " min";
-}
-
 std::string base64(std::string_view bytes) {
   constexpr char kLetters[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
   std::string result;
@@ -370,7 +359,6 @@ std::string render_headline(const ReportInput& input, const std::vector<Step>& s
   }
   if (input.num_parameters > 0) html += tile("Parameters", grouped(input.num_parameters));
   if (input.num_ranks > 0) html += tile("Ranks", grouped(input.num_ranks));
-  if (input.seconds > 0.0) html += tile("Training time", duration(input.seconds));
   return html + "</dl>\n";
 }
 

@@ -24,7 +24,6 @@ struct ReportInput {
   std::vector<ReportPicture> pictures;
   int64_t num_parameters = 0;  ///< of the whole model; this and the following: 0 leaves it out
   int64_t num_ranks = 0;
-  double seconds = 0.0;  ///< of training
 };
 
 /// The page: headline numbers, curves of loss, learning rate and gradient norm as inline SVG, pictures with true and

@@ -309,7 +309,11 @@ RunConfig load_run_config(const std::filesystem::path& path, const std::vector<s
     const bool given = from_file.count(key) > 0 || from_overrides.count(key) > 0;
     TORCH_CHECK_VALUE(given || need == Need::kOptional, path.string(), " lacks ", key, ", which has no default");
   });
-  if (config.run.directory.empty()) config.run.directory = "runs/" + path.stem().string();
+  if (config.run.directory.empty()) {
+    config.run.directory = "runs/" + path.stem().string();
+    TORCH_CHECK_VALUE(is_utf8(config.run.directory), "run.directory must be text in UTF-8, which the name of ",
+                      path.string(), " is not");
+  }
   return config;
 }
 
@@ -383,8 +387,8 @@ void check_batch(const RunConfig& config, const parallel::RankGrid& grid) {
                     " is not divisible by data-parallel size ", grid.dp);
   const int64_t S = config.training.sequence_length;
   if (config.parallel.sequence_parallel) parallel::even_shard_size(S, grid.tp, "training.sequence_length");
-  // <im_start>, the picture's rows, <im_end>, and a caption of one token at least.
-  const int64_t picture_tokens = crop_options(config).global_tokens() + 2;
+  // The begin symbol, <im_start>, the picture's rows, <im_end>, and a caption of one token at least.
+  const int64_t picture_tokens = crop_options(config).global_tokens() + 3;
   TORCH_CHECK_VALUE(S > picture_tokens, "training.sequence_length ", S, " has no room for a caption: a picture of ",
                     config.vision.image_size, " pixels takes ", picture_tokens, " positions");
 }

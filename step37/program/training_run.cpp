@@ -1,9 +1,14 @@
 #include "step37/program/training_run.h"
 
 #include <c10/util/Exception.h>
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
 
+#include <cerrno>
 #include <nlohmann/json.hpp>
 #include <numeric>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -20,6 +25,19 @@ int64_t integer_at(const nlohmann::json& json, const char* key) {
 }
 
 }  // namespace
+
+RunLock::RunLock(const std::filesystem::path& path) : file_(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
+  const auto reason = [] { return std::generic_category().message(errno); };
+  TORCH_CHECK_VALUE(file_ >= 0, "cannot open ", path.string(), ": ", reason());
+  if (flock(file_, LOCK_EX | LOCK_NB) == 0) return;
+  if (errno == EWOULDBLOCK) {
+    close(file_);
+    TORCH_CHECK_VALUE(false, "another process trains in ", path.parent_path().string(), ": it holds ", path.string());
+  }
+  TORCH_WARN("cannot lock ", path.string(), ": ", reason(), "; nothing keeps a second run out of this folder");
+}
+
+RunLock::~RunLock() { close(file_); }
 
 std::string to_text(const RunState& state) {
   auto kept = nlohmann::ordered_json::array();

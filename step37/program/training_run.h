@@ -22,6 +22,22 @@ struct RunFiles {
   std::filesystem::path metrics() const { return directory / "metrics.jsonl"; }
   std::filesystem::path report() const { return directory / "report.html"; }
   std::filesystem::path tokenizer() const { return directory / "tokenizer.model"; }
+  std::filesystem::path lock() const { return directory / "lock"; }
+};
+
+/// Keeps a run's directory to one process as long as it lives: flock(2) on a file there, which the system gives back
+/// whatever way the process ends.
+class RunLock {
+ public:
+  /// A file system that has no locks gives a warning.
+  /// @throws c10::ValueError naming the file if another process has it, or it can't be made.
+  explicit RunLock(const std::filesystem::path& path);
+  ~RunLock();
+  RunLock(const RunLock&) = delete;
+  RunLock& operator=(const RunLock&) = delete;
+
+ private:
+  int file_;
 };
 
 /// What a checkpoint keeps beside tensors.

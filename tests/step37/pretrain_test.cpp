@@ -11,6 +11,7 @@
 #include <functional>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -261,6 +262,67 @@ TEST_F(Pretrain, StartsOverWhenAsked) {
   EXPECT_FALSE(fs::exists(files("run").checkpoints() / step_name(2)));
 }
 
+TEST_F(Pretrain, StartingOverLosesNothingIfTheNewRunCannotBegin) {
+  const int tp = runtime().size();
+  pretrain("run", tp, {"training.steps=1"});
+  const auto before = contents_of(files("run").directory);
+  for (const std::string wrong : {"data.directory=missing", "data.vocabulary_size=268"}) {
+    pretrain_error("run", tp, {"run.fresh=true", wrong});
+    EXPECT_EQ(contents_of(files("run").directory), before) << wrong;
+  }
+}
+
+TEST_F(Pretrain, DoesNotStartOverWhereNoCheckpointCanBeRead) {
+  const int tp = runtime().size();
+  pretrain("run", tp, {"training.steps=1"});
+  const auto manifest = files("run").checkpoints() / step_name(1) / "manifest.json";
+  on_main([&] { write_file(manifest, "no manifest"); });
+  const auto before = contents_of(files("run").directory);
+  EXPECT_TRUE(contains(pretrain_error("run", tp, {"training.steps=2"}), "none of the 1 checkpoints in "));
+  EXPECT_EQ(contents_of(files("run").directory), before);
+}
+
+TEST_F(Pretrain, RefusesADirectoryThatAnotherRunIsIn) {
+  const int tp = runtime().size();
+  std::optional<step37::RunLock> other;
+  on_main([&] {
+    fs::create_directories(files("run").directory);
+    other.emplace(files("run").lock());
+  });
+  EXPECT_TRUE(contains(pretrain_error("run", tp), "another process trains in " + files("run").directory.string()));
+  on_main([&] { other.reset(); });
+  pretrain("run", tp, {"training.steps=1"});
+}
+
+// Two hosts with copies of the pictures: here a folder's name that means another one to each rank.
+TEST_F(Pretrain, RefusesReplicasWithOtherPictures) {
+  if (runtime().size() == 1) return;
+  on_main([&] {
+    fs::create_directory(folder_.path() / "other");
+    fs::copy(pictures(), folder_.path() / "other" / "pictures", fs::copy_options::recursive);
+    write_file(folder_.path() / "other" / "pictures" / "picture3.txt", "Another caption.");
+  });
+  const auto here = fs::current_path();
+  fs::current_path(folder_.path() / (runtime().rank() == 1 ? "other" : "."));
+  const auto text = pretrain_error("run", 1, {"data.directory=pictures", "training.global_batch=4"});
+  fs::current_path(here);
+  EXPECT_TRUE(contains(text, "data.directory pictures holds 12 captioned pictures (hash"));
+  EXPECT_TRUE(contains(text, ", on rank 0 12 captioned pictures (hash"));
+  EXPECT_TRUE(contains(text, "rank 1 of "));
+}
+
+TEST_F(Pretrain, SaysHowManyPicturesFitIntoNoPack) {
+  on_main([&] {
+    std::string caption;
+    for (int i = 0; i < 200; ++i) caption += "red ball ";
+    write_file(pictures() / "picture2.txt", caption);
+  });
+  if (runtime().rank() == 0) testing::internal::CaptureStdout();
+  pretrain("run", runtime().size(), {"training.steps=1"});
+  if (runtime().rank() != 0) return;
+  EXPECT_TRUE(contains(testing::internal::GetCapturedStdout(), "with their captions: 1\n"));
+}
+
 TEST_F(Pretrain, TakesABrokenPictureAsBlack) {
   pretrain("run", runtime().size(), {"training.steps=1"});
   on_main([&] {
@@ -387,4 +449,28 @@ TEST_F(Pretrain, CaptionsAlikeAtEveryTensorParallelSize) {
         step37::caption_picture(model, tokenizer, reference, tokenizer.encode("The"), options, groups(tp).tp, at::kCPU);
     EXPECT_EQ(caption + "\n", expected);
   }
+}
+
+// Whatever the model likes best, a caption starts no second picture, for which there would be none.
+TEST_F(Pretrain, CaptionsAreTextOnly) {
+  pretrain("run", runtime().size(), {"training.steps=1"});
+  const auto checkpoint = files("run").checkpoints() / "latest";
+  const megatron::CheckpointReader reader(checkpoint);
+  const auto state = step37::run_state_from_text(reader.state(), checkpoint.string());
+  const auto tokenizer = step37::Tokenizer::load(files("run").tokenizer());
+  Step37Model model(step37::model_config(state.config, tokenizer.vocab_size()), groups(1).tp);
+  megatron::initialize_parameters(megatron::parameter_shards(*model), 1);
+  {
+    const at::NoGradGuard no_grad;
+    auto weight = model->language_model->output_layer->weight;
+    weight.zero_();  // one of these two gets the largest logit, whatever the hidden state's sign
+    weight.select(0, tokenizer.id_of("<im_start>")).fill_(1.0);
+    weight.select(0, tokenizer.id_of("<patch_start>")).fill_(-1.0);
+  }
+  auto options = step37::captioner_options(state.config, tokenizer, pictures(), 1);
+  options.max_new_tokens = 3;
+  const auto reference = step37::reference_to(pictures(), "picture3.png", state.config.vision.image_size);
+  std::string caption;
+  EXPECT_NO_THROW(caption = step37::caption_picture(model, tokenizer, reference, {}, options, groups(1).tp, at::kCPU));
+  EXPECT_EQ(caption, tokenizer.decode(std::vector<int64_t>(3, tokenizer.unk_id())));
 }

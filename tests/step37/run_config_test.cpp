@@ -320,8 +320,9 @@ TEST_F(RunConfigTest, WhatDoesntFitIsRefusedWithTheNumbers) {
   EXPECT_EQ(validation_error({"training.sequence_length=33"}),
             "training.sequence_length 33 is not divisible by tensor-parallel size 2");
   EXPECT_EQ(validation_error({"training.sequence_length=33", "parallel.sequence_parallel=false"}), "no error");
-  EXPECT_EQ(validation_error({"training.sequence_length=2"}),
-            "training.sequence_length 2 has no room for a caption: a picture of 56 pixels takes 3 positions");
+  EXPECT_EQ(validation_error({"training.sequence_length=4"}),
+            "training.sequence_length 4 has no room for a caption: a picture of 56 pixels takes 4 positions");
+  EXPECT_EQ(validation_error({"training.sequence_length=6"}), "no error");
   EXPECT_EQ(validation_error({"model.num_layers=0"}), "model.num_layers 0 is not in [1, 10000]");
   EXPECT_EQ(validation_error({"model.num_layers=1000000000"}), "model.num_layers 1000000000 is not in [1, 10000]");
   EXPECT_EQ(validation_error({"vision.width=9223372036854775776"}),
