@@ -21,7 +21,8 @@ std::string error_text(const std::exception& error);
 
 /// Throws AgreedError on every rank if `ok` is false on any: with the message of the lowest rank that isn't ok, and how
 /// many ranks weren't. For start-up and data loading, where a check depends on what one rank sees (a file on its host);
-/// never inside forward or backward. Collective over `group`: one small all-gather, two when something is wrong.
+/// never inside forward or backward. Collective over `group`: one small all-gather, and when something is wrong two
+/// broadcasts.
 void agree(bool ok, const std::string& message, const GroupPtr& group);
 
 /// Runs `action` on every rank; if it throws on any, all throw as agree() does.

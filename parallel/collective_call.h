@@ -11,12 +11,16 @@
 
 namespace parallel {
 
+class RollCall;
+
 struct CollectiveCall {
   const char* operation;
   int64_t elements;
   std::chrono::milliseconds timeout;  ///< how long one wait for the peers may last
   std::string_view where;             ///< "group tp, rank 0 of 2"
   MPI_Comm communicator;              ///< polled while waiting: a peer's MPI call may need this rank to go on
+  int64_t number;                     ///< counts the group's collectives: the same on every rank of this one
+  RollCall* roll_call;                ///< the group's
 };
 
 /// Throws the c10::DistBackendError of a collective that has waited too long.

@@ -25,6 +25,7 @@ c10d::ReduceOp reduce_op(Reduction reduction) {
 }
 
 /// Runs a collective so that what goes wrong in it names it. Backends do that in the errors they make themselves.
+/// @param tensor  undefined for a barrier.
 template <class Call>
 auto named(const char* operation, const at::Tensor& tensor, const GroupPtr& group, const Call& call) {
   try {
@@ -34,9 +35,9 @@ auto named(const char* operation, const at::Tensor& tensor, const GroupPtr& grou
   } catch (const c10::ValueError&) {
     throw;
   } catch (const std::exception& error) {
-    TORCH_CHECK_WITH(DistBackendError, false, operation, " of ", tensor.sizes(), " ", tensor.scalar_type(), " (group ",
-                     group->getGroupName(), ", rank ", group->getRank(), " of ", group->getSize(),
-                     ") failed: ", error_text(error));
+    const auto size = tensor.defined() ? c10::str(" of ", tensor.sizes(), " ", tensor.scalar_type()) : "";
+    TORCH_CHECK_WITH(DistBackendError, false, operation, size, " (group ", group->getGroupName(), ", rank ",
+                     group->getRank(), " of ", group->getSize(), ") failed: ", error_text(error));
   }
 }
 
@@ -70,9 +71,6 @@ void check_contiguous(const at::Tensor& tensor) {
 
 }  // namespace
 
-int group_rank(const GroupPtr& group) { return group->getRank(); }
-int group_size(const GroupPtr& group) { return group->getSize(); }
-
 PendingTensor::PendingTensor(at::Tensor tensor, std::function<void()> wait)
     : tensor_(std::move(tensor)), wait_(std::move(wait)) {}
 
@@ -82,8 +80,8 @@ at::Tensor PendingTensor::wait() {
 }
 
 at::Tensor all_reduce(const at::Tensor& input, const GroupPtr& group, Reduction reduction) {
-  if (group->getSize() == 1) return input;
-  auto result = input.clone(at::MemoryFormat::Contiguous);
+  if (group->getSize() == 1) return input.detach();
+  auto result = input.detach().clone(at::MemoryFormat::Contiguous);
   all_reduce_in_place(result, group, reduction);
   return result;
 }
@@ -106,9 +104,9 @@ PendingTensor start_all_reduce_in_place(const at::Tensor& tensor, const GroupPtr
 }
 
 PendingTensor start_all_gather(const at::Tensor& input, const GroupPtr& group) {
-  if (group->getSize() == 1) return finished(input);
+  if (group->getSize() == 1) return finished(input.detach());
   check_has_dimension(input, "all_gather");
-  auto contiguous = input.contiguous();
+  auto contiguous = input.detach().contiguous();
   auto shape = input.sizes().vec();
   shape[0] *= group->getSize();
   auto output = at::empty(shape, contiguous.options());
@@ -119,14 +117,14 @@ PendingTensor start_all_gather(const at::Tensor& input, const GroupPtr& group) {
 at::Tensor all_gather(const at::Tensor& input, const GroupPtr& group) { return start_all_gather(input, group).wait(); }
 
 at::Tensor all_gather_uneven(const at::Tensor& input, const std::vector<int64_t>& rows, const GroupPtr& group) {
-  if (group->getSize() == 1) return input;
+  if (group->getSize() == 1) return input.detach();
   check_has_dimension(input, "all_gather_uneven");
   const auto own = static_cast<size_t>(group->getRank());
   TORCH_CHECK_VALUE(rows.size() == static_cast<size_t>(group->getSize()) && input.size(0) == rows[own],
                     "all_gather_uneven: ", input.sizes(), " does not have this rank's rows of ", at::IntArrayRef(rows));
   auto shape = input.sizes().vec();
   shape[0] = std::accumulate(rows.begin(), rows.end(), int64_t{0});
-  const auto contiguous = input.contiguous();
+  const auto contiguous = input.detach().contiguous();
   auto output = at::empty(shape, contiguous.options());
   std::vector<std::vector<at::Tensor>> outputs{output.split_with_sizes(rows)};
   std::vector<at::Tensor> inputs{contiguous};
@@ -137,18 +135,18 @@ at::Tensor all_gather_uneven(const at::Tensor& input, const std::vector<int64_t>
 }
 
 at::Tensor all_gather_last_dim(const at::Tensor& input, const GroupPtr& group) {
-  if (group->getSize() == 1) return input;
+  if (group->getSize() == 1) return input.detach();
   check_has_dimension(input, "all_gather_last_dim");
   if (input.dim() == 1) return all_gather(input, group);
   return rows_to_columns(all_gather(input, group), group->getSize());
 }
 
 PendingTensor start_reduce_scatter(const at::Tensor& input, const GroupPtr& group) {
-  if (group->getSize() == 1) return finished(input);
+  if (group->getSize() == 1) return finished(input.detach());
   check_has_dimension(input, "reduce_scatter");
   auto shape = input.sizes().vec();
   shape[0] = even_shard_size(shape[0], group->getSize(), "reduce_scatter: number of rows", "group");
-  auto contiguous = input.contiguous();
+  auto contiguous = input.detach().contiguous();
   auto output = at::empty(shape, contiguous.options());
   auto work = named("reduce_scatter", input, group, [&] { return group->reduce_scatter_single(output, contiguous); });
   return pending(output, std::move(work), contiguous);
@@ -159,7 +157,7 @@ at::Tensor reduce_scatter(const at::Tensor& input, const GroupPtr& group) {
 }
 
 at::Tensor reduce_scatter_last_dim(const at::Tensor& input, const GroupPtr& group) {
-  if (group->getSize() == 1) return input;
+  if (group->getSize() == 1) return input.detach();
   check_has_dimension(input, "reduce_scatter_last_dim");
   even_shard_size(input.size(-1), group->getSize(), "reduce_scatter_last_dim: number of columns", "group");
   if (input.dim() == 1) return reduce_scatter(input, group);
@@ -168,9 +166,9 @@ at::Tensor reduce_scatter_last_dim(const at::Tensor& input, const GroupPtr& grou
 
 at::Tensor all_to_all(const at::Tensor& input, const std::vector<int64_t>& output_splits,
                       const std::vector<int64_t>& input_splits, const GroupPtr& group) {
-  if (group->getSize() == 1) return input;
+  if (group->getSize() == 1) return input.detach();
   check_has_dimension(input, "all_to_all");
-  auto contiguous = input.contiguous();
+  auto contiguous = input.detach().contiguous();
   auto shape = input.sizes().vec();
   if (!output_splits.empty()) shape[0] = std::accumulate(output_splits.begin(), output_splits.end(), int64_t{0});
   auto output = at::empty(shape, contiguous.options());
@@ -184,8 +182,8 @@ at::Tensor all_to_all(const at::Tensor& input, const std::vector<int64_t>& outpu
 }
 
 at::Tensor broadcast(const at::Tensor& input, int root, const GroupPtr& group) {
-  if (group->getSize() == 1) return input;
-  auto result = input.clone(at::MemoryFormat::Contiguous);
+  if (group->getSize() == 1) return input.detach();
+  auto result = input.detach().clone(at::MemoryFormat::Contiguous);
   c10d::BroadcastOptions options;
   options.rootRank = root;
   options.asyncOp = false;
@@ -194,6 +192,8 @@ at::Tensor broadcast(const at::Tensor& input, int root, const GroupPtr& group) {
   return result;
 }
 
-void barrier(const GroupPtr& group) { group->barrier()->wait(); }
+void barrier(const GroupPtr& group) {
+  named("barrier", {}, group, [&] { return group->barrier()->wait(); });
+}
 
 }  // namespace parallel

@@ -1,7 +1,7 @@
 // Collectives on tensors, out of place and without gradient (mappings.h has the differentiable ones).
 //
 // All are collective over `group`: every rank calls them with the same shapes and dtype, in the same order. Inputs are
-// made contiguous; a group of one rank sends nothing and returns its input as it is. They throw what the backend
+// made contiguous; a group of one rank sends nothing and returns its input (detached). They throw what the backend
 // throws: c10::DistBackendError when a peer doesn't arrive in time; anything else that goes wrong in a backend becomes
 // a c10::DistBackendError that names operation, shape, group and rank.
 #pragma once

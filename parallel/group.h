@@ -11,10 +11,4 @@ namespace parallel {
 /// A group of ranks. Never null, never defaulted; groups of one rank are legal everywhere and send nothing.
 using GroupPtr = c10::intrusive_ptr<c10d::ProcessGroup>;
 
-/// This rank's number r in the group, in [0, t). Not collective.
-int group_rank(const GroupPtr& group);
-
-/// Number of ranks t of the group. Not collective.
-int group_size(const GroupPtr& group);
-
 }  // namespace parallel

@@ -2,7 +2,6 @@
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
-#include <sched.h>
 
 #include <algorithm>
 #include <limits>
@@ -60,15 +59,16 @@ MPI_Datatype transport_type(const at::Tensor& tensor) {
   }
 }
 
-int to_count(int64_t elements) {
-  TORCH_CHECK_VALUE(elements <= std::numeric_limits<int>::max(), "a collective of ", elements,
-                    " elements with one rank exceeds MPI's count of ", std::numeric_limits<int>::max());
+int to_count(int64_t elements, const CollectiveCall& call) {
+  TORCH_CHECK_VALUE(elements <= std::numeric_limits<int>::max(), call.operation, ": ", elements,
+                    " elements for one rank, or in all, exceed MPI's count of ", std::numeric_limits<int>::max(), " (",
+                    call.where, ")");
   return static_cast<int>(elements);
 }
 
-void check_tensor(const at::Tensor& tensor, const char* operation) {
+void check_tensor(const at::Tensor& tensor, const char* operation, const std::string& where) {
   TORCH_CHECK_VALUE(tensor.defined() && tensor.is_cpu(), operation, ": the MPI backend takes tensors on the CPU, got ",
-                    tensor.defined() ? tensor.device().str() : "an undefined one");
+                    tensor.defined() ? tensor.device().str() : "an undefined one", " (", where, ")");
   switch (tensor.scalar_type()) {
     case at::kDouble:
     case at::kFloat:
@@ -80,7 +80,8 @@ void check_tensor(const at::Tensor& tensor, const char* operation) {
     case at::kBool:
       return;
     default:
-      TORCH_CHECK_VALUE(false, operation, ": dtype ", tensor.scalar_type(), " is not supported by the MPI backend");
+      TORCH_CHECK_VALUE(false, operation, ": dtype ", tensor.scalar_type(), " is not supported by the MPI backend (",
+                        where, ")");
   }
 }
 
@@ -118,36 +119,22 @@ MpiBackend::MpiBackend(MpiCommunicator communicator, const std::string& name, co
 
 MpiBackend::~MpiBackend() = default;
 
-CollectiveCall MpiBackend::call(const char* operation, int64_t elements, Milliseconds requested_timeout) const {
+CollectiveCall MpiBackend::call(const char* operation, int64_t elements, Milliseconds requested_timeout) {
   const auto timeout = requested_timeout == c10d::kUnsetTimeout ? options_.timeout : requested_timeout;
-  return {operation, elements, timeout, where_, communicator_.get()};
+  return {operation, elements, timeout, where_, communicator_.get(), num_calls_++, roll_call_.get()};
 }
 
 void MpiBackend::finish(MPI_Request request, const CollectiveCall& call, InFlight in_flight) {
-  using Clock = std::chrono::steady_clock;
-  const auto start = Clock::now();
-  // Spinning keeps short collectives short; after that a core is left to whoever has work.
-  constexpr int kSpins = 2000;
-  constexpr auto kAnswerEvery = std::chrono::milliseconds(20);
-  auto next_answer = start + kAnswerEvery;
-  const int64_t number = num_requests_++;
-  for (int64_t poll = 0;; ++poll) {
+  PeerWait wait(call, /*spins=*/2000);
+  do {
     int done = 0;
     MCPP_MPI_CHECK(MPI_Test(&request, &done, MPI_STATUS_IGNORE));
     if (done != 0) return;
-    if (poll < kSpins) continue;
-    sched_yield();
-    const auto now = Clock::now();
-    if (now > next_answer) {
-      roll_call_->answer(call, number);
-      next_answer = now + kAnswerEvery;
-    }
-    if (now - start > call.timeout) break;
-  }
+  } while (wait.go_on());
   // Never freed, on purpose; findable for leak checkers.
   static auto& kept = *new std::vector<InFlight>;
   kept.push_back(std::move(in_flight));
-  throw_timed_out(call, roll_call_->reason(call, number));
+  throw_timed_out(call, call.roll_call->reason(call));
 }
 
 void MpiBackend::exchange(const at::Tensor& output, const std::vector<int64_t>& output_counts, const at::Tensor& input,
@@ -161,10 +148,10 @@ void MpiBackend::exchange(const at::Tensor& output, const std::vector<int64_t>& 
   int64_t sent = 0;
   int64_t received = 0;
   for (size_t peer = 0; peer < ranks; ++peer) {
-    send_counts[peer] = to_count(input_counts[peer]);
-    send_begins[peer] = to_count(sent);
-    receive_counts[peer] = to_count(output_counts[peer]);
-    receive_begins[peer] = to_count(received);
+    send_counts[peer] = to_count(input_counts[peer], call);
+    send_begins[peer] = to_count(sent, call);
+    receive_counts[peer] = to_count(output_counts[peer], call);
+    receive_begins[peer] = to_count(received, call);
     sent += input_counts[peer];
     received += output_counts[peer];
   }
@@ -176,7 +163,7 @@ void MpiBackend::exchange(const at::Tensor& output, const std::vector<int64_t>& 
 }
 
 void MpiBackend::gather(const at::Tensor& output, const at::Tensor& input, const CollectiveCall& call) {
-  const int count = to_count(input.numel());
+  const int count = to_count(input.numel(), call);
   MPI_Request request = MPI_REQUEST_NULL;
   MCPP_MPI_CHECK(MPI_Iallgather(input.const_data_ptr(), count, transport_type(input), output.mutable_data_ptr(), count,
                                 transport_type(output), communicator_.get(), &request));
@@ -186,12 +173,13 @@ void MpiBackend::gather(const at::Tensor& output, const at::Tensor& input, const
 c10::intrusive_ptr<c10d::Work> MpiBackend::broadcast(std::vector<at::Tensor>& tensors,
                                                      const c10d::BroadcastOptions& options) {
   for (auto& tensor : tensors) {
-    check_tensor(tensor, "broadcast");
+    check_tensor(tensor, "broadcast", where_);
     const auto buffer = tensor.contiguous();
+    const auto this_call = call("broadcast", buffer.numel(), options.timeout);
     MPI_Request request = MPI_REQUEST_NULL;
-    MCPP_MPI_CHECK(MPI_Ibcast(buffer.mutable_data_ptr(), to_count(buffer.numel()), transport_type(buffer),
+    MCPP_MPI_CHECK(MPI_Ibcast(buffer.mutable_data_ptr(), to_count(buffer.numel(), this_call), transport_type(buffer),
                               static_cast<int>(options.rootRank), communicator_.get(), &request));
-    finish(request, call("broadcast", buffer.numel(), options.timeout), {{buffer}, {}});
+    finish(request, this_call, {{buffer}, {}});
     copy_back(tensor, buffer);
   }
   return finished(tensors);
@@ -242,8 +230,8 @@ void MpiBackend::all_reduce_by_messages(const at::Tensor& output, const at::Tens
 c10::intrusive_ptr<c10d::Work> MpiBackend::allreduce(std::vector<at::Tensor>& tensors,
                                                      const c10d::AllreduceOptions& options) {
   for (auto& tensor : tensors) {
-    check_tensor(tensor, "all_reduce");
-    check_reduction(options.reduceOp, tensor.scalar_type(), "all_reduce");
+    check_tensor(tensor, "all_reduce", where_);
+    check_reduction(options.reduceOp, tensor.scalar_type(), "all_reduce", where_);
     const auto values = tensor.contiguous().view({-1});
     const auto this_call = call("all_reduce", values.numel(), options.timeout);
     if (SharedWindow* window = window_for(values, this_call)) {
@@ -260,13 +248,13 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::allgather(std::vector<std::vector<at:
                                                      std::vector<at::Tensor>& inputs,
                                                      const c10d::AllgatherOptions& options) {
   for (size_t i = 0; i < inputs.size(); ++i) {
-    check_tensor(inputs[i], "all_gather");
+    check_tensor(inputs[i], "all_gather", where_);
     TORCH_CHECK_VALUE(static_cast<int>(outputs[i].size()) == size_, "all_gather: ", outputs[i].size(),
                       " output tensors for ", where_);
     std::vector<int64_t> counts;
     counts.reserve(outputs[i].size());
     for (const auto& output : outputs[i]) {
-      check_tensor(output, "all_gather");
+      check_tensor(output, "all_gather", where_);
       TORCH_CHECK_VALUE(output.scalar_type() == inputs[i].scalar_type(), "all_gather: output ", output.scalar_type(),
                         " for input ", inputs[i].scalar_type(), " (", where_, ")");
       counts.push_back(output.numel());
@@ -275,22 +263,23 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::allgather(std::vector<std::vector<at:
                       counts[static_cast<size_t>(rank_)], " elements, its input ", inputs[i].numel(), " (", where_,
                       ")");
     const auto input = inputs[i].contiguous().view({-1});
+    const auto this_call = call("all_gather", input.numel(), options.timeout);
     InFlight in_flight{{}, std::vector<int>(2 * counts.size())};
     int* receive_counts = in_flight.counts.data();
     int* receive_begins = receive_counts + counts.size();
     int64_t total = 0;
     for (size_t peer = 0; peer < counts.size(); ++peer) {
-      receive_counts[peer] = to_count(counts[peer]);
-      receive_begins[peer] = to_count(total);
+      receive_counts[peer] = to_count(counts[peer], this_call);
+      receive_begins[peer] = to_count(total, this_call);
       total += counts[peer];
     }
     const auto gathered = at::empty({total}, input.options());
     in_flight.tensors = {gathered, input};
     MPI_Request request = MPI_REQUEST_NULL;
-    MCPP_MPI_CHECK(MPI_Iallgatherv(input.const_data_ptr(), to_count(input.numel()), transport_type(input),
+    MCPP_MPI_CHECK(MPI_Iallgatherv(input.const_data_ptr(), to_count(input.numel(), this_call), transport_type(input),
                                    gathered.mutable_data_ptr(), receive_counts, receive_begins,
                                    transport_type(gathered), communicator_.get(), &request));
-    finish(request, call("all_gather", input.numel(), options.timeout), std::move(in_flight));
+    finish(request, this_call, std::move(in_flight));
     int64_t begin = 0;
     for (auto& output : outputs[i]) {
       output.copy_(gathered.narrow(0, begin, output.numel()).view(output.sizes()));
@@ -302,8 +291,8 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::allgather(std::vector<std::vector<at:
 
 c10::intrusive_ptr<c10d::Work> MpiBackend::all_gather_single(at::Tensor& output, at::Tensor& input,
                                                              const c10d::AllgatherOptions& options) {
-  check_tensor(input, "all_gather");
-  check_tensor(output, "all_gather");
+  check_tensor(input, "all_gather", where_);
+  check_tensor(output, "all_gather", where_);
   TORCH_CHECK_VALUE(output.numel() == size_ * input.numel() && output.scalar_type() == input.scalar_type(),
                     "all_gather: output ", output.sizes(), " ", output.scalar_type(), " does not hold ", size_,
                     " inputs ", input.sizes(), " ", input.scalar_type(), " (", where_, ")");
@@ -315,12 +304,12 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::all_gather_single(at::Tensor& output,
 
 c10::intrusive_ptr<c10d::Work> MpiBackend::reduce_scatter_single(at::Tensor& output, at::Tensor& input,
                                                                  const c10d::ReduceScatterOptions& options) {
-  check_tensor(input, "reduce_scatter");
-  check_tensor(output, "reduce_scatter");
+  check_tensor(input, "reduce_scatter", where_);
+  check_tensor(output, "reduce_scatter", where_);
   TORCH_CHECK_VALUE(input.numel() == size_ * output.numel() && output.scalar_type() == input.scalar_type(),
                     "reduce_scatter: input ", input.sizes(), " ", input.scalar_type(), " is not ", size_, " outputs ",
                     output.sizes(), " ", output.scalar_type(), " (", where_, ")");
-  check_reduction(options.reduceOp, input.scalar_type(), "reduce_scatter");
+  check_reduction(options.reduceOp, input.scalar_type(), "reduce_scatter", where_);
   const auto values = input.contiguous();
   // Apart from the input: a share is written while the window still takes others from there.
   const bool is_apart = output.is_contiguous() && !output.is_alias_of(input);
@@ -342,8 +331,8 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::all_to_all_single(at::Tensor& output,
                                                              std::vector<int64_t>& output_split_sizes,
                                                              std::vector<int64_t>& input_split_sizes,
                                                              const c10d::AllToAllOptions& options) {
-  check_tensor(input, "all_to_all");
-  check_tensor(output, "all_to_all");
+  check_tensor(input, "all_to_all", where_);
+  check_tensor(output, "all_to_all", where_);
   TORCH_CHECK_VALUE(output.scalar_type() == input.scalar_type(), "all_to_all: output ", output.scalar_type(),
                     " for input ", input.scalar_type(), " (", where_, ")");
   auto element_counts = [&](const at::Tensor& tensor, const std::vector<int64_t>& splits, const char* which) {

@@ -43,7 +43,8 @@ struct MpiBackendOptions {
 /// Collective over the communicator's ranks, same operations in the same order. Throws c10::DistBackendError naming
 /// operation, group, sizes and the ranks that are silent on a timeout; c10::ValueError before anything is sent for a
 /// tensor that isn't on the CPU, has another dtype, or whose size doesn't fit the group, and for a reduction that isn't
-/// SUM, AVG (of floating-point numbers), PRODUCT, MIN or MAX.
+/// SUM, AVG (of floating-point numbers), PRODUCT, MIN or MAX. MPI counts to 2^31 - 1 elements for one rank, and in all
+/// of an uneven exchange; what is more is a c10::ValueError on the ranks that it concerns.
 class MpiBackend final : public c10d::Backend {
  public:
   /// Collective over the communicator's ranks.
@@ -86,7 +87,7 @@ class MpiBackend final : public c10d::Backend {
  private:
   struct InFlight;
   /// This group's next collective, for messages and deadlines.
-  CollectiveCall call(const char* operation, int64_t elements, std::chrono::milliseconds requested_timeout) const;
+  CollectiveCall call(const char* operation, int64_t elements, std::chrono::milliseconds requested_timeout);
   /// Polls `request` until it is complete; throws when the deadline passes, keeping `in_flight` for good, because MPI
   /// may still use it.
   void finish(MPI_Request request, const CollectiveCall& call, InFlight in_flight);
@@ -105,7 +106,7 @@ class MpiBackend final : public c10d::Backend {
   std::unique_ptr<RollCall> roll_call_;
   std::string where_;  ///< "group tp, rank 0 of 2"
   MpiBackendOptions options_;
-  int64_t num_requests_ = 0;  ///< MPI's, so far: the same on every rank
+  int64_t num_calls_ = 0;  ///< so far: the same on every rank
   enum class WindowState { kNotTried, kBeingMade, kKnown };
   WindowState window_state_ = WindowState::kNotTried;
   std::unique_ptr<SharedWindow> window_;

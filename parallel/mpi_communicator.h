@@ -23,7 +23,7 @@ class MpiCommunicator {
 
   /// Takes over; `other` is empty afterwards.
   MpiCommunicator(MpiCommunicator&& other) noexcept;
-  /// Frees its own and takes over.
+  /// Takes over; `other` has what this one had.
   MpiCommunicator& operator=(MpiCommunicator&& other) noexcept;
   MpiCommunicator(const MpiCommunicator&) = delete;
   MpiCommunicator& operator=(const MpiCommunicator&) = delete;

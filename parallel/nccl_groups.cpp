@@ -2,20 +2,28 @@
 
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/util/Exception.h>
+#include <cuda_runtime_api.h>
 #include <unistd.h>
 
 #include <array>
 #include <cstring>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 #include <utility>
 
+#include "parallel/hash.h"
 #include "parallel/mpi_check.h"
 #include "parallel/process_groups.h"
 #include "parallel/runtime.h"
+
+// Of ATen/cuda/CUDAContextLight.h, which includes headers of cuBLAS, cuSPARSE and cuSOLVER that need not be there.
+namespace at::cuda {
+cudaDeviceProp* getDeviceProperties(c10::DeviceIndex device);
+}  // namespace at::cuda
 
 namespace parallel {
 namespace {
@@ -57,6 +65,12 @@ c10::intrusive_ptr<c10d::Store> open_store(Runtime& runtime, const ProcessGroups
 }  // namespace
 
 bool has_nccl() { return true; }
+
+uint64_t gpu_identity(c10::DeviceIndex device) {
+  const auto& uuid = at::cuda::getDeviceProperties(device)->uuid;
+  const auto identity = stable_hash(std::string_view(&uuid.bytes[0], sizeof(uuid.bytes)));
+  return identity == 0 ? 1 : identity;
+}
 
 void add_nccl_backends(Runtime& runtime, ProcessGroups& groups, const ProcessGroupsOptions& options) {
   const auto device = runtime.device();

@@ -1,6 +1,10 @@
 // NCCL behind the same process groups, for ranks that have a GPU.
 #pragma once
 
+#include <c10/core/Device.h>
+
+#include <cstdint>
+
 namespace parallel {
 
 class Runtime;
@@ -9,6 +13,10 @@ struct ProcessGroupsOptions;
 
 /// Whether this build has NCCL (MCPP_WITH_NCCL).
 bool has_nccl();
+
+/// A number, never 0, that no other GPU of the job has, made of its UUID. Not collective.
+/// @throws c10::ValueError if the build has no NCCL.
+uint64_t gpu_identity(c10::DeviceIndex device);
 
 /// Adds a c10d::ProcessGroupNCCL to each group, bound to the runtime's device. The store is a TCPStore on world rank 0
 /// whose address goes out over MPI; communicators are connected here, and the groups' are split from the world's.

@@ -52,10 +52,10 @@ void reduce_in_float(at::Tensor target, at::ArrayRef<at::Tensor> parts, ReduceOp
 
 }  // namespace
 
-void check_reduction(const ReduceOp& reduction, at::ScalarType dtype, const char* operation) {
+void check_reduction(const ReduceOp& reduction, at::ScalarType dtype, const char* operation, const std::string& where) {
   switch (reduction) {
     case ReduceOp::AVG:
-      TORCH_CHECK_VALUE(at::isFloatingType(dtype), operation, ": there is no average in ", dtype);
+      TORCH_CHECK_VALUE(at::isFloatingType(dtype), operation, ": there is no average in ", dtype, " (", where, ")");
       return;
     case ReduceOp::SUM:
     case ReduceOp::PRODUCT:
@@ -64,7 +64,7 @@ void check_reduction(const ReduceOp& reduction, at::ScalarType dtype, const char
       return;
     default:
       TORCH_CHECK_VALUE(false, operation, ": reduction ", static_cast<int>(reduction),
-                        " is not supported by the MPI backend");
+                        " is not supported by the MPI backend (", where, ")");
   }
 }
 

@@ -3,12 +3,15 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <string>
 #include <torch/csrc/distributed/c10d/Types.hpp>
 
 namespace parallel {
 
 /// @throws c10::ValueError if `reduction` is not SUM, AVG, PRODUCT, MIN or MAX, or is AVG of a dtype without fractions.
-void check_reduction(const c10d::ReduceOp& reduction, at::ScalarType dtype, const char* operation);
+/// @param operation, where  for messages: "all_reduce", "group tp, rank 0 of 2".
+void check_reduction(const c10d::ReduceOp& reduction, at::ScalarType dtype, const char* operation,
+                     const std::string& where);
 
 /// parts[0] ∘ parts[1] ∘ ... ∘ parts[t-1], from left to right; bfloat16 and float16 accumulated in float32 and rounded
 /// once; the sum of bools is their "or". Not collective.

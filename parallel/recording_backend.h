@@ -24,7 +24,7 @@ std::string_view collective_name(CollectiveKind kind);
 using CollectiveObserver = std::function<void(CollectiveKind kind, int64_t bytes_sent)>;
 
 /// A group of the same ranks whose collectives go through `group`'s backends after `observer` was called; where that
-/// throws, the collective throws the same and sends nothing. Barriers aren't observed. `group` stays usable and isn't
+/// throws, the collective fails and sends nothing. Barriers aren't observed. `group` stays usable and isn't
 /// observed. Not collective.
 GroupPtr observe(const GroupPtr& group, CollectiveObserver observer);
 

@@ -15,15 +15,14 @@ constexpr int kAsk = 1;
 constexpr int kAnswer = 2;
 /// How long answers are waited for: ranks that wait ask for questions every few milliseconds, where they get a core.
 constexpr auto kPatience = std::chrono::seconds(2);
-using Clock = std::chrono::steady_clock;
 
 }  // namespace
 
 RollCall::RollCall(const MpiCommunicator& communicator)
     : communicator_(communicator.duplicate()), heard_(static_cast<size_t>(communicator.size())) {}
 
-RollCall::Message RollCall::message(const CollectiveCall& call, int64_t number, int64_t about) const {
-  Message result{.number = number, .about = about, .elements = call.elements};
+RollCall::Message RollCall::message(const CollectiveCall& call, int64_t about) {
+  Message result{.number = call.number, .about = about, .elements = call.elements};
   const std::string_view name(call.operation);
   name.copy(result.operation.data(), result.operation.size() - 1);
   return result;
@@ -47,22 +46,22 @@ int RollCall::receive(Message& message, int tag) {
   return status.MPI_SOURCE;
 }
 
-void RollCall::answer(const CollectiveCall& call, int64_t number) {
+void RollCall::answer(const CollectiveCall& call) {
   Message question;
   for (int rank = receive(question, kAsk); rank >= 0; rank = receive(question, kAsk)) {
-    send(message(call, number, question.number), rank, kAnswer);
+    send(message(call, question.number), rank, kAnswer);
     // Who asks waits, too; unless the question is of a collective that was given up long ago.
-    if (question.number >= number) heard_[static_cast<size_t>(rank)] = question;
+    if (question.number >= call.number) heard_[static_cast<size_t>(rank)] = question;
   }
 }
 
-std::string RollCall::reason(const CollectiveCall& call, int64_t number) {
+std::string RollCall::reason(const CollectiveCall& call) {
   const int own_rank = communicator_.rank();
   const auto size = static_cast<int>(heard_.size());
   for (int rank = 0; rank < size; ++rank) {
     auto& heard = heard_[static_cast<size_t>(rank)];
-    if (heard && heard->number < number) heard.reset();
-    if (rank != own_rank) send(message(call, number, number), rank, kAsk);
+    if (heard && heard->number < call.number) heard.reset();
+    if (rank != own_rank) send(message(call, call.number), rank, kAsk);
   }
   const auto missing = [&] {
     std::vector<int> ranks;
@@ -71,12 +70,13 @@ std::string RollCall::reason(const CollectiveCall& call, int64_t number) {
     }
     return ranks;
   };
+  using Clock = std::chrono::steady_clock;
   const auto end = Clock::now() + kPatience;
   while (!missing().empty() && Clock::now() < end) {
-    answer(call, number);
+    answer(call);
     Message reply;
     for (int rank = receive(reply, kAnswer); rank >= 0; rank = receive(reply, kAnswer)) {
-      if (reply.about == number) heard_[static_cast<size_t>(rank)] = reply;
+      if (reply.about == call.number) heard_[static_cast<size_t>(rank)] = reply;
     }
     sched_yield();
   }
@@ -84,12 +84,34 @@ std::string RollCall::reason(const CollectiveCall& call, int64_t number) {
   for (int rank = 0; rank < size; ++rank) {
     const auto& heard = heard_[static_cast<size_t>(rank)];
     if (rank == own_rank) continue;
-    const bool is_here = heard->number == number && std::string_view(heard->operation.data()) == call.operation;
+    const bool is_here = heard->number == call.number && std::string_view(heard->operation.data()) == call.operation;
     if (is_here && heard->elements == call.elements) continue;
     return "rank " + std::to_string(rank) + " waits in " + heard->operation.data() + " of " +
            std::to_string(heard->elements) + " elements";
   }
   return "every rank waits in it, so the messages between them are lost or too slow";
+}
+
+bool PeerWait::go_on() {
+  constexpr auto kAnswerEvery = std::chrono::milliseconds(20);
+  if (spins_ > 0) {
+    --spins_;
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+    return true;
+  }
+  sched_yield();
+  const auto now = Clock::now();
+  if (!begin_) {
+    begin_ = now;
+    next_answer_ = now + kAnswerEvery;
+  }
+  if (now > next_answer_) {
+    call_.roll_call->answer(call_);
+    next_answer_ = now + kAnswerEvery;
+  }
+  return now - *begin_ <= call_.timeout;
 }
 
 }  // namespace parallel

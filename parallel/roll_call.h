@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <chrono>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -20,13 +21,12 @@ class RollCall {
   /// Collective over the communicator's ranks.
   explicit RollCall(const MpiCommunicator& communicator);
 
-  /// Answers ranks that have asked. A rank that waits calls this now and then.
-  /// @param number  counts the group's collectives: the same on every rank that waits in the same one.
-  void answer(const CollectiveCall& call, int64_t number);
+  /// Answers ranks that have asked. A rank that waits in `call` calls this now and then.
+  void answer(const CollectiveCall& call);
 
   /// Asks, and waits for two seconds at most.
   /// @return  "rank 1 is silent", or what ranks are in that are in another collective than this one, or that all wait.
-  std::string reason(const CollectiveCall& call, int64_t number);
+  std::string reason(const CollectiveCall& call);
 
  private:
   struct Message {
@@ -36,13 +36,33 @@ class RollCall {
     std::array<char, 32> operation{};  ///< its name, ending in 0
   };
 
-  Message message(const CollectiveCall& call, int64_t number, int64_t about) const;
+  static Message message(const CollectiveCall& call, int64_t about);
   void send(const Message& message, int rank, int tag);
   /// Takes what has arrived with `tag`, if anything has; the sender, or -1.
   int receive(Message& message, int tag);
 
   MpiCommunicator communicator_;
   std::vector<std::optional<Message>> heard_;  ///< of each rank: what it waits in
+};
+
+/// One wait for the peers of a collective.
+class PeerWait {
+ public:
+  /// @param spins  how many looks come before a core is left to whoever has work: short waits stay short.
+  PeerWait(const CollectiveCall& call, int64_t spins) : call_(call), spins_(spins) {}
+
+  /// Comes between two looks for the peers, and answers who asks for this rank. False once the collective has waited
+  /// longer than its timeout.
+  bool go_on();
+  /// Whether it is over with spinning.
+  bool is_long() const { return begin_.has_value(); }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  const CollectiveCall& call_;
+  int64_t spins_;
+  std::optional<Clock::time_point> begin_;
+  Clock::time_point next_answer_;
 };
 
 }  // namespace parallel

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "parallel/agree.h"
+#include "parallel/gpu_assignment.h"
 #include "parallel/hash.h"
 #include "parallel/mpi_check.h"
 #include "parallel/nccl_groups.h"
@@ -51,24 +52,25 @@ void Runtime::choose_device(const DeviceOptions& options) {
                     options.device, "' is not one of auto, cpu, cuda");
   device_ = c10::Device(c10::kCPU);
   if (options.device == "cpu") return;
-  const int64_t num_devices = has_nccl() ? at::detail::getCUDAHooks().deviceCount() : 0;
-  TORCH_CHECK_VALUE(options.device == "auto" || num_devices > 0, "device cuda was asked for, but ",
-                    has_nccl() ? "this host has no GPU" : "this build has no NCCL");
-  const bool enough = num_devices > 0 && (local_size_ <= num_devices || options.share_devices);
-  if (options.device == "auto") {
-    int everywhere = enough ? 1 : 0;
-    MCPP_MPI_CHECK(MPI_Allreduce(MPI_IN_PLACE, &everywhere, 1, MPI_INT, MPI_MIN, world_->get()));
-    if (everywhere == 0) {
-      if (rank_ == 0 && num_devices > 0) {
-        TORCH_WARN("not every rank can have a GPU of its own (", local_size_, " ranks and ", num_devices,
-                   " GPUs on this host): all ranks compute on the CPU");
-      }
-      return;
-    }
+  TORCH_CHECK_VALUE(options.device == "auto" || has_nccl(), "device cuda was asked for, but this build has no NCCL");
+  if (!has_nccl()) return;
+
+  // Ranks that see one GPU each, as Slurm may arrange it, call all of them number 0: what they are tells them apart.
+  const int64_t num_devices = at::detail::getCUDAHooks().deviceCount();
+  const auto device = static_cast<c10::DeviceIndex>(num_devices == 0 ? 0 : local_rank_ % num_devices);
+  const uint64_t own = num_devices == 0 ? 0 : gpu_identity(device);
+  std::vector<uint64_t> gpus(static_cast<size_t>(size_));
+  // NOLINTNEXTLINE(mpi-type-mismatch): the check doesn't know that MPI_UINT64_T is a uint64_t
+  MCPP_MPI_CHECK(MPI_Allgather(&own, 1, MPI_UINT64_T, gpus.data(), 1, MPI_UINT64_T, world_->get()));
+  const auto obstacle = gpu_obstacle(gpus, options.share_devices);
+  if (obstacle.empty()) {
+    device_ = c10::Device(c10::kCUDA, device);
+    return;
   }
-  TORCH_CHECK_VALUE(enough, local_size_, " ranks on a host with ", num_devices,
-                    " GPUs: start at most one rank per GPU, or allow sharing");
-  device_ = c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(local_rank_ % num_devices));
+  TORCH_CHECK_VALUE(options.device == "auto", "device cuda was asked for, but ", obstacle);
+  if (rank_ == 0 && own != 0) {
+    TORCH_WARN("all ranks compute on the CPU: ", obstacle);
+  }
 }
 
 Runtime::~Runtime() {

@@ -45,8 +45,10 @@ class Runtime {
   const MpiCommunicator& world() const { return *world_; }
 
   /// Chooses this rank's device; before any group is made. Collective over all ranks, with the same options. "auto"
-  /// warns on rank 0 where its host has GPUs that are left alone.
-  /// @throws c10::ValueError, the same on every rank of a host, if the device isn't there or would be shared unasked.
+  /// warns on rank 0 if that sees GPUs that are left alone.
+  /// @throws c10::ValueError, the same on every rank, if "cuda" can't be had: a rank sees no GPU, or two would share
+  /// one
+  ///         unasked.
   void choose_device(const DeviceOptions& options);
 
   /// Shuts `group`'s backends down when the runtime ends, in the reverse order of these calls.

@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 #include <fcntl.h>
-#include <sched.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -13,7 +12,6 @@
 #include <cerrno>
 #include <cstdio>
 #include <functional>
-#include <limits>
 #include <new>
 #include <random>
 #include <string_view>
@@ -21,6 +19,7 @@
 #include <utility>
 
 #include "parallel/mpi_check.h"
+#include "parallel/roll_call.h"
 
 namespace parallel {
 namespace {
@@ -66,12 +65,6 @@ struct Name {
     if (owned) shm_unlink(text.c_str());
   }
 };
-
-void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
 
 }  // namespace
 
@@ -180,44 +173,18 @@ void SharedWindow::announce(Stage stage, int64_t step) {
 }
 
 void SharedWindow::wait_for_all(Stage stage, int64_t step, const CollectiveCall& call) {
-  // Spinning keeps short waits short; after that a core is left to whoever has work.
-  constexpr int kSpins = 1000;
-  using Clock = std::chrono::steady_clock;
-  std::optional<Clock::time_point> start;
   for (int peer = 0; peer < size_; ++peer) {
     const auto& reached = counter(peer, stage).value;
-    for (int64_t poll = 0; reached.load(std::memory_order_acquire) <= step; ++poll) {
-      if (poll < kSpins) {
-        relax();
-        continue;
-      }
+    PeerWait wait(call, /*spins=*/1000);
+    while (reached.load(std::memory_order_acquire) <= step) {
+      if (!wait.go_on()) throw_timed_out(call, call.roll_call->reason(call));
+      if (!wait.is_long()) continue;
       int arrived = 0;
       MCPP_MPI_CHECK(MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, call.communicator, &arrived, MPI_STATUS_IGNORE));
-      sched_yield();
       TORCH_CHECK_WITH(DistBackendError, failures().value.load(std::memory_order_relaxed) == 0, call.operation, " of ",
                        call.elements, " elements failed (", call.where, "): another rank of the group has given up");
-      if (!start) start = Clock::now();
-      if (Clock::now() - *start > call.timeout) {
-        throw_timed_out(call, silent_ranks(slowest(), call.communicator));
-      }
     }
   }
-}
-
-std::vector<int> SharedWindow::slowest() const {
-  std::vector<int> ranks;
-  int64_t least = std::numeric_limits<int64_t>::max();
-  for (int rank = 0; rank < size_; ++rank) {
-    // Every rank announces the same in the same order.
-    int64_t announced = 0;
-    for (const auto stage : {Stage::kCopiedIn, Stage::kReduced, Stage::kDone}) {
-      announced += counter(rank, stage).value.load(std::memory_order_acquire);
-    }
-    if (announced < least) ranks.clear();
-    least = std::min(least, announced);
-    if (announced == least) ranks.push_back(rank);
-  }
-  return ranks;
 }
 
 void SharedWindow::give_up() noexcept { failures().value.store(1, std::memory_order_relaxed); }

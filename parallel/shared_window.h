@@ -9,7 +9,6 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "parallel/collective_call.h"
 
@@ -59,7 +58,8 @@ class SharedWindow {
   void announce(Stage stage, int64_t step);
 
   /// Returns when every rank is through `stage` of `step` (at once for steps before the first).
-  /// @throws c10::DistBackendError when that takes longer than call.timeout, or another rank has given up.
+  /// @throws c10::DistBackendError when that takes longer than call.timeout (naming who is silent or elsewhere), or
+  ///         another rank has given up.
   void wait_for_all(Stage stage, int64_t step, const CollectiveCall& call);
 
   /// Makes the window unusable on every rank, for good: a rank left a collective half way.
@@ -77,8 +77,6 @@ class SharedWindow {
   static Memory map(const std::string& name, int64_t bytes, int64_t byte_limit, bool create);
   Counter& counter(int rank, Stage stage) const;
   Counter& failures() const;
-  /// The ranks that have announced the least: the others wait for them.
-  std::vector<int> slowest() const;
 
   Memory memory_;
   int rank_;

@@ -27,7 +27,7 @@ struct RowParallelLinearOptions {
   TORCH_ARG(bool, input_is_parallel) = true;
   /// Sum the ranks' products; otherwise the output is this rank's summand, the bias in that of rank 0.
   TORCH_ARG(bool, reduce_output) = true;
-  /// Backward adds into the parameters' existing gradients and gives autograd none.
+  /// Backward adds into the weight's existing gradient and gives autograd none. The bias's goes through autograd.
   TORCH_ARG(bool, accumulate_into_grad) = false;
   TORCH_ARG(double, init_std) = 0.02;  ///< standard deviation of the initial weights
 };

@@ -49,8 +49,7 @@ struct RMSNormFunction : torch::autograd::Function<RMSNormFunction> {
 }  // namespace
 
 GradientRule hidden_norm_rule(bool sequence_parallel, const parallel::GroupPtr& tp) {
-  return sequence_parallel && parallel::group_size(tp) > 1 ? GradientRule::kReplicatedPartial
-                                                           : GradientRule::kReplicated;
+  return sequence_parallel && tp->getSize() > 1 ? GradientRule::kReplicatedPartial : GradientRule::kReplicated;
 }
 
 RMSNormImpl::RMSNormImpl(int64_t size, double eps, GradientRule rule) : eps_(eps), rule_(rule) {

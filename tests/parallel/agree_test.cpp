@@ -37,7 +37,7 @@ TEST(Agree, OneRankThatFailsFailsAllWithItsWords) {
   for (const int t : test_support::divisors_of_world()) {
     const auto& tp = groups(t).tp;
     for (int failing = 0; failing < t; ++failing) {
-      const int r = parallel::group_rank(tp);
+      const int r = tp->getRank();
       const auto text = agreed_error([&] {
         parallel::agree(r != failing, "no file on rank " + std::string(static_cast<size_t>(r) + 1, '#'), tp);
       });
@@ -52,8 +52,8 @@ TEST(Agree, OneRankThatFailsFailsAllWithItsWords) {
 
 TEST(Agree, TheLowestOfSeveralSpeaks) {
   const auto& tp = test_support::world_tp();
-  const int t = parallel::group_size(tp);
-  const int r = parallel::group_rank(tp);
+  const int t = tp->getSize();
+  const int r = tp->getRank();
   // Every rank but 0; with one rank nobody fails.
   const auto text = agreed_error([&] { parallel::agree(r == 0, "rank " + std::to_string(r) + " failed", tp); });
   if (t == 1) {
@@ -81,11 +81,11 @@ TEST(Agree, KeepsToItsGroup) {
 
 TEST(AgreeOn, TurnsAnExceptionOfOneRankIntoOneOfAll) {
   const auto& tp = test_support::world_tp();
-  const int last = parallel::group_size(tp) - 1;
+  const int last = tp->getSize() - 1;
   const auto text = agreed_error([&] {
     parallel::agree_on(
         [&] {
-          if (parallel::group_rank(tp) == last) throw std::invalid_argument("cannot open shard");
+          if (tp->getRank() == last) throw std::invalid_argument("cannot open shard");
         },
         tp);
   });
@@ -99,7 +99,7 @@ TEST(BroadcastText, GivesTheRootsWordsToAll) {
   for (const int t : test_support::divisors_of_world()) {
     const auto& tp = groups(t).tp;
     for (int root = 0; root < t; ++root) {
-      const int r = parallel::group_rank(tp);
+      const int r = tp->getRank();
       const std::string own(static_cast<size_t>(3 * r), static_cast<char>('a' + r));  // rank 0's is empty
       EXPECT_EQ(parallel::broadcast_text(own, root, tp),
                 std::string(static_cast<size_t>(3 * root), static_cast<char>('a' + root)));
@@ -110,7 +110,7 @@ TEST(BroadcastText, GivesTheRootsWordsToAll) {
 TEST(CheckEqual, NamesTheValueAndTheRankThatDiffers) {
   for (const int t : test_support::divisors_of_world()) {
     const auto& tp = groups(t).tp;
-    const int r = parallel::group_rank(tp);
+    const int r = tp->getRank();
     EXPECT_EQ(agreed_error([&] { parallel::check_equal({{"a", 1}, {"b", -7}}, tp); }), "");
     EXPECT_EQ(agreed_error([&] { parallel::check_equal({}, tp); }), "");
     for (int other = 1; other < t; ++other) {
@@ -126,7 +126,7 @@ TEST(CheckEqual, NamesTheValueAndTheRankThatDiffers) {
 TEST(CheckEqualTexts, NamesTheFirstThatDiffersAndTheRank) {
   for (const int t : test_support::divisors_of_world()) {
     const auto& tp = groups(t).tp;
-    const int r = parallel::group_rank(tp);
+    const int r = tp->getRank();
     const auto check = [&](const std::string& b, const std::string& c) {
       return agreed_error([&] { parallel::check_equal_texts({{"a", "same"}, {"b", b}, {"c", c}}, tp); });
     };

@@ -254,9 +254,29 @@ TEST(Collectives, OfOneRankReturnTheirInput) {
         parallel::reduce_scatter(input, group), parallel::start_reduce_scatter(input, group).wait(),
         parallel::reduce_scatter_last_dim(input, group), parallel::all_to_all(input, {}, {}, group),
         parallel::broadcast(input, 0, group)}) {
-    EXPECT_TRUE(result.is_same(input));
+    EXPECT_TRUE(result.is_alias_of(input));
+    EXPECT_TRUE(test_support::equal(result, input));
   }
   EXPECT_NO_THROW(parallel::barrier(group));
+}
+
+// Below and above the size from which reductions go through shared memory.
+TEST(Collectives, HaveNoGradientEvenIfTheirInputNeedsOne) {
+  for (const int t : test_support::divisors_of_world()) {
+    const auto& group = groups(t).tp;
+    for (const int64_t rows : {4, 1 << 14}) {
+      const auto leaf = on_device(at::ones({rows, 2})).requires_grad_(true);
+      for (const auto& input : {leaf, leaf * 2}) {
+        for (const auto& result : {parallel::all_reduce(input, group), parallel::all_gather(input, group),
+                                   parallel::all_gather_last_dim(input, group), parallel::reduce_scatter(input, group),
+                                   parallel::reduce_scatter_last_dim(at::cat({input, input}, -1), group),
+                                   parallel::all_to_all(input, {}, {}, group), parallel::broadcast(input, 0, group)}) {
+          EXPECT_FALSE(result.requires_grad());
+        }
+      }
+      EXPECT_TRUE(test_support::equal(parallel::all_reduce(leaf, group), on_device(at::full({rows, 2}, double(t)))));
+    }
+  }
 }
 
 TEST(Collectives, RefuseTensorsWithoutDimensions) {

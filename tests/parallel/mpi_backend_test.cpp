@@ -42,6 +42,11 @@ at::Tensor strided_like(const at::Tensor& tensor) {
 /// The MPI backend of the whole world, for what collectives.h has no function for.
 c10::intrusive_ptr<c10d::Backend> mpi(int t) { return groups(t).tp->getBackend(c10::DeviceType::CPU); }
 
+/// How its messages call it.
+std::string where(int t) {
+  return "group tp, rank " + std::to_string(groups(t).tp->getRank()) + " of " + std::to_string(t);
+}
+
 }  // namespace
 
 // 256 + 1 is 256 in bfloat16, and so is 256 + 1 + 1 + 1 if each sum is rounded; 259 rounds to 260. The same with 2048
@@ -181,7 +186,7 @@ TEST(MpiBackend, RefusesTensorsThatAreNotOnTheCpu) {
     std::vector<int64_t> splits;
     std::vector<at::Tensor> tensors{elsewhere};
     EXPECT_EQ(value_error([&] { mpi(t)->allreduce(tensors, {}); }),
-              "all_reduce: the MPI backend takes tensors on the CPU, got meta");
+              "all_reduce: the MPI backend takes tensors on the CPU, got meta (" + where(t) + ")");
     EXPECT_TRUE(contains(value_error([&] { mpi(t)->broadcast(tensors, {}); }), "broadcast: the MPI backend"));
     EXPECT_TRUE(contains(value_error([&] { mpi(t)->all_gather_single(here, elsewhere, {}); }), "all_gather: "));
     EXPECT_TRUE(contains(value_error([&] { mpi(t)->reduce_scatter_single(elsewhere, here, {}); }), "got meta"));
@@ -196,9 +201,9 @@ TEST(MpiBackend, RefusesOtherDtypes) {
     auto shorts = at::empty({4 * t}, at::kShort);
     auto output = at::empty({4}, at::kShort);
     EXPECT_EQ(value_error([&] { mpi(t)->allreduce(tensors, {}); }),
-              "all_reduce: dtype ComplexFloat is not supported by the MPI backend");
+              "all_reduce: dtype ComplexFloat is not supported by the MPI backend (" + where(t) + ")");
     EXPECT_EQ(value_error([&] { mpi(t)->reduce_scatter_single(output, shorts, {}); }),
-              "reduce_scatter: dtype Short is not supported by the MPI backend");
+              "reduce_scatter: dtype Short is not supported by the MPI backend (" + where(t) + ")");
     // Two dtypes that it has, of the same width.
     auto floats = at::empty({4}, at::kFloat);
     auto ints = at::empty({4 * t}, at::kInt);
@@ -219,7 +224,7 @@ TEST(MpiBackend, RefusesOtherDtypes) {
 
 TEST(MpiBackend, RefusesSizesThatDoNotFitTheGroup) {
   for (const int t : test_support::divisors_of_world()) {
-    const std::string group = "group tp, rank " + std::to_string(groups(t).tp->getRank()) + " of " + std::to_string(t);
+    const auto group = where(t);
     auto large = at::empty({4 * t + 1});
     auto small = at::empty({4});
     EXPECT_TRUE(contains(value_error([&] { mpi(t)->all_gather_single(large, small, {}); }), group));

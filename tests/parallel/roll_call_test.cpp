@@ -14,15 +14,17 @@ using parallel::CollectiveCall;
 using parallel::RollCall;
 using test_support::runtime;
 
-CollectiveCall call(const char* operation, int64_t elements) {
-  return {operation, elements, std::chrono::milliseconds(300), "group test", runtime().world().get()};
+/// The group's `number`th call.
+CollectiveCall call(const char* operation, int64_t elements, int64_t number, RollCall& roll_call) {
+  return {operation, elements,  std::chrono::milliseconds(300), "group test", runtime().world().get(),
+          number,    &roll_call};
 }
 
 }  // namespace
 
 TEST(RollCall, AllThatWaitInTheSameAreNotBlamed) {
   RollCall roll_call(runtime().world());
-  EXPECT_EQ(roll_call.reason(call("all_reduce", 5), 7),
+  EXPECT_EQ(roll_call.reason(call("all_reduce", 5, 7, roll_call)),
             "every rank waits in it, so the messages between them are lost or too slow");
 }
 
@@ -31,7 +33,7 @@ TEST(RollCall, WhoDoesNotAnswerIsSilent) {
   if (t == 1) return;
   RollCall roll_call(runtime().world());
   if (runtime().rank() != t - 1) {
-    EXPECT_EQ(roll_call.reason(call("all_reduce", 5), 7), "rank " + std::to_string(t - 1) + " is silent");
+    EXPECT_EQ(roll_call.reason(call("all_reduce", 5, 7, roll_call)), "rank " + std::to_string(t - 1) + " is silent");
   }
   parallel::barrier(test_support::world_tp());
 }
@@ -41,7 +43,8 @@ TEST(RollCall, WhoWaitsElsewhereSaysWhere) {
   if (t == 1) return;
   RollCall roll_call(runtime().world());
   const bool is_odd = runtime().rank() == t - 1;
-  const auto reason = roll_call.reason(is_odd ? call("all_gather", 12) : call("all_reduce", 5), 7);
+  const auto reason =
+      roll_call.reason(is_odd ? call("all_gather", 12, 7, roll_call) : call("all_reduce", 5, 7, roll_call));
   EXPECT_EQ(reason, is_odd ? "rank 0 waits in all_reduce of 5 elements"
                            : "rank " + std::to_string(t - 1) + " waits in all_gather of 12 elements");
 }
@@ -52,10 +55,10 @@ TEST(RollCall, AnOldQuestionIsNoAnswer) {
   if (t == 1) return;
   RollCall roll_call(runtime().world());
   const bool is_last = runtime().rank() == t - 1;
-  if (is_last) roll_call.reason(call("barrier", 0), 3);
+  if (is_last) roll_call.reason(call("barrier", 0, 3, roll_call));
   parallel::barrier(test_support::world_tp());
   if (!is_last) {
-    EXPECT_EQ(roll_call.reason(call("all_reduce", 5), 4), "rank " + std::to_string(t - 1) + " is silent");
+    EXPECT_EQ(roll_call.reason(call("all_reduce", 5, 4, roll_call)), "rank " + std::to_string(t - 1) + " is silent");
   }
   parallel::barrier(test_support::world_tp());
 }
