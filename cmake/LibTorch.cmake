@@ -38,18 +38,19 @@ endif()
 
 set(LibTorch_HAS_CUDA OFF)
 if(EXISTS "${Torch_ROOT}/lib/libtorch_cuda.so")
+  # NO_CACHE: they go with Torch_ROOT, which may change.
   find_path(LibTorch_NCCL_INCLUDE nccl.h HINTS "${NCCL_ROOT}/include" "${Torch_ROOT}/../nvidia/nccl/include"
-    NO_DEFAULT_PATH)
+    NO_DEFAULT_PATH NO_CACHE)
   find_library(LibTorch_NCCL_LIBRARY NAMES nccl libnccl.so.2 HINTS "${NCCL_ROOT}/lib"
-    "${Torch_ROOT}/../nvidia/nccl/lib" NO_DEFAULT_PATH)
+    "${Torch_ROOT}/../nvidia/nccl/lib" NO_DEFAULT_PATH NO_CACHE)
   file(GLOB cuda_include_folders "${Torch_ROOT}/../nvidia/cu1*/include" "${Torch_ROOT}/../nvidia/cuda_runtime/include")
   find_path(LibTorch_CUDA_INCLUDE cuda_runtime_api.h HINTS ${cuda_include_folders} ENV CUDA_HOME
-    PATH_SUFFIXES include NO_DEFAULT_PATH)
+    PATH_SUFFIXES include NO_DEFAULT_PATH NO_CACHE)
   # cuda_runtime.h, which c10's headers include, needs crt/, which the wheel does not bring: nvidia-cuda-crt does.
   find_path(LibTorch_CUDA_CRT_INCLUDE crt/host_config.h HINTS ${cuda_include_folders} ENV CUDA_HOME
-    PATH_SUFFIXES include NO_DEFAULT_PATH)
+    PATH_SUFFIXES include NO_DEFAULT_PATH NO_CACHE)
   find_library(LibTorch_CUDART_LIBRARY NAMES libcudart.so.13 libcudart.so.12 cudart HINTS ${torch_nvidia_folders}
-    ENV CUDA_HOME PATH_SUFFIXES lib64 lib NO_DEFAULT_PATH)
+    ENV CUDA_HOME PATH_SUFFIXES lib64 lib NO_DEFAULT_PATH NO_CACHE)
   set(torch_cuda_needs LibTorch_NCCL_INCLUDE LibTorch_NCCL_LIBRARY LibTorch_CUDA_INCLUDE LibTorch_CUDA_CRT_INCLUDE
     LibTorch_CUDART_LIBRARY)
   set(torch_cuda_lacks "")

@@ -15,22 +15,29 @@ fail() {
   exit 1
 }
 
+# as_root COMMAND...: as root, by sudo if need be.
+as_root() {
+  local sudo=()
+  if [[ $(id -u) -ne 0 ]]; then
+    command -v sudo >/dev/null || fail "there is neither root nor sudo for: $*"
+    sudo=(sudo)
+  fi
+  run "${sudo[@]}" "$@"
+}
+
 # install_packages NAME...: those of Debian's packages that aren't there yet.
 install_packages() {
   command -v dpkg-query >/dev/null || fail "this is no Debian system; install the equivalents of: $*"
-  local package missing=() as_root=()
+  local package missing=()
   for package in "$@"; do
     [[ $(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null) == installed ]] || missing+=("$package")
   done
   [[ ${#missing[@]} -gt 0 ]] || return 0
-  if [[ $(id -u) -ne 0 ]]; then
-    command -v sudo >/dev/null || fail "these Debian packages are missing, and there is neither root nor sudo: ${missing[*]}"
-    as_root=(sudo)
-  fi
+  printf 'Debian packages that are missing: %s\n' "${missing[*]}" >&2
   # A set-up that was killed may have left dpkg half way.
-  run "${as_root[@]}" dpkg --configure -a
-  run "${as_root[@]}" apt-get update -qq
-  run "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+  as_root dpkg --configure -a
+  as_root apt-get update -qq
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
 }
 
 # python_environment NAME PACKAGE...: the virtual environment $cache/NAME with these packages of PyPI, which all clones

@@ -21,7 +21,9 @@ Use a folder of your own instead: scripts/pretrain.sh data.directory=/path/to/pi
   rm -rf "$pictures" "$partial"
   mkdir -p "$partial/download"
   # As root apt would fetch as user _apt, who may not write here; it does so with a warning that says nothing to a user.
-  (cd "$partial/download" && run apt-get download -qq -o APT::Sandbox::User=root "$package")
+  download() { (cd "$partial/download" && run apt-get download -qq -o APT::Sandbox::User=root "$package"); }
+  # Images often come without apt's lists.
+  download || { as_root apt-get update -qq && download; }
   run dpkg-deb -x "$partial/download/$package"_*.deb "$partial/unpacked"
   rm -rf "$partial/download"
   touch "$partial/complete"
