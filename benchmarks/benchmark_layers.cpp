@@ -294,8 +294,13 @@ void benchmark(const Arguments& arguments, at::ScalarType dtype, const parallel:
                                  vocab_parallel_cross_entropy, self_attention, transformer_layer}) {
     comparisons.push_back(comparison(arguments.sizes, make, tp));
   }
+  const auto& wanted = arguments.layers;
+  for (const auto& layer : wanted) {
+    TORCH_CHECK_VALUE(std::any_of(comparisons.begin(), comparisons.end(),
+                                  [&](const Comparison& comparison) { return comparison.layer == layer; }),
+                      "--layer ", layer, " is none of the layers");
+  }
   std::erase_if(comparisons, [&](const Comparison& comparison) {
-    const auto& wanted = arguments.layers;
     return !wanted.empty() && std::find(wanted.begin(), wanted.end(), comparison.layer) == wanted.end();
   });
   std::vector<Step> steps;

@@ -404,6 +404,7 @@ def main():
     print(f"written: {arguments.folder / 'results.json'}, {arguments.folder / 'report.html'}")
     if former["machine"] and former["machine"].get("ranks") != machine.get("ranks"):
         print("The ratios before are of another number of ranks: they say nothing about these.")
+        rows = []
     worse = [row for row in rows if row[3].startswith("WORSE")]
     if worse:
         print(f"{len(worse)} of {len(rows)} ratios got worse by more than {WORSE - 1:.0%}. "

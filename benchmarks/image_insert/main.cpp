@@ -211,7 +211,10 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--sequence", arguments.sequences,
                  "sequence lengths, multiples of 2048; without it 2048, or as --full says")
-      ->check(CLI::PositiveNumber);
+      ->check(CLI::PositiveNumber)
+      ->check([](const std::string& length) {
+        return std::stoll(length) % 2048 == 0 ? "" : length + " is no multiple of 2048, for which there are images";
+      });
   app.add_option("--scale", arguments.scale, "H = 4096 and C = 6144 over this, for less memory and smaller products")
       ->check(CLI::IsMember({1, 2, 4, 8}))
       ->capture_default_str();
