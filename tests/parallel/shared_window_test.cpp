@@ -413,7 +413,7 @@ TEST(SharedWindow, WhoWaitsInAnotherCollectiveIsNamed) {
   const auto gather = [&] { backend->all_gather_single(gathered, input, {}); };
   const auto error_in_a_hurry = [&](const auto& action) {
     backend->setTimeout(std::chrono::milliseconds(300));
-    const auto message = backend_error(action);
+    auto message = backend_error(action);
     backend->setTimeout(std::chrono::seconds(60));
     return message;
   };
