@@ -56,7 +56,7 @@ void Runtime::choose_device(const DeviceOptions& options) {
   if (!has_nccl()) return;
 
   // Ranks that see one GPU each, as Slurm may arrange it, call all of them number 0: what they are tells them apart.
-  const int64_t num_devices = at::detail::getCUDAHooks().deviceCount();
+  const c10::DeviceIndex num_devices = at::detail::getCUDAHooks().deviceCount();
   const auto device = static_cast<c10::DeviceIndex>(num_devices == 0 ? 0 : local_rank_ % num_devices);
   const uint64_t own = num_devices == 0 ? 0 : gpu_identity(device);
   std::vector<uint64_t> gpus(static_cast<size_t>(size_));
