@@ -17,6 +17,7 @@
 
 #include "parallel/collectives.h"
 #include "parallel/mpi_backend.h"
+#include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
 namespace {
@@ -132,12 +133,7 @@ at::Tensor strided(const at::Tensor& values) {
 
 template <class Action>
 std::string backend_error(const Action& action) {
-  try {
-    action();
-  } catch (const c10::DistBackendError& error) {
-    return error.what_without_backtrace();
-  }
-  return "nothing thrown";
+  return test_support::error_of<c10::DistBackendError>(action);
 }
 
 std::string where(const c10d::Backend& backend) {
@@ -422,11 +418,9 @@ TEST(SharedWindow, WhoWaitsInAnotherCollectiveIsNamed) {
     EXPECT_EQ(error_in_a_hurry(gather), "all_gather of 6 elements timed out after 300 ms " + where(*backend) +
                                             ": rank 1 waits in all_reduce of 50001 elements");
   }
-  reduce();              // what rank 1 waits in
-  if (!first) gather();  // what rank 0 began, so that no request stays open
-  if (first) {
-    gather();
-  } else {
+  reduce();  // what rank 1 waits in
+  gather();  // on rank 1 what rank 0 began before, so that no request stays open
+  if (!first) {
     EXPECT_EQ(error_in_a_hurry(reduce), "all_reduce of 50001 elements timed out after 300 ms " + where(*backend) +
                                             ": rank 0 waits in all_gather of 6 elements");
     gather();

@@ -7,20 +7,11 @@
 #include <exception>
 #include <string>
 #include <string_view>
-#include <type_traits>
 #include <vector>
 
-namespace test_support {
+#include "parallel/agree.h"
 
-/// The text of an error, without c10's stack trace.
-template <class Error>
-std::string text_of(const Error& error) {
-  if constexpr (std::is_base_of_v<c10::Error, Error>) {
-    return error.what_without_backtrace();
-  } else {
-    return error.what();
-  }
-}
+namespace test_support {
 
 /// The text of the Error that `action` throws; "nothing thrown" if it returns.
 template <class Error, class Action>
@@ -28,7 +19,7 @@ std::string error_of(const Action& action) {
   try {
     action();
   } catch (const Error& error) {
-    return text_of(error);
+    return parallel::error_text(error);
   }
   return "nothing thrown";
 }
@@ -52,7 +43,7 @@ testing::AssertionResult throws(const Action& action, const std::string& part) {
   try {
     action();
   } catch (const Error& error) {
-    text = text_of(error);
+    text = parallel::error_text(error);
     if (text.find(part) != std::string::npos) return testing::AssertionSuccess();
   } catch (const std::exception& error) {
     text = std::string("another exception: ") + error.what();
