@@ -402,10 +402,10 @@ def main():
         print(f"before: {describe(former['machine'])}")
     print_table(rows)
     print(f"written: {arguments.folder / 'results.json'}, {arguments.folder / 'report.html'}")
-    if former["machine"] and former["machine"].get("ranks") != machine.get("ranks"):
+    comparable = not former["machine"] or former["machine"].get("ranks") == machine.get("ranks")
+    if not comparable:
         print("The ratios before are of another number of ranks: they say nothing about these.")
-        rows = []
-    worse = [row for row in rows if row[3].startswith("WORSE")]
+    worse = [row for row in rows if comparable and row[3].startswith("WORSE")]
     if worse:
         print(f"{len(worse)} of {len(rows)} ratios got worse by more than {WORSE - 1:.0%}. "
               "On a shared machine, run again before believing it.")

@@ -181,18 +181,22 @@ void move_into_place(const fs::path& partial, const fs::path& folder) {
 }
 
 /// Removes checkpoints up to `step` but the `keep_last` newest. Later ones are of a run that this one didn't start
-/// from.
+/// from. What goes wrong is a warning: the other ranks are through, and the new checkpoint is what counts.
 void remove_old(const fs::path& directory, int64_t step, int64_t keep_last) {
-  int64_t num_kept = 0;
-  for (const auto& [found, folder] : step_folders(directory)) {
-    if (found > step || num_kept++ < keep_last) continue;
-    const fs::path doomed = folder.string() + std::string(kPartial);
-    std::error_code error;
-    fs::rename(folder, doomed, error);  // half removed, it must not be called step-N
-    if (!error) fs::remove_all(doomed, error);
-    if (error) {
-      TORCH_WARN("cannot remove the old checkpoint ", folder.string(), ": ", error.message());
+  try {
+    int64_t num_kept = 0;
+    for (const auto& [found, folder] : step_folders(directory)) {
+      if (found > step || num_kept++ < keep_last) continue;
+      const fs::path doomed = folder.string() + std::string(kPartial);
+      std::error_code error;
+      fs::rename(folder, doomed, error);  // half removed, it must not be called step-N
+      if (!error) fs::remove_all(doomed, error);
+      if (error) {
+        TORCH_WARN("cannot remove the old checkpoint ", folder.string(), ": ", error.message());
+      }
     }
+  } catch (const std::exception& error) {
+    TORCH_WARN("cannot remove old checkpoints in ", directory.string(), ": ", parallel::error_text(error));
   }
 }
 
@@ -334,13 +338,7 @@ fs::path save_checkpoint(const fs::path& directory, const CheckpointContents& co
     if (is_first) fs::remove_all(partial, ignored);
     throw;
   }
-  if (is_first && options.keep_last > 0) {
-    try {
-      remove_old(directory, contents.step, options.keep_last);
-    } catch (const std::exception& error) {  // the other ranks are through: the new checkpoint is what counts
-      TORCH_WARN("cannot remove old checkpoints in ", directory.string(), ": ", parallel::error_text(error));
-    }
-  }
+  if (is_first && options.keep_last > 0) remove_old(directory, contents.step, options.keep_last);
   return folder;
 }
 

@@ -107,6 +107,7 @@ class PretrainRun {
     prepare_directory();
     if (!config_.run.fresh) resume_from_ = find_checkpoint();
     prepare_tokenizer();
+    say_what_is_left_out();
     build_model();
     RunState state;
     if (resume_from_) state = load_checkpoint();
@@ -220,12 +221,15 @@ class PretrainRun {
     loader_options_.packing.pad_token = tokenizer_->pad_id();
     loader_options_.global_batch = config_.training.global_batch;
     loader_options_.seed = static_cast<uint64_t>(config_.training.seed);
+  }
+
+  void say_what_is_left_out() const {
+    if (!is_main()) return;
     const int64_t left_out =
         num_too_long(pictures_.training, loader_options_) + num_too_long(pictures_.held_out, loader_options_);
-    if (left_out > 0) {
-      say("pictures left out because they take more than the " + std::to_string(config_.training.sequence_length) +
-          " positions of training.sequence_length with their captions: " + std::to_string(left_out));
-    }
+    if (left_out == 0) return;
+    say("pictures left out because they take more than the " + std::to_string(config_.training.sequence_length) +
+        " positions of training.sequence_length with their captions: " + std::to_string(left_out));
   }
 
   void build_model() {
