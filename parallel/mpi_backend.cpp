@@ -41,7 +41,7 @@ class FinishedWork final : public c10d::Work {
   std::vector<at::Tensor> outputs_;
 };
 
-c10::intrusive_ptr<c10d::Work> finished(std::vector<at::Tensor> outputs) {
+c10::intrusive_ptr<c10d::Work> finished_work(std::vector<at::Tensor> outputs) {
   return c10::make_intrusive<FinishedWork>(std::move(outputs));
 }
 
@@ -182,7 +182,7 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::broadcast(std::vector<at::Tensor>& te
     finish(request, this_call, {{buffer}, {}});
     copy_back(tensor, buffer);
   }
-  return finished(tensors);
+  return finished_work(tensors);
 }
 
 SharedWindow* MpiBackend::window_for(const at::Tensor& input, const CollectiveCall& call) {
@@ -241,7 +241,7 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::allreduce(std::vector<at::Tensor>& te
     }
     if (!tensor.is_contiguous()) tensor.copy_(values.view(tensor.sizes()));
   }
-  return finished(tensors);
+  return finished_work(tensors);
 }
 
 c10::intrusive_ptr<c10d::Work> MpiBackend::allgather(std::vector<std::vector<at::Tensor>>& outputs,
@@ -286,7 +286,7 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::allgather(std::vector<std::vector<at:
       begin += output.numel();
     }
   }
-  return finished(outputs.empty() ? std::vector<at::Tensor>{} : outputs.front());
+  return finished_work(outputs.empty() ? std::vector<at::Tensor>{} : outputs.front());
 }
 
 c10::intrusive_ptr<c10d::Work> MpiBackend::all_gather_single(at::Tensor& output, at::Tensor& input,
@@ -299,7 +299,7 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::all_gather_single(at::Tensor& output,
   const auto buffer = contiguous_or_new(output);
   gather(buffer, input.contiguous(), call("all_gather", input.numel(), options.timeout));
   copy_back(output, buffer);
-  return finished({output});
+  return finished_work({output});
 }
 
 c10::intrusive_ptr<c10d::Work> MpiBackend::reduce_scatter_single(at::Tensor& output, at::Tensor& input,
@@ -324,7 +324,7 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::reduce_scatter_single(at::Tensor& out
     reduce_in_rank_order(buffer.view({-1}), parts.unbind(0), options.reduceOp);
   }
   copy_back(output, buffer);
-  return finished({output});
+  return finished_work({output});
 }
 
 c10::intrusive_ptr<c10d::Work> MpiBackend::all_to_all_single(at::Tensor& output, at::Tensor& input,
@@ -354,14 +354,14 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::all_to_all_single(at::Tensor& output,
   const auto buffer = contiguous_or_new(output);
   exchange(buffer, output_counts, input.contiguous(), input_counts, call("all_to_all", input.numel(), options.timeout));
   copy_back(output, buffer);
-  return finished({output});
+  return finished_work({output});
 }
 
 c10::intrusive_ptr<c10d::Work> MpiBackend::barrier(const c10d::BarrierOptions& options) {
   MPI_Request request = MPI_REQUEST_NULL;
   MCPP_MPI_CHECK(MPI_Ibarrier(communicator_.get(), &request));
   finish(request, call("barrier", 0, options.timeout), {});
-  return finished({});
+  return finished_work({});
 }
 
 }  // namespace parallel

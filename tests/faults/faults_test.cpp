@@ -17,6 +17,7 @@
 #include <string>
 
 #include "tests/support/command.h"
+#include "tests/support/environment.h"
 
 namespace {
 
@@ -43,7 +44,10 @@ std::string mark() { return "faults-test-" + std::to_string(getpid()); }
 std::string command(const Fault& fault) {
   std::string text = "timeout -s KILL 60 ";
   text += test_support::mpiexec(fault.layout.ranks);
-  text.append(" ").append(test_support::quoted(MCPP_TEST_PROGRAM)).append(" ").append(fault.kind);
+  text.append(" ")
+      .append(test_support::quoted(test_support::setting("MCPP_TEST_PROGRAM")))
+      .append(" ")
+      .append(fault.kind);
   for (const int64_t number : {int64_t{fault.rank}, fault.collective, int64_t{fault.layout.tp}, kTimeout.count()}) {
     text.append(" ").append(std::to_string(number));
   }

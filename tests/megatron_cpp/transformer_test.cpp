@@ -25,6 +25,7 @@
 #include "parallel/recording_backend.h"
 #include "parallel/shard.h"
 #include "tests/megatron_cpp/transformer_fixture.h"
+#include "tests/support/environment.h"
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
@@ -357,7 +358,7 @@ TEST_F(TransformerTest, GradientRulesFollowFromTheLayersUse) {
 
 /// The published sizes of the layers before the first mixture of experts.
 TransformerConfig golden_config(const std::string& name) {
-  std::ifstream file(std::string(MCPP_TEST_CASES) + "/models/" + name + "/config_hub.json");
+  std::ifstream file(test_support::cases().string() + "/models/" + name + "/config_hub.json");
   TORCH_CHECK(file, "can't read the configuration of ", name);
   const auto json = nlohmann::json::parse(file).at("text_config");
   TransformerConfig config;
@@ -410,8 +411,8 @@ void load(const std::vector<ParameterShard>& shards, const SafetensorsFile& file
 
 TEST_F(TransformerTest, GoldenLayers) {
   for (const std::string name : {"base", "text_only"}) {
-    const SafetensorsFile weights(std::string(MCPP_TEST_CASES) + "/models/" + name + "/model.safetensors");
-    const SafetensorsFile values(std::string(MCPP_TEST_CASES) + "/forward/" + name + ".safetensors");
+    const SafetensorsFile weights(test_support::cases().string() + "/models/" + name + "/model.safetensors");
+    const SafetensorsFile values(test_support::cases().string() + "/forward/" + name + ".safetensors");
     auto config = golden_config(name);
     const auto sequence_first = [&](const std::string& key) { return on_device(values.read(key)).transpose(0, 1); };
     const auto embeddings = sequence_first("inputs_embeds").contiguous();

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "tests/support/command.h"
+#include "tests/support/environment.h"
 
 namespace {
 
@@ -20,7 +21,7 @@ using test_support::quoted;
 std::string mark_of(const std::string& mode) { return "runtime-test-" + std::to_string(getpid()) + "-" + mode; }
 
 std::string program(const std::string& mode) {
-  auto command = quoted(MCPP_TEST_PROGRAM);
+  auto command = quoted(test_support::setting("MCPP_TEST_PROGRAM"));
   return command.append(" ").append(mode).append(" ").append(mark_of(mode));
 }
 

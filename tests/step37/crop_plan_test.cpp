@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "step37/data/picture.h"
+#include "tests/support/environment.h"
 #include "tests/support/errors.h"
 
 namespace step37 {
@@ -51,7 +52,7 @@ class ReferenceProcessor : public ::testing::Test {
     }
   }
 
-  static inline const std::string kFolder = MCPP_TEST_CASES "/images";
+  static inline const std::string kFolder = test_support::cases() / "images";
   nlohmann::json images_;
 };
 

@@ -20,6 +20,7 @@
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
 #include "parallel/shard.h"
+#include "tests/support/environment.h"
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
@@ -77,7 +78,7 @@ class Embed : public testing::Test {
   }
 
   static std::filesystem::path case_path(const std::string& name) {
-    return std::filesystem::path(MCPP_TEST_CASES) / "embed" / (name + ".safetensors");
+    return test_support::cases() / "embed" / (name + ".safetensors");
   }
 
   test_support::SharedFolder folder_;
@@ -85,7 +86,7 @@ class Embed : public testing::Test {
 
 std::vector<std::filesystem::path> golden_cases() {
   std::vector<std::filesystem::path> paths;
-  for (const auto& entry : std::filesystem::directory_iterator(MCPP_TEST_CASES "/embed")) {
+  for (const auto& entry : std::filesystem::directory_iterator(test_support::cases() / "embed")) {
     if (entry.path().extension() == ".safetensors") paths.push_back(entry.path());
   }
   std::sort(paths.begin(), paths.end());  // every rank in the same order

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "megatron_cpp/checkpoint/safetensors.h"
+#include "tests/support/environment.h"
 #include "tests/support/errors.h"
 
 namespace {
@@ -301,7 +302,7 @@ TEST(InsertPlan, RefusesSizesThatDoNotFit) {
 
 TEST(InsertPlan, EqualsTheGoldenCases) {
   int num_cases = 0;
-  for (const auto& entry : std::filesystem::directory_iterator(MCPP_TEST_CASES "/embed")) {
+  for (const auto& entry : std::filesystem::directory_iterator(test_support::cases() / "embed")) {
     if (entry.path().extension() != ".safetensors") continue;
     SCOPED_TRACE(entry.path().filename().string());
     ++num_cases;

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "megatron_cpp/checkpoint/safetensors.h"
+#include "tests/support/environment.h"
 #include "tests/support/errors.h"
 #include "tests/support/stb_image_write.h"
 #include "tests/support/temporary_folder.h"
@@ -97,7 +98,7 @@ TEST(Picture, Jpeg) {
 
 // tests/cases/images/formats, written and read by Pillow 13. JPEG's last bits are the decoder's business.
 TEST(Picture, EveryFormatAsPillowReadsIt) {
-  const fs::path folder = MCPP_TEST_CASES "/images/formats";
+  const fs::path folder = test_support::cases() / "images/formats";
   const megatron::SafetensorsFile expected(folder / "expected.safetensors");
   EXPECT_EQ(expected.entries().size(), 11U);
   for (const auto& [name, entry] : expected.entries()) {

@@ -7,6 +7,7 @@
 
 #include "megatron_cpp/checkpoint/safetensors.h"
 #include "tests/support/command.h"
+#include "tests/support/environment.h"
 #include "tests/support/temporary_folder.h"
 
 namespace {
@@ -16,10 +17,11 @@ using test_support::Outcome;
 using test_support::quoted;
 
 Outcome start(const std::string& arguments) {
-  return test_support::run_command(test_support::mpiexec(2) + " " + quoted(MCPP_PROGRAM) + " " + arguments);
+  return test_support::run_command(test_support::mpiexec(2) + " " + quoted(test_support::setting("MCPP_PROGRAM")) +
+                                   " " + arguments);
 }
 
-const std::filesystem::path kCase = MCPP_TEST_CASES "/embed/28_crosses_shards.safetensors";
+const std::filesystem::path kCase = test_support::cases() / "embed/28_crosses_shards.safetensors";
 
 class Program : public testing::Test {
  protected:
@@ -29,9 +31,9 @@ class Program : public testing::Test {
   }
   /// Training in `folder_`, with a configuration of the project and one more setting.
   std::string pretrain(const std::string& setting) const {
-    return quoted(MCPP_PROGRAM)
+    return quoted(test_support::setting("MCPP_PROGRAM"))
         .append(" pretrain --config ")
-        .append(quoted(MCPP_CONFIGS "/tuxpaint.yaml"))
+        .append(quoted(test_support::cases() / "../../configs/tuxpaint.yaml"))
         .append(" run.directory=")
         .append(quoted(folder_.path() / "run"))
         .append(" ")

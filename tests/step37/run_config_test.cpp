@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "tests/support/environment.h"
 #include "tests/support/temporary_folder.h"
 
 namespace step37 {
@@ -340,7 +341,7 @@ TEST_F(RunConfigTest, WhatDoesntFitIsRefusedWithTheNumbers) {
 }
 
 TEST(ShippedConfigurations, AreValidForTheRanksTheyAreWrittenFor) {
-  const auto tuxpaint = load_run_config(fs::path(MCPP_TEST_CASES) / "../../configs/tuxpaint.yaml");
+  const auto tuxpaint = load_run_config(test_support::cases() / "../../configs/tuxpaint.yaml");
   EXPECT_EQ(tuxpaint.run.directory, "runs/tuxpaint");
   for (const int num_ranks : {1, 2, 4}) EXPECT_NO_THROW(validate(tuxpaint, num_ranks)) << num_ranks;
 }

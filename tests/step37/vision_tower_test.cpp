@@ -17,6 +17,7 @@
 
 #include "megatron_cpp/checkpoint/safetensors.h"
 #include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "tests/support/environment.h"
 #include "tests/support/errors.h"
 
 namespace step37 {
@@ -26,7 +27,7 @@ using megatron::GradientRule;
 using megatron::SafetensorsFile;
 using test_support::value_error;
 
-const std::string kCases = MCPP_TEST_CASES;
+const std::string kCases = test_support::cases();
 constexpr double kGoldenTolerance = 1e-4;  // of the largest element
 
 VisionConfig golden_config(const std::string& name) {

@@ -13,6 +13,8 @@
 #include <iterator>
 #include <thread>
 
+#include "tests/support/environment.h"
+
 namespace test_support {
 namespace {
 
@@ -51,10 +53,7 @@ Outcome run_command(const std::string& command) {
   return outcome;
 }
 
-std::string mpiexec(int ranks) {
-  auto command = quoted(MCPP_MPIEXEC);
-  return command.append(" " MCPP_MPIEXEC_NUMPROC_FLAG " ").append(std::to_string(ranks)).append(" " MCPP_MPIEXEC_FLAGS);
-}
+std::string mpiexec(int ranks) { return setting("MCPP_MPIEXEC") + " " + std::to_string(ranks); }
 
 void expect_no_process_left(const std::string& mark) {
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(5);
