@@ -10,6 +10,11 @@ run() {
   "$@"
 }
 
+# Prints the comment at the head of the script: its help.
+usage() {
+  awk 'NR > 1 { if (!/^#( |$)/) exit; sub(/^# ?/, ""); print }' "$0"
+}
+
 fail() {
   printf '%s: %s\n' "$(basename "$0")" "$*" >&2
   exit 1

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prints which share of the lines the tests ran, file by file and in all: after scripts/test.sh --preset instrumented.
+# Prints which share of the lines the tests ran, file by file and in all: after scripts/test.sh --preset coverage.
 #
 #   scripts/coverage.sh [--html FILE]   FILE: a page that shows each line
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -8,13 +8,13 @@ options=()
 while [[ $# -gt 0 ]]; do
   case $1 in
     --html) [[ $# -ge 2 ]] || fail "--html needs a file"; options+=(--html-details "$(realpath "$2")"); shift 2 ;;
-    --help) sed -n '2,4s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --help) usage; exit 0 ;;
     *) fail "unknown option $1 (see --help)" ;;
   esac
 done
-[[ -d $root/build-instrumented ]] || fail "there is no build-instrumented/: run scripts/test.sh --preset instrumented first"
+[[ -d $root/build-coverage ]] || fail "there is no build-coverage/: run scripts/test.sh --preset coverage first"
 install_packages gcovr
 
 cd "$root"
 run gcovr -j "$(nproc)" --root . --filter parallel/ --filter megatron_cpp/ --filter step37/ \
-  --exclude-throw-branches build-instrumented "${options[@]}"
+  --exclude-throw-branches build-coverage "${options[@]}"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The long checks, which take hours on two cores; .ci/run does the short form of most.
+# The long checks, which take hours on two cores: those of what a change touches before it is called done. .ci/run does
+# the short form of most.
 #
 #   scripts/gates.sh [NAME...]   all, in this order, or those that are named:
 #
@@ -9,14 +10,12 @@
 #   mpich     a build with MPICH and the two-rank tests under it
 #   faults    200 ranks killed, stopped or throwing in the middle of a training step
 #   fuzz      a million inputs for every reader of outside data
+#   coverage  the share of the lines that the one- and two-rank tests run
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-if [[ ${1:-} == --help ]]; then
-  sed -n '2,11s/^# \{0,1\}//p' "$0"
-  exit 0
-fi
+[[ ${1:-} != --help ]] || { usage; exit 0; }
 gates=("$@")
-[[ $# -gt 0 ]] || gates=(tidy sanitize shared mpich faults fuzz)
+[[ $# -gt 0 ]] || gates=(tidy sanitize shared mpich faults fuzz coverage)
 
 cd "$root"
 for gate in "${gates[@]}"; do
@@ -31,6 +30,10 @@ for gate in "${gates[@]}"; do
       ;;
     faults) scripts/faults.sh 200 ;;
     fuzz) scripts/fuzz.sh --runs 1000000 ;;
+    coverage)
+      scripts/test.sh --preset coverage
+      scripts/coverage.sh
+      ;;
     *) fail "unknown gate $gate (see --help)" ;;
   esac
 done

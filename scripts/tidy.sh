@@ -2,25 +2,31 @@
 # Runs clang-tidy (.clang-tidy) and fails if it has something to say. It is PyPI's: from version 21 on it passes over
 # the declarations of system headers, which with LibTorch's is three quarters of Debian's time.
 #
-#   scripts/tidy.sh                  every source file
-#   scripts/tidy.sh --last-commit    those that the last commit changed
+#   scripts/tidy.sh                          every source file
+#   scripts/tidy.sh --changed [--minutes N]  those that scripts/changed_files.sh prints; begins none after N minutes, and
+#                                            says which were left
 #   scripts/tidy.sh FILE.cpp ...
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+changed=
+minutes=
+files=()
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --changed) changed=1; shift ;;
+    --minutes) [[ $# -ge 2 ]] || fail "--minutes needs a number"; minutes=$2; shift 2 ;;
+    --help) usage; exit 0 ;;
+    -*) fail "unknown option $1 (see --help)" ;;
+    *) [[ -e $1 ]] || fail "there is no file $1"; files+=("$(realpath --relative-to "$root" "$1")"); shift ;;
+  esac
+done
+[[ $minutes =~ ^[0-9]*$ ]] || fail "--minutes $minutes: expected a number"
 cd "$root"
-case ${1:-} in
-  --help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0 ;;
-  --last-commit)
-    git rev-parse -q --verify HEAD~1 >/dev/null || { echo "there is no earlier commit to compare with" >&2; exit 0; }
-    mapfile -t files < <(git diff --name-only --diff-filter=d HEAD~1 HEAD -- '*.cpp')
-    ;;
-  "") mapfile -t files < <(git ls-files '*.cpp') ;;
-  -*) fail "unknown option $1 (see --help)" ;;
-  *)
-    files=("$@")
-    for file in "${files[@]}"; do [[ -e $file ]] || fail "there is no file $file"; done
-    ;;
-esac
+if [[ -n $changed ]]; then
+  mapfile -t files < <(scripts/changed_files.sh '*.cpp')
+elif [[ ${#files[@]} -eq 0 ]]; then
+  mapfile -t files < <(git ls-files '*.cpp')
+fi
 
 # A build folder of its own, never built: clang can't read g++'s precompiled headers.
 scripts/build.sh --preset tidy --target help >/dev/null
@@ -35,4 +41,20 @@ printf '+ clang-tidy on %d files\n' "${#listed[@]}" >&2
 version=23.1.4
 install_packages python3-venv
 python_environment "clang-tidy-$version" "clang-tidy==$version"
-printf '%s\0' "${listed[@]}" | xargs -0 -n 1 -P "$(nproc)" "$cache/clang-tidy-$version/bin/clang-tidy" -p build-tidy --quiet --warnings-as-errors='*'
+export tidy="$cache/clang-tidy-$version/bin/clang-tidy" end=
+[[ -z $minutes ]] || end=$(($(date +%s) + minutes * 60))
+left=$(mktemp)
+trap 'rm -f "$left"' EXIT
+export left
+one_file() {
+  if [[ -n $end && $(date +%s) -ge $end ]]; then
+    printf '%s ' "$1" >>"$left"
+  else
+    "$tidy" -p build-tidy --quiet --warnings-as-errors='*' "$1"
+  fi
+}
+export -f one_file
+status=0
+printf '%s\0' "${listed[@]}" | xargs -0 -n 1 -P "$(nproc)" bash -c 'one_file "$1"' one_file || status=$?
+[[ ! -s $left ]] || printf 'left to scripts/gates.sh tidy: %s\n' "$(cat "$left")"
+exit "$status"

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Runs tests on one and two ranks under the quick address and undefined-behaviour sanitizers, in build-quick/: those that
+# are named, or those of the files that scripts/changed_files.sh prints. scripts/gates.sh runs every test, with every check.
+#
+#   scripts/sanitize.sh [--minutes N] [TEST...]   --minutes: begins nothing after that, and says what was left
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+minutes=
+tests=()
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --minutes) [[ $# -ge 2 ]] || fail "--minutes needs a number"; minutes=$2; shift 2 ;;
+    --help) usage; exit 0 ;;
+    -*) fail "unknown option $1 (see --help)" ;;
+    *) tests+=("$1"); shift ;;
+  esac
+done
+[[ $minutes =~ ^[0-9]*$ ]] || fail "--minutes $minutes: expected a number"
+end=$((minutes * 60))
+
+cd "$root"
+scripts/build.sh --preset quick --target help >/dev/null
+if [[ ${#tests[@]} -eq 0 ]]; then
+  mapfile -t tests < <(scripts/changed_files.sh '*.cpp' '*.h' | scripts/affected_tests.py build-quick)
+fi
+
+left=()
+for test in "${tests[@]}"; do
+  remaining=$((end - SECONDS))
+  if [[ -n $minutes && $remaining -le 0 ]]; then
+    left+=("$test")
+    continue
+  fi
+  # What it has built by then is there for the next time.
+  limit=()
+  [[ -z $minutes ]] || limit=(timeout --kill-after=10 "$remaining")
+  status=0
+  "${limit[@]}" scripts/build.sh --preset quick --target "$test" || status=$?
+  # Its programs are built with the test where there are some.
+  [[ $status -ne 0 ]] || "${limit[@]}" scripts/test.sh --preset quick --no-build -R "^$test(\\.np[12]|_corpus)?\$" || status=$?
+  if [[ -n $minutes && $status -ge 124 ]]; then
+    left+=("$test")
+  elif [[ $status -ne 0 ]]; then
+    fail "$test failed under sanitizers"
+  fi
+done
+if [[ ${#left[@]} -gt 0 ]]; then
+  printf 'left to scripts/gates.sh sanitize: %s\n' "${left[*]}"
+fi
