@@ -23,7 +23,7 @@ while [[ $# -gt 0 ]]; do
     --quick) quick=1; shift ;;
     --full) full=1; shift ;;
     --update | --strict) report_options+=("$1"); shift ;;
-    --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --help) usage; exit 0 ;;
     -D*) build_options+=("$1"); shift ;;
     *) fail "unknown option $1 (see --help)" ;;
   esac
@@ -34,6 +34,7 @@ done
 
 "$root/scripts/build.sh" --target benchmarks "${build_options[@]}"
 cd "$root"
+use_launcher build
 export OMP_NUM_THREADS=1
 bin=build/bin
 results=build/bench
@@ -53,7 +54,7 @@ to_file() {
 on_ranks() {
   local name=$1
   shift
-  to_file "$name" mpirun -np "$ranks" "${mpirun_flags[@]}" "$@"
+  to_file "$name" "${launcher[@]}" -np "$ranks" "$@"
 }
 
 collectives=()
@@ -70,11 +71,15 @@ elif [[ -n $full ]]; then
 fi
 
 on_ranks collectives $bin/benchmark_collectives "${collectives[@]}"
-python=$(compgen -G "$cache/torch-*/bin/python" | tail -n 1 || true)
+python=
+if [[ -n ${XDG_CACHE_HOME:-${HOME:-}} ]]; then
+  use_cache
+  python=$(compgen -G "$cache/torch-*/bin/python" | tail -n 1 || true)
+fi
 if [[ -n $python ]] && "$python" -c 'import torch' 2>/dev/null; then
   to_file gloo_collectives "$python" benchmarks/gloo_collectives.py --ranks "$ranks" "${collectives[@]}"
 else
-  printf 'No Python with PyTorch under %s: Gloo is left out.\n' "$cache" >&2
+  printf 'No Python with PyTorch that scripts/build.sh has set up: Gloo is left out.\n' >&2
 fi
 on_ranks layers $bin/benchmark_layers "${layers[@]}"
 if [[ -x $bin/benchmark_image_insert ]]; then

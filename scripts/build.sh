@@ -12,9 +12,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 torch_version=2.15.0
 cuda_version=13.2.*
 packages=(g++ cmake ninja-build ccache libopenmpi-dev openmpi-bin libgtest-dev librapidcheck-dev nlohmann-json3-dev
-  libcli11-dev libyaml-cpp-dev libsentencepiece-dev libjpeg62-turbo-dev libpng-dev libstb-dev python3)
-[[ -n ${Torch_ROOT:-} ]] || packages+=(python3-venv)
-
+  libcli11-dev libyaml-cpp-dev libsentencepiece-dev 'libjpeg-dev|libjpeg62-turbo-dev' libpng-dev libstb-dev python3)
 preset=release
 target=all
 options=()
@@ -22,7 +20,8 @@ while [[ $# -gt 0 ]]; do
   case $1 in
     --preset) [[ $# -ge 2 ]] || fail "--preset needs a name"; preset=$2; shift 2 ;;
     --target) [[ $# -ge 2 ]] || fail "--target needs a name"; target=$2; shift 2 ;;
-    --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --help) usage; exit 0 ;;
+    -DTorch_ROOT=* | -DTorch_ROOT:*=*) Torch_ROOT=${1#*=}; shift ;;
     -D*) options+=("$1"); shift ;;
     *) fail "unknown option $1 (see --help)" ;;
   esac
@@ -35,15 +34,15 @@ install_libtorch() {
   Torch_ROOT=$(echo "$cache/$name"/lib/python3*/site-packages/torch)
 }
 
-[[ $preset != fuzz ]] || packages+=(clang-14 libclang-rt-14-dev libfuzzer-14-dev)
-
+Torch_ROOT=$(absolute Torch_ROOT "${Torch_ROOT:-}")
+if [[ -z $Torch_ROOT ]]; then
+  packages+=(python3-venv)
+  use_cache  # before anything is installed
+fi
 install_packages "${packages[@]}"
-[[ -n ${Torch_ROOT:-} ]] || install_libtorch
+[[ $preset != fuzz ]] || install_packages --of "Debian 12" clang-14 libclang-rt-14-dev libfuzzer-14-dev
+[[ -n $Torch_ROOT ]] || install_libtorch
 
 cd "$root"
-# One compiler takes up to 2 GB with LibTorch's headers.
-jobs=$(nproc)
-memory_jobs=$(awk '/MemAvailable/ { print int($2 / 2097152) }' /proc/meminfo)
-[[ $memory_jobs -lt $jobs ]] && jobs=$((memory_jobs > 0 ? memory_jobs : 1))
 run cmake --preset "$preset" -DTorch_ROOT="$Torch_ROOT" "${options[@]}"
-run cmake --build --preset "$preset" --target "$target" -j "$jobs"
+run cmake --build --preset "$preset" --target "$target" -j "$(compile_jobs)"

@@ -16,5 +16,5 @@ done
 install_packages gcovr
 
 cd "$root"
-run gcovr -j "$(nproc)" --root . --filter parallel/ --filter megatron_cpp/ --filter step37/ \
+run gcovr -j "$(cores)" --root . --filter parallel/ --filter megatron_cpp/ --filter step37/ \
   --exclude-throw-branches build-coverage "${options[@]}"

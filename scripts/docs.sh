@@ -5,7 +5,7 @@
 #   scripts/docs.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-[[ $# -eq 0 ]] || { sed -n '2,5s/^# \{0,1\}//p' "$0"; exit 0; }
+[[ $# -eq 0 ]] || { usage; exit 0; }
 
 command -v doxygen >/dev/null || install_packages doxygen
 

@@ -7,11 +7,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 count=${1:-200}
 if [[ $count == --help ]]; then
-  sed -n '2,5s/^# \{0,1\}//p' "$0"
+  usage
   exit 0
 fi
 [[ $count =~ ^[1-9][0-9]*$ ]] || fail "$count: expected a number of faults"
 
 "$root/scripts/build.sh" --target faults_test
 export FAULTS=$count OMP_NUM_THREADS=1
+use_launcher "$root/build"
+export MCPP_MPIEXEC="${launcher[*]@Q} -np" MCPP_TEST_PROGRAM=$root/build/bin/fault_program
 run "$root/build/bin/faults_test"

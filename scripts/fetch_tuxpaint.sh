@@ -3,10 +3,11 @@
 # without installing it, into the user's cache folder, and points data/tuxpaint at them. Cheap to run again. No options.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-[[ ${1:-} != --help ]] || { sed -n '2,3s/^# \{0,1\}//p' "$0"; exit 0; }
+[[ ${1:-} != --help ]] || { usage; exit 0; }
 [[ $# -eq 0 ]] || fail "unknown option $1 (see --help)"
 
 package=tuxpaint-stamps-default
+use_cache
 pictures=$cache/$package
 
 mkdir -p "$cache"
@@ -22,8 +23,11 @@ Use a folder of your own instead: scripts/pretrain.sh data.directory=/path/to/pi
   mkdir -p "$partial/download"
   # As root apt would fetch as user _apt, who may not write here; it does so with a warning that says nothing to a user.
   download() { (cd "$partial/download" && run apt-get download -qq -o APT::Sandbox::User=root "$package"); }
-  # Images often come without apt's lists.
-  download || { as_root apt-get update -qq && download; }
+  # Images often come without apt's lists. One source of several that doesn't answer makes the update fail, and is mostly not
+  # the one that has the pictures.
+  download || { (as_root apt-get update -qq) || warn "apt-get update failed: going on with the lists that are there"; download; } ||
+    fail "apt-get can't download $package, of Debian and Ubuntu; this is $(system_name).
+Use a folder of your own instead: scripts/pretrain.sh data.directory=/path/to/pictures"
   run dpkg-deb -x "$partial/download/$package"_*.deb "$partial/unpacked"
   rm -rf "$partial/download"
   touch "$partial/complete"

@@ -8,14 +8,14 @@ action=(-i)
 case ${1:-} in
   "") ;;
   --check) action=(--dry-run --Werror) ;;
-  --help) sed -n '2,4s/^# \{0,1\}//p' "$0"; exit 0 ;;
+  --help) usage; exit 0 ;;
   *) fail "unknown option $1 (see --help)" ;;
 esac
 
 tool=clang-format-14
 command -v "$tool" >/dev/null || tool=clang-format
-command -v "$tool" >/dev/null || { tool=clang-format-14; install_packages "$tool"; }
-[[ $("$tool" --version) == *"version 14."* ]] || fail "$("$tool" --version): the project is formatted with version 14"
+command -v "$tool" >/dev/null || { tool=clang-format-14; install_packages --of "Debian 12" "$tool"; }
+[[ $("$tool" --version) == *"version 14."* ]] || fail "$("$tool" --version): the project is formatted with version 14, which Debian 12 has (clang-format-14)"
 cd "$root"
 mapfile -t files < <(git ls-files --cached --others --exclude-standard '*.h' '*.cpp')
 printf '+ %s %s (%d files)\n' "$tool" "${action[*]}" "${#files[@]}" >&2

@@ -16,7 +16,7 @@ while [[ $# -gt 0 ]]; do
   case $1 in
     --runs) [[ $# -ge 2 ]] || fail "--runs needs a number"; runs=$2; shift 2 ;;
     --seconds) [[ $# -ge 2 ]] || fail "--seconds needs a number"; seconds=$2; shift 2 ;;
-    --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --help) usage; exit 0 ;;
     -*) fail "unknown option $1 (see --help)" ;;
     *) targets+=("$1"); shift ;;
   esac

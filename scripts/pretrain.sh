@@ -7,34 +7,48 @@
 #   scripts/pretrain.sh data.directory=my/pictures run.directory=runs/mine
 #   scripts/pretrain.sh --ranks 4 parallel.tensor=2          two replicas of two ranks
 #
-# Folders in the configuration and in settings are relative to the clone's root. The pictures are fetched if the
-# configuration names data/tuxpaint and no setting another folder.
+# Folders in settings and in FILE are relative to the folder you are in; those of configs/tuxpaint.yaml, which is taken
+# without --config, to the clone. The pictures are fetched if the configuration names data/tuxpaint and no setting another
+# folder.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 ranks=2
-config=$root/configs/tuxpaint.yaml
+config=
 overrides=()
+pictures=
 while [[ $# -gt 0 ]]; do
   case $1 in
     --ranks) [[ $# -ge 2 ]] || fail "--ranks needs a number"; ranks=$2; shift 2 ;;
-    --config) [[ $# -ge 2 ]] || fail "--config needs a file"; config=$(realpath "$2"); shift 2 ;;
-    --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --config) [[ $# -ge 2 ]] || fail "--config needs a file"; config=$(absolute --config "$2"); shift 2 ;;
+    --help) usage; exit 0 ;;
+    data.directory=* | run.directory=*)
+      path=$(absolute "${1%%=*}" "${1#*=}")
+      [[ $PWD != "$root" ]] || path=${1#*=}  # as the user has it, where that says the same
+      overrides+=("${1%%=*}=$path")
+      [[ $1 != data.directory=* ]] || pictures=$path
+      shift
+      ;;
     *=*) overrides+=("$1"); shift ;;
     *) fail "unknown option $1 (see --help)" ;;
   esac
 done
 [[ $ranks =~ ^[1-9][0-9]*$ ]] || fail "--ranks $ranks: expected a number of ranks"
+[[ -z $config || -r $config ]] || fail "--config $config: there is no such file, or no right to read it"
+# Without --config everything is the clone's.
+[[ -n $config ]] || { config=$root/configs/tuxpaint.yaml; cd "$root"; }
 
 "$root/scripts/build.sh" --target step37
-cd "$root"
-if grep -q data/tuxpaint "$config" && [[ " ${overrides[*]}" != *" data.directory="* ]]; then
-  scripts/fetch_tuxpaint.sh
+if [[ -z $pictures ]] && grep -q data/tuxpaint "$config"; then
+  "$root/scripts/fetch_tuxpaint.sh"
+  [[ data/tuxpaint -ef $root/data/tuxpaint ]] || overrides+=("data.directory=$root/data/tuxpaint")
 fi
 
 # Cores are shared out among the ranks.
-cores=$(nproc)
+cores=$(cores)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 progress=plain
 [[ -t 1 ]] && progress=line
-run mpirun -np "$ranks" "${mpirun_flags[@]}" build/bin/step37 pretrain --config "$config" --progress "$progress" \
-  "${overrides[@]}"
+use_launcher "$root/build"
+program=$root/build/bin/step37
+[[ $PWD != "$root" ]] || program=build/bin/step37
+run "${launcher[@]}" -np "$ranks" "$program" pretrain --config "$config" --progress "$progress" "${overrides[@]}"

@@ -14,7 +14,7 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@60
 
-[[ -n ${SLURM_JOB_ID:-} ]] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 1; }
+[[ -n ${SLURM_JOB_ID:-} ]] || { source "$(dirname "${BASH_SOURCE[0]}")/common.sh"; usage; exit 1; }
 cd "$SLURM_SUBMIT_DIR"  # Slurm runs a copy of this script from elsewhere
 [[ -e scripts/common.sh ]] || { echo "submit from the root of the clone, not from $SLURM_SUBMIT_DIR" >&2; exit 1; }
 source scripts/common.sh
@@ -37,7 +37,11 @@ cores=${SLURM_CPUS_PER_TASK:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cores}
 launch=(srun --mpi=pmix --cpu-bind=none --kill-on-bad-exit=1 --cpus-per-task="$cores")
 # A Slurm without PMIx: mpirun asks Slurm where to start its ranks.
-[[ $(srun --mpi=list 2>&1) == *pmix* ]] || launch=(mpirun --bind-to none)
+if [[ $(srun --mpi=list 2>&1) != *pmix* ]]; then
+  open_mpi_flags=(--bind-to none)
+  use_launcher build
+  launch=("${launcher[@]}")
+fi
 
 # bash handles a signal between commands, or in `wait`.
 trap 'run scontrol requeue "$SLURM_JOB_ID"' USR1

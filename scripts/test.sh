@@ -27,4 +27,4 @@ done
 cd "$root"
 # Lines are counted from here on, and not on top of those of another build.
 [[ $preset != coverage ]] || find build-coverage -name '*.gcda' -delete
-run ctest --preset "$preset" -j "$(nproc)" "${options[@]}"
+run ctest --preset "$preset" -j "$(cores)" "${options[@]}"
