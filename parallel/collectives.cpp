@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "parallel/agree.h"
+#include "parallel/c10d_calls.h"
 #include "parallel/shard.h"
 
 namespace parallel {
@@ -41,10 +42,15 @@ auto named(const char* operation, const at::Tensor& tensor, const GroupPtr& grou
   }
 }
 
+/// Where asyncOp is false NCCL runs the collective on the current stream and returns no Work; MPI returns one.
+void wait_for(const c10::intrusive_ptr<c10d::Work>& work) {
+  if (work) work->wait();
+}
+
 /// A finished result, or one whose Work is held until it is waited for.
 PendingTensor pending(at::Tensor output, c10::intrusive_ptr<c10d::Work> work, at::Tensor input) {
   // The input must outlive the collective on its stream: it goes with the Work.
-  return {std::move(output), [work = std::move(work), input = std::move(input)] { work->wait(); }};
+  return {std::move(output), [work = std::move(work), input = std::move(input)] { wait_for(work); }};
 }
 
 PendingTensor finished(at::Tensor output) {
@@ -93,7 +99,7 @@ void all_reduce_in_place(at::Tensor& tensor, const GroupPtr& group, Reduction re
   options.reduceOp = reduce_op(reduction);
   options.asyncOp = false;
   std::vector<at::Tensor> tensors{tensor};
-  named("all_reduce", tensor, group, [&] { return group->allreduce(tensors, options)->wait(); });
+  named("all_reduce", tensor, group, [&] { wait_for(group->allreduce(tensors, options)); });
 }
 
 PendingTensor start_all_reduce_in_place(const at::Tensor& tensor, const GroupPtr& group) {
@@ -110,7 +116,7 @@ PendingTensor start_all_gather(const at::Tensor& input, const GroupPtr& group) {
   auto shape = input.sizes().vec();
   shape[0] *= group->getSize();
   auto output = at::empty(shape, contiguous.options());
-  auto work = named("all_gather", input, group, [&] { return group->all_gather_single(output, contiguous); });
+  auto work = named("all_gather", input, group, [&] { return all_gather_single(*group, output, contiguous); });
   return pending(output, std::move(work), contiguous);
 }
 
@@ -130,7 +136,7 @@ at::Tensor all_gather_uneven(const at::Tensor& input, const std::vector<int64_t>
   std::vector<at::Tensor> inputs{contiguous};
   c10d::AllgatherOptions options;
   options.asyncOp = false;
-  named("all_gather", input, group, [&] { return group->allgather(outputs, inputs, options)->wait(); });
+  named("all_gather", input, group, [&] { wait_for(group->allgather(outputs, inputs, options)); });
   return output;
 }
 
@@ -148,7 +154,7 @@ PendingTensor start_reduce_scatter(const at::Tensor& input, const GroupPtr& grou
   shape[0] = even_shard_size(shape[0], group->getSize(), "reduce_scatter: number of rows", "group");
   auto contiguous = input.detach().contiguous();
   auto output = at::empty(shape, contiguous.options());
-  auto work = named("reduce_scatter", input, group, [&] { return group->reduce_scatter_single(output, contiguous); });
+  auto work = named("reduce_scatter", input, group, [&] { return reduce_scatter_single(*group, output, contiguous); });
   return pending(output, std::move(work), contiguous);
 }
 
@@ -177,7 +183,7 @@ at::Tensor all_to_all(const at::Tensor& input, const std::vector<int64_t>& outpu
   c10d::AllToAllOptions options;
   options.asyncOp = false;
   named("all_to_all", input, group,
-        [&] { return group->all_to_all_single(output, contiguous, receive, send, options)->wait(); });
+        [&] { wait_for(all_to_all_single(*group, output, contiguous, receive, send, options)); });
   return output;
 }
 
@@ -188,12 +194,12 @@ at::Tensor broadcast(const at::Tensor& input, int root, const GroupPtr& group) {
   options.rootRank = root;
   options.asyncOp = false;
   std::vector<at::Tensor> tensors{result};
-  named("broadcast", input, group, [&] { return group->broadcast(tensors, options)->wait(); });
+  named("broadcast", input, group, [&] { wait_for(group->broadcast(tensors, options)); });
   return result;
 }
 
 void barrier(const GroupPtr& group) {
-  named("barrier", {}, group, [&] { return group->barrier()->wait(); });
+  named("barrier", {}, group, [&] { wait_for(group->barrier()); });
 }
 
 }  // namespace parallel

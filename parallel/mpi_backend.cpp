@@ -289,8 +289,8 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::allgather(std::vector<std::vector<at:
   return finished_work(outputs.empty() ? std::vector<at::Tensor>{} : outputs.front());
 }
 
-c10::intrusive_ptr<c10d::Work> MpiBackend::all_gather_single(at::Tensor& output, at::Tensor& input,
-                                                             const c10d::AllgatherOptions& options) {
+c10::intrusive_ptr<c10d::Work> MpiBackend::_allgather_base(at::Tensor& output, at::Tensor& input,
+                                                           const c10d::AllgatherOptions& options) {
   check_tensor(input, "all_gather", where_);
   check_tensor(output, "all_gather", where_);
   TORCH_CHECK_VALUE(output.numel() == size_ * input.numel() && output.scalar_type() == input.scalar_type(),
@@ -302,8 +302,8 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::all_gather_single(at::Tensor& output,
   return finished_work({output});
 }
 
-c10::intrusive_ptr<c10d::Work> MpiBackend::reduce_scatter_single(at::Tensor& output, at::Tensor& input,
-                                                                 const c10d::ReduceScatterOptions& options) {
+c10::intrusive_ptr<c10d::Work> MpiBackend::_reduce_scatter_base(at::Tensor& output, at::Tensor& input,
+                                                                const c10d::ReduceScatterOptions& options) {
   check_tensor(input, "reduce_scatter", where_);
   check_tensor(output, "reduce_scatter", where_);
   TORCH_CHECK_VALUE(input.numel() == size_ * output.numel() && output.scalar_type() == input.scalar_type(),
@@ -327,10 +327,10 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::reduce_scatter_single(at::Tensor& out
   return finished_work({output});
 }
 
-c10::intrusive_ptr<c10d::Work> MpiBackend::all_to_all_single(at::Tensor& output, at::Tensor& input,
-                                                             std::vector<int64_t>& output_split_sizes,
-                                                             std::vector<int64_t>& input_split_sizes,
-                                                             const c10d::AllToAllOptions& options) {
+c10::intrusive_ptr<c10d::Work> MpiBackend::alltoall_base(at::Tensor& output, at::Tensor& input,
+                                                         std::vector<int64_t>& output_split_sizes,
+                                                         std::vector<int64_t>& input_split_sizes,
+                                                         const c10d::AllToAllOptions& options) {
   check_tensor(input, "all_to_all", where_);
   check_tensor(output, "all_to_all", where_);
   TORCH_CHECK_VALUE(output.scalar_type() == input.scalar_type(), "all_to_all: output ", output.scalar_type(),

@@ -69,16 +69,16 @@ class MpiBackend final : public c10d::Backend {
                                            std::vector<at::Tensor>& inputs,
                                            const c10d::AllgatherOptions& options) override;
   /// `input` of every rank, one after the other, into `output` of t times its elements.
-  c10::intrusive_ptr<c10d::Work> all_gather_single(at::Tensor& output, at::Tensor& input,
-                                                   const c10d::AllgatherOptions& options) override;
+  c10::intrusive_ptr<c10d::Work> _allgather_base(at::Tensor& output, at::Tensor& input,
+                                                 const c10d::AllgatherOptions& options) override;
   /// `input` has t times the elements of `output`: rank r gets the r-th of t equal shares, reduced.
-  c10::intrusive_ptr<c10d::Work> reduce_scatter_single(at::Tensor& output, at::Tensor& input,
-                                                       const c10d::ReduceScatterOptions& options) override;
+  c10::intrusive_ptr<c10d::Work> _reduce_scatter_base(at::Tensor& output, at::Tensor& input,
+                                                      const c10d::ReduceScatterOptions& options) override;
   /// Split sizes count rows of dimension 0; empty means equal splits.
-  c10::intrusive_ptr<c10d::Work> all_to_all_single(at::Tensor& output, at::Tensor& input,
-                                                   std::vector<int64_t>& output_split_sizes,
-                                                   std::vector<int64_t>& input_split_sizes,
-                                                   const c10d::AllToAllOptions& options) override;
+  c10::intrusive_ptr<c10d::Work> alltoall_base(at::Tensor& output, at::Tensor& input,
+                                               std::vector<int64_t>& output_split_sizes,
+                                               std::vector<int64_t>& input_split_sizes,
+                                               const c10d::AllToAllOptions& options) override;
   /// Returns when every rank of the group has called it, or throws after the timeout.
   c10::intrusive_ptr<c10d::Work> barrier(const c10d::BarrierOptions& options) override;
   /// Nothing to shut down: every call has finished before it returned.

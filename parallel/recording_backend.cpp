@@ -35,20 +35,20 @@ class ObservedBackend final : public c10d::Backend {
     for (const auto& input : inputs) (*observer_)(CollectiveKind::kAllGather, (size_ - 1) * bytes(input));
     return inner_->allgather(outputs, inputs, options);
   }
-  c10::intrusive_ptr<c10d::Work> all_gather_single(at::Tensor& output, at::Tensor& input,
-                                                   const c10d::AllgatherOptions& options) override {
+  c10::intrusive_ptr<c10d::Work> _allgather_base(at::Tensor& output, at::Tensor& input,
+                                                 const c10d::AllgatherOptions& options) override {
     (*observer_)(CollectiveKind::kAllGather, shared(output));
-    return inner_->all_gather_single(output, input, options);
+    return inner_->_allgather_base(output, input, options);
   }
-  c10::intrusive_ptr<c10d::Work> reduce_scatter_single(at::Tensor& output, at::Tensor& input,
-                                                       const c10d::ReduceScatterOptions& options) override {
+  c10::intrusive_ptr<c10d::Work> _reduce_scatter_base(at::Tensor& output, at::Tensor& input,
+                                                      const c10d::ReduceScatterOptions& options) override {
     (*observer_)(CollectiveKind::kReduceScatter, shared(input));
-    return inner_->reduce_scatter_single(output, input, options);
+    return inner_->_reduce_scatter_base(output, input, options);
   }
-  c10::intrusive_ptr<c10d::Work> all_to_all_single(at::Tensor& output, at::Tensor& input,
-                                                   std::vector<int64_t>& output_split_sizes,
-                                                   std::vector<int64_t>& input_split_sizes,
-                                                   const c10d::AllToAllOptions& options) override {
+  c10::intrusive_ptr<c10d::Work> alltoall_base(at::Tensor& output, at::Tensor& input,
+                                               std::vector<int64_t>& output_split_sizes,
+                                               std::vector<int64_t>& input_split_sizes,
+                                               const c10d::AllToAllOptions& options) override {
     int64_t sent = shared(input);
     if (!input_split_sizes.empty()) {
       const int64_t rows = std::accumulate(input_split_sizes.begin(), input_split_sizes.end(), int64_t{0});
@@ -56,7 +56,7 @@ class ObservedBackend final : public c10d::Backend {
       sent = rows == 0 ? 0 : bytes(input) / rows * (rows - kept);
     }
     (*observer_)(CollectiveKind::kAllToAll, sent);
-    return inner_->all_to_all_single(output, input, output_split_sizes, input_split_sizes, options);
+    return inner_->alltoall_base(output, input, output_split_sizes, input_split_sizes, options);
   }
   c10::intrusive_ptr<c10d::Work> barrier(const c10d::BarrierOptions& options) override {
     return inner_->barrier(options);

@@ -115,18 +115,18 @@ TEST(MpiBackend, FillsStridedOutputs) {
     auto input = transposed_storage(own(t, {2 * t, 3}, at::kFloat));
 
     auto gathered = strided_like(at::cat(all, 0));
-    mpi(t)->all_gather_single(gathered, input, {})->wait();
+    mpi(t)->_allgather_base(gathered, input, {})->wait();
     EXPECT_TRUE(test_support::equal(gathered, at::cat(all, 0)));
 
     auto scattered = strided_like(sum.narrow(0, 2 * r, 2));
-    mpi(t)->reduce_scatter_single(scattered, input, {})->wait();
+    mpi(t)->_reduce_scatter_base(scattered, input, {})->wait();
     EXPECT_TRUE(test_support::equal(scattered, sum.narrow(0, 2 * r, 2)));
 
     std::vector<at::Tensor> received;
     for (const auto& theirs : all) received.push_back(theirs.narrow(0, 2 * r, 2));
     auto exchanged = strided_like(input);
     std::vector<int64_t> equal_splits;
-    mpi(t)->all_to_all_single(exchanged, input, equal_splits, equal_splits, {})->wait();
+    mpi(t)->alltoall_base(exchanged, input, equal_splits, equal_splits, {})->wait();
     EXPECT_TRUE(test_support::equal(exchanged, at::cat(received, 0)));
 
     for (const int64_t rows : {2 * t, 5000}) {
@@ -171,9 +171,9 @@ TEST(MpiBackend, MovesNothingWhereThereIsNothing) {
     std::vector<int64_t> splits(static_cast<size_t>(t), 0);
     EXPECT_NO_THROW(mpi(t)->allreduce(tensors, {})->wait());
     EXPECT_NO_THROW(mpi(t)->broadcast(tensors, {})->wait());
-    EXPECT_NO_THROW(mpi(t)->all_gather_single(none, none, {})->wait());
-    EXPECT_NO_THROW(mpi(t)->reduce_scatter_single(none, none, {})->wait());
-    EXPECT_NO_THROW(mpi(t)->all_to_all_single(none, none, splits, splits, {})->wait());
+    EXPECT_NO_THROW(mpi(t)->_allgather_base(none, none, {})->wait());
+    EXPECT_NO_THROW(mpi(t)->_reduce_scatter_base(none, none, {})->wait());
+    EXPECT_NO_THROW(mpi(t)->alltoall_base(none, none, splits, splits, {})->wait());
     EXPECT_NO_THROW(mpi(t)->barrier({})->wait());
   }
 }
@@ -188,9 +188,9 @@ TEST(MpiBackend, RefusesTensorsThatAreNotOnTheCpu) {
     EXPECT_EQ(value_error([&] { mpi(t)->allreduce(tensors, {}); }),
               "all_reduce: the MPI backend takes tensors on the CPU, got meta (" + where(t) + ")");
     EXPECT_TRUE(contains(value_error([&] { mpi(t)->broadcast(tensors, {}); }), "broadcast: the MPI backend"));
-    EXPECT_TRUE(contains(value_error([&] { mpi(t)->all_gather_single(here, elsewhere, {}); }), "all_gather: "));
-    EXPECT_TRUE(contains(value_error([&] { mpi(t)->reduce_scatter_single(elsewhere, here, {}); }), "got meta"));
-    EXPECT_TRUE(contains(value_error([&] { mpi(t)->all_to_all_single(here, undefined, splits, splits, {}); }),
+    EXPECT_TRUE(contains(value_error([&] { mpi(t)->_allgather_base(here, elsewhere, {}); }), "all_gather: "));
+    EXPECT_TRUE(contains(value_error([&] { mpi(t)->_reduce_scatter_base(elsewhere, here, {}); }), "got meta"));
+    EXPECT_TRUE(contains(value_error([&] { mpi(t)->alltoall_base(here, undefined, splits, splits, {}); }),
                          "all_to_all: the MPI backend takes tensors on the CPU, got an undefined one"));
   }
 }
@@ -202,17 +202,17 @@ TEST(MpiBackend, RefusesOtherDtypes) {
     auto output = at::empty({4}, at::kShort);
     EXPECT_EQ(value_error([&] { mpi(t)->allreduce(tensors, {}); }),
               "all_reduce: dtype ComplexFloat is not supported by the MPI backend (" + where(t) + ")");
-    EXPECT_EQ(value_error([&] { mpi(t)->reduce_scatter_single(output, shorts, {}); }),
+    EXPECT_EQ(value_error([&] { mpi(t)->_reduce_scatter_base(output, shorts, {}); }),
               "reduce_scatter: dtype Short is not supported by the MPI backend (" + where(t) + ")");
     // Two dtypes that it has, of the same width.
     auto floats = at::empty({4}, at::kFloat);
     auto ints = at::empty({4 * t}, at::kInt);
-    EXPECT_TRUE(contains(value_error([&] { mpi(t)->all_gather_single(ints, floats, {}); }), "all_gather: output"));
-    EXPECT_TRUE(contains(value_error([&] { mpi(t)->reduce_scatter_single(floats, ints, {}); }), "reduce_scatter: "));
+    EXPECT_TRUE(contains(value_error([&] { mpi(t)->_allgather_base(ints, floats, {}); }), "all_gather: output"));
+    EXPECT_TRUE(contains(value_error([&] { mpi(t)->_reduce_scatter_base(floats, ints, {}); }), "reduce_scatter: "));
     std::vector<int64_t> splits;
     EXPECT_TRUE(contains(value_error([&] {
                            auto received = at::empty({4 * t}, at::kFloat);
-                           mpi(t)->all_to_all_single(received, ints, splits, splits, {});
+                           mpi(t)->alltoall_base(received, ints, splits, splits, {});
                          }),
                          "all_to_all: "));
     std::vector<at::Tensor> inputs{floats};
@@ -227,20 +227,19 @@ TEST(MpiBackend, RefusesSizesThatDoNotFitTheGroup) {
     const auto group = where(t);
     auto large = at::empty({4 * t + 1});
     auto small = at::empty({4});
-    EXPECT_TRUE(contains(value_error([&] { mpi(t)->all_gather_single(large, small, {}); }), group));
-    EXPECT_TRUE(contains(value_error([&] { mpi(t)->reduce_scatter_single(small, large, {}); }), group));
+    EXPECT_TRUE(contains(value_error([&] { mpi(t)->_allgather_base(large, small, {}); }), group));
+    EXPECT_TRUE(contains(value_error([&] { mpi(t)->_reduce_scatter_base(small, large, {}); }), group));
     std::vector<int64_t> equal_splits;
     std::vector<int64_t> too_few(static_cast<size_t>(t), 1);
     std::vector<int64_t> one_too_many(static_cast<size_t>(t + 1), 0);
     auto four = at::empty({4 * t});
-    EXPECT_TRUE(contains(value_error([&] { mpi(t)->all_to_all_single(four, four, equal_splits, too_few, {}); }),
+    EXPECT_TRUE(contains(value_error([&] { mpi(t)->alltoall_base(four, four, equal_splits, too_few, {}); }),
                          "input splits of together " + std::to_string(t) + " rows for " + std::to_string(4 * t)));
-    EXPECT_TRUE(contains(value_error([&] { mpi(t)->all_to_all_single(four, four, one_too_many, equal_splits, {}); }),
+    EXPECT_TRUE(contains(value_error([&] { mpi(t)->alltoall_base(four, four, one_too_many, equal_splits, {}); }),
                          std::to_string(t + 1) + " output splits"));
     if (t > 1) {
-      EXPECT_TRUE(
-          contains(value_error([&] { mpi(t)->all_to_all_single(large, large, equal_splits, equal_splits, {}); }),
-                   "rows are not divisible by " + group));
+      EXPECT_TRUE(contains(value_error([&] { mpi(t)->alltoall_base(large, large, equal_splits, equal_splits, {}); }),
+                           "rows are not divisible by " + group));
     }
     std::vector<at::Tensor> inputs{small};
     std::vector<std::vector<at::Tensor>> outputs{std::vector<at::Tensor>(static_cast<size_t>(t + 1), small)};
@@ -302,7 +301,7 @@ TEST(MpiBackend, ARankThatDoesNotComeBecomesAnError) {
   expect_timed_out(timed_out([](parallel::MpiBackend& backend) {
                      auto input = at::ones({2, 2});
                      auto output = at::empty({2 * backend.getSize(), 2});
-                     backend.all_gather_single(output, input, {});
+                     backend._allgather_base(output, input, {});
                    }),
                    "all_gather of 4 elements");
   expect_timed_out(timed_out([](parallel::MpiBackend& backend) { backend.barrier({}); }), "barrier of 0 elements");

@@ -99,7 +99,7 @@ void all_reduce(c10d::Backend& backend, at::Tensor& tensor, ReduceOp::RedOpType 
 void reduce_scatter(c10d::Backend& backend, at::Tensor& output, at::Tensor& input, ReduceOp::RedOpType reduction) {
   c10d::ReduceScatterOptions options;
   options.reduceOp = reduction;
-  backend.reduce_scatter_single(output, input, options)->wait();
+  backend._reduce_scatter_base(output, input, options)->wait();
 }
 
 /// Both reductions of `elements` per rank (of a reduce-scatter: of the next multiple of t) have the naive bits.
@@ -393,7 +393,7 @@ TEST(SharedWindow, ARankThatDoesNotComeToMakeIt) {
   // The message that the others began with, so that no request is open when the communicator is freed.
   auto one = at::ones({1}, at::kLong);
   auto of_ranks = at::empty({t}, at::kLong);
-  if (late) backend->all_gather_single(of_ranks, one, {});
+  if (late) backend->_allgather_base(of_ranks, one, {});
   parallel::barrier(test_support::world_tp());
 }
 
@@ -406,7 +406,7 @@ TEST(SharedWindow, WhoWaitsInAnotherCollectiveIsNamed) {
   auto input = at::ones({6});
   auto gathered = at::empty({12});
   const auto reduce = [&] { all_reduce(*backend, tensor, ReduceOp::SUM); };
-  const auto gather = [&] { backend->all_gather_single(gathered, input, {}); };
+  const auto gather = [&] { backend->_allgather_base(gathered, input, {}); };
   const auto error_in_a_hurry = [&](const auto& action) {
     backend->setTimeout(std::chrono::milliseconds(300));
     auto message = backend_error(action);
