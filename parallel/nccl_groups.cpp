@@ -1,6 +1,6 @@
 #include "parallel/nccl_groups.h"
 
-#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/util/Exception.h>
 #include <cuda_runtime_api.h>
 #include <unistd.h>
@@ -28,7 +28,10 @@ cudaDeviceProp* getDeviceProperties(c10::DeviceIndex device);
 namespace parallel {
 namespace {
 
-std::string own_host_name() {
+/// Where the other ranks find rank 0, as it sees itself.
+std::string own_address(const Runtime& runtime) {
+  // On one host whatever its name, which a container may not be able to resolve.
+  if (runtime.local_size() == runtime.size()) return "127.0.0.1";
   std::array<char, 256> name{};
   TORCH_CHECK(gethostname(name.data(), name.size() - 1) == 0, "gethostname failed: ", std::strerror(errno));
   return name.data();
@@ -44,7 +47,7 @@ c10::intrusive_ptr<c10d::Store> open_store(Runtime& runtime, const ProcessGroups
   store_options.timeout = options.timeout;
   c10::intrusive_ptr<c10d::TCPStore> store;
   if (runtime.rank() == 0) {
-    const auto host = options.master_address.empty() ? own_host_name() : options.master_address;
+    const auto host = options.master_address.empty() ? own_address(runtime) : options.master_address;
     TORCH_CHECK_VALUE(host.size() < address.size(), "master address is too long: ", host);
     std::memcpy(address.data(), host.data(), host.size());
     store_options.isServer = true;
@@ -74,12 +77,16 @@ uint64_t gpu_identity(c10::DeviceIndex device) {
 
 void add_nccl_backends(Runtime& runtime, ProcessGroups& groups, const ProcessGroupsOptions& options) {
   const auto device = runtime.device();
-  const c10::cuda::CUDAGuard guard(device);
+  // For good: what goes by the current device would otherwise make a context on GPU 0 for every rank.
+  c10::cuda::set_device(device.index());
+  if (runtime.size() == 1) return;
   const auto store = open_store(runtime, options);
   c10::intrusive_ptr<c10d::ProcessGroupNCCL> world_backend;
   const std::array<std::pair<const char*, GroupPtr>, 4> named = {
       {{"tp-cp-ep-dp-pp", groups.world}, {"tp", groups.tp}, {"dp", groups.dp}, {"tp-dp", groups.tp_dp}}};
   for (const auto& [dims, group] : named) {
+    // Collectives of one rank return their input without asking a backend. All groups of these dims have the same size.
+    if (group->getSize() == 1) continue;
     auto nccl_options = c10d::ProcessGroupNCCL::Options::create();
     nccl_options->timeout = options.timeout;
     const std::string name = group->getGroupName();
@@ -95,11 +102,10 @@ void add_nccl_backends(Runtime& runtime, ProcessGroups& groups, const ProcessGro
     auto group_store = c10::make_intrusive<c10d::PrefixStore>(prefix, store);
     auto backend = c10::make_intrusive<c10d::ProcessGroupNCCL>(group_store, group->getRank(), group->getSize(),
                                                                std::move(nccl_options));
-    backend->setBoundDeviceId(device);
     backend->eagerConnectSingleDevice(device);
+    group->setBoundDeviceId(device);  // setBackend gives the backend what the group has
     group->setBackend(at::kCUDA, c10d::ProcessGroup::NCCL, backend);
     group->setGroupName(name);  // the new backend keeps it, too
-    group->setBoundDeviceId(device);
     if (!world_backend) world_backend = backend;
   }
 }

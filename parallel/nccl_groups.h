@@ -18,9 +18,9 @@ bool has_nccl();
 /// @throws c10::ValueError if the build has no NCCL.
 uint64_t gpu_identity(c10::DeviceIndex device);
 
-/// Adds a c10d::ProcessGroupNCCL to each group, bound to the runtime's device. The store is a TCPStore on world rank 0
-/// whose address goes out over MPI; communicators are connected here, and the groups' are split from the world's.
-/// Collective over all ranks.
+/// Makes the runtime's device the current one of this thread, and adds a c10d::ProcessGroupNCCL, bound to it, to each
+/// group of more than one rank. The store is a TCPStore on world rank 0 whose address goes out over MPI; communicators
+/// are connected here, and the groups' are split from the world's. Collective over all ranks.
 /// @throws c10::ValueError if the build has no NCCL.
 void add_nccl_backends(Runtime& runtime, ProcessGroups& groups, const ProcessGroupsOptions& options);
 

@@ -15,8 +15,8 @@ class Runtime;
 struct ProcessGroupsOptions {
   /// How long a collective may wait for its peers before it becomes an error.
   std::chrono::milliseconds timeout = std::chrono::minutes(10);
-  /// NCCL's rendezvous: an address of world rank 0 that all hosts can route to. Empty: rank 0's own host name, which
-  /// may resolve to 127.x there and fail on more than one host.
+  /// NCCL's rendezvous: an address of world rank 0 that all hosts can route to. Empty: 127.0.0.1 where there is one
+  /// host, otherwise rank 0's own host name, which may resolve to 127.x there and fail.
   std::string master_address;
 };
 

@@ -1,14 +1,16 @@
 #include "tests/support/test_world.h"
 
 #include <ATen/ATen.h>
+#include <c10/util/Exception.h>
 
 #include <cstdlib>
 #include <map>
 #include <memory>
+#include <utility>
 
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
-#include "parallel/mpi_backend.h"
+#include "tests/support/nccl_like_backend.h"
 
 namespace test_support {
 namespace {
@@ -21,6 +23,14 @@ struct World {
 World& world() {
   static World instance;
   return instance;
+}
+
+/// `group`, or one of the same ranks over the backend that TEST_BACKEND names.
+parallel::GroupPtr over_test_backend(const parallel::GroupPtr& group) {
+  const char* value = std::getenv("TEST_BACKEND");
+  const std::string name = value != nullptr ? value : "";
+  TORCH_CHECK_VALUE(name.empty() || name == "like_nccl", "TEST_BACKEND=", name, " is unknown");
+  return name.empty() ? group : like_nccl(group);
 }
 
 }  // namespace
@@ -40,8 +50,9 @@ const parallel::ProcessGroups& groups(int tp) {
   if (found != by_tp.end()) return found->second;
   parallel::ProcessGroupsOptions options;
   options.timeout = std::chrono::seconds(60);
-  return by_tp.emplace(tp, parallel::make_process_groups(runtime(), {.tp = tp, .dp = runtime().size() / tp}, options))
-      .first->second;
+  auto made = parallel::make_process_groups(runtime(), {.tp = tp, .dp = runtime().size() / tp}, options);
+  for (auto* group : {&made.tp, &made.dp, &made.tp_dp}) *group = over_test_backend(*group);
+  return by_tp.emplace(tp, std::move(made)).first->second;
 }
 
 const parallel::GroupPtr& world_tp() { return groups(runtime().size()).tp; }

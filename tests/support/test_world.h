@@ -20,7 +20,8 @@ namespace test_support {
 parallel::Runtime& runtime();
 
 /// Groups with tensor-parallel size `tp`, which must divide the world, and data-parallel size world/tp. Collective over
-/// the world on the first call for each size.
+/// the world on the first call for each size. TEST_BACKEND=like_nccl in the environment puts nccl_like_backend.h
+/// between the groups of one kind of parallelism and MPI.
 const parallel::ProcessGroups& groups(int tp);
 
 /// groups(world size).tp: the whole world as one tensor-parallel group.
