@@ -48,22 +48,22 @@ class RehearsalBackend final : public c10d::Backend {
     }
     return done();
   }
-  c10::intrusive_ptr<c10d::Work> all_gather_single(at::Tensor& output, at::Tensor& input,
-                                                   const c10d::AllgatherOptions& /*options*/) override {
+  c10::intrusive_ptr<c10d::Work> _allgather_base(at::Tensor& output, at::Tensor& input,
+                                                 const c10d::AllgatherOptions& /*options*/) override {
     check(output.numel() == size_ * input.numel(), "all_gather", output.sizes(), " of ", input.sizes());
     output.zero_().view({size_, -1})[rank_].copy_(input.reshape(-1));
     return done();
   }
-  c10::intrusive_ptr<c10d::Work> reduce_scatter_single(at::Tensor& output, at::Tensor& input,
-                                                       const c10d::ReduceScatterOptions& /*options*/) override {
+  c10::intrusive_ptr<c10d::Work> _reduce_scatter_base(at::Tensor& output, at::Tensor& input,
+                                                      const c10d::ReduceScatterOptions& /*options*/) override {
     check(input.numel() == size_ * output.numel(), "reduce_scatter", input.sizes(), " to ", output.sizes());
     output.view(-1).copy_(input.reshape({size_, -1})[rank_]);
     return done();
   }
-  c10::intrusive_ptr<c10d::Work> all_to_all_single(at::Tensor& output, at::Tensor& input,
-                                                   std::vector<int64_t>& output_split_sizes,
-                                                   std::vector<int64_t>& input_split_sizes,
-                                                   const c10d::AllToAllOptions& /*options*/) override {
+  c10::intrusive_ptr<c10d::Work> alltoall_base(at::Tensor& output, at::Tensor& input,
+                                               std::vector<int64_t>& output_split_sizes,
+                                               std::vector<int64_t>& input_split_sizes,
+                                               const c10d::AllToAllOptions& /*options*/) override {
     const auto [to, received] = own_part(output, output_split_sizes);
     const auto [from, kept] = own_part(input, input_split_sizes);
     check(received == kept, "all_to_all", received, " rows of its own for ", kept);
@@ -93,11 +93,17 @@ class RehearsalBackend final : public c10d::Backend {
 
 }  // namespace
 
-GroupPtr make_rehearsal_group(int rank, int size) {
+GroupPtr make_rehearsal_group(int rank, int size, const RehearsalOptions& options) {
   TORCH_CHECK_VALUE(rank >= 0 && rank < size, "rank ", rank, " is not one of ", size);
+  TORCH_CHECK_VALUE(options.device.is_cpu() || options.device.is_cuda(), "device ", options.device,
+                    " is neither the CPU nor a GPU");
+  TORCH_CHECK_VALUE(options.gigabytes_per_second == 0, "collectives that take time are not built yet");
   auto group = c10::make_intrusive<c10d::ProcessGroup>(rank, size);
-  group->setBackend(c10::DeviceType::CPU, c10d::ProcessGroup::CUSTOM,
-                    c10::make_intrusive<RehearsalBackend>(rank, size));
+  group->setBackend(at::kCPU, c10d::ProcessGroup::CUSTOM, c10::make_intrusive<RehearsalBackend>(rank, size));
+  if (options.device.is_cuda()) {
+    // One backend type stands for one backend in a c10d group, whatever the device.
+    group->setBackend(at::kCUDA, c10d::ProcessGroup::NCCL, c10::make_intrusive<RehearsalBackend>(rank, size));
+  }
   return group;
 }
 
