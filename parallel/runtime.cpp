@@ -48,28 +48,30 @@ Runtime::Runtime() {
 }
 
 void Runtime::choose_device(const DeviceOptions& options) {
-  TORCH_CHECK_VALUE(options.device == "auto" || options.device == "cpu" || options.device == "cuda", "device '",
-                    options.device, "' is not one of auto, cpu, cuda");
-  device_ = c10::Device(c10::kCPU);
-  if (options.device == "cpu") return;
-  TORCH_CHECK_VALUE(options.device == "auto" || has_nccl(), "device cuda was asked for, but this build has no NCCL");
-  if (!has_nccl()) return;
-
+  // What a rank sees counts on all of them, and whoever was told something else must not go another way.
+  struct Sight {
+    uint64_t gpu = 0;
+    uint64_t options = 0;
+  };
   // Ranks that see one GPU each, as Slurm may arrange it, call all of them number 0: what they are tells them apart.
-  const c10::DeviceIndex num_devices = at::detail::getCUDAHooks().deviceCount();
+  const c10::DeviceIndex num_devices =
+      has_nccl() && options.device != "cpu" ? at::detail::getCUDAHooks().deviceCount() : c10::DeviceIndex{0};
   const auto device = static_cast<c10::DeviceIndex>(num_devices == 0 ? 0 : local_rank_ % num_devices);
-  const uint64_t own = num_devices == 0 ? 0 : gpu_identity(device);
-  std::vector<uint64_t> gpus(static_cast<size_t>(size_));
+  const Sight own{.gpu = num_devices == 0 ? 0 : gpu_identity(device),
+                  .options = stable_hash(c10::str(options.device, " ", options.share_devices, options.may_leave_gpus))};
+  std::vector<Sight> all(static_cast<size_t>(size_));
   // NOLINTNEXTLINE(mpi-type-mismatch): the check doesn't know that MPI_UINT64_T is a uint64_t
-  MCPP_MPI_CHECK(MPI_Allgather(&own, 1, MPI_UINT64_T, gpus.data(), 1, MPI_UINT64_T, world_->get()));
-  const auto obstacle = gpu_obstacle(gpus, options.share_devices);
-  if (obstacle.empty()) {
-    device_ = c10::Device(c10::kCUDA, device);
-    return;
+  MCPP_MPI_CHECK(MPI_Allgather(&own, 2, MPI_UINT64_T, all.data(), 2, MPI_UINT64_T, world_->get()));
+  std::vector<uint64_t> gpus;
+  for (const auto& [gpu, their_options] : all) {
+    TORCH_CHECK_VALUE(their_options == all.front().options, "ranks disagree on the device to compute on");
+    gpus.push_back(gpu);
   }
-  TORCH_CHECK_VALUE(options.device == "auto", "device cuda was asked for, but ", obstacle);
-  if (rank_ == 0 && own != 0) {
-    TORCH_WARN("all ranks compute on the CPU: ", obstacle);
+  const auto choice = choose_device_of_all(options, gpus, has_nccl());
+  device_ = choice.on_gpus ? c10::Device(c10::kCUDA, device) : c10::Device(c10::kCPU);
+  shares_gpus_ = choice.shares_gpus;
+  if (rank_ == 0 && !choice.warning.empty()) {
+    TORCH_WARN(choice.warning);
   }
 }
 

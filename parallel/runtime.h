@@ -13,13 +13,17 @@
 
 namespace parallel {
 
-/// Which device the ranks of a host compute on.
+/// Which device the ranks compute on. It is of the same kind on all of them.
 struct DeviceOptions {
-  /// "cpu"; "cuda": a GPU each, or an error; "auto": a GPU each if every rank of the job can have one, else the CPU for
-  /// all, since the ranks of a group compute on the same kind of device.
+  /// "cpu"; "cuda": a GPU for each rank, or an error; "auto": the same if any rank of the job sees a GPU, otherwise the
+  /// CPU.
   std::string device = "auto";
-  /// Lets several ranks of a host share a GPU. NCCL refuses that unless NCCL_MULTI_RANK_GPU_ENABLE=1 is set too.
+  /// Lets several ranks compute on one GPU: for tests and trials. From NCCL 2.30 on NCCL connects them
+  /// (NCCL_MULTI_RANK_GPU_ENABLE=1, which is set for it); before, their collectives go through the host's memory and
+  /// MPI.
   bool share_devices = false;
+  /// Lets "auto" take the CPU, with a warning, where "cuda" would be an error: for what is quick enough there.
+  bool may_leave_gpus = false;
 };
 
 /// MPI_Init_thread(MPI_THREAD_MULTIPLE) and MPI_Finalize as an object. Make one, first thing in main; everything that
@@ -41,14 +45,15 @@ class Runtime {
   int local_size() const { return local_size_; }  ///< ranks of this host
   /// The CPU, or, as chosen, GPU number local_rank() modulo the visible ones.
   c10::Device device() const { return device_; }
+  /// Whether ranks of the job compute on the same GPU.
+  bool shares_gpus() const { return shares_gpus_; }
   /// A communicator of the runtime, over all ranks; groups are split from it.
   const MpiCommunicator& world() const { return *world_; }
 
-  /// Chooses this rank's device; before any group is made. Collective over all ranks, with the same options. "auto"
-  /// warns on rank 0 if that sees GPUs that are left alone.
-  /// @throws c10::ValueError, the same on every rank, if "cuda" can't be had: a rank sees no GPU, or two would share
-  /// one
-  ///         unasked.
+  /// Chooses this rank's device; before any group is made. Collective over all ranks, with the same options. What there
+  /// is to warn of rank 0 says.
+  /// @throws c10::ValueError, the same on every rank, if ranks pass different options, or GPUs that are wanted can't be
+  ///         had: a rank sees none, or two would share one unasked.
   void choose_device(const DeviceOptions& options);
 
   /// Shuts `group`'s backends down when the runtime ends, in the reverse order of these calls.
@@ -74,6 +79,7 @@ class Runtime {
   int local_rank_ = 0;
   int local_size_ = 1;
   c10::Device device_ = c10::Device(c10::kCPU);
+  bool shares_gpus_ = false;
   std::vector<GroupPtr> groups_;
 };
 

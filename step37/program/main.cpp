@@ -36,7 +36,7 @@ void add_embed(CLI::App& app, Command& command) {
   embed->add_option("--stats", arguments->stats, "Write collectives and bytes to this file (JSON)");
   embed->callback([arguments, &command] {
     command = [arguments](parallel::Runtime& runtime) {
-      runtime.choose_device({.device = "auto"});
+      runtime.choose_device({.device = "auto", .may_leave_gpus = true});
       return step37::embed(runtime, *arguments);
     };
   });
@@ -69,7 +69,7 @@ void add_generate(CLI::App& app, Command& command) {
       ->check(CLI::PositiveNumber);
   generate->callback([arguments, &command] {
     command = [arguments](parallel::Runtime& runtime) {
-      runtime.choose_device({.device = "auto"});
+      runtime.choose_device({.device = "auto", .may_leave_gpus = true});
       return step37::generate(runtime, *arguments);
     };
   });

@@ -409,7 +409,7 @@ class PretrainRun {
 int pretrain(parallel::Runtime& runtime, const PretrainArguments& arguments) {
   const auto config = load_run_config(arguments.config, arguments.overrides);
   validate(config, runtime.size());
-  runtime.choose_device({.device = config.run.device});
+  runtime.choose_device({.device = config.run.device, .share_devices = config.run.share_gpus});
   parallel::ProcessGroupsOptions options;
   options.timeout = std::chrono::seconds(config.run.timeout_seconds);
   options.master_address = config.run.master_address;

@@ -32,6 +32,7 @@ void visit_keys(Config& config, const Visit& visit) {
   visit("run.directory", config.run.directory, kOptional);
   visit("run.fresh", config.run.fresh, kOptional);
   visit("run.device", config.run.device, kOptional);
+  visit("run.share_gpus", config.run.share_gpus, kOptional);
   visit("run.timeout_seconds", config.run.timeout_seconds, kOptional);
   visit("run.master_address", config.run.master_address, kOptional);
   visit("run.checked", config.run.checked, kOptional);

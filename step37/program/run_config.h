@@ -24,6 +24,7 @@ struct RunSection {
   std::string directory;             ///< where results go; default: runs/<the configuration file's stem>
   bool fresh = false;                ///< start over instead of resuming from the latest checkpoint
   std::string device = "auto";       ///< auto, cpu or cuda
+  bool share_gpus = false;           ///< ranks may compute on the same GPU
   int64_t timeout_seconds = 600;     ///< how long a collective may wait for its peers
   std::string master_address;        ///< NCCL: an address of rank 0's host that all hosts reach; empty: its name
   bool checked = kCheckedByDefault;  ///< ranks compare what must be equal before they exchange embeddings
