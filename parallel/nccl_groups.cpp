@@ -3,9 +3,11 @@
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/util/Exception.h>
 #include <cuda_runtime_api.h>
+#include <nccl.h>
 #include <unistd.h>
 
 #include <array>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -15,10 +17,12 @@
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 #include <utility>
 
+#include "parallel/agree.h"
 #include "parallel/hash.h"
 #include "parallel/mpi_check.h"
 #include "parallel/process_groups.h"
 #include "parallel/runtime.h"
+#include "parallel/staged_backend.h"
 
 // Of ATen/cuda/CUDAContextLight.h, which includes headers of cuBLAS, cuSPARSE and cuSOLVER that need not be there.
 namespace at::cuda {
@@ -65,32 +69,41 @@ c10::intrusive_ptr<c10d::Store> open_store(Runtime& runtime, const ProcessGroups
   return store;
 }
 
-}  // namespace
-
-bool has_nccl() { return true; }
-
-uint64_t gpu_identity(c10::DeviceIndex device) {
-  const auto& uuid = at::cuda::getDeviceProperties(device)->uuid;
-  const auto identity = stable_hash(std::string_view(&uuid.bytes[0], sizeof(uuid.bytes)));
-  return identity == 0 ? 1 : identity;
+/// The groups, each with the dimensions of the grid that it is made over.
+std::array<std::pair<const char*, GroupPtr>, 4> gpu_groups(const ProcessGroups& groups) {
+  return {{{"tp-cp-ep-dp-pp", groups.world}, {"tp", groups.tp}, {"dp", groups.dp}, {"tp-dp", groups.tp_dp}}};
 }
 
-void add_nccl_backends(Runtime& runtime, ProcessGroups& groups, const ProcessGroupsOptions& options) {
+void set_backend(const GroupPtr& group, const c10::intrusive_ptr<c10d::Backend>& backend) {
+  const std::string name = group->getGroupName();
+  // One type stands for one backend in a c10d group, whatever the device: another one than the CPU's.
+  group->setBackend(at::kCUDA, c10d::ProcessGroup::NCCL, backend);
+  group->setGroupName(name);  // the new backend keeps it, too
+}
+
+/// Why NCCL doesn't connect ranks on one GPU; empty, and NCCL told to do it, if it does.
+std::string refusal_to_share() {
+  int version = 0;
+  ncclGetVersion(&version);
+  if (version < 23000) {
+    return c10::str("NCCL ", version / 10000, ".", version / 100 % 100, " doesn't share GPUs, 2.30 does");
+  }
+  setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1", /*overwrite=*/0);  // read at the first communicator
+  return {};
+}
+
+/// Adds a ProcessGroupNCCL to each group of several ranks.
+/// @return  what NCCL says, the same on every rank, if it can't connect ranks that share a GPU; otherwise that throws.
+std::string add_nccl_backends(Runtime& runtime, ProcessGroups& groups, const ProcessGroupsOptions& options) {
   const auto device = runtime.device();
-  // For good: what goes by the current device would otherwise make a context on GPU 0 for every rank.
-  c10::cuda::set_device(device.index());
-  if (runtime.size() == 1) return;
   const auto store = open_store(runtime, options);
   c10::intrusive_ptr<c10d::ProcessGroupNCCL> world_backend;
-  const std::array<std::pair<const char*, GroupPtr>, 4> named = {
-      {{"tp-cp-ep-dp-pp", groups.world}, {"tp", groups.tp}, {"dp", groups.dp}, {"tp-dp", groups.tp_dp}}};
-  for (const auto& [dims, group] : named) {
+  for (const auto& [dims, group] : gpu_groups(groups)) {
     // Collectives of one rank return their input without asking a backend. All groups of these dims have the same size.
     if (group->getSize() == 1) continue;
     auto nccl_options = c10d::ProcessGroupNCCL::Options::create();
     nccl_options->timeout = options.timeout;
-    const std::string name = group->getGroupName();
-    nccl_options->group_name = name;
+    nccl_options->group_name = group->getGroupName();
     const auto ranks = groups.grid.group_of(runtime.rank(), dims);
     nccl_options->global_ranks_in_group.assign(ranks.begin(), ranks.end());
     if (world_backend) {
@@ -102,11 +115,53 @@ void add_nccl_backends(Runtime& runtime, ProcessGroups& groups, const ProcessGro
     auto group_store = c10::make_intrusive<c10d::PrefixStore>(prefix, store);
     auto backend = c10::make_intrusive<c10d::ProcessGroupNCCL>(group_store, group->getRank(), group->getSize(),
                                                                std::move(nccl_options));
-    backend->eagerConnectSingleDevice(device);
+    if (!world_backend && runtime.shares_gpus()) {
+      // The world has all that share: what NCCL refuses it refuses here, before any group has its backend.
+      std::string refusal;
+      try {
+        backend->eagerConnectSingleDevice(device);
+      } catch (const std::exception& error) {
+        refusal = error_text(error);
+      }
+      try {
+        agree(refusal.empty(), refusal, group);
+      } catch (const AgreedError& error) {
+        return error.what();
+      }
+    } else {
+      backend->eagerConnectSingleDevice(device);
+    }
     group->setBoundDeviceId(device);  // setBackend gives the backend what the group has
-    group->setBackend(at::kCUDA, c10d::ProcessGroup::NCCL, backend);
-    group->setGroupName(name);  // the new backend keeps it, too
+    set_backend(group, backend);
     if (!world_backend) world_backend = backend;
+  }
+  return {};
+}
+
+}  // namespace
+
+bool has_nccl() { return true; }
+
+uint64_t gpu_identity(c10::DeviceIndex device) {
+  const auto& uuid = at::cuda::getDeviceProperties(device)->uuid;
+  const auto identity = stable_hash(std::string_view(&uuid.bytes[0], sizeof(uuid.bytes)));
+  return identity == 0 ? 1 : identity;
+}
+
+void add_gpu_backends(Runtime& runtime, ProcessGroups& groups, const ProcessGroupsOptions& options) {
+  // For good: what goes by the current device would otherwise make a context on GPU 0 for every rank.
+  c10::cuda::set_device(runtime.device().index());
+  if (runtime.size() == 1) return;
+  std::string refusal;
+  if (runtime.shares_gpus()) refusal = refusal_to_share();
+  if (refusal.empty()) refusal = add_nccl_backends(runtime, groups, options);
+  if (refusal.empty()) return;
+  if (runtime.rank() == 0) {
+    TORCH_WARN("ranks share GPUs: what they send goes through the host's memory and MPI, which is slow (", refusal,
+               ")");
+  }
+  for (const auto& [dims, group] : gpu_groups(groups)) {
+    if (group->getSize() > 1) set_backend(group, make_staged_backend(group->getBackend(at::kCPU)));
   }
 }
 

@@ -18,10 +18,12 @@ bool has_nccl();
 /// @throws c10::ValueError if the build has no NCCL.
 uint64_t gpu_identity(c10::DeviceIndex device);
 
-/// Makes the runtime's device the current one of this thread, and adds a c10d::ProcessGroupNCCL, bound to it, to each
-/// group of more than one rank. The store is a TCPStore on world rank 0 whose address goes out over MPI; communicators
-/// are connected here, and the groups' are split from the world's. Collective over all ranks.
+/// Makes the runtime's device the current one of this thread, and gives each group of more than one rank a backend for
+/// tensors on it: a c10d::ProcessGroupNCCL, or, for ranks that share GPUs where NCCL refuses that, one that goes
+/// through the host's memory and the group's MPI (staged_backend.h), which rank 0 warns of. NCCL's store is a TCPStore
+/// on world rank 0 whose address goes out over MPI; communicators are connected here, and the groups' are split from
+/// the world's. Collective over all ranks.
 /// @throws c10::ValueError if the build has no NCCL.
-void add_nccl_backends(Runtime& runtime, ProcessGroups& groups, const ProcessGroupsOptions& options);
+void add_gpu_backends(Runtime& runtime, ProcessGroups& groups, const ProcessGroupsOptions& options);
 
 }  // namespace parallel

@@ -51,7 +51,7 @@ ProcessGroups make_process_groups(Runtime& runtime, const RankGrid& grid, const 
                        .tp = group_of("tp", "tp"),
                        .dp = group_of("dp", "dp"),
                        .tp_dp = group_of("tp_dp", "tp-dp")};
-  if (runtime.device().is_cuda()) add_nccl_backends(runtime, groups, options);
+  if (runtime.device().is_cuda()) add_gpu_backends(runtime, groups, options);
   return groups;
 }
 

@@ -10,6 +10,7 @@
 
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
+#include "parallel/staged_backend.h"
 #include "tests/support/nccl_like_backend.h"
 
 namespace test_support {
@@ -25,12 +26,22 @@ World& world() {
   return instance;
 }
 
+/// A group of the same ranks whose CPU tensors go through a staged backend, as those of a shared GPU do.
+parallel::GroupPtr staged(const parallel::GroupPtr& group) {
+  auto result = c10::make_intrusive<c10d::ProcessGroup>(group->getRank(), group->getSize());
+  result->setBackend(at::kCPU, c10d::ProcessGroup::CUSTOM, parallel::make_staged_backend(group->getBackend(at::kCPU)));
+  result->setGroupName(group->getGroupName());
+  return result;
+}
+
 /// `group`, or one of the same ranks over the backend that TEST_BACKEND names.
 parallel::GroupPtr over_test_backend(const parallel::GroupPtr& group) {
   const char* value = std::getenv("TEST_BACKEND");
   const std::string name = value != nullptr ? value : "";
-  TORCH_CHECK_VALUE(name.empty() || name == "like_nccl", "TEST_BACKEND=", name, " is unknown");
-  return name.empty() ? group : like_nccl(group);
+  if (name.empty()) return group;
+  if (name == "like_nccl") return like_nccl(group);
+  TORCH_CHECK_VALUE(name == "staged", "TEST_BACKEND=", name, " is neither like_nccl nor staged");
+  return staged(group);
 }
 
 }  // namespace

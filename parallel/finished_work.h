@@ -1,0 +1,14 @@
+// What a backend returns that has finished a collective before its call returns.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <torch/csrc/distributed/c10d/Work.hpp>
+#include <vector>
+
+namespace parallel {
+
+/// A Work that is complete, with these results.
+c10::intrusive_ptr<c10d::Work> finished_work(std::vector<at::Tensor> outputs);
+
+}  // namespace parallel
