@@ -16,6 +16,7 @@
 #include "parallel/agree.h"
 #include "parallel/gpu_assignment.h"
 #include "parallel/hash.h"
+#include "parallel/launcher.h"
 #include "parallel/mpi_check.h"
 #include "parallel/nccl_groups.h"
 
@@ -28,6 +29,7 @@ extern "C" int dlclose(void* /*module*/) { return 0; }
 namespace parallel {
 
 Runtime::Runtime() {
+  const auto environment = process_environment();  // MPI may add to it
   int initialized = 0;
   MPI_Initialized(&initialized);
   int provided = MPI_THREAD_SINGLE;
@@ -45,6 +47,15 @@ Runtime::Runtime() {
   const auto host = world_->split_by_host();
   local_rank_ = host.rank();
   local_size_ = host.size();
+  std::array<char, MPI_MAX_LIBRARY_VERSION_STRING> library{};
+  int length = 0;
+  MCPP_MPI_CHECK(MPI_Get_library_version(library.data(), &length));
+  const auto obstacle = launcher_obstacle(environment, size_, library.data());
+  if (obstacle.empty()) return;
+  errors_.reset();
+  world_.reset();
+  if (owns_mpi_) MCPP_MPI_CHECK_LOG(MPI_Finalize());
+  throw std::runtime_error(obstacle);
 }
 
 void Runtime::choose_device(const DeviceOptions& options) {

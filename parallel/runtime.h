@@ -32,7 +32,8 @@ class Runtime {
  public:
   /// Starts MPI, unless the program has started it already (then the program also finalizes it). The device is the CPU
   /// until choose_device is called.
-  /// @throws std::runtime_error if MPI can't give MPI_THREAD_MULTIPLE.
+  /// @throws std::runtime_error if MPI can't give MPI_THREAD_MULTIPLE, or sees one process where the launcher, another
+  ///         MPI's, has started several.
   Runtime();
   ~Runtime();
   Runtime(const Runtime&) = delete;

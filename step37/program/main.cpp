@@ -7,6 +7,7 @@
 #include <string>
 
 #include "parallel/host_memory.h"
+#include "parallel/launcher.h"
 #include "parallel/runtime.h"
 #include "step37/program/embed.h"
 #include "step37/program/generate.h"
@@ -79,21 +80,19 @@ void add_generate(CLI::App& app, Command& command) {
 
 int main(int argc, char** argv) {
   parallel::keep_freed_host_memory();
-  return parallel::Runtime::run([&](parallel::Runtime& runtime) {
-    CLI::App app("Step3.7, tensor- and sequence-parallel. Start alone or with mpirun -np N.", "step37");
-    app.set_version_flag("--version", std::string(MCPP_VERSION));
-    app.require_subcommand(1);
-    Command command;
-    add_pretrain(app, command);
-    add_generate(app, command);
-    add_embed(app, command);
-    try {
-      app.parse(argc, argv);
-    } catch (const CLI::ParseError& error) {
-      // Every rank has the same command line: one speaks.
-      if (runtime.rank() == 0) return app.exit(error);
-      return error.get_exit_code();
-    }
-    return command(runtime);
-  });
+  CLI::App app("Step3.7, tensor- and sequence-parallel. Start alone or with mpirun -np N.", "step37");
+  app.set_version_flag("--version", std::string(MCPP_VERSION));
+  app.require_subcommand(1);
+  Command command;
+  add_pretrain(app, command);
+  add_generate(app, command);
+  add_embed(app, command);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    // Every process has the same command line, and no MPI is needed to find it wrong. One speaks; the others end well,
+    // since a launcher would end that one, too, before it has spoken.
+    return parallel::launcher_rank(parallel::process_environment()) == 0 ? app.exit(error) : 0;
+  }
+  return parallel::Runtime::run(command);
 }
