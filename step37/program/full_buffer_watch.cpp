@@ -2,10 +2,12 @@
 
 #include <ATen/ATen.h>
 #include <c10/core/StorageImpl.h>
+#include <c10/util/Exception.h>
 #include <c10/util/intrusive_ptr.h>
 
 #include <algorithm>
 #include <map>
+#include <mutex>
 #include <set>
 #include <utility>
 #include <vector>
@@ -41,8 +43,10 @@ struct FullBufferWatch::State {
 
 namespace {
 
-// A callback is a plain function: the watch it reports to is found here. One per thread, as the callback itself.
-thread_local FullBufferWatch::State* current = nullptr;
+// A callback is a plain function: the watch it reports to is found here. On a GPU the backward pass runs on a thread of
+// autograd's, which takes over the callbacks of the thread that called it, but not its variables.
+std::mutex current_mutex;
+FullBufferWatch::State* current = nullptr;
 
 }  // namespace
 
@@ -50,10 +54,15 @@ FullBufferWatch::FullBufferWatch(int64_t S, int64_t B, int64_t H, at::ScalarType
     : state_(std::make_shared<State>()) {
   state_->shape = {S, B, H};
   state_->dtype = dtype;
-  current = state_.get();
+  {
+    const std::lock_guard lock(current_mutex);
+    TORCH_CHECK(current == nullptr, "another FullBufferWatch is at work in this process");
+    current = state_.get();
+  }
   handle_ = at::addThreadLocalCallback(
       at::RecordFunctionCallback(nullptr,
                                  [](const at::RecordFunction& function, at::ObserverContext* /*context*/) {
+                                   const std::lock_guard lock(current_mutex);
                                    if (current == nullptr) return;
                                    for (const auto& output : function.outputs()) {
                                      if (output.isTensor()) current->see(output.toTensor());
@@ -65,13 +74,18 @@ FullBufferWatch::FullBufferWatch(int64_t S, int64_t B, int64_t H, at::ScalarType
 
 FullBufferWatch::~FullBufferWatch() {
   at::removeCallback(handle_);
+  const std::lock_guard lock(current_mutex);
   current = nullptr;
 }
 
 void FullBufferWatch::ignore(const at::Tensor& tensor) {
+  const std::lock_guard lock(current_mutex);
   state_->ignored.insert(tensor.storage().unsafeGetStorageImpl());
 }
 
-int64_t FullBufferWatch::peak_bytes() const { return state_->peak; }
+int64_t FullBufferWatch::peak_bytes() const {
+  const std::lock_guard lock(current_mutex);
+  return state_->peak;
+}
 
 }  // namespace step37

@@ -9,9 +9,10 @@
 
 namespace step37 {
 
-/// While it lives, follows every tensor of shape [S, B, H] and one dtype that an operator of this thread returns, and
-/// keeps the largest number of bytes that were alive at once. Tensors are told apart by their storage, so views count
-/// once. What MPI or NCCL stage inside a collective is not a tensor and isn't seen.
+/// While it lives, follows every tensor of shape [S, B, H] and one dtype that an operator returns, on the thread that
+/// made it or on one that runs a backward pass for that, and keeps the largest number of bytes that were alive at once.
+/// Tensors are told apart by their storage, so views count once. What MPI or NCCL stage inside a collective is not a
+/// tensor and isn't seen. One at a time in a process; a second throws c10::Error.
 class FullBufferWatch {
  public:
   FullBufferWatch(int64_t S, int64_t B, int64_t H, at::ScalarType dtype);

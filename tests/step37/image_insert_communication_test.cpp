@@ -1,7 +1,6 @@
 // What ImageInsertEmbedding sends and what it leaves undone: collectives and bytes by what is trained, no full buffer,
 // and no waiting for the device.
 #include <ATen/ATen.h>
-#include <ATen/record_function.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -11,6 +10,7 @@
 
 #include "parallel/recording_backend.h"
 #include "tests/step37/image_insert_world.h"
+#include "tests/support/operator_watch.h"
 #include "tests/support/test_world.h"
 
 namespace {
@@ -251,48 +251,6 @@ class Volumes {
   int64_t M_;
 };
 
-/// Follows the operators of this thread while it lives. The backward pass of CPU tensors runs on the thread that called
-/// it; that of a GPU's on one of autograd's, which this doesn't see.
-class OperatorWatch {
- public:
-  OperatorWatch() {
-    current = this;
-    handle_ = at::addThreadLocalCallback(
-        at::RecordFunctionCallback(nullptr,
-                                   [](const at::RecordFunction& function, at::ObserverContext* /*context*/) {
-                                     if (current != nullptr) current->see(function);
-                                   })
-            .needsOutputs(true)
-            .scopes({at::RecordScope::FUNCTION}));
-  }
-  ~OperatorWatch() {
-    at::removeCallback(handle_);
-    current = nullptr;
-  }
-  OperatorWatch(const OperatorWatch&) = delete;
-  OperatorWatch& operator=(const OperatorWatch&) = delete;
-
-  const std::set<std::string>& names() const { return names_; }
-  /// Of the floating-point tensors that operators returned, the largest one's memory; a view counts as what it views.
-  int64_t largest_bytes() const { return largest_bytes_; }
-
- private:
-  void see(const at::RecordFunction& function) {
-    names_.insert(function.name());
-    for (const auto& output : function.outputs()) {
-      if (!output.isTensor()) continue;
-      const auto& tensor = output.toTensor();
-      if (!tensor.defined() || !tensor.has_storage() || !tensor.is_floating_point()) continue;
-      largest_bytes_ = std::max(largest_bytes_, static_cast<int64_t>(tensor.storage().nbytes()));
-    }
-  }
-  static thread_local OperatorWatch* current;  // a callback is a plain function
-  at::CallbackHandle handle_ = 0;
-  std::set<std::string> names_;
-  int64_t largest_bytes_ = 0;
-};
-thread_local OperatorWatch* OperatorWatch::current = nullptr;
-
 }  // namespace
 
 // Which parts are trained and where features are decides what is sent, and changes no value.
@@ -387,7 +345,7 @@ TEST(ImageInsertCommunication, HiddenParallelNeedsNoFullBuffer) {
         layer.set_trainable(trainable);
         const auto images = layer.leaves(scenario.images, placed, trainable.features);
         const auto own_weights = on_device(layer.own_sequence(loss_weights)).clone();
-        const OperatorWatch watch;
+        const test_support::OperatorWatch watch;
         const auto output = layer.forward(scenario.ids, images);
         if (trainable.any()) (output * own_weights).sum().backward();
         if (variant.hidden()) {
@@ -418,11 +376,11 @@ TEST(ImageInsertCommunication, ReadsNoTensorBackToTheHost) {
         const auto images = layer.leaves(scenario.images, placed, trainable.features);
         const auto own_weights = on_device(layer.own_sequence(loss_weights)).clone();
         const auto plan = layer.insert->make_plan(scenario.ids, images);
-        const OperatorWatch watch;
+        const test_support::OperatorWatch watch;
         const auto output = layer.forward(scenario.ids, images, plan);
         if (trainable.any()) (output * own_weights).sum().backward();
-        EXPECT_GT(watch.names().size(), 3U);
-        for (const auto& name : waiting) EXPECT_EQ(watch.names().count(name), 0U) << name;
+        EXPECT_GT(watch.counts().size(), 3U);
+        for (const auto& name : waiting) EXPECT_EQ(watch.count(name), 0) << name;
       }
     }
   });

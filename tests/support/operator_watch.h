@@ -1,0 +1,99 @@
+// Which LibTorch operators ran, and what they returned.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/record_function.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+
+namespace test_support {
+
+/// Follows operators while it lives: those of the thread that made it, and of the threads on which autograd runs its
+/// backward passes on a GPU, since these take over the thread's callbacks. One at a time in a process.
+class OperatorWatch {
+ public:
+  OperatorWatch() {
+    {
+      const std::lock_guard lock(mutex_);
+      TORCH_INTERNAL_ASSERT(current_ == nullptr, "there is another OperatorWatch");
+      current_ = this;
+    }
+    handle_ = at::addThreadLocalCallback(at::RecordFunctionCallback(begin_operator, end_operator)
+                                             .needsInputs(true)
+                                             .needsOutputs(true)
+                                             .scopes({at::RecordScope::FUNCTION}));
+  }
+  ~OperatorWatch() {
+    at::removeCallback(handle_);
+    const std::lock_guard lock(mutex_);
+    current_ = nullptr;
+  }
+  OperatorWatch(const OperatorWatch&) = delete;
+  OperatorWatch& operator=(const OperatorWatch&) = delete;
+
+  /// How often each operator ran, also inside others.
+  std::map<std::string, int64_t> counts() const {
+    const std::lock_guard lock(mutex_);
+    return counts_;
+  }
+  int64_t count(const std::string& name) const {
+    const std::lock_guard lock(mutex_);
+    const auto found = counts_.find(name);
+    return found == counts_.end() ? 0 : found->second;
+  }
+  /// Copies from the CPU to another device.
+  int64_t copies_from_host() const {
+    const std::lock_guard lock(mutex_);
+    return copies_from_host_;
+  }
+  /// Copies from another device to the CPU.
+  int64_t copies_to_host() const {
+    const std::lock_guard lock(mutex_);
+    return copies_to_host_;
+  }
+  /// Of the floating-point tensors that operators returned, the largest one's memory; a view counts as what it views.
+  int64_t largest_bytes() const {
+    const std::lock_guard lock(mutex_);
+    return largest_bytes_;
+  }
+
+ private:
+  // A callback is a plain function: the watch is found here.
+  static std::unique_ptr<at::ObserverContext> begin_operator(const at::RecordFunction& function) {
+    const std::lock_guard lock(mutex_);
+    if (current_ == nullptr) return nullptr;
+    ++current_->counts_[function.name()];
+    if (function.name() != std::string("aten::copy_")) return nullptr;
+    const bool to_host = function.inputs()[0].toTensor().is_cpu();
+    const bool from_host = function.inputs()[1].toTensor().is_cpu();
+    if (from_host && !to_host) ++current_->copies_from_host_;
+    if (to_host && !from_host) ++current_->copies_to_host_;
+    return nullptr;
+  }
+  static void end_operator(const at::RecordFunction& function, at::ObserverContext* /*context*/) {
+    const std::lock_guard lock(mutex_);
+    if (current_ == nullptr) return;
+    for (const auto& output : function.outputs()) {
+      if (!output.isTensor()) continue;
+      const auto& tensor = output.toTensor();
+      if (!tensor.defined() || !tensor.has_storage() || !tensor.is_floating_point()) continue;
+      current_->largest_bytes_ = std::max(current_->largest_bytes_, static_cast<int64_t>(tensor.storage().nbytes()));
+    }
+  }
+
+  inline static std::mutex mutex_;
+  inline static OperatorWatch* current_ = nullptr;
+  at::CallbackHandle handle_ = 0;
+  std::map<std::string, int64_t> counts_;
+  int64_t copies_from_host_ = 0;
+  int64_t copies_to_host_ = 0;
+  int64_t largest_bytes_ = 0;
+};
+
+}  // namespace test_support
