@@ -4,10 +4,11 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <cmath>
-#include <optional>
-#include <tuple>
 #include <utility>
+#include <vector>
+
+#include "megatron_cpp/transformer/flash_attention.h"
+#include "parallel/shard.h"
 
 namespace megatron {
 namespace {
@@ -53,87 +54,28 @@ std::vector<at::Tensor> windowed_attention(const at::Tensor& q, const at::Tensor
   return blocks;
 }
 
-/// Flash attention over all sub-sequences in one call. Never run yet: written without a GPU at hand.
-at::Tensor flash_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                           const std::vector<parallel::Range>& segments, int64_t sliding_window) {
-  // Rows (b, s) one after the other; every batch row has the same sub-sequences (just one if B > 1).
-  const int64_t S = q.size(0);
-  const int64_t B = q.size(1);
-  std::vector<int32_t> ends{0};
-  int64_t longest = 0;
-  for (int64_t b = 0; b < B; ++b) {
-    for (const auto& segment : segments) {
-      ends.push_back(static_cast<int32_t>(b * S + segment.end));
-      longest = std::max(longest, segment.length());
-    }
-  }
-  const auto cu_seqlens = at::tensor(ends, at::kInt).to(q.device());
-  const auto rows = [](const at::Tensor& x) { return x.transpose(0, 1).flatten(0, 1); };
-  // The window counts the positions before the token, without itself; -1: no limit.
-  const int64_t left = sliding_window > 0 ? sliding_window - 1 : -1;
-  const int64_t right = sliding_window > 0 ? 0 : -1;
-  const auto output = std::get<0>(at::_flash_attention_forward(
-      rows(q), rows(k), rows(v), cu_seqlens, cu_seqlens, longest, longest, /*dropout_p=*/0.0, /*is_causal=*/true,
-      /*return_debug_mask=*/false, /*scale=*/std::nullopt, left, right));
-  return output.unflatten(0, {B, S}).transpose(0, 1);
-}
-
-bool flash_attention_applies(const at::Tensor& q) {
-  return q.is_cuda() && (q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16);
-}
-
-/// The checked, contiguous cu_seqlens as sub-sequences.
-std::vector<parallel::Range> packed_sub_sequences(const at::Tensor& cu_seqlens, int64_t S, int64_t B) {
-  TORCH_CHECK_VALUE(B == 1, "cu_seqlens describe one packed batch row, but the batch has ", B);
-  TORCH_CHECK_VALUE(
-      cu_seqlens.is_cpu() && cu_seqlens.scalar_type() == at::kInt && cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 2,
-      "cu_seqlens must be [k+1] int32 on the CPU, got ", cu_seqlens.sizes(), " ", cu_seqlens.scalar_type(), " on ",
-      cu_seqlens.device());
-  const auto contiguous = cu_seqlens.contiguous();
-  const auto* ends = contiguous.const_data_ptr<int32_t>();
-  const int64_t count = cu_seqlens.size(0) - 1;
-  TORCH_CHECK_VALUE(ends[0] == 0 && ends[count] == S, "cu_seqlens run from ", ends[0], " to ", ends[count],
-                    ", the sequence from 0 to ", S);
-  std::vector<parallel::Range> result;
-  for (int64_t i = 0; i < count; ++i) {
-    TORCH_CHECK_VALUE(ends[i] <= ends[i + 1], "cu_seqlens decrease at entry ", i + 1, ": ", ends[i], " to ",
-                      ends[i + 1]);
-    if (ends[i] < ends[i + 1]) result.push_back({ends[i], ends[i + 1]});
-  }
-  return result;
-}
-
 }  // namespace
 
-std::vector<parallel::Range> sub_sequences(const AttentionInput& input, int64_t S, int64_t B) {
-  const auto& ids = input.position_ids;
-  TORCH_CHECK_VALUE(ids.defined(), "position_ids are missing: wanted [1, ", S, "] or [", B, ", ", S, "]");
-  TORCH_CHECK_VALUE(
-      ids.dim() == 2 && ids.scalar_type() == at::kLong && ids.size(1) == S && (ids.size(0) == 1 || ids.size(0) == B),
-      "position_ids are ", ids.sizes(), " ", ids.scalar_type(), ", wanted [1, ", S, "] or [", B, ", ", S, "] int64");
-  if (!input.cu_seqlens.defined()) return {{0, S}};
-  return packed_sub_sequences(input.cu_seqlens, S, B);
-}
-
 at::Tensor core_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                          const std::vector<parallel::Range>& segments, int64_t sliding_window) {
-  if (flash_attention_applies(q)) return flash_attention(q, k, v, segments, sliding_window);
+                          const SubSequences& sub_sequences, int64_t sliding_window) {
+  if (internal::flash_attention_takes(q.device().type(), q.scalar_type(), q.size(3))) {
+    return internal::flash_attention(q, k, v, sub_sequences, sliding_window);
+  }
   const int64_t groups = k.size(2);
   const auto queries = group_queries(q, groups);
   const auto keys = group_keys(k, q.size(2) / groups);
   const auto values = group_keys(v, q.size(2) / groups);
   at::Tensor mask;  // of all blocks of all sub-sequences
   std::vector<at::Tensor> outputs;
-  for (const auto& segment : segments) {
-    const auto of_segment = [&](const at::Tensor& x) { return x.narrow(2, segment.begin, segment.length()); };
-    if (sliding_window <= 0 || segment.length() <= sliding_window) {
-      outputs.push_back(at::scaled_dot_product_attention(of_segment(queries), of_segment(keys), of_segment(values),
+  for (const auto& range : sub_sequences.ranges()) {
+    const auto part = [&](const at::Tensor& x) { return x.narrow(2, range.begin, range.length()); };
+    if (sliding_window <= 0 || range.length() <= sliding_window) {
+      outputs.push_back(at::scaled_dot_product_attention(part(queries), part(keys), part(values),
                                                          /*attn_mask=*/{}, /*dropout_p=*/0.0, /*is_causal=*/true));
       continue;
     }
     if (!mask.defined()) mask = window_mask(std::max(sliding_window, kSmallestQueryBlock), sliding_window, q.device());
-    for (auto& block :
-         windowed_attention(of_segment(queries), of_segment(keys), of_segment(values), sliding_window, mask)) {
+    for (auto& block : windowed_attention(part(queries), part(keys), part(values), sliding_window, mask)) {
       outputs.push_back(std::move(block));
     }
   }
@@ -171,11 +113,14 @@ SelfAttentionImpl::SelfAttentionImpl(const TransformerConfig& config, const Atte
                                                        tp));
 }
 
-at::Tensor SelfAttentionImpl::forward(const at::Tensor& input, const AttentionInput& attention) {
+at::Tensor SelfAttentionImpl::forward(const at::Tensor& input, const AttentionBatch& attention) {
   TORCH_CHECK_VALUE(input.dim() == 3, "SelfAttention: input ", input.sizes(), " is not [sequence, batch, hidden]");
   const int64_t S = sequence_parallel_ ? input.size(0) * tp_->getSize() : input.size(0);
-  const auto segments = sub_sequences(attention, S, input.size(1));
-  const auto tables = rotary_.tables(attention.position_ids, input.device());
+  TORCH_CHECK_VALUE(attention.sequence_length() == S && attention.batch_size() == input.size(1),
+                    "SelfAttention: the input is of ", S, " positions and ", input.size(1),
+                    " batch rows, the AttentionBatch of ", attention.sequence_length(), " and ",
+                    attention.batch_size());
+  const auto& tables = attention.tables(rotary_);
 
   const auto fused = linear_qkv->forward(input);  // [S, B, q | k | v | g]
   const int64_t q_columns = num_heads_ * head_dim_;
@@ -184,7 +129,7 @@ at::Tensor SelfAttentionImpl::forward(const at::Tensor& input, const AttentionIn
   const auto heads = [&](const at::Tensor& part) { return part.unflatten(-1, {-1, head_dim_}); };
   const auto q = apply_rotary(q_norm->forward(heads(parts[0])), tables);
   const auto k = apply_rotary(k_norm->forward(heads(parts[1])), tables);
-  const auto output = core_attention(q, k, heads(parts[2]), segments, sliding_window_);
+  const auto output = core_attention(q, k, heads(parts[2]), attention.sub_sequences(), sliding_window_);
   const auto gated = output * at::sigmoid(parts[3]).unsqueeze(-1);
   return linear_proj->forward(gated.flatten(2, 3));
 }

@@ -6,29 +6,16 @@
 #include <torch/nn/pimpl.h>
 
 #include <cstdint>
-#include <vector>
 
 #include "megatron_cpp/tensor_parallel/column_parallel_linear.h"
 #include "megatron_cpp/tensor_parallel/row_parallel_linear.h"
+#include "megatron_cpp/transformer/attention_batch.h"
 #include "megatron_cpp/transformer/rms_norm.h"
 #include "megatron_cpp/transformer/rotary_embedding.h"
 #include "megatron_cpp/transformer/transformer_config.h"
 #include "parallel/group.h"
-#include "parallel/shard.h"
 
 namespace megatron {
-
-/// Where the tokens of a batch stand. Describes the whole sequence, on every rank, also under sequence parallelism.
-struct AttentionInput {
-  at::Tensor position_ids;  ///< [1, S] (for all batch rows) or [B, S] int64
-  at::Tensor cu_seqlens;    ///< [k+1] int32 on the CPU: sub-sequence i is [cu_seqlens[i], cu_seqlens[i+1]) of the one
-                            ///< batch row. Undefined: every batch row is one sequence.
-};
-
-/// The sub-sequences that `input` describes, none of length 0: attention never crosses from one to another.
-/// @throws c10::ValueError, the same on every rank, if position_ids is not [1, S] or [B, S] int64, or cu_seqlens is
-///         given with B > 1, is not int32 on the CPU, decreases, or does not run from 0 to S.
-std::vector<parallel::Range> sub_sequences(const AttentionInput& input, int64_t S, int64_t B);
 
 /// softmax(q kᵀ / sqrt(D)) v, causal, within each sub-sequence. With `sliding_window` W > 0 position i attends to j
 /// with i - W < j <= i: W positions in all, itself included.
@@ -36,15 +23,15 @@ std::vector<parallel::Range> sub_sequences(const AttentionInput& input, int64_t 
 /// Query head n uses key/value head n / (heads / groups). float32, and everything on the CPU, goes through
 /// at::scaled_dot_product_attention, one call a sub-sequence; where a window is shorter than the sub-sequence, one call
 /// a block of max(W, 128) queries with the keys these see, so that its cost is the sub-sequence's length times W. Masks
-/// are at most [block, block + W - 1]. float16 and bfloat16 on CUDA take one variable-length flash-attention call; that
-/// path has been compiled but not run yet.
+/// are at most [block, block + W - 1]. float16 and bfloat16 on CUDA take one variable-length flash-attention call, if
+/// D is a multiple of 8 and at most 256; that path has been compiled but not run yet.
 /// @param q         [S, B, heads, D]
 /// @param k         [S, B, groups, D], groups a divisor of heads
 /// @param v         like k
-/// @param segments  as sub_sequences returns them: together they cover [0, S), in order
+/// @param sub_sequences  of S positions and B batch rows, for the device of q
 /// @return          [S, B, heads, D]. No communication.
 at::Tensor core_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                          const std::vector<parallel::Range>& segments, int64_t sliding_window);
+                          const SubSequences& sub_sequences, int64_t sliding_window);
 
 /// o_proj(sigmoid(g) * attention(rotary(q_norm(q)), rotary(k_norm(k)), v)), [q k v g] = linear_qkv(x), split by heads
 /// over `tp`: of `heads` query heads and `groups` key/value heads rank r of t has [r·heads/t, (r+1)·heads/t) and
@@ -56,12 +43,16 @@ class SelfAttentionImpl : public torch::nn::Module {
   SelfAttentionImpl(const TransformerConfig& config, const AttentionLayerConfig& layer, const parallel::GroupPtr& tp);
 
   /// @param input      [S, B, H], equal on every rank; with sequence_parallel [S/t, B, H], this rank's rows.
-  /// @param attention  equal on every rank.
+  /// @param attention  of the whole sequence, equal on every rank; made with rotary() among others.
   /// @return           the shape of `input`.
   /// Comm: forward 1 all-reduce of S·B·H elements, backward 1; sequence_parallel: forward 1 all-gather and 1
   /// reduce-scatter, backward 2 all-gathers (1 if linear_qkv needs no gradient) and 1 reduce-scatter. Collective over
-  /// tp. Throws c10::ValueError, before anything is sent, if the input is not [.., .., H], and as sub_sequences does.
-  at::Tensor forward(const at::Tensor& input, const AttentionInput& attention);
+  /// tp. Throws c10::ValueError, before anything is sent, if the input is not [.., .., H] or `attention` is of other
+  /// sizes or without rotary().
+  at::Tensor forward(const at::Tensor& input, const AttentionBatch& attention);
+
+  /// Of q and k.
+  const RotaryEmbedding& rotary() const { return rotary_; }
 
   ColumnParallelLinear linear_qkv{nullptr};  ///< q_proj [heads·D, H], k_proj, v_proj [groups·D, H], g_proj [heads, H]
   RMSNorm q_norm{nullptr};  ///< [D], over each head; a rank has its heads' part of the gradient: kReplicatedPartial

@@ -6,6 +6,8 @@
 
 #include <numbers>
 
+#include "megatron_cpp/tensor_parallel/to_device.h"
+
 namespace megatron {
 namespace {
 
@@ -47,7 +49,8 @@ struct RotaryFunction : torch::autograd::Function<RotaryFunction> {
 
 }  // namespace
 
-RotaryEmbedding::RotaryEmbedding(int64_t rotary_dim, double theta, const std::optional<Llama3RopeScaling>& scaling) {
+RotaryEmbedding::RotaryEmbedding(int64_t rotary_dim, double theta, const std::optional<Llama3RopeScaling>& scaling)
+    : rotary_dim_(rotary_dim), theta_(theta), scaling_(scaling) {
   TORCH_CHECK_VALUE(rotary_dim > 0 && rotary_dim % 2 == 0, "rotary_dim ", rotary_dim, " is not even and positive");
   const auto exponents = at::arange(0, rotary_dim, 2, at::kFloat) / static_cast<double>(rotary_dim);
   inverse_frequencies_ = at::pow(theta, exponents).reciprocal();
@@ -55,8 +58,8 @@ RotaryEmbedding::RotaryEmbedding(int64_t rotary_dim, double theta, const std::op
 }
 
 RotaryTables RotaryEmbedding::tables(const at::Tensor& position_ids, at::Device device) const {
-  const auto positions = position_ids.to(device, at::kFloat, /*non_blocking=*/true).t();  // [S, B or 1]
-  const auto angles = positions.unsqueeze(-1).unsqueeze(-1) * inverse_frequencies_.to(device, /*non_blocking=*/true);
+  const auto positions = internal::to_device(position_ids, device).to(at::kFloat).t();  // [S, B or 1]
+  const auto angles = positions.unsqueeze(-1).unsqueeze(-1) * internal::to_device(inverse_frequencies_, device);
   return {angles.cos(), angles.sin()};
 }
 

@@ -24,13 +24,21 @@ class RotaryEmbedding {
   RotaryEmbedding(int64_t rotary_dim, double theta, const std::optional<Llama3RopeScaling>& scaling = {});
 
   /// @param position_ids  [1, S] or [B, S] int64, any device.
-  /// @return              on `device`. Not collective.
+  /// @return              on `device`, without waiting for it. Not collective.
   RotaryTables tables(const at::Tensor& position_ids, at::Device device) const;
 
   /// Radians a position, of each pair: [rotary_dim/2] float32 on the CPU.
   const at::Tensor& inverse_frequencies() const { return inverse_frequencies_; }
 
+  /// Whether both were made alike: then their tables are equal.
+  bool operator==(const RotaryEmbedding& other) const {
+    return rotary_dim_ == other.rotary_dim_ && theta_ == other.theta_ && scaling_ == other.scaling_;
+  }
+
  private:
+  int64_t rotary_dim_;
+  double theta_;
+  std::optional<Llama3RopeScaling> scaling_;
   at::Tensor inverse_frequencies_;  ///< [rotary_dim/2] float32 on the CPU; no buffer: to(bfloat16) must not round it
 };
 

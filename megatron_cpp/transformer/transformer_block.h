@@ -6,6 +6,9 @@
 #include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/pimpl.h>
 
+#include <cstdint>
+#include <vector>
+
 #include "megatron_cpp/transformer/attention.h"
 #include "megatron_cpp/transformer/rms_norm.h"
 #include "megatron_cpp/transformer/transformer_config.h"
@@ -22,11 +25,20 @@ class TransformerBlockImpl : public torch::nn::Module {
   /// @param hidden_states  [S, B, H], equal on every rank; with sequence_parallel [S/t, B, H], this rank's rows.
   /// @param attention      of the whole sequence, equal on every rank.
   /// @return               the shape of hidden_states.
-  /// Comm: that of the layers; the norm's none. Collective over tp.
+  /// Comm: that of the layers; the norm's none. Collective over tp. Throws c10::ValueError, before anything is sent, if
+  /// hidden_states have not three dimensions, and as AttentionBatch does.
   at::Tensor forward(const at::Tensor& hidden_states, const AttentionInput& attention);
+
+  /// What `layers` take beside hidden states like these: forward() makes it once for all of them. Not collective.
+  /// @throws c10::ValueError as forward does.
+  AttentionBatch attention_batch(const at::Tensor& hidden_states, const AttentionInput& attention) const;
 
   torch::nn::ModuleList layers{nullptr};  ///< of TransformerLayer
   RMSNorm final_layernorm{nullptr};       ///< of the hidden states, [H]
+
+ private:
+  std::vector<RotaryEmbedding> rotaries_;  ///< of each layer
+  int64_t sequence_ranks_;                 ///< over which the sequence is split: t or 1
 };
 TORCH_MODULE(TransformerBlock);
 

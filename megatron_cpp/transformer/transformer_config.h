@@ -17,6 +17,8 @@ struct Llama3RopeScaling {
   double low_freq_factor = 1.0;   ///< wavelengths beyond the original context over this are stretched in full
   double high_freq_factor = 4.0;  ///< wavelengths below the original context over this stay
   int64_t original_max_position_embeddings = 8192;  ///< positions the model was trained for before the scaling
+
+  bool operator==(const Llama3RopeScaling&) const = default;  ///< every number alike
 };
 
 /// What may differ from layer to layer.

@@ -18,7 +18,7 @@ TransformerLayerImpl::TransformerLayerImpl(const TransformerConfig& config, int6
 
 at::Tensor TransformerLayerImpl::feed_forward(const at::Tensor& normed) { return mlp->forward(normed); }
 
-at::Tensor TransformerLayerImpl::forward(const at::Tensor& hidden_states, const AttentionInput& attention) {
+at::Tensor TransformerLayerImpl::forward(const at::Tensor& hidden_states, const AttentionBatch& attention) {
   const auto attended = hidden_states + self_attention->forward(input_layernorm->forward(hidden_states), attention);
   return attended + feed_forward(pre_mlp_layernorm->forward(attended));
 }

@@ -23,10 +23,10 @@ class TransformerLayerImpl : public torch::nn::Module {
   TransformerLayerImpl(const TransformerConfig& config, int64_t layer_number, const parallel::GroupPtr& tp);
 
   /// @param hidden_states  [S, B, H], equal on every rank; with sequence_parallel [S/t, B, H], this rank's rows.
-  /// @param attention      of the whole sequence, equal on every rank.
+  /// @param attention      of the whole sequence, equal on every rank; made with self_attention->rotary().
   /// @return               the shape of hidden_states.
   /// Comm: that of SelfAttention and MLP. Collective over tp.
-  at::Tensor forward(const at::Tensor& hidden_states, const AttentionInput& attention);
+  at::Tensor forward(const at::Tensor& hidden_states, const AttentionBatch& attention);
 
   RMSNorm input_layernorm{nullptr};       ///< before the attention, [H]
   SelfAttention self_attention{nullptr};  ///< split by heads

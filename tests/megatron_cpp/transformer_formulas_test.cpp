@@ -12,6 +12,8 @@
 
 #include "megatron_cpp/tensor_parallel/parameter_shard.h"
 #include "megatron_cpp/transformer/attention.h"
+#include "megatron_cpp/transformer/attention_batch.h"
+#include "megatron_cpp/transformer/flash_attention.h"
 #include "megatron_cpp/transformer/mlp.h"
 #include "megatron_cpp/transformer/rms_norm.h"
 #include "megatron_cpp/transformer/rotary_embedding.h"
@@ -175,7 +177,7 @@ TEST_F(TransformerTest, CoreAttentionIsTheMaskedSoftmax) {
         const auto k = leaf(normal_values({kLength, batch, 2, 4}, 2));
         const auto v = leaf(normal_values({kLength, batch, 2, 4}, 3));
         const auto output_gradient = normal_values({kLength, batch, 6, 4}, 4);
-        const auto output = core_attention(q, k, v, segments, window);
+        const auto output = core_attention(q, k, v, SubSequences(segments, batch, q.device()), window);
         const auto actual = gradients(output, {q, k, v}, output_gradient);
         const std::vector<at::Tensor> wide{leaf(q.to(at::kDouble)), leaf(k.to(at::kDouble)), leaf(v.to(at::kDouble))};
         const auto expected = naive_attention(wide[0], wide[1], wide[2], segments, window);
@@ -195,11 +197,50 @@ TEST_F(TransformerTest, TheWindowCountsTheTokenItself) {
   const auto q = normal_values({9, 1, 2, 4}, 1);
   const auto k = normal_values({9, 1, 2, 4}, 2);
   const auto v = normal_values({9, 1, 2, 4}, 3);
-  compare(core_attention(q, k, v, {{0, 9}}, 1), v, "a window of one position is the token's own value");
+  const SubSequences nine({{0, 9}}, 1, q.device());
+  const SubSequences three({{0, 3}}, 1, q.device());
+  compare(core_attention(q, k, v, nine, 1), v, "a window of one position is the token's own value");
   // A window of 3 and the last three positions alone: the same for the last position.
   const auto last = [](const at::Tensor& x) { return x.narrow(0, 6, 3); };
-  compare(core_attention(q, k, v, {{0, 9}}, 3).select(0, 8),
-          core_attention(last(q), last(k), last(v), {{0, 3}}, 0).select(0, 2), "the last of 3");
+  compare(core_attention(q, k, v, nine, 3).select(0, 8),
+          core_attention(last(q), last(k), last(v), three, 0).select(0, 2), "the last of 3");
+}
+
+// ---- what flash attention's kernel takes ----
+
+TEST(FlashAttention, IsForHalfTypesOnAGpuAndHeadsThatItsKernelKnows) {
+  using internal::flash_attention_takes;
+  for (const auto dtype : {at::kHalf, at::kBFloat16}) {
+    for (const int64_t head_dim : {8, 64, 72, 128, 256}) {
+      EXPECT_TRUE(flash_attention_takes(at::kCUDA, dtype, head_dim)) << head_dim;
+      EXPECT_FALSE(flash_attention_takes(at::kCPU, dtype, head_dim)) << head_dim;
+    }
+    for (const int64_t head_dim : {4, 20, 100, 255, 264, 512}) {
+      EXPECT_FALSE(flash_attention_takes(at::kCUDA, dtype, head_dim)) << head_dim;
+    }
+  }
+  EXPECT_FALSE(flash_attention_takes(at::kCUDA, at::kFloat, 64));
+  EXPECT_FALSE(flash_attention_takes(at::kCUDA, at::kDouble, 64));
+}
+
+TEST(FlashAttention, LoadsSixteenBytesAtATime) {
+  using internal::has_flash_alignment;
+  const auto values_of = [](int64_t heads, int64_t groups, int64_t head_dim, at::ScalarType dtype) {
+    // As SelfAttention has them, between the keys and the gates of [S, q | k | v | g].
+    const int64_t q = heads * head_dim;
+    const int64_t kv = groups * head_dim;
+    const auto fused = at::zeros({5, q + 2 * kv + heads}, dtype);
+    return fused.narrow(1, q + kv, kv).view({5, groups, head_dim});
+  };
+  EXPECT_TRUE(has_flash_alignment(at::zeros({5, 3, 8}, at::kBFloat16)));
+  EXPECT_TRUE(has_flash_alignment(values_of(8, 4, 8, at::kBFloat16)));
+  EXPECT_FALSE(has_flash_alignment(values_of(12, 4, 8, at::kBFloat16)));  // rows of 172 elements
+  EXPECT_TRUE(has_flash_alignment(values_of(12, 4, 8, at::kFloat)));      // of 4 bytes each
+  EXPECT_FALSE(has_flash_alignment(values_of(1, 1, 128, at::kHalf)));
+  EXPECT_FALSE(has_flash_alignment(at::zeros({5, 3, 9}, at::kHalf).narrow(2, 0, 8)));  // heads at odd places
+  EXPECT_FALSE(has_flash_alignment(at::zeros({5, 8, 8}, at::kHalf).transpose(1, 2)));
+  // Rows and heads in step, but the first one not.
+  EXPECT_FALSE(has_flash_alignment(at::zeros({4 + 5 * 3 * 8}, at::kHalf).narrow(0, 4, 120).view({5, 3, 8})));
 }
 
 }  // namespace

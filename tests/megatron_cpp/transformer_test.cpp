@@ -27,6 +27,7 @@
 #include "tests/megatron_cpp/transformer_fixture.h"
 #include "tests/support/environment.h"
 #include "tests/support/errors.h"
+#include "tests/support/operator_watch.h"
 #include "tests/support/test_world.h"
 
 namespace megatron {
@@ -98,6 +99,11 @@ std::map<std::string, at::Tensor> global_gradients(const std::vector<ParameterSh
     }
   }
   return result;
+}
+
+/// What a layer whose attention turns with `rotary` takes.
+AttentionBatch batch_of(const RotaryEmbedding& rotary, const AttentionInput& input, int64_t B) {
+  return {input, kSequence, B, {rotary}, test_support::runtime().device()};
 }
 
 using Compare = std::function<void(const at::Tensor&, const at::Tensor&, const std::string&)>;
@@ -176,7 +182,9 @@ TEST_F(TransformerTest, SelfAttentionIsTheSameAtEverySize) {
           [&](const TransformerConfig& config, const GroupPtr& tp) {
             return SelfAttention(config, config.layers[layer], tp);
           },
-          [&](SelfAttention& module, const at::Tensor& x) { return module->forward(x, input); },
+          [&](SelfAttention& module, const at::Tensor& x) {
+            return module->forward(x, batch_of(module->rotary(), input, x.size(1)));
+          },
           input.cu_seqlens.defined() ? 1 : kBatch,
           [&](const at::Tensor& a, const at::Tensor& b, const std::string& what) { compare(a, b, what); });
     }
@@ -196,8 +204,10 @@ TEST_F(TransformerTest, LayersAreTheSameAtEverySize) {
   for (const int64_t number : {0, 1}) {
     expect_like_single<TransformerLayer>(
         [&](const TransformerConfig& config, const GroupPtr& tp) { return TransformerLayer(config, number, tp); },
-        [](TransformerLayer& module, const at::Tensor& x) { return module->forward(x, unpacked()); }, kBatch,
-        [&](const at::Tensor& a, const at::Tensor& b, const std::string& what) { compare(a, b, what); });
+        [](TransformerLayer& module, const at::Tensor& x) {
+          return module->forward(x, batch_of(module->self_attention->rotary(), unpacked(), kBatch));
+        },
+        kBatch, [&](const at::Tensor& a, const at::Tensor& b, const std::string& what) { compare(a, b, what); });
   }
 }
 
@@ -314,7 +324,7 @@ TEST_F(TransformerTest, ALayerCommunicatesAsItsHeadersSay) {
     TransformerLayer layer(config, 0, recorded.group);
     start(layer);
     const auto input = leaf(own_rows(normal_values({kSequence, kBatch, kHidden}, 1), sequence_parallel, tp));
-    const auto output = layer->forward(input, unpacked());
+    const auto output = layer->forward(input, batch_of(layer->self_attention->rotary(), unpacked(), kBatch));
     const auto forward = *recorded.count;
     output.backward(at::ones_like(output));
     const auto backward = *recorded.count - forward;
@@ -428,8 +438,9 @@ TEST_F(TransformerTest, GoldenLayers) {
         TransformerBlock block(config, tp);
         load(start(block), weights);
         auto hidden = own_rows(embeddings, sequence_parallel, tp);
+        const auto batch = block->attention_batch(hidden, attention);
         for (size_t number = 0; number < 2; ++number) {
-          hidden = block->layers->ptr(number)->as<TransformerLayer>()->forward(hidden, attention);
+          hidden = block->layers->ptr(number)->as<TransformerLayer>()->forward(hidden, batch);
           const auto key = "text_layer_out." + std::to_string(number);
           compare(hidden, own_rows(sequence_first(key), sequence_parallel, tp), name + " " + key, kGoldenTolerance);
         }
@@ -475,8 +486,11 @@ TEST_F(TransformerTest, AttentionInputsThatDoNotFitAreRefusedBeforeAnythingIsSen
   start(attention);
   const auto input = normal_values({kSequence, 1, kHidden}, 1);
   const auto two_rows = normal_values({kSequence, 2, kHidden}, 1);
+  const auto forward = [&](const at::Tensor& x, const at::Tensor& ids, const at::Tensor& ends) {
+    return attention->forward(x, batch_of(attention->rotary(), {ids, ends}, x.dim() == 3 ? x.size(1) : 1));
+  };
   const auto with = [&](const at::Tensor& x, const at::Tensor& ids, const at::Tensor& ends) {
-    return [&attention, x, ids, ends] { attention->forward(x, {ids, ends}); };
+    return [&forward, x, ids, ends] { forward(x, ids, ends); };
   };
   const auto ids = unpacked().position_ids;
   EXPECT_TRUE(throws(with(input, {}, {}), "position_ids are missing"));
@@ -490,7 +504,58 @@ TEST_F(TransformerTest, AttentionInputsThatDoNotFitAreRefusedBeforeAnythingIsSen
   EXPECT_TRUE(throws(with(input.squeeze(1), ids, {}), "is not [sequence, batch, hidden]"));
   EXPECT_TRUE(throws(with(normal_values({kSequence, 1, 23}, 1), ids, {}), "does not have the 24 columns"));
   // Sub-sequences of length 0 are left out.
-  compare(attention->forward(input, {ids, prefix_sums({0, 0, 16, 16})}), attention->forward(input, {ids, {}}), "empty");
+  compare(forward(input, ids, prefix_sums({0, 0, 16, 16})), forward(input, ids, {}), "empty");
+  // A batch that was made for something else.
+  const auto of_two_rows = batch_of(attention->rotary(), {ids, {}}, 2);
+  EXPECT_TRUE(throws([&] { attention->forward(input, of_two_rows); },
+                     "of 16 positions and 1 batch rows, the AttentionBatch of 16 and 2"));
+  EXPECT_TRUE(throws(
+      [&] {
+        attention->forward(input, batch_of(RotaryEmbedding(8, 1.0), {ids, {}}, 1));
+      },
+      "made without this layer's rotary embedding"));
+  TransformerBlock block(small_config(), test_support::world_tp());
+  start(block);
+  EXPECT_TRUE(throws([&] { block->forward(input.squeeze(1), {ids, {}}); }, "not [sequence, batch, hidden]"));
+}
+
+// ---- what goes to the device ----
+
+TEST_F(TransformerTest, ABatchGoesToTheDeviceWhole) {
+  const auto& full = small_config().layers[0];
+  const auto& sliding = small_config().layers[1];
+  const RotaryEmbedding first(full.rotary_dim(8), full.rope_theta, full.rope_scaling);
+  const RotaryEmbedding second(sliding.rotary_dim(8), sliding.rope_theta);
+  const test_support::OperatorWatch watch;
+  // A device without data: on a GPU it would be the same.
+  const AttentionBatch batch(packed(), kSequence, 1, {first, second, first}, at::kMeta);
+  EXPECT_EQ(watch.copies_from_host(), 4);  // positions, ends of the sub-sequences, frequencies of either kind
+  EXPECT_EQ(watch.count("aten::cos"), 2);
+  EXPECT_EQ(batch.sub_sequences().ranges().size(), 3U);
+  EXPECT_EQ(batch.sub_sequences().longest(), 10);
+  EXPECT_EQ(batch.sub_sequences().ends().sizes(), (std::vector<int64_t>{4}));
+  EXPECT_EQ(batch.sub_sequences().ends().scalar_type(), at::kInt);
+  EXPECT_TRUE(batch.tables(second).cos.is_meta());
+  EXPECT_EQ(AttentionBatch(unpacked(), kSequence, 2, {}, at::kMeta).sub_sequences().ends().size(0), 3);
+  EXPECT_FALSE(AttentionBatch(unpacked(), kSequence, 2, {}, at::kCPU).sub_sequences().ends().defined());
+}
+
+TEST_F(TransformerTest, LayersMakeNothingThatTheBatchHolds) {
+  const auto device = test_support::runtime().device();
+  for (const auto& input : {unpacked(), packed()}) {
+    for (const size_t num_layers : {2U, 3U, 8U}) {
+      auto config = small_config();
+      config.layers.resize(num_layers, config.layers.front());
+      TransformerBlock block(config, test_support::single());
+      start(block);
+      const auto hidden = leaf(normal_values({kSequence, 1, kHidden}, 1));
+      const test_support::OperatorWatch watch;
+      block->forward(hidden, input).sum().backward();
+      EXPECT_EQ(watch.count("aten::cos"), 2) << "one for full and one for sliding-window layers";
+      EXPECT_EQ(watch.count("aten::_local_scalar_dense"), 0);
+      EXPECT_EQ(watch.copies_from_host(), device.is_cuda() ? 4 : 0);
+    }
+  }
 }
 
 }  // namespace
