@@ -33,9 +33,11 @@ StepResult Trainer::step(const std::function<at::Tensor(int64_t)>& loss_sum, int
     loss.add_(mean.detach());
   }
   gradients_.reduce();
+  // The only wait for the device in a step, after everything up to the norm is on its way.
+  const auto loss_and_square = at::cat({parallel::all_reduce(loss, groups_.dp), gradients_.squared_norm()}).cpu();
   StepResult result;
-  result.loss = parallel::all_reduce(loss, groups_.dp).item<double>();
-  result.grad_norm = gradients_.norm();
+  result.loss = loss_and_square.const_data_ptr<double>()[0];
+  result.grad_norm = std::sqrt(loss_and_square.const_data_ptr<double>()[1]);
   result.learning_rate = options_.learning_rate.at(step_number);
   TORCH_CHECK_VALUE(std::isfinite(result.loss) && std::isfinite(result.grad_norm), "step ", step_number, ": loss ",
                     result.loss, " and gradient norm ", result.grad_norm, " are not both finite");

@@ -43,8 +43,9 @@ class Trainer {
   ///                           token losses, a scalar, equal over tp.
   /// @param num_loss_tokens    of the global batch; equal on every rank.
   /// Comm: what loss_sum does; GradientBuffer::reduce and norm; 1 all-reduce of one element over dp. Collective over tp
-  /// and dp. Throws c10::ValueError, on every rank alike, if there is no loss token, or loss or gradient is not finite
-  /// (naming the step and both; the parameters are left as they were).
+  /// and dp. Waits for a GPU once, to read loss and norm together. Throws c10::ValueError, on every rank alike, if
+  /// there is no loss token, or loss or gradient is not finite (naming the step and both; the parameters are left as
+  /// they were).
   StepResult step(const std::function<at::Tensor(int64_t)>& loss_sum, int64_t num_micro_batches,
                   int64_t num_loss_tokens);
 

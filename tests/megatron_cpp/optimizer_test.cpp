@@ -16,6 +16,7 @@
 #include "megatron_cpp/training/learning_rate.h"
 #include "megatron_cpp/training/trainer.h"
 #include "tests/support/errors.h"
+#include "tests/support/operator_watch.h"
 #include "tests/support/test_world.h"
 
 namespace {
@@ -155,6 +156,31 @@ TEST(GradientBuffer, RefusesWhatDoesNotFit) {
   const auto text = value_error([&] { buffer_of({first, wide}, group); });
   EXPECT_TRUE(contains(text, "parameter wide is "));
   EXPECT_TRUE(contains(text, "first is "));
+}
+
+// The optimizer's kernel on a GPU reads 16 bytes at a time where it can.
+TEST(GradientBuffer, BeginsEveryGradientAtAMultipleOfSixteenBytes) {
+  for (const auto dtype : {at::kFloat, at::kDouble, at::kBFloat16}) {
+    std::vector<ParameterShard> shards;
+    for (const int64_t size : {3, 1, 0, 8, 5}) {
+      shards.push_back(shard_of(std::to_string(size), parameter({size}, dtype), GradientRule::kReplicated));
+      shards.push_back(shard_of("partial", parameter({size}, dtype), GradientRule::kReplicatedPartial));
+    }
+    auto buffer = buffer_of(shards, groups(runtime().size()));
+    for (const auto& shard : shards) {
+      shard.parameter.grad().fill_(2.0);
+      const auto place = shard.parameter.grad().storage_offset() * static_cast<int64_t>(at::elementSize(dtype));
+      EXPECT_EQ(place % 16, 0) << shard.name;
+    }
+    buffer.reduce();
+    for (const auto& shard : shards) {
+      const int ranks = shard.name == "partial" ? runtime().size() : 1;
+      EXPECT_TRUE(test_support::equal(shard.parameter.grad(), at::full_like(shard.parameter, 2.0 * ranks)));
+    }
+    const double ranks = runtime().size();
+    EXPECT_NEAR(buffer.norm(), 2.0 * std::sqrt(17 * (1 + ranks * ranks)), 1e-5 * ranks);
+    EXPECT_NEAR(buffer.squared_norm().item<double>(), 4.0 * 17 * (1 + ranks * ranks), 1e-4 * ranks * ranks);
+  }
 }
 
 TEST(GradientBuffer, TakesFloat64) {
@@ -414,6 +440,30 @@ TEST(Trainer, ClipsTheGradientOnly) {
     }
     const double taken = clip == 0.5 ? 0.5 : unclipped;
     EXPECT_NEAR(std::sqrt(square), taken, 1e-5 * taken);
+  }
+}
+
+// On a GPU each such operator waits until all that was asked of it is done.
+TEST(Trainer, ReadsNothingBackButLossAndNormTogether) {
+  const std::string read = "aten::_local_scalar_dense";
+  for (const int tp : divisors_of_world()) {
+    SCOPED_TRACE(testing::Message() << "tensor " << tp);
+    const Regression model;
+    Trainer trainer(model.shards(), groups(tp), trainer_options(0.5));
+    step(trainer, model, groups(tp), 2);
+    int64_t in_optimizer = 0;  // the CPU's kernel reads its step numbers
+    {
+      AdamW other(model.shards(), {});
+      const test_support::OperatorWatch watch;
+      other.step(0.0);
+      in_optimizer = watch.count(read);
+    }
+    const test_support::OperatorWatch watch;
+    step(trainer, model, groups(tp), 2);
+    EXPECT_EQ(watch.count(read), in_optimizer);
+    EXPECT_EQ(watch.copies_to_host(), runtime().device().is_cpu() ? 0 : 1);
+    // Replicated gradients count on one rank. One call takes all parameters.
+    EXPECT_EQ(watch.count("aten::_foreach_norm"), groups(tp).tp->getRank() == 0 ? 1 : 0);
   }
 }
 
