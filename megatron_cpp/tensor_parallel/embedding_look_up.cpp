@@ -18,6 +18,9 @@ using torch::autograd::variable_list;
 std::vector<bool> left_out_of(int64_t num_rows, const at::Tensor& rows_left_out) {
   std::vector<bool> left_out(static_cast<size_t>(num_rows), false);
   if (!rows_left_out.defined()) return left_out;
+  TORCH_CHECK_VALUE(rows_left_out.is_cpu() && rows_left_out.scalar_type() == at::kLong && rows_left_out.dim() == 1,
+                    "rows_left_out must be [n] int64 on the CPU, also for ids on a GPU, got ", rows_left_out.sizes(),
+                    " ", rows_left_out.scalar_type(), " on ", rows_left_out.device());
   const auto rows = rows_left_out.contiguous();
   const auto* row = rows.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < rows.numel(); ++i) {
@@ -85,7 +88,8 @@ LookUp plan_look_up(const at::Tensor& input_ids, const at::Tensor& rows_left_out
   return {there[0], there[1]};
 }
 
-LookUp plan_look_up_on_device(const at::Tensor& input_ids, const at::Tensor& rows_left_out, int64_t vocabulary_size) {
+LookUp plan_look_up_on_device(const at::Tensor& input_ids, const at::Tensor& rows_left_out, int64_t vocabulary_size,
+                              parallel::Range own) {
   const auto ids = input_ids.t().reshape({-1});
   at::_assert_async(ids.ge(0).logical_and(ids.lt(vocabulary_size)).all());
   const auto left_out = left_out_of(ids.numel(), rows_left_out);
@@ -95,7 +99,7 @@ LookUp plan_look_up_on_device(const at::Tensor& input_ids, const at::Tensor& row
     if (!left_out[row]) rows.push_back(static_cast<int64_t>(row));
   }
   const auto output_rows = index_tensors({rows}, ids.device())[0];
-  return {output_rows, ids.index_select(0, output_rows)};
+  return {output_rows, (ids - own.begin).remainder(own.length()).index_select(0, output_rows)};
 }
 
 at::Tensor look_up_rows(const at::Tensor& table, const LookUp& look_up, int64_t S, int64_t B, bool zero_others,

@@ -20,13 +20,16 @@ void check_ids(const at::Tensor& input_ids);
 
 /// The rows of ids on the CPU that are in `own`, but for rows_left_out ([n] int64 on the CPU, or undefined).
 /// @throws c10::ValueError naming an id outside [0, vocabulary_size) and its place, or a row to leave out that isn't
-///         there.
+///         there; or if rows_left_out is anything else.
 LookUp plan_look_up(const at::Tensor& input_ids, const at::Tensor& rows_left_out, int64_t vocabulary_size,
                     parallel::Range own, const at::Device& device);
 
-/// For ids on a GPU, of which nothing comes to the host: all rows but rows_left_out, with their ids for table rows. An
-/// id outside [0, vocabulary_size) trips an asynchronous device assertion.
-LookUp plan_look_up_on_device(const at::Tensor& input_ids, const at::Tensor& rows_left_out, int64_t vocabulary_size);
+/// For ids on a GPU, of which nothing comes to the host: all rows but rows_left_out (on the CPU, as above), and of each
+/// its id's row among those that the rank has of the table, `own`; of ids elsewhere, some row. These are spread over
+/// the table: were they one row, their gradients, zeros, would queue up for it. An id outside [0, vocabulary_size)
+/// trips an asynchronous device assertion.
+LookUp plan_look_up_on_device(const at::Tensor& input_ids, const at::Tensor& rows_left_out, int64_t vocabulary_size,
+                              parallel::Range own);
 
 /// [S, B, W] with the rows of `look_up` taken from `table` [.., W]; the others zero if `zero_others`, else anything.
 /// The gradient of the other rows is not read. With `accumulate_into_grad` the looked-up rows are added into the

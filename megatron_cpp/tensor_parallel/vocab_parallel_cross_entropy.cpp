@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "megatron_cpp/tensor_parallel/to_device.h"
 #include "parallel/collectives.h"
 #include "parallel/shard.h"
 
@@ -171,7 +172,7 @@ at::Tensor vocab_parallel_cross_entropy(const at::Tensor& logits, const at::Tens
   } else {
     check_target_on_device(target, options);
   }
-  return CrossEntropyFunction::apply(logits, target.to(logits.device(), /*non_blocking=*/true), options.vocabulary_size,
+  return CrossEntropyFunction::apply(logits, internal::to_device(target, logits.device()), options.vocabulary_size,
                                      options.label_smoothing, options.ignore_index, tp);
 }
 

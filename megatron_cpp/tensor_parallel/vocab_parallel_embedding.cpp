@@ -15,14 +15,12 @@ namespace {
 /// Every row but those left out is looked up, and those that aren't this rank's are masked, so that no id has to come
 /// to the host.
 at::Tensor masked_look_up(const at::Tensor& weight, const at::Tensor& input_ids, const at::Tensor& rows_left_out,
-                          const ParallelEmbeddingOptions& options, int64_t vocabulary_begin) {
-  const int64_t B = input_ids.size(0);
-  const int64_t S = input_ids.size(1);
-  auto look_up = internal::plan_look_up_on_device(input_ids, rows_left_out, options.vocabulary_size());
-  const auto local = input_ids.t() - vocabulary_begin;  // [S, B]
-  const auto other = local.lt(0).logical_or(local.ge(weight.size(0)));
-  look_up.table_rows = local.masked_fill(other, 0).reshape({-1}).index_select(0, look_up.output_rows);
-  return internal::look_up_rows(weight, look_up, S, B, /*zero_others=*/true, options.accumulate_into_grad())
+                          const ParallelEmbeddingOptions& options, parallel::Range own) {
+  const auto look_up = internal::plan_look_up_on_device(input_ids, rows_left_out, options.vocabulary_size(), own);
+  const auto ids = input_ids.t();  // [S, B]
+  const auto other = ids.lt(own.begin).logical_or(ids.ge(own.end));
+  return internal::look_up_rows(weight, look_up, ids.size(0), ids.size(1), /*zero_others=*/true,
+                                options.accumulate_into_grad())
       .masked_fill(other.unsqueeze(-1), 0);
 }
 
@@ -43,11 +41,10 @@ VocabParallelEmbeddingImpl::VocabParallelEmbeddingImpl(ParallelEmbeddingOptions 
 
 at::Tensor VocabParallelEmbeddingImpl::partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out) {
   internal::check_ids(input_ids);
-  if (!input_ids.is_cpu()) {
-    return masked_look_up(weight, input_ids, rows_left_out, options(), vocabulary_begin_);
-  }
-  const auto look_up = internal::plan_look_up(input_ids, rows_left_out, options().vocabulary_size(),
-                                              {vocabulary_begin_, vocabulary_begin_ + weight.size(0)}, weight.device());
+  const parallel::Range own{vocabulary_begin_, vocabulary_begin_ + weight.size(0)};
+  if (!input_ids.is_cpu()) return masked_look_up(weight, input_ids, rows_left_out, options(), own);
+  const auto look_up =
+      internal::plan_look_up(input_ids, rows_left_out, options().vocabulary_size(), own, weight.device());
   return internal::look_up_rows(weight, look_up, input_ids.size(1), input_ids.size(0), /*zero_others=*/true,
                                 options().accumulate_into_grad());
 }

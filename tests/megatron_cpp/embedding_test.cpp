@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "megatron_cpp/tensor_parallel/embedding_look_up.h"
 #include "megatron_cpp/tensor_parallel/language_model_embedding.h"
 #include "megatron_cpp/tensor_parallel/vocab_parallel_embedding.h"
 #include "parallel/collectives.h"
@@ -20,6 +21,7 @@ using megatron::LanguageModelEmbedding;
 using megatron::ParallelEmbeddingOptions;
 using megatron::VocabParallelEmbedding;
 using parallel::CollectiveKind;
+using test_support::contains;
 using test_support::exact_values;
 using test_support::groups;
 using test_support::on_device;
@@ -271,6 +273,34 @@ TEST(VocabParallelEmbedding, RefusesIdsOutsideTheVocabularyOnEveryRank) {
               std::string::npos);
     EXPECT_EQ(recorded.count->total(), 0);
   }
+}
+
+TEST(VocabParallelEmbedding, RefusesRowsToLeaveOutThatTheHostCannotRead) {
+  const auto& tp = test_support::single();
+  VocabParallelEmbedding embedding(ParallelEmbeddingOptions(8, kH), tp);
+  const auto ids = at::zeros({1, 4}, at::kLong);
+  for (const auto& rows : {at::zeros({1}, at::TensorOptions(at::kLong).device(at::kMeta)), at::zeros({1}, at::kInt),
+                           at::zeros({1, 1}, at::kLong)}) {
+    EXPECT_TRUE(contains(value_error([&] { embedding->partial(ids, rows); }), "rows_left_out must be [n] int64"));
+  }
+}
+
+// What a rank looks up of ids on a GPU, which the host doesn't read. It works on the CPU as well.
+TEST(VocabParallelEmbedding, LooksUpIdsOfAGpuInRowsHereAndThere) {
+  constexpr int64_t kRows = 10;
+  const auto ids = at::arange(4 * kRows, at::kLong).flip(0).view({2, -1});
+  const auto left_out = at::tensor({2, 0}, at::kLong);
+  const auto look_up = megatron::internal::plan_look_up_on_device(ids, left_out, 4 * kRows, {kRows, 2 * kRows});
+  const auto by_row = ids.t().reshape({-1}).index_select(0, look_up.output_rows);
+  EXPECT_EQ(look_up.output_rows.size(0), 4 * kRows - 2);
+  EXPECT_EQ(look_up.output_rows.eq(2).sum().item<int64_t>(), 0);
+  const auto here = by_row.ge(kRows).logical_and(by_row.lt(2 * kRows));
+  EXPECT_EQ(here.sum().item<int64_t>(), kRows);
+  EXPECT_TRUE(test_support::equal(look_up.table_rows.masked_select(here), by_row.masked_select(here) - kRows));
+  // Four ids, or fewer, to a row.
+  const auto uses = at::bincount(look_up.table_rows, {}, kRows);
+  EXPECT_EQ(uses.sizes(), (std::vector<int64_t>{kRows}));
+  EXPECT_LE(uses.max().item<int64_t>(), 4);
 }
 
 TEST(VocabParallelEmbedding, RefusesSequencesThatDoNotDivide) {
