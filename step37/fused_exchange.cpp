@@ -1,6 +1,7 @@
 #include "step37/fused_exchange.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/custom_class.h>
@@ -40,16 +41,45 @@ class Exchange : public torch::CustomClassHolder {
     projected_rows_ = tensors[1];
   }
 
+  /// Works out how gradients will come back; before forward(), in the thread that runs it. In backward() a GPU would
+  /// wait for the host meanwhile.
+  void prepare_backward(bool wants_partial, bool wants_projected) {
+    if (has_way_back(wants_partial, wants_projected)) return;
+    way_back_ = {wants_partial, wants_projected, {}, {}};
+    choose_way(way_back_);
+  }
+
   virtual at::Tensor forward(const at::Tensor& partial, const at::Tensor& projected) const = 0;
 
   struct Gradients {
     at::Tensor partial;
     at::Tensor projected;
   };
-  /// Gradients of what is wanted, from this rank's rows of the gradient.
+  /// Gradients of what is wanted, from this rank's rows of the gradient. After prepare_backward for the same.
   virtual Gradients backward(const at::Tensor& gradient, bool wants_partial, bool wants_projected) const = 0;
 
  protected:
+  /// Rows of every rank's gradient that every rank gets whole.
+  struct GatheredRows {
+    std::vector<int64_t> counts;  ///< of each rank
+    at::Tensor own_rows;          ///< among this rank's own
+    at::Tensor target_rows;       ///< where they go, by rank
+  };
+  /// How gradients come back: by a route or a gather of some rows; with neither of them as the forward pass went.
+  struct WayBack {
+    bool wants_partial = false;
+    bool wants_projected = false;
+    std::optional<RowRoute> route;
+    std::optional<GatheredRows> gather;
+  };
+  /// Fills in the route or the gather for what `way` wants.
+  virtual void choose_way(WayBack& way) const = 0;
+
+  bool has_way_back(bool wants_partial, bool wants_projected) const {
+    return way_back_.wants_partial == wants_partial && way_back_.wants_projected == wants_projected;
+  }
+  const WayBack& way_back() const { return way_back_; }
+
   int64_t rank() const { return layout_.tp->getRank(); }
   int64_t t() const { return layout_.tp->getSize(); }
   /// Whether each rank has gradients of its own rows only.
@@ -110,6 +140,24 @@ class Exchange : public torch::CustomClassHolder {
     return {rows, rows_per_rank(), layout_.hidden_size, projected_options_.device(), layout_.tp};
   }
 
+  GatheredRows make_gather(const std::vector<std::vector<RouteRows::Piece>>& rows) const {
+    GatheredRows gather;
+    std::vector<int64_t> own_rows;
+    std::vector<int64_t> target_rows;
+    for (const auto& owned : rows) {
+      const bool own = static_cast<int64_t>(gather.counts.size()) == rank();
+      gather.counts.push_back(static_cast<int64_t>(owned.size()));
+      for (const auto& piece : owned) {
+        if (own) own_rows.push_back(piece.row - rows_per_rank() * rank());
+        target_rows.push_back(piece.made_row);
+      }
+    }
+    const auto indices = megatron::internal::index_tensors({own_rows, target_rows}, projected_options_.device());
+    gather.own_rows = indices[0];
+    gather.target_rows = indices[1];
+    return gather;
+  }
+
   InsertPlan plan_;
   ExchangeLayout layout_;
   std::vector<int64_t> projected_shape_;
@@ -118,6 +166,8 @@ class Exchange : public torch::CustomClassHolder {
   at::Tensor projected_rows_;  // and their numbers among those it projected
 
  private:
+  WayBack way_back_;
+
   int64_t maker_of(const InsertRun& run) const { return layout_.maker[static_cast<size_t>(run.image)]; }
   InsertRun with_projected_rows(InsertRun run) const {
     const auto image = static_cast<size_t>(run.image);
@@ -140,8 +190,8 @@ class SumExchange final : public Exchange {
   }
 
   Gradients backward(const at::Tensor& gradient, bool wants_partial, bool wants_projected) const override {
-    if (sends_back() && !wants_partial) return {{}, images_gradient(as_rows(gradient))};
-    if (sends_back() && !wants_projected) return {text_gradient(as_rows(gradient)), {}};
+    const auto& way = way_back();
+    if (way.route || way.gather) return some_gradients(gradient, wants_partial);
     const auto whole = sends_back() ? parallel::all_gather(gradient, layout_.tp) : gradient;
     Gradients gradients;
     if (wants_partial) gradients.partial = whole;
@@ -155,51 +205,43 @@ class SumExchange final : public Exchange {
     const bool columns = layout_.projected == ProjectedRows::kColumns;
     return columns ? rows.narrow(1, width * rank(), width) : rows;
   }
-  /// The look-up reads the gradient of text rows that it found, and no other row is written here.
-  at::Tensor text_gradient(const at::Tensor& gradient) const {
+  /// Where one of the two gradients is wanted, its rows alone travel.
+  void choose_way(WayBack& way) const override {
+    if (!sends_back() || way.wants_partial == way.wants_projected) return;
     RouteRows rows(layout_.tp->getSize());
-    auto whole = at::empty({plan_.S(), plan_.B(), layout_.hidden_size}, gradient.options());
-    if (layout_.finders.empty()) {
-      add_text(rows);
-      gather_whole_rows(gradient, rows.pieces, as_rows(whole));
-      return whole;
-    }
-    for (const int64_t row : text_rows()) {
-      rows.whole[static_cast<size_t>(row / rows_per_rank())].push_back(
-          {row, row, layout_.finders[static_cast<size_t>(row)]});
-    }
-    make_route(rows).to_makers(gradient, {}, as_rows(whole));
-    return whole;
-  }
-  at::Tensor images_gradient(const at::Tensor& gradient) const {
-    RouteRows rows(layout_.tp->getSize());
-    add_images(rows);
-    auto projected = new_projected_gradient();
-    if (layout_.projected == ProjectedRows::kSummands) {
-      gather_whole_rows(gradient, rows.pieces, projected);
-    } else {
-      make_route(rows).to_makers(gradient, projected, projected);
-    }
-    return projected;
-  }
-  /// Every rank gets whole what the route has pieces of.
-  void gather_whole_rows(const at::Tensor& gradient, const std::vector<std::vector<RouteRows::Piece>>& rows,
-                         const at::Tensor& target) const {
-    std::vector<int64_t> own_rows;
-    std::vector<int64_t> target_rows;
-    std::vector<int64_t> counts;
-    for (const auto& owned : rows) {
-      const bool own = static_cast<int64_t>(counts.size()) == rank();
-      counts.push_back(static_cast<int64_t>(owned.size()));
-      for (const auto& piece : owned) {
-        if (own) own_rows.push_back(piece.row - rows_per_rank() * rank());
-        target_rows.push_back(piece.made_row);
+    if (way.wants_projected) {
+      add_images(rows);
+      if (layout_.projected == ProjectedRows::kSummands) {
+        way.gather = make_gather(rows.pieces);
+      } else {
+        way.route = make_route(rows);
       }
+    } else if (layout_.finders.empty()) {
+      add_text(rows);
+      way.gather = make_gather(rows.pieces);
+    } else {
+      for (const int64_t row : text_rows()) {
+        rows.whole[static_cast<size_t>(row / rows_per_rank())].push_back(
+            {row, row, layout_.finders[static_cast<size_t>(row)]});
+      }
+      way.route = make_route(rows);
     }
-    const auto indices = megatron::internal::index_tensors({own_rows, target_rows}, gradient.device());
-    const auto gathered =
-        parallel::all_gather_uneven(megatron::internal::gather_rows(gradient, indices[0]), counts, layout_.tp);
-    copy_rows(target, indices[1], gathered, {});
+  }
+  Gradients some_gradients(const at::Tensor& gradient, bool of_partial) const {
+    // The look-up reads the gradient of text rows that it found, and no other row is written here.
+    auto wanted = of_partial ? at::empty({plan_.S(), plan_.B(), layout_.hidden_size}, gradient.options())
+                             : new_projected_gradient();
+    const auto& way = way_back();
+    const auto rows = as_rows(gradient);
+    const auto target = as_rows(wanted);
+    if (way.route) {
+      way.route->to_makers(rows, target, target);
+    } else {
+      const auto own = megatron::internal::gather_rows(rows, way.gather->own_rows);
+      copy_rows(target, way.gather->target_rows, parallel::all_gather_uneven(own, way.gather->counts, layout_.tp), {});
+    }
+    if (of_partial) return {std::move(wanted), {}};
+    return {{}, std::move(wanted)};
   }
 };
 
@@ -220,9 +262,7 @@ class ColumnsExchange final : public Exchange {
 
   Gradients backward(const at::Tensor& gradient, bool wants_partial, bool wants_projected) const override {
     const bool columns = layout_.projected == ProjectedRows::kColumns;
-    if (sends_back() && !(columns && wants_partial && wants_projected)) {
-      return route_backward(gradient, wants_partial, wants_projected);
-    }
+    if (way_back().route) return route_backward(gradient, wants_partial, wants_projected);
     const auto own = sends_back() ? parallel::all_to_all_sequence_to_hidden_parallel(gradient, layout_.tp)
                                   : gradient.narrow(-1, piece_width() * rank(), piece_width());
     Gradients gradients;
@@ -234,24 +274,32 @@ class ColumnsExchange final : public Exchange {
  private:
   int64_t piece_width() const { return layout_.hidden_size / t(); }
 
-  at::Tensor route_forward(const at::Tensor& partial, const at::Tensor& projected) const {
+  void choose_way(WayBack& way) const override {
+    const bool columns = layout_.projected == ProjectedRows::kColumns;
+    if (sends_back() && !(columns && way.wants_partial && way.wants_projected)) {
+      way.route = route_of(way.wants_partial, way.wants_projected);
+    }
+  }
+  RowRoute route_of(bool text, bool images) const {
     RouteRows rows(layout_.tp->getSize());
-    add_text(rows);
-    add_images(rows);
+    if (text) add_text(rows);
+    if (images) add_images(rows);
+    return make_route(rows);
+  }
+  at::Tensor route_forward(const at::Tensor& partial, const at::Tensor& projected) const {
     auto owned = at::empty({rows_per_rank(), layout_.hidden_size}, projected_options_);
-    make_route(rows).to_owners(as_rows(partial), projected, owned);
+    // Gradients of both come back by the same route.
+    const bool same = has_way_back(true, true);
+    (same ? *way_back().route : route_of(true, true)).to_owners(as_rows(partial), projected, owned);
     return owned.view({plan_.S() / t(), plan_.B(), layout_.hidden_size});
   }
   Gradients route_backward(const at::Tensor& gradient, bool wants_partial, bool wants_projected) const {
-    RouteRows rows(layout_.tp->getSize());
-    if (wants_partial) add_text(rows);
-    if (wants_projected) add_images(rows);
     Gradients gradients;
     if (wants_partial) gradients.partial = at::empty({plan_.S(), plan_.B(), piece_width()}, gradient.options());
     if (wants_projected) gradients.projected = new_projected_gradient();
     // Pieces are text's, or where images have pieces too, only one of the two travels here.
     const auto pieces = wants_partial ? as_rows(gradients.partial) : gradients.projected;
-    make_route(rows).to_makers(as_rows(gradient), pieces, gradients.projected);
+    way_back().route->to_makers(as_rows(gradient), pieces, gradients.projected);
     return gradients;
   }
   /// Text rows as columns and this rank's images' rows whole, from every rank to every rank.
@@ -299,8 +347,10 @@ struct ExchangeFunction : torch::autograd::Function<ExchangeFunction> {
   static variable_list backward(AutogradContext* context, variable_list gradients) {
     TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled(), "double backward through the image insert");
     const auto exchange = c10::static_intrusive_pointer_cast<Exchange>(context->saved_data["exchange"].toCapsule());
-    auto result =
-        exchange->backward(gradients[0].contiguous(), context->needs_input_grad(0), context->needs_input_grad(1));
+    const bool wants_partial = context->needs_input_grad(0);
+    const bool wants_projected = context->needs_input_grad(1);
+    exchange->prepare_backward(wants_partial, wants_projected);  // a user may want less than was prepared for
+    auto result = exchange->backward(gradients[0].contiguous(), wants_partial, wants_projected);
     return {std::move(result.partial), std::move(result.projected), {}};
   }
 };
@@ -342,6 +392,7 @@ at::Tensor fused_exchange(const at::Tensor& partial, const at::Tensor& projected
   } else {
     exchange = c10::make_intrusive<ColumnsExchange>(plan, layout, projected);
   }
+  if (at::GradMode::is_enabled()) exchange->prepare_backward(partial.requires_grad(), projected.requires_grad());
   return ExchangeFunction::apply(partial, projected, exchange);
 }
 

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "megatron_cpp/tensor_parallel/rows.h"
+#include "megatron_cpp/tensor_parallel/to_device.h"
 #include "parallel/mappings.h"
 #include "parallel/shard.h"
 
@@ -93,7 +95,8 @@ class RowCollector {
       small.clear();
     };
     for (const auto& piece : pieces_) {
-      const auto rows = piece.to(request_.options.device(), c10::typeMetaToScalarType(request_.options.dtype()));
+      const auto rows = megatron::internal::to_device(piece, request_.options.device())
+                            .to(c10::typeMetaToScalarType(request_.options.dtype()));
       if (rows.size(0) < kLargeRows) {
         small.push_back(rows);
         continue;
@@ -128,8 +131,7 @@ class RowCollector {
     // One operation a tensor: a select per image would make each image's gradient a tensor as large as the group's.
     const bool all = static_cast<int64_t>(taken.size()) == stacked.size(0);
     const auto images =
-        all ? stacked
-            : stacked.index_select(0, at::tensor(at::ArrayRef<int64_t>(taken), at::kLong).to(stacked.device()));
+        all ? stacked : stacked.index_select(0, megatron::internal::index_tensors({taken}, stacked.device())[0]);
     pieces_.push_back(images.reshape({images.size(0) * images.size(1), images.size(2)}));
   }
 

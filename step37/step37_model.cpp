@@ -5,6 +5,7 @@
 
 #include <utility>
 
+#include "megatron_cpp/tensor_parallel/rows.h"
 #include "megatron_cpp/tensor_parallel/vocab_parallel_cross_entropy.h"
 #include "parallel/shard.h"
 
@@ -79,8 +80,7 @@ void Step37ModelImpl::keep_own_pictures(std::vector<ImageForInsert>& images) con
     group.rows =
         at::full({num_images}, config_.vision.feature_rows(group.images.size(2), group.images.size(3)), at::kLong);
     group.holders = at::tensor(at::ArrayRef<int64_t>(group_holders), at::kLong);
-    group.images =
-        group.images.index_select(0, at::tensor(at::ArrayRef<int64_t>(own), at::kLong).to(group.images.device()));
+    group.images = group.images.index_select(0, megatron::internal::index_tensors({own}, group.images.device())[0]);
   }
 }
 
