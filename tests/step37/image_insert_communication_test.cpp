@@ -385,3 +385,26 @@ TEST(ImageInsertCommunication, ReadsNoTensorBackToTheHost) {
     }
   });
 }
+
+// While the host made lists in backward, a GPU would have nothing to do.
+TEST(ImageInsertCommunication, MakesItsListsOfRowsInForward) {
+  const Parameters parameters(1);
+  const auto scenario = two_groups();
+  const auto loss_weights = exact_values({kS, 2, kH}, 5);
+  for_each_variant([&](const Variant& variant) {
+    for (const auto& placed : placements(variant, scenario.images)) {
+      for (const auto& trainable : kTrainable) {
+        if (!trainable.any()) continue;
+        SCOPED_TRACE(testing::Message() << name_of(placed.placement) << ", " << trainable.name());
+        const auto layer = make_layer(variant, parameters);
+        layer.set_trainable(trainable);
+        const auto images = layer.leaves(scenario.images, placed, trainable.features);
+        const auto own_weights = on_device(layer.own_sequence(loss_weights)).clone();
+        const auto output = layer.forward(scenario.ids, images);
+        const test_support::OperatorWatch watch;
+        (output * own_weights).sum().backward();
+        EXPECT_EQ(watch.new_lists(), 0);
+      }
+    }
+  });
+}

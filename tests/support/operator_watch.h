@@ -57,6 +57,11 @@ class OperatorWatch {
     const std::lock_guard lock(mutex_);
     return copies_to_host_;
   }
+  /// New int64 tensors: lists of rows are such.
+  int64_t new_lists() const {
+    const std::lock_guard lock(mutex_);
+    return new_lists_;
+  }
   /// Of the floating-point tensors that operators returned, the largest one's memory; a view counts as what it views.
   int64_t largest_bytes() const {
     const std::lock_guard lock(mutex_);
@@ -82,6 +87,9 @@ class OperatorWatch {
     for (const auto& output : function.outputs()) {
       if (!output.isTensor()) continue;
       const auto& tensor = output.toTensor();
+      if (tensor.defined() && tensor.scalar_type() == at::kLong && function.name() == std::string("aten::empty")) {
+        ++current_->new_lists_;
+      }
       if (!tensor.defined() || !tensor.has_storage() || !tensor.is_floating_point()) continue;
       current_->largest_bytes_ = std::max(current_->largest_bytes_, static_cast<int64_t>(tensor.storage().nbytes()));
     }
@@ -93,6 +101,7 @@ class OperatorWatch {
   std::map<std::string, int64_t> counts_;
   int64_t copies_from_host_ = 0;
   int64_t copies_to_host_ = 0;
+  int64_t new_lists_ = 0;
   int64_t largest_bytes_ = 0;
 };
 
