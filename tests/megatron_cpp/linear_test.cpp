@@ -226,7 +226,7 @@ void check_row(const RowCase& c, int t) {
     EXPECT_TRUE(test_support::equal(output, own_rows ? part(dense.output, 0, tp) : dense.output));
   } else {
     const auto product = at::linear(part(x, 2, tp), part(weight, 1, tp));
-    EXPECT_TRUE(test_support::equal(output, tp->getRank() == 0 ? product + on_device(bias) : product));
+    EXPECT_TRUE(test_support::equal(output, tp->getRank() == 0 ? product + bias : product));
     EXPECT_TRUE(test_support::equal(parallel::all_reduce(output.detach(), groups(t).tp), dense.output));
   }
   // The sum over the ranks of each one's loss of its rows, or of its summand; or the same loss on every rank.
