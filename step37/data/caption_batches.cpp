@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 #include <utility>
 
+#include "megatron_cpp/tensor_parallel/to_device.h"
 #include "parallel/agree.h"
 #include "parallel/shard.h"
 #include "step37/data/picture.h"
@@ -192,7 +193,7 @@ std::vector<ImageForInsert> load_pictures(const CaptionPack& pack, const Caption
 }
 
 Step37Batch to_model_batch(const CaptionPack& pack, std::vector<ImageForInsert> images, const at::Device& device) {
-  for (auto& group : images) group.images = normalize(group.images.to(device, /*non_blocking=*/true));
+  for (auto& group : images) group.images = normalize(megatron::internal::to_device(group.images, device));
   return {
       pack.packed.tokens, pack.packed.labels, {pack.packed.position_ids, pack.packed.cu_seqlens}, std::move(images)};
 }
@@ -262,7 +263,11 @@ void CaptionLoader::prefetch() {
     const auto warn = [](const std::string& text) { std::fprintf(stderr, "warning: %s\n", text.c_str()); };
     LoadedStep loaded;
     for (const auto& pack : step.packs) {
-      loaded.images.push_back(load_pictures(pack, options.format, options.folder, rank, size, warn));
+      auto images = load_pictures(pack, options.format, options.folder, rank, size, warn);
+      if (options.device.is_cuda()) {
+        for (auto& group : images) group.images = group.images.pin_memory();
+      }
+      loaded.images.push_back(std::move(images));
     }
     loaded.step = std::move(step);
     return loaded;

@@ -72,7 +72,7 @@ std::vector<ImageForInsert> load_pictures(const CaptionPack& pack, const Caption
                                           const std::filesystem::path& folder, int tp_rank, int tp_size,
                                           const std::function<void(const std::string&)>& warn);
 
-/// The model's batch of a pack: pixels go to `device` as uint8 and are normalised there.
+/// The model's batch of a pack: pixels go to `device` as uint8, without waiting for it, and are normalised there.
 Step37Batch to_model_batch(const CaptionPack& pack, std::vector<ImageForInsert> images, const at::Device& device);
 
 /// Packs samples on tensor-parallel rank 0, sends ids and picture names to its group, and decodes in the background one
@@ -85,6 +85,7 @@ class CaptionLoader {
     megatron::PackingOptions packing;
     int64_t global_batch = 1;  ///< packs a step, over all data-parallel ranks; divisible by their number
     uint64_t seed = 0;
+    c10::Device device = c10::Device(c10::kCPU);  ///< that pictures will go to: for a GPU they wait in pinned memory
   };
   /// What tensor-parallel rank 0 packs from; empty on the other ranks.
   struct Source {

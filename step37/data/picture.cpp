@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <fstream>
 #include <limits>
 #include <optional>
@@ -131,11 +132,14 @@ at::Tensor resize(const at::Tensor& picture, int64_t height, int64_t width) {
 at::Tensor normalize(const at::Tensor& pictures) {
   check_pictures(pictures, "normalize");
   TORCH_CHECK_VALUE(pictures.dim() == 4, "normalize wants pictures [N, 3, H, W], got ", pictures.sizes());
-  // https://github.com/openai/CLIP, clip.py: _transform.
-  const auto options = at::TensorOptions(at::kFloat).device(pictures.device());
-  const auto mean = at::tensor({0.48145466, 0.4578275, 0.40821073}, options).view({1, 3, 1, 1});
-  const auto deviation = at::tensor({0.26862954, 0.26130258, 0.27577711}, options).view({1, 3, 1, 1});
-  return pictures.to(at::kFloat).div_(255).sub_(mean).div_(deviation);
+  // https://github.com/openai/CLIP, clip.py: _transform. Numbers, not tensors: making a tensor on a GPU waits for it.
+  constexpr std::array<double, 3> kMean{0.48145466, 0.4578275, 0.40821073};
+  constexpr std::array<double, 3> kDeviation{0.26862954, 0.26130258, 0.27577711};
+  const auto normalized = pictures.to(at::kFloat).div_(255);
+  for (size_t channel = 0; channel < kMean.size(); ++channel) {
+    normalized.select(1, static_cast<int64_t>(channel)).sub_(kMean[channel]).div_(kDeviation[channel]);
+  }
+  return normalized;
 }
 
 }  // namespace step37

@@ -215,6 +215,7 @@ class PretrainRun {
       pictures_.held_out.captions.push_back(tokenizer_->encode(caption));
     }
     loader_options_.folder = config_.data.directory;
+    loader_options_.device = runtime_.device();
     loader_options_.format = caption_format(*tokenizer_, crop_options(config_));
     loader_options_.packing.max_length = config_.training.sequence_length;
     loader_options_.packing.pad_to = padding_multiple(groups_.grid.tp);
