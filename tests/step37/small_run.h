@@ -19,10 +19,7 @@ namespace small_run {
 using Overrides = std::vector<std::string>;
 
 // eps is far above rounding: gradients that are 0 but for rounding (of key biases) must not become steps.
-inline constexpr std::string_view kConfig = R"(run:
-  device: cpu
-  timeout_seconds: 60
-data:
+inline constexpr std::string_view kConfig = R"(data:
   held_out: 0.3
   vocabulary_size: 300
   crops: true
@@ -58,11 +55,17 @@ report:
   max_new_tokens: 4
 )";
 
+/// The configuration of a run on the test's device.
+inline std::string config() {
+  const std::string device = test_support::runtime().device().is_cuda() ? "cuda" : "cpu";
+  return "run:\n  device: " + device + "\n  timeout_seconds: 60\n" + std::string(kConfig);
+}
+
 /// Each test has a folder of its own, with a configuration.
 class SmallRun : public testing::Test {
  protected:
   void SetUp() override {
-    on_main([&] { test_support::write_file(config_file(), kConfig); });
+    on_main([&] { test_support::write_file(config_file(), config()); });
   }
 
   /// On rank 0, between two barriers: nobody reads what it changes.

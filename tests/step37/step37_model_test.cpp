@@ -15,6 +15,7 @@
 #include "parallel/collectives.h"
 #include "step37/program/run_config.h"
 #include "tests/step37/small_run.h"
+#include "tests/support/operator_watch.h"
 #include "tests/support/test_world.h"
 
 namespace {
@@ -87,15 +88,24 @@ struct Gradients {
   std::vector<megatron::ParameterShard> shards;  ///< with their gradients complete over tp
 };
 
+/// As a program gives it to a model on the test's device: ids, labels and positions stay on the CPU.
+Step37Batch on_device(Step37Batch batch) {
+  for (auto& group : batch.images) {
+    if (group.images.defined()) group.images = test_support::on_device(group.images);
+  }
+  return batch;
+}
+
 Gradients backward(const step37::Step37Config& config, const Step37Batch& batch, const parallel::GroupPtr& tp) {
   Step37Model model(config, tp);
+  model->to(test_support::runtime().device());
   Gradients result;
   result.shards = megatron::parameter_shards(*model);
   megatron::initialize_parameters(result.shards, 7);
   for (auto& shard : result.shards) {
     if (shard.parameter.requires_grad()) shard.parameter.mutable_grad() = at::zeros_like(shard.parameter.detach());
   }
-  const auto loss = model->loss_sum(batch);
+  const auto loss = model->loss_sum(on_device(batch));
   loss.backward();
   result.loss = loss.item<double>();
   for (auto& shard : result.shards) {
@@ -189,6 +199,30 @@ TEST_F(Model, PicturesOnEveryRank) {
 
 TEST_F(Model, NoPictures) {
   expect_like_dense({}, {}, [](const parallel::GroupPtr& /*tp*/) { return std::vector<ImageForInsert>(); });
+}
+
+// On a GPU each of these operators waits until all that was asked of it is done.
+TEST_F(Model, ReadsNothingBackInForwardAndBackward) {
+  auto batch = batch_without_pictures();
+  for (const int tp : divisors_of_world()) {
+    for (const std::string sp : {"false", "true"}) {
+      for (const bool on_every_rank : {false, true}) {
+        SCOPED_TRACE(testing::Message() << "tensor " << tp << ", sequence_parallel " << sp << ", " << on_every_rank);
+        const auto& group = groups(tp).tp;
+        batch.images = on_every_rank ? pictures_for_all() : pictures_held_by({1 % tp, 0, 3 % tp, 0, 2 % tp}, group);
+        Step37Model model(config({"parallel.sequence_parallel=" + sp, "run.checked=false"}), group);
+        model->to(test_support::runtime().device());
+        megatron::initialize_parameters(megatron::parameter_shards(*model), 7);
+        const auto there = on_device(batch);
+        const test_support::OperatorWatch watch;
+        model->loss_sum(there).backward();
+        EXPECT_GT(watch.count("aten::convolution_backward"), 0);
+        EXPECT_EQ(watch.count("aten::_local_scalar_dense"), 0);
+        EXPECT_EQ(watch.count("aten::nonzero"), 0);
+        EXPECT_EQ(watch.copies_to_host(), 0);
+      }
+    }
+  }
 }
 
 TEST_F(Model, FeaturesAndPicturesTogether) {

@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <fstream>
 #include <functional>
 #include <map>
@@ -17,6 +18,7 @@
 
 #include "megatron_cpp/checkpoint/safetensors.h"
 #include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "parallel/gpu_precision.h"
 #include "tests/support/environment.h"
 #include "tests/support/errors.h"
 
@@ -55,9 +57,18 @@ void load(VisionTower& tower, const SafetensorsFile& file) {
   for (auto& item : tower->named_parameters()) item.value().copy_(file.read("vision_model." + item.key()));
 }
 
+/// cpu, or what TEST_DEVICE says.
+at::Device device() {
+  const char* name = std::getenv("TEST_DEVICE");
+  return at::Device(name == nullptr ? "cpu" : name);
+}
+
+/// On the test's device.
 VisionTower golden_tower(const std::string& name, const VisionConfig& config) {
   VisionTower tower(config, GradientRule::kReplicated);
   load(tower, SafetensorsFile(kCases + "/models/" + name + "/model.safetensors"));
+  parallel::multiply_exactly_on_gpus();
+  tower->to(device());
   return tower;
 }
 
@@ -68,7 +79,7 @@ SafetensorsFile golden_forward(const std::string& name) {
 /// Largest difference, relative to the largest element of `expected`.
 double relative_difference(const at::Tensor& actual, const at::Tensor& expected) {
   TORCH_CHECK(actual.sizes() == expected.sizes(), "got ", actual.sizes(), ", expected ", expected.sizes());
-  return (actual - expected).abs().max().item<double>() / expected.abs().max().item<double>();
+  return (actual.cpu() - expected.cpu()).abs().max().item<double>() / expected.abs().max().item<double>();
 }
 
 /// An initialised tower that takes a moment to run; grid 3 x 3, head size 8.
@@ -101,7 +112,7 @@ TEST_P(GoldenVisionTower, LastHiddenState) {
   const auto expected = golden_forward(GetParam());
   const auto config = golden_config(GetParam());
   auto tower = golden_tower(GetParam(), config);
-  const auto pixels = expected.read("pixel_values");
+  const auto pixels = expected.read("pixel_values").to(device());
   const auto features = tower->forward(pixels);
   EXPECT_LT(relative_difference(features, expected.read("vision_last_hidden_state")), kGoldenTolerance);
   EXPECT_EQ(features.size(1), config.feature_rows(pixels.size(2), pixels.size(3)));
@@ -115,7 +126,8 @@ TEST_P(GoldenVisionTower, EachBlock) {
   for (config.layers = 1; config.layers <= layers; ++config.layers) {
     auto tower = golden_tower(GetParam(), config);
     const auto name = "vision_block_out." + std::to_string(config.layers - 1);
-    EXPECT_LT(relative_difference(tower->encode(expected.read("pixel_values")), expected.read(name)), kGoldenTolerance)
+    EXPECT_LT(relative_difference(tower->encode(expected.read("pixel_values").to(device())), expected.read(name)),
+              kGoldenTolerance)
         << name;
   }
 }
@@ -138,7 +150,7 @@ INSTANTIATE_TEST_SUITE_P(Cases, GoldenVisionTower, ::testing::Values("base", "bi
 TEST(VisionTower, ResamplesPositionsOfOtherGrids) {
   const auto expected = golden_forward("bias_crop");
   auto tower = golden_tower("bias_crop", golden_config("bias_crop"));
-  const auto pixels = expected.read("pixel_values_local");
+  const auto pixels = expected.read("pixel_values_local").to(device());
   ASSERT_NE(pixels.size(2), tower->config().image_size);
   EXPECT_LT(relative_difference(tower->forward(pixels), expected.read("vision_local_last_hidden_state")),
             kGoldenTolerance);
@@ -199,7 +211,7 @@ TEST(VisionTower, GradientsAreThoseOfFiniteDifferences) {
 TEST(VisionTower, NoPicturesGiveZeroGradients) {
   for (const int64_t side : {112, 84}) {
     auto tower = golden_tower("base", golden_config("base"));
-    const auto features = tower->forward(at::empty({0, 3, side, side}));
+    const auto features = tower->forward(at::empty({0, 3, side, side}, device()));
     EXPECT_EQ(features.sizes().vec(), (std::vector<int64_t>{0, 4, 128}));
     features.sum().backward();
     for (const auto& item : tower->named_parameters()) {
@@ -214,7 +226,7 @@ TEST(VisionTower, FeaturesAreInTheParametersDtype) {
   auto tower = golden_tower("base", golden_config("base"));
   const auto expected = golden_forward("base");
   tower->to(at::kBFloat16);
-  const auto features = tower->forward(expected.read("pixel_values"));
+  const auto features = tower->forward(expected.read("pixel_values").to(device()));
   EXPECT_EQ(features.scalar_type(), at::kBFloat16);
   EXPECT_LT(relative_difference(features.to(at::kFloat), expected.read("vision_last_hidden_state")), 0.05);
 }
