@@ -2,6 +2,7 @@
 // parallelism, beside LibTorch's own operators doing one rank's share of the same work without communication.
 //
 //   mpirun -np 2 --bind-to none build/bin/benchmark_layers [--dtype float32] [--sequence 1024] [--layer MLP ...]
+//     [--device cuda]
 //
 // Prints a JSON object a line: first the machine, then one per layer and dtype. `ratio` is the layer's median over the
 // dense one's: 1 means that communication and bookkeeping are free.
@@ -45,6 +46,7 @@ struct Arguments {
   Sizes sizes;
   std::vector<std::string> dtypes = {"float32", "bfloat16"};
   std::vector<std::string> layers;
+  std::string device = "cpu";
   double seconds = 15.0;
 };
 
@@ -66,15 +68,15 @@ Step forward_backward(const at::Tensor& input, const at::Tensor& gradient,
   };
 }
 
-/// Makes the tensors of one dtype for this rank.
+/// Makes the tensors of one dtype for this rank, on its device.
 class Tensors {
  public:
-  explicit Tensors(at::ScalarType dtype) : dtype_(dtype) {}
+  Tensors(at::ScalarType dtype, const c10::Device& device) : dtype_(dtype), device_(device) {}
 
-  at::Tensor gradient(at::IntArrayRef shape) const { return at::randn(shape).mul_(1e-3).to(dtype_); }
-  at::Tensor input(at::IntArrayRef shape) const { return at::randn(shape).to(dtype_).requires_grad_(); }
+  at::Tensor gradient(at::IntArrayRef shape) const { return at::randn(shape).mul_(1e-3).to(device_, dtype_); }
+  at::Tensor input(at::IntArrayRef shape) const { return at::randn(shape).to(device_, dtype_).requires_grad_(); }
   at::Tensor parameter(at::IntArrayRef shape) const {
-    auto result = at::randn(shape).mul_(0.02).to(dtype_).requires_grad_();
+    auto result = at::randn(shape).mul_(0.02).to(device_, dtype_).requires_grad_();
     result.mutable_grad() = at::zeros_like(result);
     return result;
   }
@@ -82,14 +84,16 @@ class Tensors {
   template <class Layer>
   Layer ready(Layer layer) const {
     megatron::initialize_parameters(megatron::parameter_shards(*layer), 1);
-    layer->to(dtype_);
+    layer->to(device_, dtype_);
     for (auto& parameter : layer->parameters()) parameter.mutable_grad() = at::zeros_like(parameter);
     return layer;
   }
   at::ScalarType dtype() const { return dtype_; }
+  const c10::Device& device() const { return device_; }
 
  private:
   at::ScalarType dtype_;
+  c10::Device device_;
 };
 
 /// One rank's 1/t of attention: heads/t query heads on whole sequences.
@@ -104,8 +108,8 @@ class DenseAttention {
     const auto frequencies =
         at::pow(10000.0, at::arange(0, head_dim_, 2, at::kFloat) / -static_cast<double>(head_dim_));
     const auto angles = at::outer(at::arange(sizes.sequence, at::kFloat), frequencies).repeat({1, 2});
-    cos_ = angles.cos().to(make.dtype()).view({sizes.sequence, 1, 1, head_dim_});
-    sin_ = angles.sin().to(make.dtype()).view({sizes.sequence, 1, 1, head_dim_});
+    cos_ = angles.cos().to(make.device(), make.dtype()).view({sizes.sequence, 1, 1, head_dim_});
+    sin_ = angles.sin().to(make.device(), make.dtype()).view({sizes.sequence, 1, 1, head_dim_});
   }
 
   /// [S, 1, H] -> this share's summand [S, 1, H].
@@ -213,7 +217,7 @@ Comparison vocab_parallel_embedding(const Sizes& sizes, const Tensors& make, con
   auto layer = make.ready(megatron::VocabParallelEmbedding(
       megatron::ParallelEmbeddingOptions(V, H).sequence_parallel(true).accumulate_into_grad(true), tp));
   const auto ids = at::randint(V, {1, S}, at::kLong);
-  const auto own_ids = at::randint(V / t, {S / t, 1}, at::kLong);
+  const auto own_ids = at::randint(V / t, {S / t, 1}, at::kLong).to(make.device());
   const auto gradient = make.gradient({S / t, 1, H});
   const auto weight = make.parameter({V / t, H});
   return {"VocabParallelEmbedding", [=]() mutable { torch::autograd::backward({layer->forward(ids)}, {gradient}); },
@@ -224,8 +228,8 @@ Comparison vocab_parallel_cross_entropy(const Sizes& sizes, const Tensors& make,
   const int64_t t = tp->getSize(), S = sizes.sequence, V = sizes.vocabulary;
   const auto logits = make.input({S, 1, V / t});
   const auto target = at::randint(V, {S, 1}, at::kLong);
-  const auto own_target = at::randint(V / t, {S}, at::kLong);
-  const auto gradient = at::full({S, 1}, 1.0 / static_cast<double>(S), at::kFloat);
+  const auto own_target = at::randint(V / t, {S}, at::kLong).to(make.device());
+  const auto gradient = at::full({S, 1}, 1.0 / static_cast<double>(S), at::kFloat).to(make.device());
   const auto own_gradient = gradient.view({S}).to(make.dtype());
   return {"vocab_parallel_cross_entropy",
           forward_backward(logits, gradient,
@@ -269,26 +273,35 @@ Comparison mlp(const Sizes& sizes, const Tensors& make, const parallel::GroupPtr
       std::make_shared<DenseMLP>(sizes, tp->getSize(), make), sizes.sequence, sizes, make, tp);
 }
 
+/// What a block makes once a forward pass, and here each layer does.
+megatron::AttentionBatch batch_of(const Sizes& sizes, const megatron::RotaryEmbedding& rotary,
+                                  const c10::Device& device) {
+  return {{at::arange(sizes.sequence).view({1, -1}), {}}, sizes.sequence, 1, {rotary}, device};
+}
+
 Comparison self_attention(const Sizes& sizes, const Tensors& make, const parallel::GroupPtr& tp) {
   const auto config = transformer_config(sizes);
   auto layer = make.ready(megatron::SelfAttention(config, config.layers[0], tp));
-  const megatron::AttentionInput attention{at::arange(sizes.sequence).view({1, -1}), {}};
   return on_rows(
-      "SelfAttention", [=](const at::Tensor& x) mutable { return layer->forward(x, attention); },
+      "SelfAttention",
+      [=](const at::Tensor& x) mutable { return layer->forward(x, batch_of(sizes, layer->rotary(), x.device())); },
       std::make_shared<DenseAttention>(sizes, tp->getSize(), make), sizes.sequence, sizes, make, tp);
 }
 
 Comparison transformer_layer(const Sizes& sizes, const Tensors& make, const parallel::GroupPtr& tp) {
   auto layer = make.ready(megatron::TransformerLayer(transformer_config(sizes), 0, tp));
-  const megatron::AttentionInput attention{at::arange(sizes.sequence).view({1, -1}), {}};
   return on_rows(
-      "TransformerLayer", [=](const at::Tensor& x) mutable { return layer->forward(x, attention); },
+      "TransformerLayer",
+      [=](const at::Tensor& x) mutable {
+        return layer->forward(x, batch_of(sizes, layer->self_attention->rotary(), x.device()));
+      },
       std::make_shared<DenseLayer>(sizes, tp->getSize(), make), sizes.sequence / tp->getSize(), sizes, make, tp);
 }
 
-void benchmark(const Arguments& arguments, at::ScalarType dtype, const parallel::GroupPtr& tp) {
+void benchmark(const Arguments& arguments, at::ScalarType dtype, const c10::Device& device,
+               const parallel::GroupPtr& tp) {
   at::manual_seed(1);  // the same ids and targets on every rank
-  const Tensors make(dtype);
+  const Tensors make(dtype, device);
   std::vector<Comparison> comparisons;
   for (const auto& comparison : {column_parallel_linear, row_parallel_linear, mlp, vocab_parallel_embedding,
                                  vocab_parallel_cross_entropy, self_attention, transformer_layer}) {
@@ -308,7 +321,8 @@ void benchmark(const Arguments& arguments, at::ScalarType dtype, const parallel:
     steps.push_back(comparison.parallel);
     steps.push_back(comparison.dense);
   }
-  const auto times = benchmarks::measure(steps, {.warm_up = 1, .min = 3, .max = 25, .seconds = arguments.seconds}, tp);
+  const auto times =
+      benchmarks::measure(steps, {.warm_up = 1, .min = 3, .max = 25, .seconds = arguments.seconds}, tp, device);
   for (size_t i = 0; i < comparisons.size(); ++i) {
     const auto& step = times[2 * i];
     const auto& dense = times[2 * i + 1];
@@ -325,9 +339,10 @@ void benchmark(const Arguments& arguments, at::ScalarType dtype, const parallel:
 
 int run(parallel::Runtime& runtime, const Arguments& arguments) {
   if (std::getenv("OMP_NUM_THREADS") == nullptr) at::set_num_threads(1);
+  const auto device = benchmarks::choose_device(runtime, arguments.device);
   const auto groups = parallel::make_process_groups(runtime, {.tp = runtime.size()});
-  benchmarks::print(benchmarks::machine(runtime.size()), runtime.rank());
-  for (const auto& dtype : arguments.dtypes) benchmark(arguments, benchmarks::dtype_of(dtype), groups.tp);
+  benchmarks::print(benchmarks::machine(runtime.size(), device), runtime.rank());
+  for (const auto& dtype : arguments.dtypes) benchmark(arguments, benchmarks::dtype_of(dtype), device, groups.tp);
   return 0;
 }
 
@@ -350,6 +365,7 @@ int main(int argc, char** argv) {
       ->check(CLI::IsMember({"float32", "bfloat16"}))
       ->capture_default_str();
   app.add_option("--layer", arguments.layers, "these only, by the names in the output");
+  benchmarks::add_device_option(app, arguments.device);
   app.add_option("--seconds", arguments.seconds, "rounds of a dtype go on for this long, three at least")
       ->capture_default_str();
   return benchmarks::run_on_ranks(app, argc, argv, [&](parallel::Runtime& runtime) { return run(runtime, arguments); });

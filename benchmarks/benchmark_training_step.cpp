@@ -2,6 +2,7 @@
 // small Step3.7 whose ranks are one tensor-parallel group under sequence parallelism, or several with --data.
 //
 //   mpirun -np 2 --bind-to none build/bin/benchmark_training_step [--dtype float32] [--data 2] [--sequence 1024]
+//     [--device cuda]
 //
 // Prints a JSON object a line: first the machine, then, for each dtype, the step and its parts.
 #include <ATen/ATen.h>
@@ -38,6 +39,7 @@ struct Arguments {
   int64_t hidden = 512;
   int64_t layers = 4;
   int data = 1;
+  std::string device = "cpu";
   double seconds = 8.0;
 };
 
@@ -57,7 +59,8 @@ step37::Step37Config model_config(const Arguments& arguments) {
   return config;
 }
 
-step37::Step37Batch make_batch(const Arguments& arguments, const step37::Step37Config& config) {
+step37::Step37Batch make_batch(const Arguments& arguments, const step37::Step37Config& config,
+                               const c10::Device& device) {
   const int64_t S = arguments.sequence;
   step37::Step37Batch batch;
   batch.input_ids = (at::arange(S) * 7).remainder(kImageStart).view({1, S});
@@ -66,7 +69,7 @@ step37::Step37Batch make_batch(const Arguments& arguments, const step37::Step37C
   batch.attention.position_ids = at::arange(S).view({1, S});
   step37::ImageForInsert images;
   images.insert_start_token = kImageStart;
-  images.images = at::ones({kPictures, 3, config.vision.image_size, config.vision.image_size});
+  images.images = at::ones({kPictures, 3, config.vision.image_size, config.vision.image_size}, device);
   batch.images.push_back(std::move(images));
   return batch;
 }
@@ -79,13 +82,15 @@ constexpr std::array<const char*, kNumParts> kPartNames = {"forward", "backward"
 /// The blocks of megatron::Trainer::step, with a look at the clock after each.
 class TimedStep {
  public:
-  TimedStep(const Arguments& arguments, at::ScalarType dtype, const parallel::ProcessGroups& groups)
+  TimedStep(const Arguments& arguments, at::ScalarType dtype, const c10::Device& device,
+            const parallel::ProcessGroups& groups)
       : groups_(groups),
+        device_(device),
         config_(model_config(arguments)),
         model_(config_, groups.tp),
-        batch_(make_batch(arguments, config_)),
+        batch_(make_batch(arguments, config_, device)),
         num_loss_tokens_(static_cast<double>(arguments.sequence * groups.grid.dp)),
-        parameters_(prepare(*model_, dtype)),
+        parameters_(prepare(*model_, dtype, device)),
         gradients_(parameters_, groups.tp, groups.dp, groups.tp_dp),
         optimizer_(gradients_.parameters(), {}) {}
 
@@ -93,9 +98,11 @@ class TimedStep {
   /// them wait for each other, and what a rank waits counts to the part that it waits in.
   std::array<double, kNumParts> run() {
     std::array<double, kNumParts> times{};
+    benchmarks::wait_for(device_);
     parallel::barrier(groups_.world);
     auto last = benchmarks::Clock::now();
     const auto lap = [&](Part part) {
+      benchmarks::wait_for(device_);
       times[part] = benchmarks::milliseconds_since(last);
       last = benchmarks::Clock::now();
     };
@@ -129,13 +136,15 @@ class TimedStep {
   }
 
  private:
-  static std::vector<megatron::ParameterShard> prepare(torch::nn::Module& model, at::ScalarType dtype) {
+  static std::vector<megatron::ParameterShard> prepare(torch::nn::Module& model, at::ScalarType dtype,
+                                                       const c10::Device& device) {
     megatron::initialize_parameters(megatron::parameter_shards(model), 1);
-    model.to(dtype);
+    model.to(device, dtype);
     return megatron::parameter_shards(model);
   }
 
   parallel::ProcessGroups groups_;
+  c10::Device device_;
   step37::Step37Config config_;
   step37::Step37Model model_;
   step37::Step37Batch batch_;
@@ -145,8 +154,9 @@ class TimedStep {
   megatron::AdamW optimizer_;
 };
 
-void benchmark(const Arguments& arguments, at::ScalarType dtype, const parallel::ProcessGroups& groups) {
-  TimedStep step(arguments, dtype, groups);
+void benchmark(const Arguments& arguments, at::ScalarType dtype, const c10::Device& device,
+               const parallel::ProcessGroups& groups) {
+  TimedStep step(arguments, dtype, device, groups);
   double gigaflops = 0.0;
   std::array<std::vector<double>, kNumParts> parts;
   std::vector<double> whole;
@@ -154,7 +164,7 @@ void benchmark(const Arguments& arguments, at::ScalarType dtype, const parallel:
   benchmarks::take_turns(1, rounds, groups.world, [&](size_t, bool timed) {
     const auto times = step.run();
     // Between the steps, so that both meet the machine at its best at some time.
-    gigaflops = std::max(gigaflops, benchmarks::gemm_gigaflops(dtype, groups.world));
+    gigaflops = std::max(gigaflops, benchmarks::gemm_gigaflops(dtype, groups.world, device));
     if (!timed) return;
     // The mean over the ranks, so that the parts are together as long as the step.
     for (size_t part = 0; part < kNumParts; ++part) {
@@ -195,10 +205,11 @@ void benchmark(const Arguments& arguments, at::ScalarType dtype, const parallel:
 
 int run(parallel::Runtime& runtime, const Arguments& arguments) {
   if (std::getenv("OMP_NUM_THREADS") == nullptr) at::set_num_threads(1);
+  const auto device = benchmarks::choose_device(runtime, arguments.device);
   const int tp = runtime.size() / arguments.data;
   const auto groups = parallel::make_process_groups(runtime, {.tp = tp, .dp = arguments.data});
-  benchmarks::print(benchmarks::machine(runtime.size()), runtime.rank());
-  for (const auto& dtype : arguments.dtypes) benchmark(arguments, benchmarks::dtype_of(dtype), groups);
+  benchmarks::print(benchmarks::machine(runtime.size(), device), runtime.rank());
+  for (const auto& dtype : arguments.dtypes) benchmark(arguments, benchmarks::dtype_of(dtype), device, groups);
   return 0;
 }
 
@@ -219,6 +230,7 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--hidden", arguments.hidden, "H")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--layers", arguments.layers, "decoder layers")->check(CLI::PositiveNumber)->capture_default_str();
+  benchmarks::add_device_option(app, arguments.device);
   app.add_option("--seconds", arguments.seconds, "steps of a dtype go on for this long, three at least")
       ->capture_default_str();
   return benchmarks::run_on_ranks(app, argc, argv, [&](parallel::Runtime& runtime) { return run(runtime, arguments); });

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -23,6 +24,21 @@ int run_on_ranks(CLI::App& app, int argc, char** argv, const std::function<int(p
     }
     return body(runtime);
   });
+}
+
+void add_device_option(CLI::App& app, std::string& device) {
+  app.add_option("--device", device, "cpu, or cuda: a GPU each, or a share of one")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->capture_default_str();
+}
+
+c10::Device choose_device(parallel::Runtime& runtime, const std::string& device) {
+  runtime.choose_device({.device = device, .share_devices = true});
+  return runtime.device();
+}
+
+void wait_for(const c10::Device& device) {
+  if (device.is_cuda()) at::detail::getCUDAHooks().deviceSynchronize(device.index());
 }
 
 double milliseconds_since(Clock::time_point start) {
@@ -47,12 +63,14 @@ void take_turns(size_t count, const Rounds& rounds, const parallel::GroupPtr& gr
 }
 
 std::vector<std::vector<double>> measure(const std::vector<std::function<void()>>& operations, const Rounds& rounds,
-                                         const parallel::GroupPtr& group) {
+                                         const parallel::GroupPtr& group, const c10::Device& device) {
   std::vector<std::vector<double>> times(operations.size());
   take_turns(operations.size(), rounds, group, [&](size_t i, bool timed) {
+    wait_for(device);
     parallel::barrier(group);
     const auto start = Clock::now();
     operations[i]();
+    wait_for(device);
     const double elapsed = milliseconds_since(start);
     if (timed) times[i].push_back(over_ranks(elapsed, parallel::Reduction::kMax, group));
   });
@@ -76,24 +94,28 @@ std::string cpu_model() {
   return "unknown";
 }
 
-nlohmann::ordered_json machine(int ranks) {
+nlohmann::ordered_json machine(int ranks, const c10::Device& device) {
   return {{"cpu", cpu_model()},
           {"instruction_set", at::get_cpu_capability()},
           {"ranks", ranks},
-          {"threads_per_rank", at::get_num_threads()}};
+          {"threads_per_rank", at::get_num_threads()},
+          {"device", c10::DeviceTypeName(device.type(), /*lower_case=*/true)}};
 }
 
-double gemm_gigaflops(at::ScalarType dtype, const parallel::GroupPtr& group) {
+double gemm_gigaflops(at::ScalarType dtype, const parallel::GroupPtr& group, const c10::Device& device) {
   constexpr int64_t kRows = 512;
   constexpr int64_t kColumns = 1024;
   constexpr int64_t kInner = 4096;
-  const auto a = at::ones({kRows, kInner}, dtype);
-  const auto b = at::ones({kColumns, kInner}, dtype);
+  const auto options = at::TensorOptions(dtype).device(device);
+  const auto a = at::ones({kRows, kInner}, options);
+  const auto b = at::ones({kColumns, kInner}, options);
   std::vector<double> times;
   for (int i = 0; i < 6; ++i) {
+    wait_for(device);
     parallel::barrier(group);
     const auto start = Clock::now();
     megatron::internal::linear_product(a, b, {});
+    wait_for(device);
     times.push_back(milliseconds_since(start));
   }
   const double best = *std::min_element(times.begin() + 1, times.end());

@@ -1,6 +1,7 @@
 // What the benchmarks have in common: clocks of all ranks together, and lines of JSON.
 #pragma once
 
+#include <c10/core/Device.h>
 #include <c10/core/ScalarType.h>
 
 #include <chrono>
@@ -24,6 +25,16 @@ namespace benchmarks {
 /// help, says so on rank 0 alone. Returns the exit status. Collective over the MPI world.
 int run_on_ranks(CLI::App& app, int argc, char** argv, const std::function<int(parallel::Runtime&)>& body);
 
+/// Adds --device, "cpu" or "cuda", to `app`.
+void add_device_option(CLI::App& app, std::string& device);
+
+/// Makes `runtime` compute on it, and returns this rank's. Several ranks may share a GPU. Collective over the MPI
+/// world.
+c10::Device choose_device(parallel::Runtime& runtime, const std::string& device);
+
+/// Waits until the device has done what was asked of it; before a clock is read. The CPU always has.
+void wait_for(const c10::Device& device);
+
 using Clock = std::chrono::steady_clock;
 double milliseconds_since(Clock::time_point start);
 
@@ -44,9 +55,10 @@ void take_turns(size_t count, const Rounds& rounds, const parallel::GroupPtr& gr
                 const std::function<void(size_t, bool)>& action);
 
 /// Milliseconds of the slowest rank, [operations][rounds]. The ranks begin each together, and the operations take
-/// turns. Collective over `group`.
+/// turns; one ends when `device` has done all of it. Collective over `group`.
 std::vector<std::vector<double>> measure(const std::vector<std::function<void()>>& operations, const Rounds& rounds,
-                                         const parallel::GroupPtr& group);
+                                         const parallel::GroupPtr& group,
+                                         const c10::Device& device = c10::Device(c10::kCPU));
 
 /// Of an odd number the middle one, else the larger of the two.
 double median(std::vector<double> times);
@@ -57,11 +69,13 @@ nlohmann::ordered_json min_and_median(const std::vector<double>& times);
 /// What this machine's processor calls itself.
 std::string cpu_model();
 
-/// cpu, instruction_set, ranks and threads_per_rank.
-nlohmann::ordered_json machine(int ranks);
+/// cpu, instruction_set, ranks, threads_per_rank and device.
+nlohmann::ordered_json machine(int ranks, const c10::Device& device = c10::Device(c10::kCPU));
 
-/// Billions of operations a second in a matrix product, of one rank while all compute. Collective over `group`.
-double gemm_gigaflops(at::ScalarType dtype, const parallel::GroupPtr& group);
+/// Billions of operations a second in a matrix product on `device`, of one rank while all compute. Collective over
+/// `group`.
+double gemm_gigaflops(at::ScalarType dtype, const parallel::GroupPtr& group,
+                      const c10::Device& device = c10::Device(c10::kCPU));
 
 /// "float32" or "bfloat16", and back.
 std::string name_of(at::ScalarType dtype);

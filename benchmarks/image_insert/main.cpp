@@ -4,6 +4,8 @@
 //   mpirun -np 2 --bind-to none build/bin/benchmark_image_insert [--full]
 //   build/bin/benchmark_image_insert --rehearse
 //
+// On the CPU: on a GPU the products' share of a step can't be told by the host's clock.
+//
 // All ranks are one tensor-parallel group under sequence parallelism, one thread each unless OMP_NUM_THREADS says
 // otherwise. Prints one JSON object a line: the machine first, then plans and volumes at scale, then one per way.
 #include <ATen/ATen.h>
