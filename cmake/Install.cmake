@@ -10,6 +10,15 @@ set(CMAKE_INSTALL_RPATH_USE_LINK_PATH ON)
 set(MCPP_INSTALL_INCLUDEDIR ${CMAKE_INSTALL_INCLUDEDIR}/${PROJECT_NAME})
 set(MCPP_INSTALL_CMAKEDIR ${CMAKE_INSTALL_LIBDIR}/cmake/${PROJECT_NAME})
 
+# mcpp_rpath(target): the same library path in the build as installed, for what is installed. Otherwise CMake ends the build's
+# with colons, to have room for the other, and the loader takes what is empty beside a colon for the folder that the user
+# stands in.
+function(mcpp_rpath target)
+  set_target_properties(${target} PROPERTIES BUILD_WITH_INSTALL_RPATH ON
+    LIBRARY_OUTPUT_DIRECTORY "${PROJECT_BINARY_DIR}/${CMAKE_INSTALL_LIBDIR}"
+    RUNTIME_OUTPUT_DIRECTORY "${PROJECT_BINARY_DIR}/bin")
+endfunction()
+
 # mcpp_public_library(layer): target megatron_cpp_<layer>, which users know as megatron_cpp::<layer>, in builds and
 # installed, with the headers of its file set HEADERS.
 function(mcpp_public_library layer)
@@ -19,10 +28,13 @@ function(mcpp_public_library layer)
   set_target_properties(${target} PROPERTIES EXPORT_NAME ${layer} VERSION ${PROJECT_VERSION}
     SOVERSION ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR})
   target_compile_features(${target} PUBLIC cxx_std_20)
-  install(TARGETS ${target} EXPORT megatron_cpp_targets
-    LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}
-    ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR}
-    FILE_SET HEADERS DESTINATION ${MCPP_INSTALL_INCLUDEDIR})
+  mcpp_rpath(${target})
+  if(MCPP_INSTALL)
+    install(TARGETS ${target} EXPORT megatron_cpp_targets
+      LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}
+      ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR}
+      FILE_SET HEADERS DESTINATION ${MCPP_INSTALL_INCLUDEDIR})
+  endif()
 endfunction()
 
 # The targets' export, the package's config and version, and the LibTorch logic that both trees share.

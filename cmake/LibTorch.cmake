@@ -2,12 +2,17 @@
 #
 # The wheel's own find_package(Torch) demands a CUDA toolkit with nvcc that matches, and picks up a system NCCL that
 # lacks symbols; neither is needed to compile and link against the wheel. Hence these targets:
-#   LibTorch::torch       headers, libtorch_cpu, libc10
+#   LibTorch::torch       headers, libtorch_cpu, libc10; a target with the property LIBTORCH_OWN_FMT gets LibTorch's fmt, too
 #   LibTorch::torch_cuda  libtorch_cuda, libc10_cuda, the wheel's NCCL and CUDA headers; only if LibTorch has CUDA
 #
 # Torch_ROOT: the folder that holds include/ and lib/ (the wheel's torch/ folder, or an unpacked libtorch).
 
 set(Torch_ROOT "$ENV{Torch_ROOT}" CACHE PATH "Folder of LibTorch that holds include/ and lib/")
+if(Torch_ROOT MATCHES "[,;]")
+  # It gets into `-Wl,-rpath,...`, which the compiler splits at commas.
+  message(FATAL_ERROR "Torch_ROOT='${Torch_ROOT}' must have neither comma nor semicolon: no linker's option can name it. "
+    "Move it, or give a link to it that has none.")
+endif()
 if(NOT Torch_ROOT OR NOT EXISTS "${Torch_ROOT}/lib/libtorch_cpu.so")
   message(FATAL_ERROR "No LibTorch at Torch_ROOT='${Torch_ROOT}' (lib/libtorch_cpu.so is missing). "
     "Run scripts/build.sh, which sets one up, or pass -DTorch_ROOT=/path/to/torch.")
@@ -28,18 +33,35 @@ if(LibTorch_VERSION VERSION_LESS 2.11)
   message(FATAL_ERROR "LibTorch ${LibTorch_VERSION} at ${Torch_ROOT} is too old; 2.11 is the oldest.")
 endif()
 
+# As CMAKE_FIND_PACKAGE_TARGETS_GLOBAL says for packages.
+set(torch_scope "")
+if(CMAKE_FIND_PACKAGE_TARGETS_GLOBAL)
+  set(torch_scope GLOBAL)
+endif()
 file(GLOB torch_nvidia_folders "${Torch_ROOT}/../nvidia/*/lib")
 if(NOT TARGET LibTorch::torch)
   foreach(library c10 torch_cpu)
-    add_library(LibTorch::${library} SHARED IMPORTED)
+    add_library(LibTorch::${library} SHARED IMPORTED ${torch_scope})
     set_target_properties(LibTorch::${library} PROPERTIES IMPORTED_LOCATION "${Torch_ROOT}/lib/lib${library}.so")
   endforeach()
-  add_library(LibTorch::torch INTERFACE IMPORTED)
+  add_library(LibTorch::torch INTERFACE IMPORTED ${torch_scope})
+  # The wheel's include/ has other projects' headers beside its own (fmt 12, protobuf's, pybind11, ...), which would come before
+  # those that a user of ours compiles against, and link with. So a user sees LibTorch's own folders by links of their own,
+  # and the rest behind the system's.
+  set(torch_include "${CMAKE_BINARY_DIR}/libtorch_include")
+  file(MAKE_DIRECTORY "${torch_include}")
+  foreach(folder ATen c10 caffe2 torch)
+    if(EXISTS "${Torch_ROOT}/include/${folder}")
+      file(CREATE_LINK "${Torch_ROOT}/include/${folder}" "${torch_include}/${folder}" SYMBOLIC)
+    endif()
+  endforeach()
+  set(own_fmt $<BOOL:$<TARGET_PROPERTY:LIBTORCH_OWN_FMT>>)
   target_include_directories(LibTorch::torch SYSTEM INTERFACE
-    "${Torch_ROOT}/include" "${Torch_ROOT}/include/torch/csrc/api/include")
+    "$<IF:${own_fmt},${Torch_ROOT}/include,${torch_include}>" "${Torch_ROOT}/include/torch/csrc/api/include")
+  target_compile_options(LibTorch::torch INTERFACE "$<$<NOT:${own_fmt}>:SHELL:-idirafter \"${Torch_ROOT}/include\">")
   target_link_libraries(LibTorch::torch INTERFACE LibTorch::torch_cpu LibTorch::c10)
-  # The wheel's headers carry fmt 12 of their own; header-only use keeps it the only one in the program.
-  target_compile_definitions(LibTorch::torch INTERFACE FMT_HEADER_ONLY=1 USE_DISTRIBUTED USE_C10D)
+  # fmt 12 without its library, which is inside libtorch_cpu, hidden.
+  target_compile_definitions(LibTorch::torch INTERFACE $<${own_fmt}:FMT_HEADER_ONLY=1> USE_DISTRIBUTED USE_C10D)
   # libtorch_cpu of a CUDA wheel needs libcudart and libcupti, which lie beside it.
   foreach(folder IN LISTS torch_nvidia_folders)
     target_link_options(LibTorch::torch INTERFACE "LINKER:-rpath-link,${folder}")
@@ -76,12 +98,12 @@ if(EXISTS "${Torch_ROOT}/lib/libtorch_cuda.so")
   else()
     set(LibTorch_HAS_CUDA ON)
     if(NOT TARGET LibTorch::torch_cuda)
-      add_library(LibTorch::torch_cuda_library SHARED IMPORTED)
+      add_library(LibTorch::torch_cuda_library SHARED IMPORTED ${torch_scope})
       set_target_properties(LibTorch::torch_cuda_library PROPERTIES
         IMPORTED_LOCATION "${Torch_ROOT}/lib/libtorch_cuda.so")
-      add_library(LibTorch::c10_cuda SHARED IMPORTED)
+      add_library(LibTorch::c10_cuda SHARED IMPORTED ${torch_scope})
       set_target_properties(LibTorch::c10_cuda PROPERTIES IMPORTED_LOCATION "${Torch_ROOT}/lib/libc10_cuda.so")
-      add_library(LibTorch::torch_cuda INTERFACE IMPORTED)
+      add_library(LibTorch::torch_cuda INTERFACE IMPORTED ${torch_scope})
       target_include_directories(LibTorch::torch_cuda SYSTEM INTERFACE
         "${LibTorch_NCCL_INCLUDE}" "${LibTorch_CUDA_INCLUDE}" "${LibTorch_CUDA_CRT_INCLUDE}")
       target_link_libraries(LibTorch::torch_cuda INTERFACE

@@ -1,0 +1,11 @@
+# The program runs, and installing the project installs nothing but it.
+execute_process(COMMAND ${BUILD}/program/consumer OUTPUT_VARIABLE output COMMAND_ERROR_IS_FATAL ANY)
+if(NOT output MATCHES "rank 0 of 1")
+  message(FATAL_ERROR "it printed: ${output}")
+endif()
+file(REMOVE_RECURSE ${BUILD}/prefix)
+execute_process(COMMAND ${CMAKE_COMMAND} --install ${BUILD} --prefix ${BUILD}/prefix COMMAND_ERROR_IS_FATAL ANY)
+file(GLOB_RECURSE installed RELATIVE ${BUILD}/prefix ${BUILD}/prefix/*)
+if(NOT installed STREQUAL "bin/consumer")
+  message(FATAL_ERROR "installed were: ${installed}")
+endif()
