@@ -8,6 +8,10 @@
 # Torch_ROOT: the folder that holds include/ and lib/ (the wheel's torch/ folder, or an unpacked libtorch).
 
 set(Torch_ROOT "$ENV{Torch_ROOT}" CACHE PATH "Folder of LibTorch that holds include/ and lib/")
+if(Torch_ROOT AND NOT IS_ABSOLUTE "${Torch_ROOT}")
+  cmake_path(ABSOLUTE_PATH Torch_ROOT BASE_DIRECTORY "$ENV{PWD}" NORMALIZE OUTPUT_VARIABLE absolute)
+  set_property(CACHE Torch_ROOT PROPERTY VALUE "${absolute}")
+endif()
 if(Torch_ROOT MATCHES "[,;]")
   # It gets into `-Wl,-rpath,...`, which the compiler splits at commas.
   message(FATAL_ERROR "Torch_ROOT='${Torch_ROOT}' must have neither comma nor semicolon: no linker's option can name it. "
@@ -29,7 +33,8 @@ endforeach()
 if(NOT LibTorch_VERSION)
   message(FATAL_ERROR "The LibTorch at ${Torch_ROOT} doesn't say its version (include/torch/headeronly/version.h).")
 endif()
-if(LibTorch_VERSION VERSION_LESS 2.11)
+# An installed package takes one version alone, and says so itself.
+if(LibTorch_VERSION VERSION_LESS 2.11 AND NOT megatron_cpp_LIBTORCH_VERSION)
   message(FATAL_ERROR "LibTorch ${LibTorch_VERSION} at ${Torch_ROOT} is too old; 2.11 is the oldest.")
 endif()
 
