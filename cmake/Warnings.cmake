@@ -6,8 +6,9 @@ function(mcpp_warnings target)
     -Wnon-virtual-dtor -Woverloaded-virtual)
   if(CMAKE_CXX_COMPILER_ID STREQUAL GNU AND CMAKE_CXX_COMPILER_VERSION VERSION_GREATER_EQUAL 13)
     # Wherever torch::autograd::Function::apply is inlined, it warns of std::vector<bool>::reserve in there ("forming offset 8 is
-    # out of the bounds [0, 8]"), which is right as it stands. The place is the standard library's, and no pragma reaches it.
-    target_compile_options(${target} PRIVATE -Wno-array-bounds)
+    # out of the bounds [0, 8]", or without that "... overflows the destination"), which is right as it stands. The place is the
+    # standard library's, and no pragma reaches it.
+    target_compile_options(${target} PRIVATE -Wno-array-bounds -Wno-stringop-overflow)
   endif()
   set_target_properties(${target} PROPERTIES LIBTORCH_OWN_FMT ON)
   if(MCPP_WERROR)
