@@ -15,6 +15,7 @@
 #include <set>
 #include <utility>
 
+#include "megatron_cpp/checkpoint/complete_file.h"
 #include "megatron_cpp/checkpoint/json_integer.h"
 
 namespace megatron {
@@ -27,9 +28,25 @@ constexpr std::pair<at::ScalarType, std::string_view> kDtypeNames[] = {
     {at::kInt, "I32"},    {at::kShort, "I16"}, {at::kChar, "I8"},  {at::kByte, "U8"},       {at::kBool, "BOOL"},
 };
 
-std::optional<at::ScalarType> dtype_from_name(const std::string& name) {
+/// Bits of an element of the format's other dtypes, in which nothing here computes.
+constexpr std::pair<std::string_view, int64_t> kOtherDtypeBits[] = {
+    {"F4", 4},          {"F6_E2M3", 6},     {"F6_E3M2", 6}, {"F8_E4M3", 8}, {"F8_E5M2", 8}, {"F8_E8M0", 8},
+    {"F8_E4M3FNUZ", 8}, {"F8_E5M2FNUZ", 8}, {"U16", 16},    {"U32", 32},    {"U64", 64},    {"C64", 64},
+};
+
+/// Undefined for one in which nothing here computes.
+at::ScalarType dtype_from_name(const std::string& name) {
   for (const auto& [dtype, known] : kDtypeNames) {
     if (known == name) return dtype;
+  }
+  return at::ScalarType::Undefined;
+}
+
+/// Nothing for a dtype that the format didn't have when this was written.
+std::optional<int64_t> bits_of(const SafetensorsEntry& entry) {
+  if (entry.dtype != at::ScalarType::Undefined) return 8 * static_cast<int64_t>(c10::elementSize(entry.dtype));
+  for (const auto& [name, bits] : kOtherDtypeBits) {
+    if (name == entry.dtype_name) return bits;
   }
   return std::nullopt;
 }
@@ -43,29 +60,15 @@ std::string_view name_from_dtype(at::ScalarType dtype, const std::string& tensor
 
 std::string system_reason() { return std::strerror(errno); }
 
-/// Owns an open file descriptor.
-class FileDescriptor {
- public:
-  explicit FileDescriptor(int descriptor) : descriptor_(descriptor) {}
-  ~FileDescriptor() {
-    if (descriptor_ >= 0) ::close(descriptor_);
-  }
-  FileDescriptor(const FileDescriptor&) = delete;
-  FileDescriptor& operator=(const FileDescriptor&) = delete;
-  int get() const { return descriptor_; }
-
- private:
-  int descriptor_;
-};
-
-/// Number of bytes of a tensor, or nothing if the shape is negative or its product overflows. That of an empty tensor
-/// is taken without its zeros, as strides are.
-std::optional<int64_t> byte_count(const std::vector<int64_t>& shape, at::ScalarType dtype) {
-  auto bytes = static_cast<int64_t>(c10::elementSize(dtype));
+/// Number of bytes of a tensor whose elements have `bits` bits, or nothing if the shape is negative, its product
+/// overflows, or there is no such number of whole bytes. That of an empty tensor is taken without its zeros, as strides
+/// are.
+std::optional<int64_t> byte_count(const std::vector<int64_t>& shape, int64_t bits) {
   for (const int64_t size : shape) {
-    if (size < 0 || __builtin_mul_overflow(bytes, std::max<int64_t>(size, 1), &bytes)) return std::nullopt;
+    if (size < 0 || __builtin_mul_overflow(bits, std::max<int64_t>(size, 1), &bits)) return std::nullopt;
   }
-  return std::find(shape.begin(), shape.end(), 0) == shape.end() ? bytes : 0;
+  if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return 0;
+  return bits % 8 == 0 ? std::optional(bits / 8) : std::nullopt;
 }
 
 std::vector<int64_t> parse_integers(const std::string& name, const Json& json, const char* key,
@@ -79,10 +82,8 @@ std::vector<int64_t> parse_integers(const std::string& name, const Json& json, c
 SafetensorsEntry parse_entry(const std::string& name, const Json& json, const std::filesystem::path& path) {
   SafetensorsEntry entry{};
   try {
-    const auto dtype_name = json.at("dtype").get<std::string>();
-    const auto dtype = dtype_from_name(dtype_name);
-    TORCH_CHECK_VALUE(dtype.has_value(), path.string(), ": tensor ", name, " has unknown dtype ", dtype_name);
-    entry.dtype = *dtype;
+    entry.dtype_name = json.at("dtype").get<std::string>();
+    entry.dtype = dtype_from_name(entry.dtype_name);
     entry.shape = parse_integers(name, json, "shape", path);
     const auto offsets = parse_integers(name, json, "data_offsets", path);
     TORCH_CHECK_VALUE(offsets.size() == 2, path.string(), ": tensor ", name, " has ", offsets.size(), " data offsets");
@@ -91,10 +92,13 @@ SafetensorsEntry parse_entry(const std::string& name, const Json& json, const st
   } catch (const nlohmann::json::exception& error) {
     TORCH_CHECK_VALUE(false, path.string(), ": header entry of tensor ", name, ": ", error.what());
   }
-  const auto expected = byte_count(entry.shape, entry.dtype);
-  TORCH_CHECK_VALUE(expected && entry.begin >= 0 && entry.end >= entry.begin && entry.end - entry.begin == *expected,
-                    path.string(), ": tensor ", name, " of shape ", at::IntArrayRef(entry.shape), " and dtype ",
-                    entry.dtype, " does not fit its bytes [", entry.begin, ", ", entry.end, ")");
+  const auto bits = bits_of(entry);
+  // The shape of an unknown dtype's tensor can't be compared with its bytes, but must be one.
+  const auto expected = byte_count(entry.shape, bits.value_or(8));
+  TORCH_CHECK_VALUE(
+      expected && entry.begin >= 0 && entry.end >= entry.begin && (!bits || entry.end - entry.begin == *expected),
+      path.string(), ": tensor ", name, " of shape ", at::IntArrayRef(entry.shape), " and dtype ", entry.dtype_name,
+      " does not fit its bytes [", entry.begin, ", ", entry.end, ")");
   return entry;
 }
 
@@ -118,47 +122,10 @@ void check_layout(const std::map<std::string, SafetensorsEntry>& entries, int64_
                     " bytes after the last tensor belong to none");
 }
 
-/// Writes to `<path>.partial`, then flushes and renames: a reader sees the whole file or none.
-class CompleteFile {
- public:
-  explicit CompleteFile(std::filesystem::path path)
-      : path_(std::move(path)),
-        partial_(path_.string() + ".partial"),
-        file_(::open(partial_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644)) {
-    TORCH_CHECK(file_.get() >= 0, "cannot write ", partial_.string(), ": ", system_reason());
-  }
-  void write(const void* data, size_t bytes) {
-    const auto* position = static_cast<const char*>(data);
-    while (bytes > 0) {
-      const ssize_t written = ::write(file_.get(), position, bytes);
-      if (written < 0 && errno == EINTR) continue;
-      TORCH_CHECK(written > 0, "cannot write ", partial_.string(), ": ", system_reason());
-      position += written;
-      bytes -= static_cast<size_t>(written);
-    }
-  }
-  void commit() {
-    TORCH_CHECK(::fsync(file_.get()) == 0, "cannot flush ", partial_.string(), ": ", system_reason());
-    TORCH_CHECK(::rename(partial_.c_str(), path_.c_str()) == 0, "cannot rename ", partial_.string(), ": ",
-                system_reason());
-    // The rename itself is on disk only once the folder is.
-    auto folder = path_.parent_path();
-    if (folder.empty()) folder = ".";
-    const FileDescriptor directory(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-    TORCH_CHECK(directory.get() >= 0 && ::fsync(directory.get()) == 0, "cannot flush folder ", folder.string(), ": ",
-                system_reason());
-  }
-
- private:
-  std::filesystem::path path_;
-  std::filesystem::path partial_;
-  FileDescriptor file_;
-};
-
 }  // namespace
 
 SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : path_(path) {
-  const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  const internal::FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
   TORCH_CHECK_VALUE(file.get() >= 0, "cannot open ", path.string(), ": ", system_reason());
   struct stat status {};
   TORCH_CHECK_VALUE(::fstat(file.get(), &status) == 0 && S_ISREG(status.st_mode), path.string(),
@@ -194,6 +161,7 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : path_(path
   TORCH_CHECK_VALUE(repeated.empty(), path.string(), ": tensor ", repeated, " appears twice in the header");
   for (const auto& [name, value] : header.items()) {
     if (name == "__metadata__") {
+      if (value.is_null()) continue;  // as some writers say that there is none
       TORCH_CHECK_VALUE(value.is_object(), path.string(), ": __metadata__ is not a JSON object");
       for (const auto& [key, text] : value.items()) {
         TORCH_CHECK_VALUE(text.is_string(), path.string(), ": metadata ", key, " is not a string");
@@ -214,6 +182,8 @@ const SafetensorsEntry& SafetensorsFile::entry(const std::string& name) const {
 
 at::Tensor SafetensorsFile::view(const std::string& name) const {
   const auto& found = entry(name);
+  TORCH_CHECK_VALUE(found.dtype != at::ScalarType::Undefined, path_.string(), ": tensor ", name, " has dtype ",
+                    found.dtype_name, ", in which nothing here computes");
   // from_blob wants a mutable pointer; the mapping is private and callers copy before anyone can write.
   auto* data = const_cast<std::byte*>(mapping_.get() + data_begin_ + found.begin);
   return at::from_blob(data, found.shape, at::TensorOptions().dtype(found.dtype));
@@ -249,19 +219,13 @@ void write_safetensors(const std::filesystem::path& path, const std::vector<Name
   text.resize((text.size() + 7) / 8 * 8, ' ');  // values start at a multiple of 8 bytes
   const uint64_t header_bytes = text.size();
 
-  CompleteFile file(path);
+  internal::CompleteFile file(path);
   file.write(&header_bytes, sizeof(header_bytes));
   file.write(text.data(), text.size());
   for (const auto& [name, tensor] : tensors) {
     const auto values = tensor.detach().to(at::kCPU).contiguous();
     file.write(values.const_data_ptr(), values.nbytes());
   }
-  file.commit();
-}
-
-void write_file(const std::filesystem::path& path, std::string_view text) {
-  CompleteFile file(path);
-  file.write(text.data(), text.size());
   file.commit();
 }
 

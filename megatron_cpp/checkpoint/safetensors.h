@@ -18,7 +18,8 @@ namespace megatron {
 
 /// What the header says of one tensor.
 struct SafetensorsEntry {
-  at::ScalarType dtype;        ///< as LibTorch calls it
+  at::ScalarType dtype;        ///< as LibTorch calls it; Undefined: one in which nothing here computes (F8_E4M3, say)
+  std::string dtype_name;      ///< as the file calls it
   std::vector<int64_t> shape;  ///< empty for a scalar
   int64_t begin;               ///< first byte, counted from the end of the header
   int64_t end;                 ///< one past the last byte
@@ -28,7 +29,8 @@ struct SafetensorsEntry {
 class SafetensorsFile {
  public:
   /// Opens the file and checks its header against its size: offsets that overlap, leave a hole or run past the end,
-  /// and shapes that contradict the byte counts, are refused.
+  /// and shapes that contradict the byte counts, are refused. A tensor of a dtype that can't be read is no fault of the
+  /// others.
   /// @throws c10::ValueError naming the file, and the tensor where one is at fault.
   explicit SafetensorsFile(const std::filesystem::path& path);
 
@@ -42,11 +44,11 @@ class SafetensorsFile {
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
 
   /// A copy of the whole tensor, on the CPU.
-  /// @throws c10::ValueError naming the file and the tensor if it isn't there.
+  /// @throws c10::ValueError naming the file and the tensor if it isn't there, or its dtype, if that is Undefined.
   at::Tensor read(const std::string& name) const;
 
   /// A copy of rows [begin, begin + length) of dimension `dim`, on the CPU.
-  /// @throws c10::ValueError naming file, tensor and range if the tensor isn't there or the range isn't in it.
+  /// @throws c10::ValueError as read(), and naming the range if that isn't in the tensor.
   at::Tensor read_slice(const std::string& name, int64_t dim, int64_t begin, int64_t length) const;
 
  private:
@@ -66,15 +68,16 @@ struct NamedTensor {
   at::Tensor tensor;  ///< any device, any strides
 };
 
-/// Writes `tensors` (any device, any strides) in the order given. The file appears under its name only when it is
-/// complete and flushed to disk: it is written beside it as `<name>.partial` and renamed.
-/// @throws c10::ValueError naming the tensor (unsupported dtype, a name given twice); c10::Error naming the file and
-///         the system's reason if it can't be written.
+/// Writes `tensors` (any device, any strides) in the order given, as write_file does.
+/// @throws c10::ValueError naming the tensor (unsupported dtype, a name given twice); c10::Error as write_file.
 void write_safetensors(const std::filesystem::path& path, const std::vector<NamedTensor>& tensors,
                        const std::map<std::string, std::string>& metadata = {});
 
-/// Writes `text` as the file `path`, complete or not at all (as write_safetensors does).
-/// @throws c10::Error naming the file and the system's reason.
+/// Writes `text` as the file `path`, complete or not at all: it is written beside it, under a name of its own that ends
+/// in .partial, flushed to disk and renamed. Of a link it is the file that the link leads to; a device or a pipe is
+/// written into, and so is a file that the file system can't replace.
+/// @throws c10::Error naming the file and the system's reason if it can't be written; a folder, a disk and a pipe that
+///         nobody reads are refused.
 void write_file(const std::filesystem::path& path, std::string_view text);
 
 }  // namespace megatron

@@ -4,13 +4,17 @@
 #include <c10/util/Exception.h>
 #include <gtest/gtest.h>
 
+#include <cerrno>
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "megatron_cpp/checkpoint/complete_file.h"
 #include "tests/support/errors.h"
 #include "tests/support/temporary_folder.h"
 
@@ -71,7 +75,7 @@ TEST_F(Safetensors, EveryDtypeComesBack) {
   EXPECT_EQ(read.metadata().size(), 2U);
   EXPECT_TRUE(read.contains("Half"));
   EXPECT_FALSE(read.contains("half"));
-  EXPECT_FALSE(fs::exists(file().string() + ".partial"));
+  EXPECT_EQ(std::distance(fs::directory_iterator(folder_.path()), {}), 1);
 }
 
 TEST_F(Safetensors, SpecialValuesKeepTheirBits) {
@@ -169,7 +173,6 @@ TEST_F(Safetensors, HeadersThatSayNothingSensible) {
   EXPECT_TRUE(contains(error_of("{\"x\": 3}", 0), "tensor x"));
   EXPECT_TRUE(contains(error_of(entry(R"("dtype": "F32", "shape": [1])"), 4), "tensor x: "));
   EXPECT_TRUE(contains(error_of(entry(R"("dtype": 1, "shape": [1], "data_offsets": [0, 4])"), 4), "tensor x: "));
-  EXPECT_TRUE(contains(error_of(entry(R"("dtype": "F33", "shape": [1], "data_offsets": [0, 4])"), 4), "dtype F33"));
   EXPECT_TRUE(contains(error_of(entry(R"("dtype": "F32", "shape": [1], "data_offsets": [0])"), 4), "1 data offsets"));
   for (const char* number : {"1.0", "true", "\"1\"", "null", "1e300", "9223372036854775808", "36893488147419103232"}) {
     const std::string one = number;
@@ -180,6 +183,33 @@ TEST_F(Safetensors, HeadersThatSayNothingSensible) {
   }
   EXPECT_TRUE(contains(error_of(R"({"__metadata__": 1})", 0), "__metadata__"));
   EXPECT_TRUE(contains(error_of(R"({"__metadata__": {"a": 1}})", 0), "metadata a"));
+}
+
+TEST_F(Safetensors, DtypesThatNothingComputesInAreNoFaultOfTheOthers) {
+  const auto header = [](const std::string& dtype, const std::string& shape, int bytes) {
+    return R"({"__metadata__": null, "odd": {"dtype": ")" + dtype + R"(", "shape": )" + shape +
+           R"(, "data_offsets": [0, )" + std::to_string(bytes) + R"(]}, "x": {"dtype": "U8", "shape": [2], )" +
+           R"("data_offsets": [)" + std::to_string(bytes) + ", " + std::to_string(bytes + 2) + "]}}";
+  };
+  const std::vector<std::pair<std::string, int>> dtypes{{"F4", 2},      {"F6_E2M3", 3}, {"F8_E4M3", 4}, {"F8_E5M2", 4},
+                                                        {"F8_E8M0", 4}, {"U16", 8},     {"U32", 16},    {"U64", 32},
+                                                        {"C64", 32},    {"NEW", 7}};
+  for (const auto& [dtype, bytes] : dtypes) {
+    write_raw(header(dtype, "[2, 2]", bytes), static_cast<size_t>(bytes) + 2);
+    const SafetensorsFile read(file());
+    EXPECT_TRUE(same(read.read("x"), at::zeros({2}, at::kByte))) << dtype;
+    EXPECT_EQ(read.entries().at("odd").dtype, at::ScalarType::Undefined);
+    EXPECT_EQ(read.entries().at("odd").dtype_name, dtype);
+    for (const auto& text :
+         {value_error([&] { read.read("odd"); }), value_error([&] { read.read_slice("odd", 0, 0, 1); })}) {
+      EXPECT_TRUE(contains(text, "tensor odd has dtype " + dtype)) << text;
+      EXPECT_TRUE(contains(text, file().string()));
+    }
+    if (dtype == "NEW") continue;
+    EXPECT_TRUE(contains(error_of(header(dtype, "[2, 4]", bytes), static_cast<size_t>(bytes) + 2), "tensor odd"));
+  }
+  EXPECT_TRUE(contains(error_of(header("F4", "[3]", 2), 4), "does not fit its bytes")) << "one and a half bytes";
+  EXPECT_TRUE(contains(error_of(header("NEW", "[-1]", 2), 4), "does not fit its bytes"));
 }
 
 TEST_F(Safetensors, ShapesThatDontFitTheirBytes) {
@@ -246,4 +276,48 @@ TEST_F(Safetensors, WritingReplacesAWholeFile) {
   EXPECT_TRUE(same(SafetensorsFile(file()).read("y"), at::zeros({2})));
   megatron::write_file(file(), "text");
   EXPECT_EQ(fs::file_size(file()), 4U);
+}
+
+TEST(CompleteFile, WhatAFailedFlushMeans) {
+  for (const int reason : {EIO, ENOSPC, EDQUOT}) EXPECT_TRUE(megatron::internal::means_lost_data(reason)) << reason;
+  for (const int reason : {EINVAL, ENOTSUP, ENOSYS, EBADF, EACCES, 0}) {
+    EXPECT_FALSE(megatron::internal::means_lost_data(reason)) << reason;
+  }
+}
+
+TEST(CompleteFile, WhenAFileThatCannotBeReplacedIsWrittenInto) {
+  for (const int reason : {EBUSY, EEXIST, EXDEV, EPERM}) EXPECT_TRUE(megatron::internal::may_write_in_place(reason));
+  for (const int reason : {EIO, ENOSPC, EDQUOT, EROFS, ENOENT}) {
+    EXPECT_FALSE(megatron::internal::may_write_in_place(reason)) << "the old file would be lost: " << reason;
+  }
+}
+
+TEST(CompleteFile, LinksAreFollowedToTheirEnd) {
+  const test_support::TemporaryFolder folder;
+  const auto path = [&](const char* name) { return folder.path() / name; };
+  fs::create_directory(path("below"));
+  fs::create_symlink("below/file", path("one"));
+  fs::create_symlink(path("one"), path("two"));
+  fs::create_symlink("circle", path("circle"));
+  EXPECT_EQ(megatron::internal::link_target(path("two")), path("below/file"));
+  EXPECT_EQ(megatron::internal::link_target(path("plain")), path("plain"));
+  EXPECT_TRUE(test_support::throws<c10::Error>([&] { megatron::internal::link_target(path("circle")); }, "circle"));
+  megatron::write_file(path("two"), "text");
+  EXPECT_EQ(test_support::read_file(path("below/file")), "text");
+  EXPECT_TRUE(fs::is_symlink(path("two")) && fs::is_symlink(path("one")));
+}
+
+TEST(CompleteFile, AWriterThatGivesUpLeavesTheOldFile) {
+  const test_support::TemporaryFolder folder;
+  const auto file = folder.write("file", "old");
+  {
+    megatron::internal::CompleteFile given_up(file);
+    megatron::internal::CompleteFile other(file);
+    given_up.write("half", 4);
+    other.write("new", 3);
+    EXPECT_EQ(test_support::read_file(file), "old");
+    other.commit();
+  }
+  EXPECT_EQ(test_support::read_file(file), "new");
+  EXPECT_EQ(std::distance(fs::directory_iterator(folder.path()), {}), 1);
 }

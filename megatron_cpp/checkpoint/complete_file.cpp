@@ -1,0 +1,215 @@
+#include "megatron_cpp/checkpoint/complete_file.h"
+
+#include <c10/util/Exception.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <array>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <system_error>
+#include <utility>
+
+#include "megatron_cpp/checkpoint/safetensors.h"
+
+namespace megatron {
+namespace internal {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr int kMaxLinks = 40;  // as Linux follows
+constexpr size_t kLongestName = 255;
+
+std::string reason_text(int reason) { return std::strerror(reason); }
+
+/// The folder of a file's name.
+fs::path folder_of(const fs::path& path) { return path.has_parent_path() ? path.parent_path() : fs::path("."); }
+
+/// A name in the folder of `target` that nobody else has.
+fs::path name_beside(const fs::path& target) {
+  std::random_device random;
+  std::array<char, 20> number{};
+  std::snprintf(number.data(), number.size(), "%08x%08x", random(), random());
+  const auto ending = std::string(number.data()) + ".partial";
+  const auto name = target.filename().string();
+  const bool fits = name.size() + 1 + ending.size() <= kLongestName;
+  return target.parent_path() / (fits ? name + "." + ending : ending);
+}
+
+/// Keeps a pipe whose reader has gone from ending the process: write(2) then says EPIPE.
+class NoPipeSignal {
+ public:
+  NoPipeSignal() {
+    sigemptyset(&pipe_);
+    sigaddset(&pipe_, SIGPIPE);
+    sigset_t pending;
+    sigpending(&pending);
+    was_pending_ = sigismember(&pending, SIGPIPE) == 1;
+    pthread_sigmask(SIG_BLOCK, &pipe_, &before_);
+  }
+  ~NoPipeSignal() {
+    const timespec now{};
+    if (!was_pending_) sigtimedwait(&pipe_, nullptr, &now);
+    pthread_sigmask(SIG_SETMASK, &before_, nullptr);
+  }
+  NoPipeSignal(const NoPipeSignal&) = delete;
+  NoPipeSignal& operator=(const NoPipeSignal&) = delete;
+
+ private:
+  sigset_t pipe_{};
+  sigset_t before_{};
+  bool was_pending_ = false;
+};
+
+/// Opens what is there and is not to be replaced.
+int open_stream(const fs::path& path, mode_t mode) {
+  TORCH_CHECK(!S_ISDIR(mode), "cannot write ", path.string(), ": it is a folder");
+  TORCH_CHECK(!S_ISBLK(mode), "cannot write ", path.string(), ": it is a disk");
+  // O_NONBLOCK: not to wait for a reader who may never come.
+  const int truncate = S_ISREG(mode) ? O_TRUNC : 0;
+  const int descriptor = ::open(path.c_str(), O_WRONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK | truncate);
+  const int reason = errno;
+  TORCH_CHECK(descriptor >= 0 || reason != ENXIO || !S_ISFIFO(mode), "cannot write ", path.string(),
+              ": it is a pipe that nobody reads");
+  TORCH_CHECK(descriptor >= 0, "cannot write ", path.string(), ": ", reason_text(reason));
+  ::fcntl(descriptor, F_SETFL, ::fcntl(descriptor, F_GETFL) & ~O_NONBLOCK);
+  return descriptor;
+}
+
+/// Whether `target` is the file that was looked at. /proc/self/fd/1 is a link whose text may lead elsewhere than the
+/// link.
+bool is_same(const struct stat& there, const fs::path& target) {
+  struct stat other {};
+  return ::stat(target.c_str(), &other) == 0 && other.st_dev == there.st_dev && other.st_ino == there.st_ino;
+}
+
+void check_flushed(int result, const std::string& name) {
+  TORCH_CHECK(result == 0 || !means_lost_data(errno), "cannot flush ", name, ": ", reason_text(errno));
+}
+
+}  // namespace
+
+FileDescriptor::~FileDescriptor() { close(); }
+
+void FileDescriptor::reset(int descriptor) {
+  close();
+  descriptor_ = descriptor;
+}
+
+int FileDescriptor::close() {
+  const int descriptor = std::exchange(descriptor_, -1);
+  return descriptor >= 0 ? ::close(descriptor) : 0;
+}
+
+bool means_lost_data(int reason) { return reason == EIO || reason == ENOSPC || reason == EDQUOT; }
+
+bool may_write_in_place(int reason) {
+  for (const int one : {EBUSY, EXDEV, EEXIST, EPERM, EACCES, ENOTSUP, ENOSYS}) {
+    if (reason == one) return true;
+  }
+  return false;
+}
+
+fs::path link_target(const fs::path& path) {
+  auto target = path;
+  std::error_code ignored;
+  for (int links = 0; fs::is_symlink(target, ignored); ++links) {
+    TORCH_CHECK(links < kMaxLinks, "cannot write ", path.string(), ": ", reason_text(ELOOP));
+    const auto next = fs::read_symlink(target);
+    target = next.is_absolute() ? next : target.parent_path() / next;
+  }
+  return target;
+}
+
+void flush_folder(const fs::path& folder) {
+  const FileDescriptor descriptor(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  const bool flushed = descriptor.get() >= 0 && ::fsync(descriptor.get()) == 0;
+  TORCH_CHECK(flushed || !means_lost_data(errno), "cannot flush folder ", folder.string(), ": ", reason_text(errno));
+}
+
+void write_all(int descriptor, const void* data, size_t bytes, const std::string& name) {
+  const NoPipeSignal guard;
+  const auto* position = static_cast<const char*>(data);
+  while (bytes > 0) {
+    const ssize_t written = ::write(descriptor, position, bytes);
+    if (written < 0 && errno == EINTR) continue;
+    TORCH_CHECK(written > 0, "cannot write ", name, ": ", reason_text(errno));
+    position += written;
+    bytes -= static_cast<size_t>(written);
+  }
+}
+
+CompleteFile::CompleteFile(const fs::path& path) : name_(path.string()), file_(-1) {
+  struct stat there {};
+  const bool exists = ::stat(path.c_str(), &there) == 0;
+  TORCH_CHECK(exists || errno == ENOENT, "cannot write ", name_, ": ", reason_text(errno));
+  target_ = link_target(path);
+  if (target_ != path) name_ += " (a link to " + target_.string() + ")";
+  if (exists && !(S_ISREG(there.st_mode) && is_same(there, target_))) {
+    file_.reset(open_stream(path, there.st_mode));
+    return;
+  }
+  open_beside();
+  if (exists) ::fchmod(file_.get(), there.st_mode & 07777);  // or as it is, where that can't be had
+}
+
+CompleteFile::~CompleteFile() {
+  if (!partial_.empty()) ::unlink(partial_.c_str());
+}
+
+void CompleteFile::open_beside() {
+  constexpr int kTries = 100;
+  for (int i = 0; i < kTries; ++i) {
+    const auto beside = name_beside(target_);
+    file_.reset(::open(beside.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
+    if (file_.get() >= 0) {
+      partial_ = beside;
+      return;
+    }
+    if (errno != EEXIST) break;
+  }
+  TORCH_CHECK(false, "cannot write ", name_, ": ", reason_text(errno));
+}
+
+void CompleteFile::write(const void* data, size_t bytes) { write_all(file_.get(), data, bytes, name_); }
+
+void CompleteFile::commit() {
+  check_flushed(::fsync(file_.get()), name_);
+  check_flushed(file_.close(), name_);  // a network file system may write only now
+  if (partial_.empty()) return;
+  replace_target();
+  flush_folder(folder_of(target_));
+}
+
+void CompleteFile::replace_target() {
+  if (::rename(partial_.c_str(), target_.c_str()) == 0) {
+    partial_.clear();
+    return;
+  }
+  const int reason = errno;
+  TORCH_CHECK(may_write_in_place(reason), "cannot replace ", name_, ": ", reason_text(reason));
+  try {
+    fs::copy_file(partial_, target_, fs::copy_options::overwrite_existing);
+    const FileDescriptor copy(::open(target_.c_str(), O_RDONLY | O_CLOEXEC));
+    check_flushed(::fsync(copy.get()), name_);
+  } catch (const std::exception& error) {
+    const auto whole = std::exchange(partial_, fs::path());  // the old file may be gone: the new one stays
+    TORCH_CHECK(false, "cannot replace ", name_, ": ", reason_text(reason), ", nor write into it: ", error.what(),
+                "; it is in ", whole.string());
+  }
+}
+
+}  // namespace internal
+
+void write_file(const std::filesystem::path& path, std::string_view text) {
+  internal::CompleteFile file(path);
+  file.write(text.data(), text.size());
+  file.commit();
+}
+
+}  // namespace megatron
