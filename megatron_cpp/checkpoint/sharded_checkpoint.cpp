@@ -4,12 +4,9 @@
 #include <c10/util/Exception.h>
 #include <fcntl.h>
 #include <stdio.h>  // renameat2
-#include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <charconv>
-#include <cstring>
 #include <map>
 #include <set>
 #include <string_view>
@@ -17,6 +14,7 @@
 #include <utility>
 
 #include "megatron_cpp/checkpoint/checkpoint_manifest.h"
+#include "megatron_cpp/checkpoint/complete_file.h"
 #include "megatron_cpp/checkpoint/safetensors.h"
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
@@ -31,6 +29,7 @@ using internal::CheckpointManifest;
 using internal::CheckpointPiece;
 using internal::CheckpointTensor;
 
+using internal::flush_folder;
 using internal::kManifestFile;
 constexpr const char* kLatest = "latest";
 constexpr std::string_view kStepPrefix = "step-";
@@ -61,14 +60,35 @@ std::optional<int64_t> step_of(const fs::path& folder) {
   return step;
 }
 
-/// The folders called step-N, the highest step first.
+/// Whether `path` is a folder itself, and no link to one.
+bool is_own_folder(const fs::path& path) {
+  std::error_code not_there;
+  return fs::symlink_status(path, not_there).type() == fs::file_type::directory;
+}
+
+/// The step of a checkpoint in `folder`; nothing if there is none, or a broken one.
+std::optional<int64_t> step_inside(const fs::path& folder) {
+  try {
+    return internal::read_manifest(folder).step;
+  } catch (const c10::Error&) {
+    return std::nullopt;
+  }
+}
+
+/// The folders called step-N, the highest step first. Also `latest`, where it is a folder itself: a copy of a run's
+/// directory may have made one of a link, and it may be the only checkpoint there.
 std::vector<std::pair<int64_t, fs::path>> step_folders(const fs::path& directory) {
   std::vector<std::pair<int64_t, fs::path>> folders;
-  if (!fs::is_directory(directory)) return folders;
+  std::error_code not_there;
+  if (!fs::is_directory(directory, not_there)) return folders;
   for (const auto& entry : fs::directory_iterator(directory)) {
     const auto step = step_of(entry.path());
-    if (step && entry.is_directory()) folders.emplace_back(*step, entry.path());
+    if (step && entry.is_directory(not_there)) folders.emplace_back(*step, entry.path());
   }
+  if (is_own_folder(directory / kLatest)) {
+    if (const auto step = step_inside(directory / kLatest)) folders.emplace_back(*step, directory / kLatest);
+  }
+  // Of two with one step, the one called step-N first.
   std::sort(folders.rbegin(), folders.rend());
   return folders;
 }
@@ -156,15 +176,6 @@ void prepare_folder(const fs::path& directory, const fs::path& partial) {
   fs::create_directory(partial);
 }
 
-/// Renames are on disk only once the folder that holds them is.
-void flush_folder(const fs::path& folder) {
-  const int descriptor = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  const bool flushed = descriptor >= 0 && ::fsync(descriptor) == 0;
-  const int reason = errno;
-  if (descriptor >= 0) ::close(descriptor);
-  TORCH_CHECK(flushed, "cannot flush folder ", folder.string(), ": ", std::strerror(reason));
-}
-
 /// Renames `partial` to `folder`. A folder that had this name goes: at one stroke where the file system can exchange
 /// two names.
 void move_into_place(const fs::path& partial, const fs::path& folder) {
@@ -186,7 +197,7 @@ void remove_old(const fs::path& directory, int64_t step, int64_t keep_last) {
   try {
     int64_t num_kept = 0;
     for (const auto& [found, folder] : step_folders(directory)) {
-      if (found > step || num_kept++ < keep_last) continue;
+      if (folder.filename() == kLatest || found > step || num_kept++ < keep_last) continue;
       const fs::path doomed = folder.string() + std::string(kPartial);
       std::error_code error;
       fs::rename(folder, doomed, error);  // half removed, it must not be called step-N
@@ -198,6 +209,49 @@ void remove_old(const fs::path& directory, int64_t step, int64_t keep_last) {
   } catch (const std::exception& error) {
     TORCH_WARN("cannot remove old checkpoints in ", directory.string(), ": ", parallel::error_text(error));
   }
+}
+
+/// Clears the way for a link where `latest` is a folder. Its checkpoint gets the name of its step, unless that has one.
+/// @return whether a link can be made there.
+bool clear_latest_folder(const fs::path& latest) {
+  if (!is_own_folder(latest)) return true;
+  const auto step = step_inside(latest);
+  if (!step) {
+    TORCH_WARN_ONCE(latest.string(), " is a folder, and no checkpoint: it is left alone, and no link made");
+    return false;
+  }
+  const auto own_name = latest.parent_path() / step_name(*step);
+  if (fs::exists(own_name)) {
+    const fs::path doomed = latest.string() + std::string(kPartial);
+    fs::rename(latest, doomed);  // half removed, it must not be called latest
+    fs::remove_all(doomed);
+  } else {
+    fs::rename(latest, own_name);
+  }
+  TORCH_WARN(latest.string(), " was a folder, as copies of links are: a link takes its place");
+  return true;
+}
+
+/// Makes `latest` a link to the folder `name`. A file system may have no links: then there is no `latest`, rather than
+/// an old one.
+void point_latest(const fs::path& directory, const fs::path& name) {
+  const auto latest = directory / kLatest;
+  if (!clear_latest_folder(latest)) return;
+  const auto link = directory / (kLatest + std::string(kPartial));
+  std::error_code error;
+  std::error_code ignored;
+  fs::create_directory_symlink(name, link, error);
+  if (!error) fs::rename(link, latest, error);
+  TORCH_CHECK(!internal::means_lost_data(error.value()), "cannot make the link ", latest.string(), ": ",
+              error.message());
+  if (error) {
+    fs::remove(link, ignored);
+    fs::remove(latest, ignored);
+    TORCH_WARN_ONCE("cannot make the link ", latest.string(), ": ", error.message(),
+                    "; readers look for the highest step");
+    return;
+  }
+  flush_folder(directory);
 }
 
 /// Rank 0, when all files are written: completes the folder and makes it the latest.
@@ -216,10 +270,7 @@ void publish(const fs::path& partial, const fs::path& folder, CheckpointManifest
   const auto directory = folder.parent_path();
   move_into_place(partial, folder);
   flush_folder(directory);
-  const auto link = directory / (kLatest + std::string(kPartial));
-  fs::create_directory_symlink(folder.filename(), link);
-  fs::rename(link, directory / kLatest);
-  flush_folder(directory);
+  point_latest(directory, folder.filename());
 }
 
 // -------------------------------------------------------------------------------------------------------- loading
@@ -265,12 +316,18 @@ void open_piece(const fs::path& folder, const CheckpointPiece& piece, const std:
                     at::IntArrayRef(expected));
 }
 
-fs::path resolve_checkpoint(const fs::path& path) {
-  for (const auto& candidate : {path, path / kLatest}) {
-    if (fs::is_regular_file(candidate / kManifestFile)) return fs::canonical(candidate);
-  }
-  TORCH_CHECK_VALUE(false, path.string(), " is no checkpoint: neither ", kManifestFile, " nor ", kLatest, "/",
-                    kManifestFile, " is there");
+/// Without separators at the end, or a "." there.
+fs::path without_ending(fs::path path) {
+  while (path.has_parent_path() && (path.filename().empty() || path.filename() == ".")) path = path.parent_path();
+  return path;
+}
+
+/// The step that `latest` holds; nothing if it leads to no checkpoint.
+std::optional<int64_t> step_of_latest(const fs::path& latest) {
+  std::error_code not_there;
+  if (!fs::is_regular_file(latest / kManifestFile, not_there)) return std::nullopt;
+  if (const auto step = step_of(fs::canonical(latest))) return step;
+  return step_inside(latest);
 }
 
 // --------------------------------------------------------------------------------------------------- what to save
@@ -342,8 +399,40 @@ fs::path save_checkpoint(const fs::path& directory, const CheckpointContents& co
   return folder;
 }
 
+fs::path find_checkpoint(const fs::path& given) {
+  const auto path = without_ending(given);
+  std::error_code not_there;
+  const bool is_latest = path.filename() == kLatest;
+  if (!is_latest && fs::is_regular_file(path / kManifestFile, not_there)) return fs::canonical(path);
+  const auto directory = is_latest ? (path.has_parent_path() ? path.parent_path() : fs::path(".")) : path;
+  const auto latest = directory / kLatest;
+  const auto step = step_of_latest(latest);
+  const auto folders = step_folders(directory);
+  // A link was made last; a folder is a copy of one, which later steps have not changed.
+  const bool is_newest = !is_own_folder(latest) || folders.empty() || *step >= folders.front().first;
+  if (step && is_newest) return fs::canonical(latest);
+  TORCH_CHECK_VALUE(!folders.empty(), path.string(), " is no checkpoint: neither ", kManifestFile, " nor ", kLatest,
+                    "/", kManifestFile, " is there");
+  const auto newest = latest_checkpoint(directory);
+  TORCH_WARN(latest.string(), step ? " is of step " + std::to_string(*step) : " is not there", "; taking ",
+             newest->string());
+  return fs::canonical(*newest);
+}
+
+void remove_checkpoints(const fs::path& directory) {
+  std::error_code not_there;
+  if (!fs::is_directory(directory, not_there)) return;
+  std::vector<fs::path> ours;
+  for (const auto& entry : fs::directory_iterator(directory)) {
+    const auto name = entry.path().filename().string();
+    const bool is_partial = (name.starts_with(kStepPrefix) || name.starts_with(kLatest)) && name.ends_with(kPartial);
+    if (step_of(entry.path()) || name == kLatest || is_partial) ours.push_back(entry.path());
+  }
+  for (const auto& path : ours) fs::remove_all(path);
+}
+
 CheckpointReader::CheckpointReader(const fs::path& path)
-    : folder_(resolve_checkpoint(path)),
+    : folder_(find_checkpoint(path)),
       manifest_(std::make_shared<CheckpointManifest>(internal::read_manifest(folder_))) {}
 
 int64_t CheckpointReader::step() const { return manifest_->step; }

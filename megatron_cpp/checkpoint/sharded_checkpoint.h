@@ -4,7 +4,9 @@
 //   checkpoints/step-00000100/manifest.json                   step, state, files; each tensor's dtype, shape, pieces
 //   checkpoints/latest -> step-00000100                       replaced last
 //
-// A folder is called step-N only when it is complete and flushed; until then it is step-N.partial.
+// A folder is called step-N only when it is complete and flushed; until then it is step-N.partial. `latest` is for
+// users: a copy of the run may have made a folder of it, and a file system may have no links. Readers here take it for
+// a hint.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -64,7 +66,9 @@ struct SaveCheckpointOptions {
 
 /// Writes `contents` as `<directory>/step-N` and points `<directory>/latest` at it. A step-N of an earlier run is
 /// replaced, what a killed run left behind (*.partial) is removed. `directory` must be the same, shared folder on every
-/// rank; it is made if it doesn't exist.
+/// rank, or a link to one; it is made if it doesn't exist. A folder called `latest`, the copy of a link, becomes a link
+/// again, and its checkpoint step-N if that isn't there. Without links on the file system there is no `latest`, and
+/// one warning.
 /// @return the folder written.
 /// @throws parallel::AgreedError on every rank, with the same text, if a rank couldn't write, or if the ranks' slices
 ///         don't cover every element of a tensor exactly once (naming it); `latest` and older checkpoints then stay as
@@ -84,12 +88,24 @@ namespace internal {
 struct CheckpointManifest;
 }
 
+/// The step folder that `path` means, links resolved: it is one, or a link to one; or the folder that holds such, or
+/// `latest` in it. Of these two it is what `latest` leads to; unless that isn't there, or is a folder, the copy of a
+/// link, and older than another: then the newest that is whole, with a warning. Not collective: on several ranks let
+/// one ask, since the answer changes as checkpoints come.
+/// @throws c10::ValueError naming `path` if it is none of these; and as latest_checkpoint.
+std::filesystem::path find_checkpoint(const std::filesystem::path& path);
+
+/// Removes the checkpoints in `directory`, half written ones and `latest`. All else stays, and so does the folder,
+/// which may be a link or a mount point. Not collective.
+/// @throws std::filesystem::filesystem_error
+void remove_checkpoints(const std::filesystem::path& directory);
+
 /// A complete checkpoint, read in any layout whatever layout wrote it. Not collective: a rank reads what it needs, and
 /// callers wrap construction and load in parallel::agree_on.
 class CheckpointReader {
  public:
-  /// @param path  a step folder, a link to one (`latest`), or the folder that holds `latest`.
-  /// @throws c10::ValueError naming the path, or the manifest and the key in it that is missing or wrong.
+  /// @param path  as find_checkpoint takes it, with its warnings and errors.
+  /// @throws c10::ValueError naming the manifest and the key in it that is missing or wrong.
   explicit CheckpointReader(const std::filesystem::path& path);
 
   /// The step folder, links resolved: it stays the same when `latest` moves on.
@@ -115,8 +131,8 @@ class CheckpointReader {
 };
 
 /// The complete checkpoint of the highest step in `directory`: its manifest can be read and every file named there has
-/// its size. A warning names each newer one that is broken. Nothing if there is none, or no such directory. Not
-/// collective: rank 0 asks, and broadcasts the answer.
+/// its size. It is called step-N, or `latest` if that is a folder of its own. A warning names each newer one that is
+/// broken. Nothing if there is none, or no such directory. Not collective: rank 0 asks, and broadcasts the answer.
 /// @throws c10::ValueError if there are some, but all are broken: whoever would start over would lose them.
 std::optional<std::filesystem::path> latest_checkpoint(const std::filesystem::path& directory);
 

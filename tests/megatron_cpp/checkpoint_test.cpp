@@ -452,6 +452,72 @@ TEST_F(Checkpoint, LatestFallsBackPastBrokenOnes) {
   EXPECT_EQ(megatron::latest_checkpoint(directory() / "nowhere"), std::nullopt);
 }
 
+TEST_F(Checkpoint, ALatestThatIsAFolderIsOneMoreCheckpoint) {
+  for (const int64_t step : {1, 2}) save(step, {whole("norm", {5}, 0, step)});
+  parallel::barrier(world());
+  const auto latest = directory() / "latest";
+  if (world_rank() == 0) {
+    const test_support::Warnings warnings;
+    fs::remove(latest);
+    EXPECT_EQ(CheckpointReader(latest).step(), 2);
+    EXPECT_EQ(CheckpointReader(directory() / ".").step(), 2);
+    EXPECT_EQ(warnings.texts.size(), 2U);
+    EXPECT_TRUE(mentions(warnings.texts.back(), {latest.string() + " is not there; taking ", "step-00000002"}));
+    fs::copy(directory() / "step-00000001", latest);
+    EXPECT_EQ(CheckpointReader(latest).step(), 2);
+    EXPECT_TRUE(mentions(warnings.texts.back(), {latest.string() + " is of step 1; taking ", "step-00000002"}));
+    fs::remove_all(directory() / "step-00000002");
+    EXPECT_EQ(CheckpointReader(latest).step(), 1);
+    EXPECT_EQ(warnings.texts.size(), 3U) << "step 1 is the newest now";
+    fs::remove_all(directory() / "step-00000001");
+    EXPECT_EQ(megatron::latest_checkpoint(directory()), latest) << "all there is";
+  }
+  parallel::barrier(world());
+  const test_support::Warnings warnings;
+  save(3, {whole("norm", {5}, 0, 3)});
+  EXPECT_EQ(warnings.texts.size(), world_rank() == 0 ? 1U : 0U);
+  EXPECT_EQ(names_in(directory()), (Names{"latest", "step-00000001", "step-00000003"}));
+  EXPECT_EQ(fs::read_symlink(latest), "step-00000003");
+}
+
+TEST_F(Checkpoint, ACopyOfLatestGivesWayToTheLink) {
+  save(1, {whole("norm", {5}, 0, 1)});
+  if (world_rank() == 0) {
+    fs::remove(directory() / "latest");
+    fs::copy(directory() / "step-00000001", directory() / "latest");
+  }
+  parallel::barrier(world());
+  const test_support::Warnings warnings;
+  save(2, {whole("norm", {5}, 0, 2)}, 1);
+  parallel::barrier(world());
+  EXPECT_EQ(names_in(directory()), (Names{"latest", "step-00000002"}));
+  parallel::barrier(world());
+  // What is no checkpoint isn't ours to replace.
+  if (world_rank() == 0) {
+    fs::remove(directory() / "latest");
+    write_file(directory() / "latest" / "notes", "mine");
+  }
+  parallel::barrier(world());
+  save(3, {whole("norm", {5}, 0, 3)});
+  EXPECT_TRUE(fs::exists(directory() / "latest" / "notes"));
+}
+
+TEST_F(Checkpoint, RemovingLeavesFolderAndStrangers) {
+  if (world_rank() == 0) fs::create_directories(directory().parent_path() / "disk");
+  if (world_rank() == 0) fs::create_directory_symlink("disk", directory());
+  parallel::barrier(world());
+  save(1, {whole("norm", {5}, 0, 1)});
+  if (world_rank() != 0) return;
+  write_file(directory() / "step-00000002.partial" / "rank", "half");
+  write_file(directory() / "latest.partial", "half");
+  write_file(directory() / "notes", "mine");
+  write_file(directory() / "step-by-step" / "notes", "mine");
+  megatron::remove_checkpoints(directory());
+  EXPECT_TRUE(fs::is_symlink(directory()));
+  EXPECT_EQ(names_in(directory()), (Names{"notes", "step-by-step"}));
+  megatron::remove_checkpoints(directory() / "nowhere");
+}
+
 TEST_F(DamagedCheckpoint, IsWhole) {
   const auto norm = wanted("norm", {5});
   EXPECT_EQ(load_error({norm, wanted("rows", {8, 3})}, UnusedTensors::kRefuse), "nothing thrown");
