@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up, builds, fetches the pictures and trains Step3.7 on them. Run again, it goes on where it stopped.
+# Sets up, builds, fetches the pictures and trains Step3.7 on them. Run again, it goes on where it stopped. Ctrl-C
+# finishes the step and saves it first (status 75); a second Ctrl-C doesn't.
 #
 #   scripts/pretrain.sh [--ranks N] [--config FILE] [section.key=value ...]
 #
@@ -51,4 +52,14 @@ progress=plain
 use_launcher "$root/build"
 program=$root/build/bin/step37
 [[ $PWD != "$root" ]] || program=build/bin/step37
-run "${launcher[@]}" -np "$ranks" "$program" pretrain --config "$config" --progress "$progress" "${overrides[@]}"
+launch=("${launcher[@]}" -np "$ranks" "$program" pretrain --config "$config" --progress "$progress" "${overrides[@]}")
+
+# mpirun ends its ranks a second after Ctrl-C or SIGTERM. SIGUSR1 it passes on: they finish the step, save it and end with
+# status 75. At a second one they end at once.
+printf '+%s\n' "$(printf ' %q' "${launch[@]}")" >&2
+set -m  # mpirun in a process group of its own, which Ctrl-C doesn't reach
+"${launch[@]}" </dev/null &
+launched=$!
+trap 'kill -USR1 "$launched" || true' INT TERM
+while kill -0 "$launched" 2>/dev/null; do wait "$launched" || true; done  # a signal ends `wait`, too
+wait "$launched"

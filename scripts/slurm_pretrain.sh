@@ -6,13 +6,13 @@
 #   sbatch --nodes 2 --ntasks-per-node 4 --gpus-per-node 4 scripts/slurm_pretrain.sh parallel.tensor=4
 #   sbatch --ntasks 2 --time 02:00:00 scripts/slurm_pretrain.sh run.directory=runs/mine
 #
-# Near its time limit the job puts itself back into the queue, and after the failure of a node Slurm does; it then goes
-# on from the latest checkpoint. checkpoint.interval decides how many steps are lost: nothing is saved at the signal.
+# Near its time limit the job finishes the step, saves it and puts itself back into the queue; after the failure of a node
+# Slurm does that. It then goes on from the latest checkpoint, whatever run.fresh says.
 #SBATCH --job-name=step37
 #SBATCH --output=step37-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-#SBATCH --signal=B:USR1@60
+#SBATCH --signal=B:USR1@120
 
 [[ -n ${SLURM_JOB_ID:-} ]] || { source "$(dirname "${BASH_SOURCE[0]}")/common.sh"; usage; exit 1; }
 cd "$SLURM_SUBMIT_DIR"  # Slurm runs a copy of this script from elsewhere
@@ -25,12 +25,12 @@ overrides=()
 while [[ $# -gt 0 ]]; do
   case $1 in
     --config) [[ $# -ge 2 ]] || fail "--config needs a file"; config=$2; shift 2 ;;
-    # Asked for once: the job that Slurm starts again goes on.
-    run.fresh=*) [[ ${SLURM_RESTART_COUNT:-0} -gt 0 ]] || overrides+=("$1"); shift ;;
     *=*) overrides+=("$1"); shift ;;
     *) fail "unknown option $1: expected --config FILE or section.key=value" ;;
   esac
 done
+# Starting over was asked for once, here or in the file: the job that Slurm starts again goes on.
+[[ ${SLURM_RESTART_COUNT:-0} -eq 0 ]] || overrides+=(run.fresh=false)
 
 # srun doesn't take --cpus-per-task over from sbatch.
 cores=${SLURM_CPUS_PER_TASK:-1}
@@ -43,11 +43,26 @@ if [[ $(srun --mpi=list 2>&1) != *pmix* ]]; then
   launch=("${launcher[@]}")
 fi
 
-# bash handles a signal between commands, or in `wait`.
-trap 'run scontrol requeue "$SLURM_JOB_ID"' USR1
-run "${launch[@]}" build/bin/step37 pretrain --config "$config" --progress plain "${overrides[@]}" &
-step=$!
-until wait "$step"; do
-  status=$?
-  kill -0 "$step" 2>/dev/null || exit "$status"
-done
+# srun and mpirun pass SIGUSR1 on to the ranks, which finish the step, save it and end with status 75. Ranks that need
+# longer than Slurm has time for are ended when the job goes back into the queue, and lose what is after the checkpoint.
+at_time_limit() {
+  kill -USR1 "$launched" || true
+  local second status=0
+  for ((second = 0; second < 90; ++second)); do
+    kill -0 "$launched" 2>/dev/null || break
+    sleep 1
+  done
+  if ! kill -0 "$launched" 2>/dev/null; then
+    wait "$launched" || status=$?
+    [[ $status -gt 1 ]] || exit "$status"  # 0: all steps were done; 1: an error, which would come again
+  fi
+  run scontrol requeue "$SLURM_JOB_ID"
+}
+
+launch+=(build/bin/step37 pretrain --config "$config" --progress plain "${overrides[@]}")
+printf '+%s\n' "$(printf ' %q' "${launch[@]}")" >&2
+"${launch[@]}" &
+launched=$!
+trap at_time_limit USR1  # bash handles a signal between commands, or in `wait`
+while kill -0 "$launched" 2>/dev/null; do wait "$launched" || true; done
+wait "$launched"

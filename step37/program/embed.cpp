@@ -22,6 +22,7 @@
 #include "parallel/shard.h"
 #include "step37/image_insert_embedding.h"
 #include "step37/program/full_buffer_watch.h"
+#include "step37/program/shell_text.h"
 
 namespace step37 {
 namespace {
@@ -83,8 +84,20 @@ std::vector<std::string> feature_names(const megatron::SafetensorsFile& file, co
   return names;
 }
 
-Case read_case(const std::filesystem::path& path, at::ScalarType dtype, bool frozen_features) {
+/// Refuses tensors that a case of these names doesn't have: one that is misspelt would be missed without a word.
+/// expected.* is what tests compare with. One in a dtype that can't be read can't have been meant for a case, and is
+/// only warned of, on one rank.
+void check_names(const megatron::SafetensorsFile& file, const std::set<std::string>& known, bool warns) {
+  for (const auto& [name, entry] : file.entries()) {
+    if (known.count(name) > 0 || name.starts_with("expected.")) continue;
+    TORCH_CHECK_VALUE(entry.dtype == at::ScalarType::Undefined, file.path().string(), ": a case has no tensor ", name);
+    if (warns) TORCH_WARN(file.path().string(), ": tensor ", name, " of dtype ", entry.dtype_name, " is left out");
+  }
+}
+
+Case read_case(const std::filesystem::path& path, at::ScalarType dtype, bool frozen_features, bool warns) {
   const megatron::SafetensorsFile file(path);
+  std::set<std::string> known = {"input_ids", "grad_output", kWordEmbeddings, kProjectorWeight, kProjectorBias};
   Case result;
   result.input_ids = read_shaped(file, "input_ids", 2);
   TORCH_CHECK_VALUE(result.input_ids.scalar_type() == at::kLong, path.string(), ": input_ids must be int64, is ",
@@ -94,7 +107,10 @@ Case read_case(const std::filesystem::path& path, at::ScalarType dtype, bool fro
   if (file.contains(kProjectorBias)) result.projector_bias = read_values(file, kProjectorBias, 1, dtype);
   TORCH_CHECK_VALUE(file.contains(kWordEmbeddings), path.string(), ": no tensor ", kWordEmbeddings);
   const auto& embedding_shape = file.entries().at(kWordEmbeddings).shape;
-  check_floating(path, kWordEmbeddings, file.entries().at(kWordEmbeddings).dtype);
+  const auto embedding_dtype = file.entries().at(kWordEmbeddings).dtype;
+  TORCH_CHECK_VALUE(embedding_dtype != at::ScalarType::Undefined, path.string(), ": ", kWordEmbeddings, " has dtype ",
+                    file.entries().at(kWordEmbeddings).dtype_name, ", in which nothing here computes");
+  check_floating(path, kWordEmbeddings, embedding_dtype);
   TORCH_CHECK_VALUE(embedding_shape.size() == 2, path.string(), ": ", kWordEmbeddings, " has shape ",
                     at::IntArrayRef(embedding_shape), ", expected [V, H]");
   result.V = embedding_shape[0];
@@ -115,6 +131,8 @@ Case read_case(const std::filesystem::path& path, at::ScalarType dtype, bool fro
       TORCH_CHECK_VALUE(names.empty(), path.string(), ": ", names.front(), " without ", name, ".insert_start_token");
       break;
     }
+    known.insert(name + ".insert_start_token");
+    known.insert(names.begin(), names.end());
     const auto token = file.read(name + ".insert_start_token");
     TORCH_CHECK_VALUE(token.numel() == 1 && token.scalar_type() == at::kLong, path.string(), ": ", name,
                       ".insert_start_token must be [1] int64");
@@ -132,6 +150,7 @@ Case read_case(const std::filesystem::path& path, at::ScalarType dtype, bool fro
     group.image_features = whole ? FeatureList(features.front()) : FeatureList(features);
     result.images.push_back(std::move(group));
   }
+  check_names(file, known, warns);
   return result;
 }
 
@@ -167,7 +186,9 @@ class EmbedRun {
         {{"vocab", megatron::EmbeddingSharding::kVocab}, {"hidden", megatron::EmbeddingSharding::kHidden}});
   }
 
-  void read() { case_ = read_case(arguments_.input, dtype_, arguments_.frozen_features); }
+  void read() {
+    case_ = read_case(arguments_.input, dtype_, arguments_.frozen_features, /*warns=*/plain_tp_->getRank() == 0);
+  }
 
   void build() {
     embedding_ = megatron::LanguageModelEmbedding(
@@ -329,6 +350,9 @@ class EmbedRun {
 }  // namespace
 
 int embed(parallel::Runtime& runtime, const EmbedArguments& arguments) {
+  check_no_tilde("--input", arguments.input);
+  check_no_tilde("--output", arguments.output);
+  check_no_tilde("--stats", arguments.stats);
   const auto groups = parallel::make_process_groups(runtime, {.tp = runtime.size()});
   EmbedRun run(arguments, groups.tp, runtime.device());
   // A file may be broken on one host only; after this every rank has the same case or none.

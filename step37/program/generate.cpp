@@ -9,25 +9,42 @@
 #include "parallel/agree.h"
 #include "parallel/runtime.h"
 #include "step37/checkpoint_names.h"
+#include "step37/data/captioned_pictures.h"
 #include "step37/data/picture.h"
+#include "step37/program/shell_text.h"
 #include "step37/program/training_run.h"
 
 namespace step37 {
 
+std::string trimmed_prompt(const std::string& prompt) {
+  auto trimmed = caption_from_text(prompt);
+  const auto rest = prompt.find('\n', prompt.find_first_not_of(" \t\r\v\f\n"));
+  TORCH_CHECK_VALUE(rest == std::string::npos || caption_from_text(prompt.substr(rest)).empty(),
+                    "--prompt has several lines; a caption has one");
+  return trimmed;
+}
+
 int generate(parallel::Runtime& runtime, const GenerateArguments& arguments) {
   const auto groups = parallel::make_process_groups(runtime, {.tp = runtime.size()});
+  check_no_tilde("--checkpoint", arguments.checkpoint);
+  check_no_tilde("--image", arguments.image);
+  const auto prompt = trimmed_prompt(arguments.prompt);
+  // One rank looks: it warns once, and `latest` may move on between two ranks' looks at it.
+  std::string found;
+  parallel::agree_on(
+      [&] {
+        if (runtime.rank() == 0) found = megatron::find_checkpoint(arguments.checkpoint).string();
+      },
+      groups.world);
+  const std::filesystem::path checkpoint = parallel::broadcast_text(found, 0, groups.world);
   std::optional<Tokenizer> tokenizer;
   RunState state;
-  int64_t step = -1;
   Step37Model model{nullptr};
   parallel::agree_on(
       [&] {
-        const megatron::CheckpointReader reader(arguments.checkpoint);
-        step = reader.step();
-        state = run_state_from_text(reader.state(), reader.folder().string());
-        // checkpoints/step-N lies in the run's directory, as does the tokenizer.
-        const RunFiles files{reader.folder().parent_path().parent_path()};
-        tokenizer.emplace(Tokenizer::load(files.tokenizer()));
+        const megatron::CheckpointReader reader(checkpoint);
+        state = run_state_from_text(reader.state(), checkpoint.string());
+        tokenizer.emplace(load_tokenizer(tokenizer_of_checkpoint(arguments.checkpoint, checkpoint), state, checkpoint));
         model = Step37Model(model_config(state.config, tokenizer->vocab_size()), groups.tp);
         reader.load(megatron::sharded_tensors(megatron::parameter_shards(*model), published_name, groups),
                     megatron::UnusedTensors::kAllow);
@@ -37,14 +54,12 @@ int generate(parallel::Runtime& runtime, const GenerateArguments& arguments) {
         TORCH_CHECK_VALUE(decoded.ok(), decoded.error);
       },
       groups.world);
-  // `latest` may have moved on between two ranks' looks at it.
-  parallel::check_equal({{"the step of checkpoint " + arguments.checkpoint.string(), step}}, groups.world);
   auto options = captioner_options(state.config, *tokenizer, arguments.image.parent_path(), runtime.size());
   options.max_new_tokens = arguments.max_new_tokens;
   const auto picture =
       reference_to(options.folder, arguments.image.filename().string(), state.config.vision.image_size);
-  const auto caption = caption_picture(model, *tokenizer, picture, tokenizer->encode(arguments.prompt), options,
-                                       groups.tp, runtime.device());
+  const auto caption =
+      caption_picture(model, *tokenizer, picture, tokenizer->encode(prompt), options, groups.tp, runtime.device());
   if (runtime.rank() == 0) std::printf("%s\n", caption.c_str());
   parallel::destroy_process_groups(runtime, groups);
   return 0;

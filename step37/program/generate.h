@@ -13,11 +13,16 @@ namespace step37 {
 
 /// The command line of `step37 generate`.
 struct GenerateArguments {
-  std::filesystem::path checkpoint;  ///< a step folder of a training run, or `latest`
+  std::filesystem::path checkpoint;  ///< of a training run, as megatron::find_checkpoint takes it
   std::filesystem::path image;
-  std::string prompt;  ///< the caption's beginning
+  std::string prompt;  ///< the caption's beginning; trimmed_prompt is what the model sees
   int64_t max_new_tokens = 64;
 };
+
+/// The prompt as a caption file's text is read (caption_from_text): the model has seen no caption that begins or ends
+/// with a blank.
+/// @throws c10::ValueError if there is a second line that isn't blank.
+std::string trimmed_prompt(const std::string& prompt);
 
 /// Prints the caption on rank 0. All ranks are one tensor-parallel group; weights load at any number of them. Returns
 /// the exit status. Collective over all ranks.

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -21,6 +22,8 @@
 #include "step37/data/captioned_pictures.h"
 #include "step37/program/report.h"
 #include "step37/program/run_config.h"
+#include "step37/program/shell_text.h"
+#include "step37/program/stop_signals.h"
 #include "step37/program/training_run.h"
 
 namespace step37 {
@@ -77,11 +80,11 @@ int64_t num_too_long(const CaptionLoader::Source& source, const CaptionLoader::O
   return count;
 }
 
-/// This program, as it can be started from the working directory.
+/// This program, as a shell in the working directory starts it.
 std::string this_program() {
   std::error_code error;
   const auto path = std::filesystem::read_symlink("/proc/self/exe", error);
-  return error ? "step37" : std::filesystem::proximate(path, error).string();
+  return error ? "step37" : shell_quoted_path(std::filesystem::proximate(path, error));
 }
 
 /// At most `count` of `total` indices, spread evenly.
@@ -106,22 +109,24 @@ class PretrainRun {
     read_pictures();
     prepare_directory();
     if (!config_.run.fresh) resume_from_ = find_checkpoint();
-    prepare_tokenizer();
+    RunState state;
+    if (resume_from_) state = read_state();
+    prepare_tokenizer(state);
     say_what_is_left_out();
     build_model();
-    RunState state;
-    if (resume_from_) state = load_checkpoint();
+    if (resume_from_) load_checkpoint(state);
     const int64_t done = state.optimizer_steps;
     if (done >= config_.training.steps) {
       say("this run has finished: step " + std::to_string(done) + " of " + std::to_string(config_.training.steps) +
           " is in " + files_.checkpoints().string() + "; run.fresh=true starts over");
-    } else {
-      train(state);
+    } else if (const int signal = train(state); signal != 0) {
+      return kInterruptedStatus;
     }
     write_report();
     say("\nThe report is " + files_.report().string() + ": open it in a browser.");
+    const auto latest = files_.checkpoints() / "latest";
     say("To caption a picture of your own:\n  " + this_program() + " generate --checkpoint " +
-        (files_.checkpoints() / "latest").string() + " --image a.png");
+        shell_quoted_path(std::filesystem::exists(latest) ? latest : files_.checkpoints()) + " --image a.png");
     return 0;
   }
 
@@ -140,18 +145,13 @@ class PretrainRun {
     parallel::agree_on(
         [&] {
           if (!is_main()) return;
+          check_run_files(files_);
           std::error_code error;
           std::filesystem::create_directories(files_.directory, error);
           TORCH_CHECK_VALUE(!error, "run.directory ", files_.directory.string(), " cannot be made: ", error.message());
           lock_.emplace(files_.lock());
         },
         groups_.world);
-  }
-
-  void remove_earlier_run() const {
-    for (const auto& path : {files_.checkpoints(), files_.metrics(), files_.report(), files_.tokenizer()}) {
-      std::filesystem::remove_all(path);
-    }
   }
 
   std::optional<std::filesystem::path> find_checkpoint() const {
@@ -191,7 +191,7 @@ class PretrainRun {
                     groups_.world);
   }
 
-  void prepare_tokenizer() {
+  void prepare_tokenizer(const RunState& state) {
     parallel::agree_on(
         [&] {
           if (!is_main()) return;
@@ -203,11 +203,17 @@ class PretrainRun {
           }
           const auto tokenizer = Tokenizer::train(pictures_.training_captions, config_.data.vocabulary_size);
           // Now that everything given is known to be usable.
-          if (config_.run.fresh) remove_earlier_run();
+          if (config_.run.fresh) remove_earlier_run(files_);
           tokenizer.save(files_.tokenizer());
         },
         groups_.world);
-    parallel::agree_on([&] { tokenizer_.emplace(Tokenizer::load(files_.tokenizer())); }, groups_.world);
+    parallel::agree_on(
+        [&] {
+          const auto path = files_.tokenizer();
+          tokenizer_.emplace(resume_from_ ? load_tokenizer(path, state, *resume_from_) : Tokenizer::load(path));
+          tokenizer_mark_ = mark_of(path, *tokenizer_);
+        },
+        groups_.world);
     for (const auto& caption : pictures_.training_captions) {
       pictures_.training.captions.push_back(tokenizer_->encode(caption));
     }
@@ -268,28 +274,40 @@ class PretrainRun {
     return all;
   }
 
-  RunState load_checkpoint() {
+  RunState read_state() const {
     RunState state;
     parallel::agree_on(
         [&] {
           const megatron::CheckpointReader reader(*resume_from_);
           state = run_state_from_text(reader.state(), reader.folder().string());
-          reader.load(tensors());
+          check_resumable(state.config, config_, resume_from_->string());
         },
         groups_.world);
-    trainer_->optimizer().set_num_steps(state.optimizer_steps);
-    resumed_steps_ = state.optimizer_steps;
-    say("resuming after step " + std::to_string(state.optimizer_steps) + " from " + resume_from_->string());
     return state;
   }
 
+  void load_checkpoint(const RunState& state) {
+    parallel::agree_on([&] { megatron::CheckpointReader(*resume_from_).load(tensors()); }, groups_.world);
+    trainer_->optimizer().set_num_steps(state.optimizer_steps);
+    resumed_steps_ = state.optimizer_steps;
+    say("resuming after step " + std::to_string(state.optimizer_steps) + " from " + resume_from_->string());
+  }
+
   void save_checkpoint(int64_t step, const megatron::SamplerState& sampler) {
-    RunState state{config_, sampler, step};
+    const RunState state{config_, sampler, step, tokenizer_mark_};
     megatron::save_checkpoint(files_.checkpoints(), {step, to_text(state), tensors()}, groups_.world,
                               {.keep_last = config_.checkpoint.keep});
   }
 
-  void train(const RunState& state) {
+  /// The signal that asked one of the ranks to stop, on all of them; 0: none did. Collective: one all-reduce of one
+  /// number, on the CPU.
+  int agreed_stop_signal() const {
+    const auto own = at::full({1}, StopSignals::received(), at::kInt);
+    return parallel::all_reduce(own, groups_.world, parallel::Reduction::kMax).item<int>();
+  }
+
+  /// Trains what is left. Returns the signal that stopped it, after a checkpoint; 0: all steps are done.
+  int train(const RunState& state) {
     const int64_t first_step = state.optimizer_steps + 1;
     const int64_t last_step = config_.training.steps;
     std::optional<MetricsFile> metrics;
@@ -301,6 +319,7 @@ class PretrainRun {
     const auto validation = pack_once(pictures_.held_out, config_.validation.packs, loader_options_, groups_);
     CaptionLoader loader(loader_options_, pictures_.training, groups_, state.sampler);
     Progress progress(first_step, last_step, progress_style_);
+    const StopSignals signals;  // from here on there is something to save
     for (int64_t step = first_step; step <= last_step; ++step) {
       const auto start = Clock::now();
       auto loaded = loader.next();
@@ -324,8 +343,17 @@ class PretrainRun {
         metrics->write(line);
         progress.show(line);
       }
-      if (is_due(step, config_.checkpoint.interval)) save_checkpoint(step, loaded.step.next);
+      const bool saves = is_due(step, config_.checkpoint.interval);
+      if (saves) save_checkpoint(step, loaded.step.next);
+      // Signals reach the ranks at different steps, or one rank alone.
+      if (const int signal = agreed_stop_signal(); signal != 0) {
+        if (!saves) save_checkpoint(step, loaded.step.next);
+        say(std::string("\nstopped by SIG") + sigabbrev_np(signal) + " after step " + std::to_string(step) + " of " +
+            std::to_string(last_step) + ", which is saved: start the same command again, and it goes on");
+        return signal;
+      }
     }
+    return 0;
   }
 
   /// Every `interval` steps, and at the end.
@@ -399,6 +427,7 @@ class PretrainRun {
   int64_t resumed_steps_ = -1;
   Pictures pictures_;
   std::optional<Tokenizer> tokenizer_;
+  TokenizerMark tokenizer_mark_;
   CaptionLoader::Options loader_options_;
   Step37Model model_{nullptr};
   std::vector<megatron::ParameterShard> parameters_;
@@ -408,6 +437,7 @@ class PretrainRun {
 }  // namespace
 
 int pretrain(parallel::Runtime& runtime, const PretrainArguments& arguments) {
+  check_no_tilde("--config", arguments.config);
   const auto config = load_run_config(arguments.config, arguments.overrides);
   validate(config, runtime.size());
   runtime.choose_device({.device = config.run.device, .share_devices = config.run.share_gpus});

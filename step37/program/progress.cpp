@@ -1,8 +1,12 @@
 #include "step37/program/progress.h"
 
 #include <c10/util/Exception.h>
+#include <fcntl.h>
 
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
+#include <fstream>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
@@ -14,7 +18,7 @@ namespace {
 /// The lines of `path` whose step is at most `last_step`.
 std::string kept_lines(const std::filesystem::path& path, int64_t last_step) {
   std::ifstream file(path);
-  TORCH_CHECK_VALUE(file.is_open(), "cannot read ", path.string());
+  TORCH_CHECK_VALUE(file.is_open(), "cannot read ", path.string(), ": ", std::strerror(errno));
   std::string kept;
   std::string line;
   while (std::getline(file, line)) {
@@ -22,7 +26,7 @@ std::string kept_lines(const std::filesystem::path& path, int64_t last_step) {
     const bool whole = json.is_object() && json.contains("step") && json["step"].is_number_integer();
     if (whole && json["step"].get<int64_t>() <= last_step) kept += line + "\n";
   }
-  TORCH_CHECK_VALUE(!file.bad(), "cannot read ", path.string());
+  TORCH_CHECK_VALUE(!file.bad(), "cannot read ", path.string(), ": ", std::strerror(errno));
   return kept;
 }
 
@@ -41,10 +45,10 @@ std::string time_text(double seconds) {
 
 }  // namespace
 
-MetricsFile::MetricsFile(const std::filesystem::path& path, int64_t last_step) : path_(path) {
+MetricsFile::MetricsFile(const std::filesystem::path& path, int64_t last_step) : path_(path), file_(-1) {
   megatron::write_file(path, std::filesystem::exists(path) ? kept_lines(path, last_step) : "");
-  file_.open(path, std::ios::app);
-  TORCH_CHECK_VALUE(file_.is_open(), "cannot write ", path.string());
+  file_.reset(::open(path.c_str(), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666));
+  TORCH_CHECK_VALUE(file_.get() >= 0, "cannot write ", path.string(), ": ", std::strerror(errno));
 }
 
 void MetricsFile::write(const StepMetrics& metrics) {
@@ -57,8 +61,8 @@ void MetricsFile::write(const StepMetrics& metrics) {
                               {"tokens_per_second", static_cast<double>(metrics.tokens) / metrics.step_seconds},
                               {"step_seconds", metrics.step_seconds}};
   if (metrics.validation_loss) json["validation_loss"] = *metrics.validation_loss;
-  file_ << json.dump() << std::endl;
-  TORCH_CHECK(file_.good(), "cannot write ", path_.string());
+  const auto line = json.dump() + "\n";
+  megatron::internal::write_all(file_.get(), line.data(), line.size(), path_.string());
 }
 
 Progress::Progress(int64_t first_step, int64_t total_steps, ProgressStyle style)

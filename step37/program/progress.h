@@ -4,9 +4,10 @@
 #include <chrono>
 #include <cstdint>
 #include <filesystem>
-#include <fstream>
 #include <optional>
 #include <string>
+
+#include "megatron_cpp/checkpoint/complete_file.h"
 
 namespace step37 {
 
@@ -27,13 +28,14 @@ class MetricsFile {
  public:
   /// Opens the file for a run that goes on after `last_step`: lines of later steps, and a line cut short by a kill, are
   /// removed first, so that every step has exactly one.
-  /// @throws c10::ValueError naming the file if it can't be read or written.
+  /// @throws c10::Error naming the file and the system's reason if it can't be read or written.
   MetricsFile(const std::filesystem::path& path, int64_t last_step);
+  /// @throws c10::Error naming the file and the system's reason.
   void write(const StepMetrics& metrics);
 
  private:
   std::filesystem::path path_;
-  std::ofstream file_;
+  megatron::internal::FileDescriptor file_;
 };
 
 /// How progress is shown.

@@ -17,6 +17,7 @@
 
 #include "parallel/shard.h"
 #include "step37/data/utf8.h"
+#include "step37/program/shell_text.h"
 #include "step37/program/yaml_file.h"
 
 namespace step37 {
@@ -131,6 +132,14 @@ const auto& names_of(megatron::EmbeddingSharding /*type*/) { return kEmbeddingSh
 const auto& names_of(ProjectorSharding /*type*/) { return kProjectorShardings; }
 const auto& names_of(InsertExchange /*type*/) { return kExchanges; }
 const auto& names_of(bool /*type*/) { return kTruths; }
+/// All spellings of YAML 1.2's core schema.
+constexpr std::array<std::pair<const char*, bool>, 6> kReadTruths{
+    {{"true", true}, {"True", true}, {"TRUE", true}, {"false", false}, {"False", false}, {"FALSE", false}}};
+template <class Named>
+const auto& read_names_of(Named type) {
+  return names_of(type);
+}
+const auto& read_names_of(bool /*type*/) { return kReadTruths; }
 
 template <class Named>
 std::string write_value(Named value) {
@@ -158,7 +167,7 @@ bool read_number(std::string_view text, Number& value) {
 
 template <class Named>
 bool read_value(const std::string& text, Named& value) {
-  for (const auto& [name, named] : names_of(value)) {
+  for (const auto& [name, named] : read_names_of(value)) {
     if (text != name) continue;
     value = named;
     return true;
@@ -376,6 +385,8 @@ void check_run_and_data(const RunConfig& config) {
   TORCH_CHECK_VALUE(device == "auto" || device == "cpu" || device == "cuda", "run.device ", device,
                     " is not one of auto, cpu, cuda");
   TORCH_CHECK_VALUE(!config.data.directory.empty(), "data.directory is empty");
+  check_no_tilde("data.directory", config.data.directory);
+  check_no_tilde("run.directory", config.run.directory);
   TORCH_CHECK_VALUE(config.data.held_out >= 0.0 && config.data.held_out < 1.0, "data.held_out ", config.data.held_out,
                     " is not in [0, 1)");
   TORCH_CHECK_VALUE(config.training.clip_grad_norm >= 0.0, "training.clip_grad_norm ", config.training.clip_grad_norm,

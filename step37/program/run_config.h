@@ -142,8 +142,9 @@ std::vector<std::pair<std::string, std::string>> settings(const RunConfig& confi
 /// @throws c10::ValueError naming the key and the numbers:
 ///         ranks that tensor * data doesn't give; a device that isn't one; counts below what makes sense; global_batch
 ///         not divisible by the replicas; sequence_length not divisible by the tensor-parallel size under sequence
-///         parallelism, or too short for one picture; held_out outside [0, 1); pictures that don't fit the tower; and
-///         whatever the schedule's, AdamW's, the crops' and the model's own validate() find.
+///         parallelism, or too short for one picture; a directory that starts with ~; held_out outside [0, 1); pictures
+///         that don't fit the tower; and whatever the schedule's, AdamW's, the crops' and the model's own validate()
+///         find.
 void validate(const RunConfig& config, int num_ranks);
 
 /// How `num_ranks` ranks are split: the zeros of ParallelSection filled in. With both 0 all ranks are one

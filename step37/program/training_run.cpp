@@ -6,13 +6,20 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstring>
+#include <fstream>
+#include <iomanip>
+#include <iterator>
 #include <nlohmann/json.hpp>
 #include <numeric>
+#include <sstream>
 #include <system_error>
 #include <utility>
 #include <vector>
 
+#include "megatron_cpp/checkpoint/complete_file.h"
 #include "megatron_cpp/checkpoint/json_integer.h"
+#include "parallel/hash.h"
 
 namespace step37 {
 
@@ -24,7 +31,45 @@ int64_t integer_at(const nlohmann::json& json, const char* key) {
   return *value;
 }
 
+/// A link that leads to nothing.
+bool dangles(const std::filesystem::path& path) {
+  std::error_code ignored;
+  return std::filesystem::is_symlink(path, ignored) && !std::filesystem::exists(path, ignored);
+}
+
+void refuse_dangling_link(const std::filesystem::path& path) {
+  TORCH_CHECK_VALUE(!dangles(path), path.string(), " is a link to ", std::filesystem::read_symlink(path).string(),
+                    ", which isn't there");
+}
+
 }  // namespace
+
+void check_run_files(const RunFiles& files) {
+  std::error_code unknown;
+  refuse_dangling_link(files.directory);
+  refuse_dangling_link(files.checkpoints());
+  const auto checkpoints = std::filesystem::status(files.checkpoints(), unknown);
+  TORCH_CHECK_VALUE(!exists(checkpoints) || is_directory(checkpoints), files.checkpoints().string(), " is no folder");
+  for (const auto& path : {files.metrics(), files.tokenizer(), files.report(), files.lock()}) {
+    // A file that isn't there yet is made where the link says, if there is such a folder.
+    if (dangles(path) && !exists(megatron::internal::link_target(path).parent_path(), unknown)) {
+      refuse_dangling_link(path);
+    }
+    const auto status = std::filesystem::status(path, unknown);
+    const bool is_read_again = path == files.metrics() || path == files.tokenizer();
+    TORCH_CHECK_VALUE(!exists(status) || is_regular_file(status) || !(is_read_again || is_directory(status)),
+                      path.string(), " is no regular file");
+  }
+}
+
+void remove_earlier_run(const RunFiles& files) {
+  megatron::remove_checkpoints(files.checkpoints());
+  for (const auto& path : {files.metrics(), files.report(), files.tokenizer()}) {
+    const auto target = megatron::internal::link_target(path);
+    std::error_code not_there;
+    if (is_regular_file(target, not_there)) std::filesystem::remove(target);
+  }
+}
 
 RunLock::RunLock(const std::filesystem::path& path) : file_(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
   const auto reason = [] { return std::generic_category().message(errno); };
@@ -42,10 +87,13 @@ RunLock::~RunLock() { close(file_); }
 std::string to_text(const RunState& state) {
   auto kept = nlohmann::ordered_json::array();
   for (const auto& [key, value] : settings(state.config)) kept.push_back({key, value});
-  return nlohmann::ordered_json{{"settings", std::move(kept)},
-                                {"sampler", {{"epoch", state.sampler.epoch}, {"position", state.sampler.position}}},
-                                {"optimizer_steps", state.optimizer_steps}}
-      .dump();
+  nlohmann::ordered_json json{{"settings", std::move(kept)},
+                              {"sampler", {{"epoch", state.sampler.epoch}, {"position", state.sampler.position}}},
+                              {"optimizer_steps", state.optimizer_steps}};
+  if (state.tokenizer) {
+    json["tokenizer"] = {{"hash", state.tokenizer->hash}, {"vocabulary_size", state.tokenizer->vocabulary_size}};
+  }
+  return json.dump();
 }
 
 RunState run_state_from_text(const std::string& text, const std::string& where) {
@@ -59,12 +107,74 @@ RunState run_state_from_text(const std::string& text, const std::string& where) 
     state.config = run_config_from_settings(kept);
     state.sampler = {integer_at(json.at("sampler"), "epoch"), integer_at(json.at("sampler"), "position")};
     state.optimizer_steps = integer_at(json, "optimizer_steps");
+    if (const auto found = json.find("tokenizer"); found != json.end()) {
+      state.tokenizer = {found->at("hash").get<std::string>(), integer_at(*found, "vocabulary_size")};
+    }
   } catch (const nlohmann::json::exception& error) {
     TORCH_CHECK_VALUE(false, where, ": the state is no training run's: ", error.what());
   } catch (const c10::ValueError& error) {
     TORCH_CHECK_VALUE(false, where, ": the state is no training run's: ", error.what_without_backtrace());
   }
   return state;
+}
+
+void check_resumable(const RunConfig& began, const RunConfig& now, const std::string& where) {
+  // What the weights were trained as, and what the sampler's position is counted in. Frozen parameters have no moments
+  // in the checkpoint; the tokenizer stays the first one.
+  const auto is_fixed = [](const std::string& key) {
+    if (key == "data.vocabulary_size" || key == "training.seed") return true;
+    return (key.starts_with("model.") || key.starts_with("vision.")) && key != "model.init_std";
+  };
+  const auto before = settings(began);
+  const auto after = settings(now);
+  std::string changed;
+  for (size_t i = 0; i < before.size(); ++i) {
+    if (!is_fixed(before[i].first) || before[i].second == after[i].second) continue;
+    changed +=
+        (changed.empty() ? "" : ", ") + before[i].first + " " + after[i].second + " (was " + before[i].second + ")";
+  }
+  TORCH_CHECK_VALUE(changed.empty(), "the run can't go on from ", where, " with ", changed,
+                    ": give the old value, or another run.directory; run.fresh=true starts over");
+}
+
+TokenizerMark mark_of(const std::filesystem::path& path, const Tokenizer& tokenizer) {
+  std::ifstream file(path, std::ios::binary);
+  TORCH_CHECK_VALUE(file.is_open(), "cannot read ", path.string(), ": ", std::strerror(errno));
+  const std::string bytes{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+  std::ostringstream hash;
+  hash << std::hex << std::setw(16) << std::setfill('0') << parallel::stable_hash(bytes);
+  return {hash.str(), tokenizer.vocab_size()};
+}
+
+Tokenizer load_tokenizer(const std::filesystem::path& path, const RunState& state,
+                         const std::filesystem::path& checkpoint) {
+  auto tokenizer = Tokenizer::load(path);
+  if (!state.tokenizer) return tokenizer;
+  const auto found = mark_of(path, tokenizer);
+  TORCH_CHECK_VALUE(found == *state.tokenizer, path.string(), " (hash ", found.hash, ", ", found.vocabulary_size,
+                    " pieces) is not the tokenizer of ", checkpoint.string(), " (hash ", state.tokenizer->hash, ", ",
+                    state.tokenizer->vocabulary_size, " pieces)");
+  return tokenizer;
+}
+
+std::filesystem::path tokenizer_of_checkpoint(const std::filesystem::path& given, const std::filesystem::path& folder) {
+  const auto parent = [](const std::filesystem::path& path) {
+    auto absolute = std::filesystem::absolute(path);
+    while (absolute.has_relative_path() && (absolute.filename().empty() || absolute.filename() == ".")) {
+      absolute = absolute.parent_path();
+    }
+    return absolute.parent_path();
+  };
+  // `given` is a step folder or `latest`, or the folder that holds them.
+  std::error_code unknown;
+  const bool holds_steps = equivalent(given, folder.parent_path(), unknown);
+  const auto run = holds_steps ? parent(given) : parent(parent(given));
+  const auto own = RunFiles{folder.parent_path().parent_path()}.tokenizer();
+  for (const auto& directory : {run, run.lexically_normal()}) {
+    const auto beside = RunFiles{directory}.tokenizer();
+    if (exists(beside, unknown)) return equivalent(beside, own, unknown) ? own : beside;
+  }
+  return own;
 }
 
 int64_t padding_multiple(int tensor_parallel_size) {

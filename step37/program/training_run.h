@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <string>
 
 #include "megatron_cpp/checkpoint/sharded_checkpoint.h"
@@ -40,15 +41,55 @@ class RunLock {
   int file_;
 };
 
+/// Refuses a directory that a run couldn't be kept in: `checkpoints`, or another name here, is a link to what isn't
+/// there; `checkpoints` is no folder; or what is read again, metrics and tokenizer, is there and no regular file.
+/// Writes nothing.
+/// @throws c10::ValueError naming the path, and where the link leads.
+void check_run_files(const RunFiles& files);
+
+/// Removes what an earlier run has left. Links stay: what they lead to is emptied or removed.
+/// @throws std::filesystem::filesystem_error
+void remove_earlier_run(const RunFiles& files);
+
+/// By what a checkpoint knows its tokenizer again.
+struct TokenizerMark {
+  std::string hash;  ///< of the model file's bytes, hexadecimal
+  int64_t vocabulary_size = 0;
+
+  bool operator==(const TokenizerMark&) const = default;
+};
+
+/// The mark of `tokenizer`, which was loaded from `path`.
+/// @throws c10::ValueError naming the file if it can't be read.
+TokenizerMark mark_of(const std::filesystem::path& path, const Tokenizer& tokenizer);
+
 /// What a checkpoint keeps beside tensors.
 struct RunState {
   RunConfig config;
   megatron::SamplerState sampler;
   int64_t optimizer_steps = 0;
+  std::optional<TokenizerMark> tokenizer;  ///< nothing in checkpoints of versions that didn't keep it
 };
 std::string to_text(const RunState& state);
 /// @throws c10::ValueError naming `where` and what is wrong with the text.
 RunState run_state_from_text(const std::string& text, const std::string& where);
+
+/// Refuses settings that a run can't change once it has begun: of the sections model (but init_std) and vision all, and
+/// data.vocabulary_size and training.seed. Others (steps, learning rate, batch, layout, data, ...) may change.
+/// @param began  as the checkpoint `where` keeps it.
+/// @throws c10::ValueError naming each key with both values.
+void check_resumable(const RunConfig& began, const RunConfig& now, const std::string& where);
+
+/// The tokenizer of the run that wrote a checkpoint, for the model in it.
+/// @param checkpoint  its folder, for messages.
+/// @throws c10::ValueError as Tokenizer::load; and naming both if `path` is another tokenizer than the state's.
+Tokenizer load_tokenizer(const std::filesystem::path& path, const RunState& state,
+                         const std::filesystem::path& checkpoint);
+
+/// Where the tokenizer of a checkpoint lies: two folders above it, as a run leaves it. The path `given` by the user
+/// comes first, since a link `checkpoints` may lead to another disk, then `folder`, the step folder with links
+/// resolved. Returns where it would be if it is in neither place.
+std::filesystem::path tokenizer_of_checkpoint(const std::filesystem::path& given, const std::filesystem::path& folder);
 
 /// Sequences are padded to a multiple of lcm(64, t, 16), as the reference pads its packs.
 int64_t padding_multiple(int tensor_parallel_size);

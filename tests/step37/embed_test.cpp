@@ -439,6 +439,11 @@ TEST_F(Embed, RefusesBrokenInputs) {
     refused({{tensor, at::Tensor()}}, std::string("changed.safetensors: no tensor ") + tensor);
   }
   refused({{"group0.insert_start_token", at::Tensor()}}, "group0.image_features without group0.insert_start_token");
+  refused({{"group1.image_features", at::zeros({3, 4, 12})}},
+          "group1.image_features without group1.insert_start_token");
+  refused({{"group2.insert_start_token", at::zeros({1}, at::kLong)}}, "a case has no tensor group2.insert_start_token");
+  refused({{"group0.image_features.0", at::zeros({4, 12})}}, "a case has no tensor group0.image_features.0");
+  refused({{"align_projector.wieght", at::zeros({1})}}, "a case has no tensor align_projector.wieght");
   refused({{"input_ids", at::zeros({3, 24})}}, "input_ids must be int64, is Float");
   refused({{"input_ids", at::zeros({3, 24}, at::kInt)}}, "input_ids must be int64, is Int");
   refused({{"input_ids", at::zeros({72}, at::kLong)}}, "input_ids has shape [72], expected 2 dimensions");

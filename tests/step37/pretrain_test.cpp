@@ -403,9 +403,7 @@ TEST_F(Pretrain, RefusesACheckpointThatDoesNotFit) {
   const int tp = runtime().size();
   pretrain("run", tp, {"training.steps=1"});
   const auto other_size = pretrain_error("run", tp, {"training.steps=2", "model.hidden_size=64"});
-  EXPECT_TRUE(contains(other_size, "manifest.json"));
-  EXPECT_TRUE(
-      contains(other_size, "tensor model.embed_tokens.weight is Float [300, 32], asked for as Float [300, 64]"));
+  EXPECT_TRUE(contains(other_size, "step-00000001 with model.hidden_size 64 (was 32)"));
   on_main([&] {
     for (const auto& entry : fs::directory_iterator(files("run").checkpoints() / step_name(1))) {
       if (entry.path().extension() != ".safetensors") continue;

@@ -105,6 +105,21 @@ TEST_F(RunConfigTest, ValuesAreReadInYamlsWaysOfWritingThem) {
   EXPECT_FALSE(config.parallel.sequence_parallel);
 }
 
+TEST_F(RunConfigTest, BooleansAreThoseOfYamlsCoreSchema) {
+  for (const std::string text : {"true", "True", "TRUE"}) {
+    EXPECT_TRUE(load(std::string(kSmallest) + "run: {fresh: " + text + "}\n").run.fresh) << text;
+    EXPECT_TRUE(smallest({"run.fresh=" + text}).run.fresh) << text;
+  }
+  for (const std::string text : {"false", "False", "FALSE"}) {
+    EXPECT_FALSE(smallest({"parallel.sequence_parallel=" + text}).parallel.sequence_parallel) << text;
+  }
+  for (const std::string text : {"tRUE", "on", "y", "1"}) {
+    EXPECT_EQ(override_error("run.fresh=" + text),
+              "run.fresh in the override run.fresh=" + text + " must be true or false, got " + text);
+  }
+  EXPECT_EQ(settings(smallest({"run.fresh=TRUE"}))[1].second, "true");
+}
+
 TEST_F(RunConfigTest, OverridesReplaceTheFilesValuesAndTheLastOneHolds) {
   const auto config = smallest({"training.steps=20", "training.learning_rate=1e-3", "training.eps=.5",
                                 "training.min_learning_rate=0", "training.steps=30", "data.directory=a=b \"c\" #d",

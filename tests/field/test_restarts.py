@@ -1,0 +1,225 @@
+"""Restarts: signals that ask a run to stop, Slurm, and settings that a run can't go on with."""
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import unittest
+from pathlib import Path
+
+from field import MPIEXEC, PROGRAM, ROOT, FieldTest
+
+INTERRUPTED = 75
+
+
+class Process:
+    """A command whose output is read while it runs. A test waits for a line of it, and never for a time."""
+
+    def __init__(self, test, *words, environment=None, **options):
+        self.output = ""
+        self.popen = subprocess.Popen([str(word) for word in words], cwd=test.folder, text=True, stdin=subprocess.DEVNULL,
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                      env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}, **options)
+        test.addCleanup(self.popen.stdout.close)
+        test.addCleanup(self.popen.kill)
+
+    def wait_for(self, text):
+        for line in self.popen.stdout:
+            self.output += line
+            if text in line:
+                return
+        raise AssertionError(f"no {text!r} in:\n{self.output}")
+
+    def finish(self):
+        self.output += self.popen.stdout.read()
+        return self.popen.wait(timeout=120)
+
+    def children(self):
+        pid = self.popen.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+class Signals(FieldTest):
+    STEPS = 40
+
+    def setUp(self):
+        super().setUp()
+        self.add_pictures()
+
+    def start(self, ranks, *settings):
+        launcher = [*MPIEXEC, ranks] if ranks > 1 else []
+        return Process(self, *launcher, PROGRAM, "pretrain", "--config", "tiny.yaml", "checkpoint.interval=0",
+                       "report.pictures=0", f"training.steps={self.STEPS}", *settings)
+
+    def lines(self, run):
+        lines = [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k not in ("step_seconds", "tokens_per_second")} for line in lines]
+
+    def assertInterrupted(self, run, status, output, number):
+        """It stopped after a step that is in the metrics and in a checkpoint, and says so once."""
+        self.assertEqual(status, number, output)
+        said = re.findall(r"^stopped by SIG\w+ after step (\d+) of \d+, which is saved", output, re.M)
+        self.assertEqual(len(said), 1, output)
+        step = int(said[0])
+        self.assertEqual([line["step"] for line in self.lines(run)], list(range(1, step + 1)))
+        self.assertEqual(os.readlink(self.folder / run / "checkpoints/latest"), f"step-{step:08}")
+        self.assertFalse((self.folder / run / "report.html").exists())
+        return step
+
+    def assertGoesOnAsIfNothingHadBeen(self, ranks, *settings):
+        again = self.start(ranks, "run.directory=r", *settings)
+        self.assertEqual(again.finish(), 0, again.output)
+        self.assertIn("resuming after step ", again.output)
+        whole = self.start(ranks, "run.directory=whole", *settings)
+        self.assertEqual(whole.finish(), 0, whole.output)
+        self.assertEqual(self.lines("r"), self.lines("whole"))
+        last = f"checkpoints/step-{self.STEPS:08}"
+        files = sorted(p.name for p in (self.folder / "whole" / last).glob("*.safetensors"))
+        self.assertTrue(files)
+        for name in files:
+            self.assertEqual((self.folder / "r" / last / name).read_bytes(),
+                             (self.folder / "whole" / last / name).read_bytes(), name)
+
+    def test_one_process_finishes_the_step_and_saves(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            run = self.start(1, "run.directory=r", "run.fresh=true")
+            run.wait_for("step 1/")
+            run.popen.send_signal(number)
+            self.assertInterrupted("r", run.finish(), run.output, INTERRUPTED)
+            self.assertIn(f"stopped by {number.name} after", run.output)
+        self.assertGoesOnAsIfNothingHadBeen(1)
+
+    def test_mpirun_passes_the_third_signal_on(self):
+        run = self.start(2, "run.directory=r")
+        run.wait_for("step 1/")
+        run.popen.send_signal(signal.SIGUSR1)
+        self.assertInterrupted("r", run.finish(), run.output, INTERRUPTED)
+        self.assertGoesOnAsIfNothingHadBeen(2)
+
+    def test_a_signal_to_one_rank_stops_all_after_the_same_step(self):
+        layout = ("parallel.tensor=2", "parallel.data=2")
+        run = self.start(4, "run.directory=r", *layout)
+        run.wait_for("step 2/")
+        os.kill(run.children()[-1], signal.SIGTERM)
+        self.assertInterrupted("r", run.finish(), run.output, INTERRUPTED)
+        self.assertGoesOnAsIfNothingHadBeen(4, *layout)
+
+    def test_mpirun_that_is_ended_gives_the_ranks_a_second(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            run = self.start(2, "run.directory=r", "run.fresh=true", "training.steps=100000")
+            run.wait_for("step 1/")
+            run.popen.send_signal(number)
+            self.assertInterrupted("r", run.finish(), run.output, 1)
+
+    def test_a_second_signal_ends_at_once(self):
+        run = self.start(2, "run.directory=r", "run.timeout_seconds=600")
+        run.wait_for("step 1/")
+        first, second = run.children()
+        os.kill(second, signal.SIGSTOP)  # so that the first can't finish its step
+        while run.popen.poll() is None:
+            try:
+                os.kill(first, signal.SIGTERM)
+                run.popen.wait(timeout=0.2)
+            except (subprocess.TimeoutExpired, ProcessLookupError):
+                pass
+        self.assertNotEqual(run.finish(), 0)
+        self.assertIn("exited on signal 15 (Terminated)", run.output)
+        self.assertNotIn("stopped by", run.output)
+
+    def test_before_the_first_step_there_is_nothing_to_save(self):
+        os.remove(self.folder / "p/a.txt")
+        os.mkfifo(self.folder / "tiny.fifo")
+        run = Process(self, PROGRAM, "pretrain", "--config", "tiny.fifo")  # waits for its configuration
+        run.popen.send_signal(signal.SIGTERM)
+        self.assertEqual(run.finish(), -signal.SIGTERM)
+
+
+class Settings(FieldTest):
+    def test_what_a_run_cannot_go_on_with_is_named(self):
+        self.add_pictures()
+        self.assertSucceeds(self.step37("pretrain", "--config", "tiny.yaml", "run.directory=r", "training.steps=1"))
+        changed = ["model.hidden_size=64", "model.rope_theta=10", "vision.freeze=true", "data.vocabulary_size=400",
+                   "training.seed=7"]
+        before = sorted((p, p.stat().st_mtime_ns) for p in (self.folder / "r").rglob("*"))
+        outcome = self.pretrain("run.directory=r", "training.steps=2", *changed)
+        self.assertFails(outcome, "model.hidden_size 64 (was 32)", "model.rope_theta 10 (was 5e+06)",
+                         "vision.freeze true (was false)", "data.vocabulary_size 400 (was 300)",
+                         "training.seed 7 (was 1")
+        self.assertEqual(sorted((p, p.stat().st_mtime_ns) for p in (self.folder / "r").rglob("*")), before)
+        outcome = self.pretrain("run.directory=r", "training.steps=2", "training.learning_rate=1e-2", "data.crops=true",
+                                "training.global_batch=4", "parallel.data=2", "parallel.tensor=1", "run.fresh=False")
+        self.assertSucceeds(outcome)
+        self.assertIn("resuming after step 1", outcome.stdout)
+
+
+class Scripts(FieldTest):
+    """The scripts with fake launchers, in a folder that looks like a built clone."""
+
+    def setUp(self):
+        super().setUp()
+        for folder in ("scripts", "build/bin", "configs", "fake"):
+            (self.folder / folder).mkdir(parents=True)
+        for name in ("common.sh", "pretrain.sh", "slurm_pretrain.sh"):
+            (self.folder / "scripts" / name).write_text((ROOT / "scripts" / name).read_text())
+            (self.folder / "scripts" / name).chmod(0o755)
+        self.fake("scripts/build.sh", "exit 0")
+        self.fake("build/bin/step37", "exit 0")
+        self.fake("fake/scontrol", 'echo "scontrol $*"')
+        (self.folder / "build/CMakeCache.txt").write_text(f"MPIEXEC_EXECUTABLE:FILEPATH={self.folder}/fake/mpirun\n")
+        (self.folder / "f.yaml").write_text("run: {fresh: true}\n")
+        self.environment = {"PATH": f"{self.folder}/fake:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
+                            "SLURM_SUBMIT_DIR": str(self.folder), "HOME": str(self.folder)}
+
+    def fake(self, name, script):
+        (self.folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (self.folder / name).chmod(0o755)
+
+    # A launcher that says when it can be sent a signal, and how it ends at the first.
+    WAITS = """trap 'echo "signal USR1"; exit {status}' USR1
+    trap 'echo "another signal"; exit 99' INT TERM
+    [[ $* == *--mpi=list* ]] && {{ echo pmix; exit; }}
+    [[ $* == *pretrain* ]] || {{ echo "mpirun (Open MPI) 4.1.4"; exit; }}
+    echo "started $*"
+    mkfifo never.$$; exec 3<>never.$$
+    while :; do read -r -u 3 -t 60; done"""
+
+    def test_what_slurm_starts_again_goes_on(self):
+        self.fake("fake/srun", '[[ $* == *--mpi=list* ]] && { echo pmix; exit; }; echo "srun $*"')
+        for count, last in (("", "run.fresh=true"), ("0", "run.fresh=true"), ("1", "run.fresh=false")):
+            outcome = self.command("scripts/slurm_pretrain.sh", "--config", "f.yaml", "run.fresh=true",
+                                   environment={**self.environment, "SLURM_RESTART_COUNT": count})
+            self.assertSucceeds(outcome)
+            self.assertTrue(outcome.stdout.splitlines()[-1].endswith(last), outcome.stdout)
+        outcome = self.command("scripts/slurm_pretrain.sh", "--config", "f.yaml",
+                               environment={**self.environment, "SLURM_RESTART_COUNT": "2"})
+        self.assertTrue(outcome.stdout.splitlines()[-1].endswith(" run.fresh=false"), outcome.stdout)
+
+    def test_slurms_signal_reaches_the_ranks_before_the_job_is_queued_again(self):
+        for launcher in ("srun", "mpirun"):
+            for status, queued in ((INTERRUPTED, True), (0, False)) if launcher == "srun" else ((137, True), (1, False)):
+                for name in ("srun", "mpirun"):
+                    self.fake(f"fake/{name}", self.WAITS.format(status=status))
+                if launcher == "mpirun":
+                    self.fake("fake/srun", "echo none")
+                job = Process(self, "scripts/slurm_pretrain.sh", "--config", "f.yaml", environment=self.environment)
+                job.wait_for("started ")
+                job.popen.send_signal(signal.SIGUSR1)
+                self.assertEqual(job.finish(), status, job.output)
+                self.assertEqual(job.output.count("signal USR1"), 1, job.output)
+                self.assertEqual(job.output.count("scontrol requeue 7"), 2 if queued else 0, job.output)  # + its echo
+
+    def test_pretrain_sh_turns_signals_into_one_that_mpirun_passes_on(self):
+        self.fake("fake/mpirun", self.WAITS.format(status=INTERRUPTED))
+        for to_group, number in ((False, signal.SIGTERM), (True, signal.SIGINT)):
+            script = Process(self, "scripts/pretrain.sh", "--config", "f.yaml", "data.directory=p",
+                             environment=self.environment, start_new_session=True)
+            script.wait_for("started ")
+            (os.killpg if to_group else os.kill)(script.popen.pid, number)
+            self.assertEqual(script.finish(), INTERRUPTED, script.output)
+            self.assertEqual(script.output.count("signal USR1"), 1, script.output)
+            self.assertNotIn("another signal", script.output)
+
+
+if __name__ == "__main__":
+    unittest.main()
