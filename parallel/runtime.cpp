@@ -15,6 +15,7 @@
 
 #include "parallel/agree.h"
 #include "parallel/gpu_assignment.h"
+#include "parallel/gpu_precision.h"
 #include "parallel/hash.h"
 #include "parallel/launcher.h"
 #include "parallel/mpi_check.h"
@@ -81,6 +82,7 @@ void Runtime::choose_device(const DeviceOptions& options) {
   const auto choice = choose_device_of_all(options, gpus, has_nccl());
   device_ = choice.on_gpus ? c10::Device(c10::kCUDA, device) : c10::Device(c10::kCPU);
   shares_gpus_ = choice.shares_gpus;
+  if (choice.on_gpus) multiply_exactly_on_gpus();
   if (rank_ == 0 && !choice.warning.empty()) {
     TORCH_WARN(choice.warning);
   }

@@ -52,7 +52,7 @@ class Runtime {
   const MpiCommunicator& world() const { return *world_; }
 
   /// Chooses this rank's device; before any group is made. Collective over all ranks, with the same options. What there
-  /// is to warn of rank 0 says.
+  /// is to warn of rank 0 says. With a GPU comes multiply_exactly_on_gpus() (gpu_precision.h), for the whole process.
   /// @throws c10::ValueError, the same on every rank, if ranks pass different options, or GPUs that are wanted can't be
   ///         had: a rank sees none, or two would share one unasked.
   void choose_device(const DeviceOptions& options);
