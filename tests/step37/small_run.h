@@ -58,7 +58,7 @@ report:
 /// The configuration of a run on the test's device.
 inline std::string config() {
   const std::string device = test_support::runtime().device().is_cuda() ? "cuda" : "cpu";
-  return "run:\n  device: " + device + "\n  timeout_seconds: 60\n" + std::string(kConfig);
+  return "run:\n  device: " + device + "\n  share_gpus: true\n  timeout_seconds: 60\n" + std::string(kConfig);
 }
 
 /// Each test has a folder of its own, with a configuration.
