@@ -45,9 +45,9 @@ use_cache() {
 need_space() {
   local free
   free=$(df -Pk -- "$1" 2>/dev/null | awk 'NR == 2 { print $4 }') || true
-  [[ $free =~ ^[0-9]+$ ]] || return 0
-  [[ $free -ge $(($2 * 1000000)) ]] || fail "no room for $3: $(awk -v k="$free" 'BEGIN { printf "%.1f", k * 1024 / 1e9 }') GB \
-are free in $1, and $2 GB are needed while it is set up; set XDG_CACHE_HOME to a folder on a larger disk"
+  [[ $free =~ ^[0-9]+$ && $free -lt $(($2 * 1000000)) ]] || return 0
+  free=$(awk -v k="$free" 'BEGIN { printf "%.1f", k * 1024 / 1e9 }')
+  fail "no room for $3: $free GB are free in $1, and $2 are needed to set it up. Set XDG_CACHE_HOME to a folder on a larger disk"
 }
 
 # as_root COMMAND...: as root, by sudo if need be.
