@@ -5,9 +5,14 @@ root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 # The folder that stands for / where limits are read; tests have one of their own.
 system=${system:-}
 
-# Prints a command, so that it can be pasted, and runs it.
-run() {
+# Prints a command, so that it can be pasted.
+show() {
   printf '+%s\n' "$(printf ' %q' "$@")" >&2
+}
+
+# Prints a command and runs it.
+run() {
+  show "$@"
   "$@"
 }
 

@@ -56,7 +56,7 @@ launch=("${launcher[@]}" -np "$ranks" "$program" pretrain --config "$config" --p
 
 # mpirun ends its ranks a second after Ctrl-C or SIGTERM. SIGUSR1 it passes on: they finish the step, save it and end with
 # status 75. At a second one they end at once.
-printf '+%s\n' "$(printf ' %q' "${launch[@]}")" >&2
+show "${launch[@]}"
 set -m  # mpirun in a process group of its own, which Ctrl-C doesn't reach
 "${launch[@]}" </dev/null &
 launched=$!

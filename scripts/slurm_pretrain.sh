@@ -60,7 +60,7 @@ at_time_limit() {
 }
 
 launch+=(build/bin/step37 pretrain --config "$config" --progress plain "${overrides[@]}")
-printf '+%s\n' "$(printf ' %q' "${launch[@]}")" >&2
+show "${launch[@]}"
 "${launch[@]}" &
 launched=$!
 trap at_time_limit USR1  # bash handles a signal between commands, or in `wait`
