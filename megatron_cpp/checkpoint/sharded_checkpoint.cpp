@@ -414,8 +414,8 @@ fs::path find_checkpoint(const fs::path& given) {
   TORCH_CHECK_VALUE(!folders.empty(), path.string(), " is no checkpoint: neither ", kManifestFile, " nor ", kLatest,
                     "/", kManifestFile, " is there");
   const auto newest = latest_checkpoint(directory);
-  TORCH_WARN(latest.string(), step ? " is of step " + std::to_string(*step) : " is not there", "; taking ",
-             newest->string());
+  const auto why = step ? c10::str(" is of step ", *step, "; taking ") : std::string(" is not there; taking ");
+  TORCH_WARN(latest.string(), why, newest->string());
   return fs::canonical(*newest);
 }
 
