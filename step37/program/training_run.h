@@ -68,7 +68,7 @@ struct RunState {
   RunConfig config;
   megatron::SamplerState sampler;
   int64_t optimizer_steps = 0;
-  std::optional<TokenizerMark> tokenizer;  ///< nothing in checkpoints of versions that didn't keep it
+  std::optional<TokenizerMark> tokenizer = std::nullopt;  ///< nothing in checkpoints of versions that didn't keep it
 };
 std::string to_text(const RunState& state);
 /// @throws c10::ValueError naming `where` and what is wrong with the text.
