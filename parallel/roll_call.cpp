@@ -2,6 +2,7 @@
 
 #include <sched.h>
 
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <string_view>
@@ -13,13 +14,13 @@ namespace {
 
 constexpr int kAsk = 1;
 constexpr int kAnswer = 2;
-/// How long answers are waited for: ranks that wait ask for questions every few milliseconds, where they get a core.
-constexpr auto kPatience = std::chrono::seconds(2);
 
 }  // namespace
 
 RollCall::RollCall(const MpiCommunicator& communicator)
-    : communicator_(communicator.duplicate()), heard_(static_cast<size_t>(communicator.size())) {}
+    : communicator_(communicator.duplicate()),
+      processes_(processes_of(communicator)),
+      heard_(static_cast<size_t>(communicator.size())) {}
 
 RollCall::Message RollCall::message(const CollectiveCall& call, int64_t about) {
   Message result{.number = call.number, .about = about, .elements = call.elements};
@@ -63,6 +64,11 @@ std::string RollCall::reason(const CollectiveCall& call) {
     if (heard && heard->number < call.number) heard.reset();
     if (rank != own_rank) send(message(call, call.number), rank, kAsk);
   }
+  using Clock = PeerPatience::Clock;
+  const auto begin = Clock::now();
+  std::vector<PeerPatience> patience;
+  patience.reserve(processes_.size());
+  for (const auto& process : processes_) patience.emplace_back(process, begin);
   const auto missing = [&] {
     std::vector<int> ranks;
     for (int rank = 0; rank < size; ++rank) {
@@ -70,15 +76,26 @@ std::string RollCall::reason(const CollectiveCall& call) {
     }
     return ranks;
   };
-  using Clock = std::chrono::steady_clock;
-  const auto end = Clock::now() + kPatience;
-  while (!missing().empty() && Clock::now() < end) {
+  const auto somebody_may_answer = [&] {
+    const auto ranks = missing();
+    const auto now = Clock::now();
+    // Of every one, so that each look is taken.
+    return std::count_if(ranks.begin(), ranks.end(),
+                         [&](int rank) { return !patience[static_cast<size_t>(rank)].is_over(now); }) > 0;
+  };
+  auto next_look = begin;
+  bool goes_on = true;
+  while (goes_on) {
     answer(call);
     Message reply;
     for (int rank = receive(reply, kAnswer); rank >= 0; rank = receive(reply, kAnswer)) {
       if (reply.about == call.number) heard_[static_cast<size_t>(rank)] = reply;
     }
     sched_yield();
+    if (missing().empty()) break;
+    if (Clock::now() < next_look) continue;
+    next_look = Clock::now() + std::chrono::milliseconds(20);
+    goes_on = somebody_may_answer();
   }
   if (const auto silent = missing(); !silent.empty()) return silent_ranks(silent, call.communicator);
   for (int rank = 0; rank < size; ++rank) {

@@ -10,6 +10,7 @@
 
 #include "parallel/collective_call.h"
 #include "parallel/mpi_communicator.h"
+#include "parallel/peer_process.h"
 
 namespace parallel {
 
@@ -24,7 +25,8 @@ class RollCall {
   /// Answers ranks that have asked. A rank that waits in `call` calls this now and then.
   void answer(const CollectiveCall& call);
 
-  /// Asks, and waits for two seconds at most.
+  /// Asks, and waits for the answers of those that may give one, as PeerPatience has it. A rank whose process is
+  /// stopped or gone isn't waited for.
   /// @return  "rank 1 is silent", or what ranks are in that are in another collective than this one, or that all wait.
   std::string reason(const CollectiveCall& call);
 
@@ -42,6 +44,7 @@ class RollCall {
   int receive(Message& message, int tag);
 
   MpiCommunicator communicator_;
+  std::vector<PeerProcess> processes_;         ///< of each rank
   std::vector<std::optional<Message>> heard_;  ///< of each rank: what it waits in
 };
 

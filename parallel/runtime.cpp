@@ -5,6 +5,7 @@
 #include <mpi.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cstdio>
@@ -20,6 +21,7 @@
 #include "parallel/launcher.h"
 #include "parallel/mpi_check.h"
 #include "parallel/nccl_groups.h"
+#include "parallel/peer_process.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 // MPI unloads its modules when it ends, before leaks are looked for: what leaked in them would have no name, and
@@ -45,6 +47,7 @@ Runtime::Runtime() {
   errors_ = std::make_unique<MpiCommunicator>(MpiCommunicator::duplicate_world());
   rank_ = world_->rank();
   size_ = world_->size();
+  processes_ = processes_of(*world_);
   const auto host = world_->split_by_host();
   local_rank_ = host.rank();
   local_size_ = host.size();
@@ -110,27 +113,46 @@ void Runtime::shut_down(const GroupPtr& group) {
 }
 
 bool Runtime::all_fail_alike(const std::string& message) const {
-  const uint64_t mine = stable_hash(message);
-  std::vector<uint64_t> all(static_cast<size_t>(size_));
-  MPI_Request request = MPI_REQUEST_NULL;
-  // NOLINTNEXTLINE(mpi-type-mismatch): the check doesn't know that MPI_UINT64_T is a uint64_t
-  if (MPI_Iallgather(&mine, 1, MPI_UINT64_T, all.data(), 1, MPI_UINT64_T, errors_->get(), &request) != MPI_SUCCESS) {
-    return false;
-  }
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(2);
-  int done = 0;
-  while (done == 0) {
-    if (MPI_Test(&request, &done, MPI_STATUS_IGNORE) != MPI_SUCCESS) return false;
-    if (done == 0 && std::chrono::steady_clock::now() > deadline) {
-      new std::vector<uint64_t>(std::move(all));  // MPI may still write there; the job is about to end
+  // From each rank on its own, so that it is known who isn't there. Kept for good: where the job is about to end MPI
+  // may still read and write them.
+  struct Messages {
+    uint64_t mine;
+    std::vector<uint64_t> theirs;
+    std::vector<MPI_Request> requests;
+  };
+  const auto size = static_cast<size_t>(size_);
+  static auto& messages = *new Messages{0, {}, {}};
+  messages = {stable_hash(message), std::vector<uint64_t>(size), std::vector<MPI_Request>(size, MPI_REQUEST_NULL)};
+  std::vector<PeerPatience> patience;
+  patience.reserve(size);
+  const auto begin = PeerPatience::Clock::now();
+  for (int rank = 0; rank < size_; ++rank) {
+    const auto i = static_cast<size_t>(rank);
+    patience.emplace_back(processes_[i], begin);
+    MPI_Request sent = MPI_REQUEST_NULL;
+    // NOLINTBEGIN(mpi-type-mismatch): the check doesn't know that MPI_UINT64_T is a uint64_t
+    if (MPI_Irecv(&messages.theirs[i], 1, MPI_UINT64_T, rank, 0, errors_->get(), &messages.requests[i]) !=
+            MPI_SUCCESS ||
+        MPI_Isend(&messages.mine, 1, MPI_UINT64_T, rank, 0, errors_->get(), &sent) != MPI_SUCCESS ||
+        MPI_Request_free(&sent) != MPI_SUCCESS) {
       return false;
     }
-    if (done == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    // NOLINTEND(mpi-type-mismatch)
   }
-  for (const uint64_t other : all) {
-    if (other != mine) return false;
+  for (bool all_here = false; !all_here;) {
+    all_here = true;
+    const auto now = PeerPatience::Clock::now();
+    for (size_t rank = 0; rank < size; ++rank) {
+      int is_here = 0;
+      if (MPI_Test(&messages.requests[rank], &is_here, MPI_STATUS_IGNORE) != MPI_SUCCESS) return false;
+      if (is_here != 0) continue;
+      all_here = false;
+      if (patience[rank].is_over(now)) return false;
+    }
+    if (!all_here) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
-  return true;
+  return std::all_of(messages.theirs.begin(), messages.theirs.end(),
+                     [&](uint64_t theirs) { return theirs == messages.mine; });
 }
 
 void Runtime::abort(const std::string& message) const {

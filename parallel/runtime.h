@@ -13,6 +13,8 @@
 
 namespace parallel {
 
+struct PeerProcess;
+
 /// Which device the ranks compute on. It is of the same kind on all of them.
 struct DeviceOptions {
   /// "cpu"; "cuda": a GPU for each rank, or an error; "auto": the same if any rank of the job sees a GPU, otherwise the
@@ -68,13 +70,15 @@ class Runtime {
   static int run(const std::function<int(Runtime&)>& body);
 
  private:
-  /// True if every rank gets here, with an error of the same text, before a short deadline passes.
+  /// True if every rank gets here with an error of the same text. A rank that does something else, or nothing any more,
+  /// isn't waited for, as PeerPatience has it.
   bool all_fail_alike(const std::string& message) const;
   [[noreturn]] void abort(const std::string& message) const;
 
   bool owns_mpi_ = false;
   std::unique_ptr<MpiCommunicator> world_;
   std::unique_ptr<MpiCommunicator> errors_;  ///< apart from `world_`: its messages must match when others' don't
+  std::vector<PeerProcess> processes_;       ///< of each rank
   int rank_ = 0;
   int size_ = 1;
   int local_rank_ = 0;
