@@ -1,11 +1,16 @@
-// Stands in for nccl_groups.cpp in a build without NCCL.
+// Stands in for nccl_groups.cpp and cuda_paced_stream.cpp in a build without NCCL.
 #include <c10/util/Exception.h>
 
 #include "parallel/nccl_groups.h"
+#include "parallel/paced_stream.h"
 
 namespace parallel {
 
 bool has_nccl() { return false; }
+
+std::shared_ptr<PacedStream> make_paced_stream(c10::Device /*device*/, double /*gigabytes_per_second*/) {
+  TORCH_CHECK_VALUE(false, "this build has no NCCL, nor what it takes to time collectives on a GPU");
+}
 
 uint64_t gpu_identity(c10::DeviceIndex /*device*/) { TORCH_CHECK_VALUE(false, "this build has no NCCL"); }
 
