@@ -44,15 +44,15 @@ std::vector<Operation> operations(MpiBackend& backend, at::ScalarType dtype, int
   std::vector<int64_t> equal_splits;
   return {
       {"memcpy", [=] { std::memcpy(other.mutable_data_ptr(), full.const_data_ptr(), full.nbytes()); }},
-      {"reduce_scatter", [=, &backend]() mutable { backend.reduce_scatter_single(part, full, {}); }},
+      {"reduce_scatter", [=, &backend]() mutable { backend._reduce_scatter_base(part, full, {}); }},
       {"all_reduce",
        [=, &backend] {
          std::vector<at::Tensor> tensors{other};
          backend.allreduce(tensors, {});
        }},
-      {"all_gather", [=, &backend]() mutable { backend.all_gather_single(other, part, {}); }},
+      {"all_gather", [=, &backend]() mutable { backend._allgather_base(other, part, {}); }},
       {"all_to_all",
-       [=, &backend]() mutable { backend.all_to_all_single(other, full, equal_splits, equal_splits, {}); }},
+       [=, &backend]() mutable { backend.alltoall_base(other, full, equal_splits, equal_splits, {}); }},
       {"broadcast",
        [=, &backend] {
          std::vector<at::Tensor> tensors{other};
