@@ -4,14 +4,15 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <nlohmann/json.hpp>
+#include <system_error>
 #include <utility>
 
 #include "megatron_cpp/tensor_parallel/to_device.h"
 #include "parallel/agree.h"
 #include "parallel/shard.h"
 #include "step37/data/picture.h"
+#include "step37/data/utf8.h"
 
 namespace step37 {
 namespace {
@@ -37,7 +38,9 @@ at::Tensor tensor_of(const Json& json, at::IntArrayRef shape, at::ScalarType dty
 
 Json to_json(const CaptionPack& pack) {
   auto pictures = Json::array();
-  for (const auto& picture : pack.pictures) pictures.push_back({picture.path, picture.width, picture.height});
+  for (const auto& [path, width, height, bytes, modified] : pack.pictures) {
+    pictures.push_back({path, width, height, bytes, modified});
+  }
   return {{"tokens", values_of<int64_t>(pack.packed.tokens)},
           {"labels", values_of<int64_t>(pack.packed.labels)},
           {"loss_mask", values_of<int64_t>(pack.packed.loss_mask)},
@@ -55,7 +58,9 @@ CaptionPack pack_from_json(const Json& json) {
   pack.packed.position_ids = tensor_of<int64_t>(json.at("position_ids"), {1, S}, at::kLong);
   const auto ends = static_cast<int64_t>(json.at("cu_seqlens").size());
   pack.packed.cu_seqlens = tensor_of<int32_t>(json.at("cu_seqlens"), {ends}, at::kInt);
-  for (const auto& picture : json.at("pictures")) pack.pictures.push_back({picture[0], picture[1], picture[2]});
+  for (const auto& picture : json.at("pictures")) {
+    pack.pictures.push_back({picture[0], picture[1], picture[2], picture[3], picture[4]});
+  }
   return pack;
 }
 
@@ -92,17 +97,38 @@ void add_pack(CaptionStep& step, CaptionPack pack, bool own) {
   if (own) step.packs.push_back(std::move(pack));
 }
 
+/// Whether the picture's file or its caption's isn't what it was when the folder was searched.
+bool has_changed(const PictureReference& reference, const std::filesystem::path& file) {
+  if (reference.modified == 0) return false;
+  const auto caption = std::filesystem::path(file).replace_extension(".txt");
+  std::error_code error;
+  const auto bytes = static_cast<int64_t>(std::filesystem::file_size(file, error));
+  return (!error && bytes != reference.bytes) || modification_time(file) > reference.modified ||
+         modification_time(caption) > reference.modified;
+}
+
 /// One picture's views as uint8, black where the file is broken.
 PictureViews views_of(const PictureReference& reference, const CaptionFormat& format,
-                      const std::filesystem::path& folder, const std::function<void(const std::string&)>& warn) {
-  const auto decoded = decode_picture(folder / reference.path);
+                      const std::filesystem::path& folder, PictureFaults& faults) {
+  using Kind = PictureFaults::Kind;
+  const auto file = folder / reference.path;
+  const auto note = [&](Kind kind, const std::string& text) { faults.note(reference.path, kind, text); };
+  if (faults.watches_changes() && has_changed(reference, file)) {
+    note(Kind::kChanged, "picture " + printable(file.string()) +
+                             " or its caption has changed since the run looked for pictures, and others may have: the "
+                             "next start looks at all of them again");
+  }
+  const auto decoded = decode_picture(file);
   auto pixels = decoded.pixels;
   if (!decoded.ok()) {
-    warn(decoded.error + ": a black picture takes its place");
+    note(Kind::kUnreadable, decoded.error + ": a black picture takes its place");
   } else if (pixels.size(1) != reference.height || pixels.size(2) != reference.width) {
-    warn((folder / reference.path).string() + " is not " + std::to_string(reference.width) + " x " +
-         std::to_string(reference.height) + " as its header says: a black picture takes its place");
+    note(Kind::kUnreadable, "picture " + printable(file.string()) + " is not " + std::to_string(reference.width) +
+                                " x " + std::to_string(reference.height) +
+                                " as its header said: a black picture takes its place");
     pixels.reset();
+  } else if (!decoded.damage.empty()) {
+    note(Kind::kDamaged, decoded.damage + ": what is left of it is used");
   }
   if (!pixels.defined()) pixels = black_picture(reference.height, reference.width);
   return cut_views(pixels, plan_crops(reference.width, reference.height, format.crops), format.crops);
@@ -151,8 +177,9 @@ megatron::Sample caption_sample(const PictureReference& picture, const std::vect
 }
 
 PictureReference reference_to(const std::filesystem::path& folder, const std::string& path, int64_t side) {
-  const auto size = picture_size(folder / path);
-  return size ? PictureReference{path, size->width, size->height} : PictureReference{path, side, side};
+  const auto header = read_picture_header(folder / path);
+  return header.ok() ? PictureReference{path, header.size.width, header.size.height}
+                     : PictureReference{path, side, side};
 }
 
 std::vector<int64_t> assign_pictures(const std::vector<PictureReference>& pictures, const CropOptions& crops, int t) {
@@ -168,7 +195,7 @@ std::vector<int64_t> assign_pictures(const std::vector<PictureReference>& pictur
 
 std::vector<ImageForInsert> load_pictures(const CaptionPack& pack, const CaptionFormat& format,
                                           const std::filesystem::path& folder, int tp_rank, int tp_size,
-                                          const std::function<void(const std::string&)>& warn) {
+                                          PictureFaults& faults) {
   const auto holders = assign_pictures(pack.pictures, format.crops, tp_size);
   std::vector<int64_t> crop_holders;
   std::vector<at::Tensor> global_views;
@@ -178,7 +205,7 @@ std::vector<ImageForInsert> load_pictures(const CaptionPack& pack, const Caption
     const auto num_crops = static_cast<size_t>(plan_crops(picture.width, picture.height, format.crops).num_crops());
     crop_holders.insert(crop_holders.end(), num_crops, holders[i]);
     if (holders[i] != tp_rank) continue;
-    const auto views = views_of(picture, format, folder, warn);
+    const auto views = views_of(picture, format, folder, faults);
     global_views.push_back(views.global);
     if (num_crops > 0) crop_views.push_back(views.crops);
   }
@@ -199,13 +226,14 @@ Step37Batch to_model_batch(const CaptionPack& pack, std::vector<ImageForInsert> 
 }
 
 CaptionLoader::CaptionLoader(Options options, Source source, const parallel::ProcessGroups& groups,
-                             const megatron::SamplerState& start)
+                             const megatron::SamplerState& start, PictureFaults& faults)
     : options_(std::move(options)),
       source_(std::move(source)),
       groups_(groups),
       sampler_(std::max<int64_t>(1, static_cast<int64_t>(source_.pictures.size())), megatron::SampleOrder::kShuffled,
                options_.seed),
-      packer_(options_.packing) {
+      packer_(options_.packing),
+      faults_(faults) {
   parallel::even_shard_size(options_.global_batch, groups_.dp->getSize(), "global batch", "data-parallel");
   parallel::agree_on(
       [&] {
@@ -259,12 +287,11 @@ void CaptionLoader::prefetch() {
   step = broadcast_step(step, groups_.tp);
   const int rank = groups_.tp->getRank();
   const int size = groups_.tp->getSize();
-  ahead_ = std::async(std::launch::async, [step = std::move(step), &options = options_, rank, size]() mutable {
-    const auto warn = [](const std::string& text) { std::fprintf(stderr, "warning: %s\n", text.c_str()); };
+  ahead_ = std::async(std::launch::async, [step = std::move(step), this, rank, size]() mutable {
     LoadedStep loaded;
     for (const auto& pack : step.packs) {
-      auto images = load_pictures(pack, options.format, options.folder, rank, size, warn);
-      if (options.device.is_cuda()) {
+      auto images = load_pictures(pack, options_.format, options_.folder, rank, size, faults_);
+      if (options_.device.is_cuda()) {
         for (auto& group : images) group.images = group.images.pin_memory();
       }
       loaded.images.push_back(std::move(images));
@@ -276,6 +303,14 @@ void CaptionLoader::prefetch() {
 
 CaptionLoader::LoadedStep CaptionLoader::next() {
   auto loaded = ahead_.get();
+  faults_.share(groups_.world);
+  if (faults_.any_changed() && groups_.world->getRank() == 0) {
+    std::error_code ignored;
+    std::filesystem::remove(options_.index, ignored);
+  }
+  TORCH_CHECK_VALUE(faults_.num_unreadable() <= options_.max_unreadable, faults_.num_unreadable(),
+                    " more pictures can't be read, which is more than data.max_unreadable allows (first: ",
+                    faults_.first_unreadable(), ")");
   prefetch();
   return loaded;
 }

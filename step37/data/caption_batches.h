@@ -6,8 +6,8 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <functional>
 #include <future>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -17,6 +17,7 @@
 #include "parallel/process_groups.h"
 #include "step37/data/captioned_pictures.h"
 #include "step37/data/crop_plan.h"
+#include "step37/data/picture_faults.h"
 #include "step37/data/tokenizer.h"
 #include "step37/step37_model.h"
 
@@ -27,6 +28,8 @@ struct PictureReference {
   std::string path;  ///< relative to the data folder
   int64_t width = 0;
   int64_t height = 0;
+  int64_t bytes = 0;     ///< of the file, as it was when the folder was searched; this and the next: 0 if not known
+  int64_t modified = 0;  ///< as CaptionedPicture's
 };
 
 /// One packed sequence and the pictures in it, in the order of their tokens.
@@ -67,10 +70,11 @@ PictureReference reference_to(const std::filesystem::path& folder, const std::st
 std::vector<int64_t> assign_pictures(const std::vector<PictureReference>& pictures, const CropOptions& crops, int t);
 
 /// Decodes this rank's pictures of a pack into groups for the model (crops first, pictures second), pixels uint8 on the
-/// CPU. A broken picture becomes a black one; `warn` is told why. Thread-safe; not collective.
+/// CPU. A broken picture becomes a black one; that, damage and changed files are noted in `faults`. Thread-safe; not
+/// collective.
 std::vector<ImageForInsert> load_pictures(const CaptionPack& pack, const CaptionFormat& format,
                                           const std::filesystem::path& folder, int tp_rank, int tp_size,
-                                          const std::function<void(const std::string&)>& warn);
+                                          PictureFaults& faults);
 
 /// The model's batch of a pack: pixels go to `device` as uint8, without waiting for it, and are normalised there.
 Step37Batch to_model_batch(const CaptionPack& pack, std::vector<ImageForInsert> images, const at::Device& device);
@@ -86,6 +90,10 @@ class CaptionLoader {
     int64_t global_batch = 1;  ///< packs a step, over all data-parallel ranks; divisible by their number
     uint64_t seed = 0;
     c10::Device device = c10::Device(c10::kCPU);  ///< that pictures will go to: for a GPU they wait in pinned memory
+    /// Pictures that may turn out to be unreadable; one more ends the run.
+    int64_t max_unreadable = std::numeric_limits<int64_t>::max();
+    /// The file that keeps what the folder's search found, removed when a file turns out to have changed; may be empty.
+    std::filesystem::path index;
   };
   /// What tensor-parallel rank 0 packs from; empty on the other ranks.
   struct Source {
@@ -93,15 +101,17 @@ class CaptionLoader {
     std::vector<std::vector<int64_t>> captions;  ///< token ids, one per picture
   };
 
-  /// @param start  where to go on; of the step that next() returns first.
+  /// @param start   where to go on; of the step that next() returns first.
+  /// @param faults  must outlive the loader.
   CaptionLoader(Options options, Source source, const parallel::ProcessGroups& groups,
-                const megatron::SamplerState& start);
+                const megatron::SamplerState& start, PictureFaults& faults);
   ~CaptionLoader();
   CaptionLoader(const CaptionLoader&) = delete;
   CaptionLoader& operator=(const CaptionLoader&) = delete;
 
-  /// A step's packs with this rank's decoded pictures, one entry a pack. Collective over tp (it sends the step after
-  /// this one on its way).
+  /// A step's packs with this rank's decoded pictures, one entry a pack. Collective over the world: it sends the step
+  /// after this one on its way, over tp, and shares what was wrong with pictures.
+  /// @throws c10::ValueError on every rank if more than max_unreadable pictures were unreadable.
   struct LoadedStep {
     CaptionStep step;
     std::vector<std::vector<ImageForInsert>> images;
@@ -118,6 +128,7 @@ class CaptionLoader {
   megatron::Sampler sampler_;
   megatron::SamplePacker packer_;
   std::vector<PictureReference> open_pictures_;  ///< of the samples in packer_
+  PictureFaults& faults_;
   std::future<LoadedStep> ahead_;
 };
 

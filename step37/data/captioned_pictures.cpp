@@ -1,14 +1,24 @@
 #include "step37/data/captioned_pictures.h"
 
 #include <c10/util/Exception.h>
+#include <sys/stat.h>
 
 #include <algorithm>
+#include <array>
+#include <cerrno>
+#include <chrono>
 #include <fstream>
-#include <optional>
+#include <future>
+#include <map>
+#include <set>
+#include <span>
 #include <system_error>
+#include <unordered_map>
 #include <utility>
 
 #include "parallel/hash.h"
+#include "step37/data/picture.h"
+#include "step37/data/picture_file.h"
 #include "step37/data/utf8.h"
 
 namespace step37 {
@@ -16,47 +26,350 @@ namespace {
 
 namespace fs = std::filesystem;
 
-bool is_picture(const fs::path& path) {
-  auto extension = path.extension().string();
+// Names
+
+std::string lower_case(std::string text) {
   // Not std::tolower: it depends on the locale.
-  for (char& letter : extension) {
+  for (char& letter : text) {
     if (letter >= 'A' && letter <= 'Z') letter = static_cast<char>(letter - 'A' + 'a');
   }
-  return extension == ".png" || extension == ".jpg" || extension == ".jpeg";
-}
-
-/// Relative paths of all picture files below `folder`, sorted by bytes.
-std::vector<std::string> picture_paths(const fs::path& folder) {
-  std::vector<std::string> paths;
-  for (const auto& entry : fs::recursive_directory_iterator(folder)) {
-    std::error_code broken_link;
-    if (is_picture(entry.path()) && entry.is_regular_file(broken_link)) {
-      paths.push_back(entry.path().lexically_relative(folder).generic_string());
-    }
-  }
-  std::sort(paths.begin(), paths.end());
-  return paths;
-}
-
-/// The file's bytes, or nothing if it isn't a file or can't be opened.
-std::optional<std::string> read_text(const fs::path& path) {
-  std::error_code not_there;
-  if (!fs::is_regular_file(path, not_there)) return std::nullopt;
-  std::ifstream file(path, std::ios::binary);
-  if (!file) return std::nullopt;
-  std::string text(fs::file_size(path), '\0');
-  file.read(text.data(), static_cast<std::streamsize>(text.size()));
-  TORCH_CHECK_VALUE(!file.bad(), "cannot read ", path.string());
-  text.resize(static_cast<size_t>(file.gcount()));
   return text;
 }
 
-std::string_view trim(std::string_view text) {
-  constexpr std::string_view kBlanks = " \t\r\v\f";
-  const auto begin = text.find_first_not_of(kBlanks);
-  if (begin == std::string_view::npos) return {};
-  return text.substr(begin, text.find_last_not_of(kBlanks) - begin + 1);
+bool is_one_of(std::string_view name, std::span<const std::string_view> names) {
+  return std::find(names.begin(), names.end(), name) != names.end();
 }
+
+bool has_picture_extension(const fs::path& name) {
+  constexpr std::string_view kExtensions[] = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp",
+                                              ".gif", ".bmp", ".dib",  ".tif", ".tiff"};
+  return is_one_of(lower_case(name.extension().string()), kExtensions);
+}
+
+/// What file managers, network drives and file systems keep for themselves; ".*" are these and a user's own.
+bool is_hidden(const std::string& name) {
+  constexpr std::string_view kSystemFolders[] = {"$recycle.bin",
+                                                 "#recycle",
+                                                 "#snapshot",
+                                                 "@eadir",
+                                                 "@recently-snapshot",
+                                                 "@recycle",
+                                                 "@sharebin",
+                                                 "@tmp",
+                                                 "__macosx",
+                                                 "lost+found",
+                                                 "network trash folder",
+                                                 "recycled",
+                                                 "recycler",
+                                                 "found.000",
+                                                 "system volume information",
+                                                 "temporary items",
+                                                 "trashed files"};
+  return name.starts_with(".") || is_one_of(lower_case(name), kSystemFolders);
+}
+
+// Files
+
+struct FileStatus {
+  int error = 0;  ///< errno, or 0
+  bool regular = false;
+  bool folder = false;
+  int64_t bytes = 0;
+  int64_t modified = 0;  ///< ns since 1970
+  int64_t changed = 0;   ///< ns since 1970: what is in it, its name or its rights
+  std::pair<uint64_t, uint64_t> identity{};
+};
+
+int64_t nanoseconds(const timespec& time) { return int64_t{time.tv_sec} * 1'000'000'000 + time.tv_nsec; }
+
+/// Of what a link points at.
+FileStatus status_of(const fs::path& path) {
+  struct stat status {};
+  if (stat(path.c_str(), &status) != 0) return {.error = errno};
+  return {.regular = S_ISREG(status.st_mode),
+          .folder = S_ISDIR(status.st_mode),
+          .bytes = int64_t{status.st_size},
+          .modified = nanoseconds(status.st_mtim),
+          .changed = nanoseconds(status.st_ctim),
+          .identity = {uint64_t{status.st_dev}, uint64_t{status.st_ino}}};
+}
+
+std::string reason(int error) { return std::generic_category().message(error); }
+
+/// The file's first bytes, at most `limit`; false with errno if it can't be read.
+bool read_beginning(const fs::path& path, size_t limit, std::string& text) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) return false;
+  text.resize(limit);
+  file.read(text.data(), static_cast<std::streamsize>(limit));
+  if (file.bad()) return false;
+  text.resize(static_cast<size_t>(file.gcount()));
+  return true;
+}
+
+bool begins_as_picture(const fs::path& path) {
+  std::string beginning;
+  if (!status_of(path).regular || !read_beginning(path, 16, beginning)) return false;
+  return is_picture_file({reinterpret_cast<const uint8_t*>(beginning.data()), beginning.size()});
+}
+
+// A folder
+
+/// The names in a folder, each list sorted by bytes.
+struct FolderNames {
+  std::vector<std::string> folders;
+  std::vector<std::string> links;
+  std::vector<std::string> files;
+  std::vector<std::string> hidden;  ///< folders, and pictures by their names
+};
+
+/// @throws fs::filesystem_error.
+FolderNames list_folder(const fs::path& folder) {
+  FolderNames names;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    auto name = entry.path().filename().string();
+    std::error_code ignored;
+    const bool is_folder = entry.is_directory(ignored);
+    if (is_hidden(name)) {
+      if (is_folder || has_picture_extension(name)) names.hidden.push_back(std::move(name));
+    } else if (is_folder) {
+      (entry.is_symlink(ignored) ? names.links : names.folders).push_back(std::move(name));
+    } else {
+      names.files.push_back(std::move(name));
+    }
+  }
+  for (auto* list : {&names.folders, &names.links, &names.files, &names.hidden}) std::sort(list->begin(), list->end());
+  return names;
+}
+
+/// A picture by its name, with the name of its caption file, or an empty one.
+struct NamedPicture {
+  std::string picture;
+  std::string caption;
+};
+
+/// Sorted by the picture's name. Other files with a caption beside them are added to `others`.
+std::vector<NamedPicture> pair_up(const fs::path& folder, const std::vector<std::string>& files,
+                                  std::vector<std::string>& others) {
+  // The exact ".txt" wins over ".TXT" and ".Txt", whose bytes are less: it comes last.
+  std::unordered_map<std::string, std::string> captions;  // by stem
+  for (const auto& file : files) {
+    const fs::path name(file);
+    if (lower_case(name.extension().string()) == ".txt") captions[name.stem().string()] = file;
+  }
+  std::vector<NamedPicture> pictures;
+  std::set<std::string_view> pictured;  // caption files whose picture has a picture's name
+  const auto caption_of = [&](const std::string& file) { return captions.find(fs::path(file).stem().string()); };
+  for (const auto& file : files) {
+    if (!has_picture_extension(file)) continue;
+    const auto caption = caption_of(file);
+    pictures.push_back({file, caption == captions.end() ? "" : caption->second});
+    if (caption != captions.end()) pictured.insert(caption->second);
+  }
+  for (const auto& file : files) {
+    const auto caption = caption_of(file);
+    const bool unclear = caption != captions.end() && !has_picture_extension(file) &&
+                         lower_case(fs::path(file).extension().string()) != ".txt" &&
+                         pictured.count(caption->second) == 0;
+    if (!unclear) continue;
+    if (begins_as_picture(folder / file)) {
+      pictures.push_back({file, caption->second});
+    } else {
+      others.push_back(file);
+    }
+  }
+  std::sort(pictures.begin(), pictures.end(), [](const auto& a, const auto& b) { return a.picture < b.picture; });
+  return pictures;
+}
+
+/// A picture, or why it is left out.
+struct Finding {
+  CaptionedPicture picture;
+  LeftOut LeftOuts::*fault = nullptr;
+  std::string reason;
+};
+
+/// Reads caption and header; takes both from `earlier` if size and time are the same.
+Finding look_at(const fs::path& root, const std::string& path, const fs::path& caption_path,
+                const CaptionedPicture* earlier) {
+  Finding finding;
+  finding.picture.path = path;
+  const auto fail = [&finding](LeftOut LeftOuts::*fault, std::string why = {}) {
+    finding.fault = fault;
+    finding.reason = std::move(why);
+    return finding;
+  };
+  if (caption_path.empty()) return fail(&LeftOuts::without_caption_file);
+  const auto picture = status_of(root / path);
+  const auto caption = status_of(caption_path);
+  if (caption.error != 0) return fail(&LeftOuts::unreadable_captions, reason(caption.error));
+  if (!caption.regular) return fail(&LeftOuts::unreadable_captions, "it isn't a file");
+  finding.picture.bytes = picture.bytes;
+  finding.picture.modified = std::max(picture.modified, caption.modified);
+  if (earlier != nullptr && earlier->bytes == picture.bytes && earlier->modified == finding.picture.modified) {
+    finding.picture = *earlier;
+    return finding;
+  }
+  constexpr size_t kMaxCaption = 1 << 20;  // a caption is in the beginning of any file
+  std::string text;
+  if (!read_beginning(caption_path, std::min(kMaxCaption, static_cast<size_t>(caption.bytes)), text)) {
+    return fail(&LeftOuts::unreadable_captions, reason(errno));
+  }
+  auto read = caption_from_text(text);
+  if (read.fault == Caption::Fault::kEmpty) return fail(&LeftOuts::empty_captions);
+  if (read.fault == Caption::Fault::kNotUtf8) return fail(&LeftOuts::captions_not_utf8);
+  if (read.fault == Caption::Fault::kControlCharacter) return fail(&LeftOuts::captions_with_control);
+  finding.picture.caption = std::move(read.text);
+  const auto header = read_picture_header(root / path);
+  if (!header.ok()) return fail(&LeftOuts::unreadable_pictures, header.error);
+  finding.picture.width = header.size.width;
+  finding.picture.height = header.size.height;
+  return finding;
+}
+
+std::string joined(const std::string& folder, const std::string& name) {
+  return folder.empty() ? name : folder + "/" + name;
+}
+
+/// `action(0)` to `action(count - 1)`, on several threads: most of the time goes into waiting for a disk or a network.
+template <class Action>
+void for_each_index(size_t count, const Action& action) {
+  constexpr size_t kThreads = 8;
+  constexpr size_t kWorthIt = 64;
+  const size_t threads = count < kWorthIt ? 1 : kThreads;
+  const auto part = [&](size_t thread) {
+    for (size_t i = count * thread / threads; i < count * (thread + 1) / threads; ++i) action(i);
+  };
+  std::vector<std::future<void>> parts;
+  for (size_t thread = 1; thread < threads; ++thread) parts.push_back(std::async(std::launch::async, part, thread));
+  part(0);
+  for (auto& done : parts) done.get();
+}
+
+/// Whether everything left out of a folder would need a change of its list of files to come in.
+bool is_settled(const LeftOuts& left_out) {
+  return left_out.unreadable_pictures.count + left_out.empty_captions.count + left_out.unreadable_captions.count +
+             left_out.captions_not_utf8.count + left_out.captions_with_control.count + left_out.other_files.count +
+             left_out.unreadable_folders.count ==
+         0;
+}
+
+class Scan {
+ public:
+  Scan(const fs::path& folder, PictureIndex earlier, const std::function<void(int64_t)>& progress)
+      : root_(folder), progress_(progress) {
+    std::error_code error;
+    const auto status = status_of(folder);
+    TORCH_CHECK_VALUE(status.error == 0 && status.folder, "picture folder ", printable(folder.string()),
+                      " isn't a folder", status.error == 0 ? "" : ": " + reason(status.error));
+    index_.folder = fs::canonical(folder, error).string();
+    // A link to one of the folders that this one is in would lead here again.
+    for (fs::path above(index_.folder); above.has_relative_path();) {
+      above = above.parent_path();
+      seen_.insert(status_of(above).identity);
+    }
+    if (earlier.folder != index_.folder) return;
+    for (auto& old : earlier.folders) {
+      auto path = old.path;
+      earlier_.emplace(std::move(path), std::move(old));
+    }
+  }
+
+  PictureIndex run() {
+    std::vector<std::string> links;
+    walk("", links);
+    // Links last, so that a folder that is here by itself has its own name; links found behind links at the very end.
+    for (size_t i = 0; i < links.size(); ++i) walk(std::string(links[i]), links);
+    return std::move(index_);
+  }
+
+ private:
+  void walk(const std::string& path, std::vector<std::string>& links) {
+    const auto status = status_of(root_ / path);
+    if (status.error == 0 && !seen_.insert(status.identity).second) return;
+    index_.folders.push_back(scanned(path, status));
+    // Copies: the vector grows below.
+    const auto folders = index_.folders.back().folders;
+    for (const auto& name : index_.folders.back().links) links.push_back(joined(path, name));
+    for (const auto& name : folders) walk(joined(path, name), links);
+  }
+
+  ScannedFolder scanned(const std::string& path, const FileStatus& status) {
+    const auto found = earlier_.find(path);
+    ScannedFolder* earlier = found == earlier_.end() ? nullptr : &found->second;
+    if (earlier != nullptr && earlier->changed != 0 && earlier->changed == status.changed &&
+        is_settled(earlier->left_out)) {
+      num_pictures_ += static_cast<int64_t>(earlier->pictures.size());
+      return std::move(*earlier);
+    }
+    ScannedFolder folder;
+    folder.path = path;
+    FolderNames names;
+    try {
+      names = list_folder(root_ / path);
+    } catch (const fs::filesystem_error& error) {
+      TORCH_CHECK_VALUE(!path.empty(), "picture folder ", printable(root_.string()),
+                        " can't be read: ", error.code().message());
+      folder.left_out.unreadable_folders.add(shown(path) + ": " + error.code().message());
+      return folder;
+    }
+    // What changes within a tick of the file system's clock keeps the time.
+    constexpr int64_t kTwoSeconds = 2'000'000'000;
+    const auto now = std::chrono::system_clock::now().time_since_epoch();
+    const auto now_ns = std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
+    if (status.changed < now_ns - kTwoSeconds) folder.changed = status.changed;
+    folder.folders = std::move(names.folders);
+    folder.links = std::move(names.links);
+    for (const auto& name : names.hidden) folder.left_out.hidden.add(shown(joined(path, name)));
+    std::vector<std::string> others;
+    const auto pictures = pair_up(root_ / path, names.files, others);
+    for (const auto& name : others) folder.left_out.other_files.add(shown(joined(path, name)));
+    look_at_all(pictures, earlier, folder);
+    return folder;
+  }
+
+  /// In portions, between which there is time to tell about progress.
+  void look_at_all(const std::vector<NamedPicture>& names, const ScannedFolder* earlier, ScannedFolder& folder) {
+    constexpr size_t kPortion = 4096;
+    for (size_t begin = 0; begin < names.size(); begin += kPortion) {
+      std::vector<Finding> findings(std::min(kPortion, names.size() - begin));
+      for_each_index(findings.size(), [&](size_t i) {
+        const auto& [picture, caption] = names[begin + i];
+        const auto path = joined(folder.path, picture);
+        findings[i] = look_at(root_, path, caption.empty() ? fs::path() : root_ / folder.path / caption,
+                              earlier == nullptr ? nullptr : picture_in(*earlier, path));
+      });
+      for (size_t i = 0; i < findings.size(); ++i) {
+        auto& finding = findings[i];
+        if (finding.fault == nullptr) {
+          folder.pictures.push_back(std::move(finding.picture));
+        } else {
+          const bool of_picture =
+              finding.fault == &LeftOuts::unreadable_pictures || finding.fault == &LeftOuts::without_caption_file;
+          const auto file = of_picture ? finding.picture.path : joined(folder.path, names[begin + i].caption);
+          (folder.left_out.*finding.fault).add(shown(file) + (finding.reason.empty() ? "" : ": " + finding.reason));
+        }
+      }
+      num_pictures_ += static_cast<int64_t>(findings.size());
+      if (progress_) progress_(num_pictures_);
+    }
+  }
+
+  static const CaptionedPicture* picture_in(const ScannedFolder& folder, const std::string& path) {
+    const auto found = std::lower_bound(folder.pictures.begin(), folder.pictures.end(), path,
+                                        [](const auto& picture, const auto& name) { return picture.path < name; });
+    return found == folder.pictures.end() || found->path != path ? nullptr : &*found;
+  }
+
+  std::string shown(const std::string& path) const { return printable((root_ / path).string()); }
+
+  const fs::path root_;
+  const std::function<void(int64_t)>& progress_;
+  PictureIndex index_;
+  std::unordered_map<std::string, ScannedFolder> earlier_;
+  std::set<std::pair<uint64_t, uint64_t>> seen_;
+  int64_t num_pictures_ = 0;
+};
 
 /// FNV-1a, then the finalizer of SplitMix64: FNV alone hardly carries a name's last letters into the leading bits.
 uint64_t mixed_hash(std::string_view text) {
@@ -66,47 +379,177 @@ uint64_t mixed_hash(std::string_view text) {
   return hash ^ (hash >> 31);
 }
 
-}  // namespace
-
-std::string caption_from_text(std::string_view text) {
-  constexpr std::string_view kByteOrderMark = "\xEF\xBB\xBF";
-  if (text.starts_with(kByteOrderMark)) text.remove_prefix(kByteOrderMark.size());
-  while (!text.empty()) {
-    const auto line = text.substr(0, text.find('\n'));
-    if (const auto caption = trim(line); !caption.empty()) return to_utf8(caption);
-    text.remove_prefix(std::min(line.size() + 1, text.size()));
-  }
-  return {};
+/// "pictures that are ..." as "picture that is ...".
+std::string singular(std::string text) {
+  const auto space = text.find(' ');
+  if (text[space - 1] == 's') text.erase(space - 1, 1);
+  if (const auto are = text.find(" are "); are != std::string::npos) text.replace(are, 5, " is ");
+  return text;
 }
 
-CaptionedPictures scan_captioned_pictures(const fs::path& folder) {
-  std::error_code ignored;
-  TORCH_CHECK_VALUE(fs::is_directory(folder, ignored), "picture folder ", folder.string(), " isn't a folder");
-  std::vector<std::string> paths;
-  try {
-    paths = picture_paths(folder);
-  } catch (const fs::filesystem_error& error) {
-    TORCH_CHECK_VALUE(false, "picture folder ", folder.string(), " can't be searched: ", error.what());
-  }
+// An index as bytes: numbers of 8 bytes, texts and lists behind their lengths.
 
-  CaptionedPictures result;
-  result.folder = folder;
-  for (auto& path : paths) {
-    const auto text = read_text((folder / path).replace_extension(".txt"));
-    auto caption = text ? caption_from_text(*text) : std::string();
-    if (!text) {
-      ++result.num_without_caption_file;
-    } else if (caption.empty()) {
-      ++result.num_with_empty_caption;
-    } else {
-      result.pictures.push_back({std::move(path), std::move(caption)});
+constexpr std::string_view kIndexMark = "megatron_cpp picture index 1\n";
+
+struct Writer {
+  std::string bytes;
+  void operator()(const int64_t& value) {
+    for (int shift = 0; shift < 64; shift += 8) {
+      bytes.push_back(static_cast<char>(static_cast<uint64_t>(value) >> shift & 0xff));
     }
   }
-  TORCH_CHECK_VALUE(!result.pictures.empty(), "picture folder ", folder.string(), " has no captioned picture: of ",
-                    paths.size(), " pictures (.png, .jpg, .jpeg) ", result.num_without_caption_file,
-                    " have no .txt beside them and ", result.num_with_empty_caption, " have an empty one");
+  void operator()(const std::string& text) {
+    (*this)(static_cast<int64_t>(text.size()));
+    bytes += text;
+  }
+  template <class Value, class Each>
+  void list(const std::vector<Value>& values, const Each& each) {
+    (*this)(static_cast<int64_t>(values.size()));
+    for (const auto& value : values) each(*this, value);
+  }
+};
+
+struct Reader {
+  std::string_view bytes;
+  bool ok = true;
+  void operator()(int64_t& value) {
+    value = 0;
+    if (!(ok = ok && bytes.size() >= 8)) return;
+    uint64_t bits = 0;
+    for (size_t i = 8; i > 0; --i) bits = bits << 8 | static_cast<unsigned char>(bytes[i - 1]);
+    value = static_cast<int64_t>(bits);
+    bytes.remove_prefix(8);
+  }
+  /// No text and no list is longer than what is left.
+  size_t length() {
+    int64_t value = 0;
+    (*this)(value);
+    ok = ok && value >= 0 && static_cast<uint64_t>(value) <= bytes.size();
+    return ok ? static_cast<size_t>(value) : 0;
+  }
+  void operator()(std::string& text) {
+    const auto size = length();
+    text = bytes.substr(0, size);
+    bytes.remove_prefix(size);
+  }
+  template <class Value, class Each>
+  void list(std::vector<Value>& values, const Each& each) {
+    const auto count = length();
+    for (size_t i = 0; ok && i < count; ++i) each(*this, values.emplace_back());
+  }
+};
+
+/// What both do, in one order.
+template <class Archive, class Index>
+void archive_index(Archive& archive, Index& index) {
+  archive(index.folder);
+  archive.list(index.folders, [](Archive& a, auto& folder) {
+    const auto text = [](Archive& b, auto& value) { b(value); };
+    a(folder.path);
+    a(folder.changed);
+    a.list(folder.folders, text);
+    a.list(folder.links, text);
+    LeftOuts::visit(folder.left_out, [&](auto& left_out, const char*) {
+      a(left_out.count);
+      a(left_out.first);
+    });
+    a.list(folder.pictures, [](Archive& b, auto& picture) {
+      b(picture.path);
+      b(picture.caption);
+      b(picture.width);
+      b(picture.height);
+      b(picture.bytes);
+      b(picture.modified);
+    });
+  });
+}
+
+}  // namespace
+
+std::string_view trim(std::string_view text) {
+  constexpr std::string_view kBlanks = " \t\r\v\f";
+  const auto begin = text.find_first_not_of(kBlanks);
+  if (begin == std::string_view::npos) return {};
+  return text.substr(begin, text.find_last_not_of(kBlanks) - begin + 1);
+}
+
+Caption caption_from_text(std::string_view text) {
+  const auto decoded = decoded_by_mark(text);
+  std::string_view rest = decoded;
+  while (!rest.empty()) {
+    const auto line = rest.substr(0, rest.find_first_of("\r\n"));
+    if (const auto caption = trim(line); !caption.empty()) {
+      if (!is_utf8(caption)) return {{}, Caption::Fault::kNotUtf8};
+      if (has_control_character(caption)) return {{}, Caption::Fault::kControlCharacter};
+      return {std::string(caption), Caption::Fault::kNone};
+    }
+    rest.remove_prefix(std::min(line.size() + 1, rest.size()));
+  }
+  return {{}, Caption::Fault::kEmpty};
+}
+
+int64_t modification_time(const fs::path& file) { return status_of(file).modified; }
+
+PictureIndex scan_folder(const fs::path& folder, PictureIndex earlier, const std::function<void(int64_t)>& progress) {
+  return Scan(folder, std::move(earlier), progress).run();
+}
+
+CaptionedPictures pictures_of(PictureIndex index, const fs::path& folder) {
+  CaptionedPictures result;
+  result.folder = folder;
+  std::vector<LeftOut*> totals;
+  LeftOuts::visit(result.left_out, [&](LeftOut& left_out, const char*) { totals.push_back(&left_out); });
+  for (auto& part : index.folders) {
+    size_t i = 0;
+    LeftOuts::visit(part.left_out, [&](const LeftOut& left_out, const char*) { totals[i++]->add(left_out); });
+    std::move(part.pictures.begin(), part.pictures.end(), std::back_inserter(result.pictures));
+    part.pictures = {};
+  }
+  std::sort(result.pictures.begin(), result.pictures.end(),
+            [](const auto& a, const auto& b) { return a.path < b.path; });
+  std::string reasons;
+  for (const auto& sentence : sentences(result)) reasons += (reasons.empty() ? ": " : "; ") + sentence;
+  TORCH_CHECK_VALUE(!result.pictures.empty(), "picture folder ", printable(folder.string()),
+                    " has no captioned picture that can be read", reasons);
   return result;
 }
+
+std::vector<std::string> sentences(const CaptionedPictures& found) {
+  std::vector<std::string> result;
+  LeftOuts::visit(found.left_out, [&](const LeftOut& left_out, const char* what) {
+    if (left_out.count == 0) return;
+    auto text = std::to_string(left_out.count) + " " + (left_out.count == 1 ? singular(what) : what);
+    if (&left_out == &found.left_out.unreadable_pictures) {
+      const auto total = left_out.count + static_cast<int64_t>(found.pictures.size());
+      text = std::to_string(left_out.count) + " of " + std::to_string(total) + " pictures can't be read";
+    }
+    result.push_back(text + " (first: " + left_out.first + ")");
+  });
+  return result;
+}
+
+std::string to_bytes(const PictureIndex& index) {
+  Writer body;
+  archive_index(body, index);
+  Writer whole;
+  whole.bytes = kIndexMark;
+  whole(static_cast<int64_t>(parallel::stable_hash(body.bytes)));
+  return whole.bytes + body.bytes;
+}
+
+std::optional<PictureIndex> index_from_bytes(std::string_view bytes) {
+  if (!bytes.starts_with(kIndexMark)) return std::nullopt;
+  Reader reader{bytes.substr(kIndexMark.size())};
+  int64_t hash = 0;
+  reader(hash);
+  if (!reader.ok || hash != static_cast<int64_t>(parallel::stable_hash(reader.bytes))) return std::nullopt;
+  PictureIndex index;
+  archive_index(reader, index);
+  if (!reader.ok || !reader.bytes.empty()) return std::nullopt;
+  return index;
+}
+
+CaptionedPictures scan_captioned_pictures(const fs::path& folder) { return pictures_of(scan_folder(folder), folder); }
 
 bool is_held_out(std::string_view relative_path, double fraction) {
   TORCH_CHECK_VALUE(fraction >= 0.0 && fraction <= 1.0, "held-out fraction ", fraction, " isn't in [0, 1]");
@@ -114,10 +557,10 @@ bool is_held_out(std::string_view relative_path, double fraction) {
   return static_cast<double>(mixed_hash(relative_path) >> 11) * kUnit < fraction;
 }
 
-PictureSplit split_held_out(const std::vector<CaptionedPicture>& pictures, double fraction) {
+PictureSplit split_held_out(std::vector<CaptionedPicture> pictures, double fraction) {
   PictureSplit split;
-  for (const auto& picture : pictures) {
-    (is_held_out(picture.path, fraction) ? split.held_out : split.training).push_back(picture);
+  for (auto& picture : pictures) {
+    (is_held_out(picture.path, fraction) ? split.held_out : split.training).push_back(std::move(picture));
   }
   return split;
 }

@@ -1,11 +1,18 @@
 // A folder of pictures, each with its caption in a text file beside it.
 //
-// Layout: `a/b/name.png` (or .jpg, .jpeg; any case) and `a/b/name.txt`, whose first line that isn't blank is the
-// English caption. This is how Debian's package tuxpaint-stamps-default is laid out: 785 captioned pictures.
+// Layout: `a/b/name.png` and `a/b/name.txt`, whose first line that isn't blank is the English caption. This is how
+// Debian's package tuxpaint-stamps-default is laid out: 785 captioned pictures. Which files are pictures:
+//   - names that end in .png .jpg .jpeg .jpe .jfif .webp .gif .bmp .dib .tif .tiff, in any case, and
+//   - other files with a caption beside them and no picture of the same name, if their first bytes are a picture's.
+// Left out: hidden files and folders (".*", so ._name of macOS, too), and folders that systems keep for themselves
+// (lost+found, __MACOSX, @eaDir, $RECYCLE.BIN, ...), unless the searched folder itself lies in one. Linked folders are
+// followed, each once: a folder is never searched twice, nor one that the searched folder lies in.
 #pragma once
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -13,27 +20,118 @@
 namespace step37 {
 
 struct CaptionedPicture {
-  std::string path;     ///< relative to the folder, with '/' between its parts
-  std::string caption;  ///< one line of UTF-8, never empty
+  std::string path;      ///< relative to the folder, with '/' between its parts; any bytes but 0
+  std::string caption;   ///< one line of UTF-8 without control characters, never empty
+  int64_t width = 0;     ///< pixels, upright
+  int64_t height = 0;    ///< pixels, upright
+  int64_t bytes = 0;     ///< of the picture file
+  int64_t modified = 0;  ///< when picture or caption file, whichever is newer, was last changed: ns since 1970
+};
+
+/// Files or folders that were left out for one reason.
+struct LeftOut {
+  int64_t count = 0;
+  std::string first;  ///< printable, by the folder's path; with the system's or the decoder's reason where there is one
+
+  void add(std::string_view printable_path) {
+    if (count++ == 0) first = printable_path;
+  }
+  void add(const LeftOut& more) {
+    if (count == 0) first = more.first;
+    count += more.count;
+  }
+};
+
+/// Everything that can be left out of a folder.
+struct LeftOuts {
+  LeftOut unreadable_pictures;  ///< they have a caption
+  LeftOut without_caption_file;
+  LeftOut empty_captions;  ///< no line that isn't blank
+  LeftOut unreadable_captions;
+  LeftOut captions_not_utf8;      ///< and without the byte order mark of another encoding
+  LeftOut captions_with_control;  ///< characters other than tabs
+  LeftOut other_files;            ///< they have a caption, but are no pictures
+  LeftOut hidden;                 ///< folders, and pictures by their names
+  LeftOut unreadable_folders;
+
+  /// Visits every member, in this order, with what to say of it: "N pictures without a caption file".
+  template <class Self, class Visit>
+  static void visit(Self& self, const Visit& visit) {
+    visit(self.unreadable_pictures, "pictures that can't be read");
+    visit(self.without_caption_file, "pictures without a .txt beside them");
+    visit(self.empty_captions, "pictures whose caption is empty");
+    visit(self.unreadable_captions, "pictures whose caption can't be read");
+    visit(self.captions_not_utf8, "pictures whose caption is neither UTF-8 nor marked as UTF-16 or UTF-32");
+    visit(self.captions_with_control, "pictures whose caption has control characters");
+    visit(self.other_files, "files with a caption that are none of PNG, JPEG, WebP, GIF, BMP, TIFF");
+    visit(self.hidden, "hidden or system files and folders");
+    visit(self.unreadable_folders, "folders that can't be read");
+  }
+};
+
+/// One folder, without those below it.
+struct ScannedFolder {
+  std::string path;                        ///< relative to the searched folder; empty for that one
+  int64_t changed = 0;                     ///< when its list of files last changed, ns since 1970; 0: look again
+  std::vector<CaptionedPicture> pictures;  ///< sorted by the bytes of `path`
+  std::vector<std::string> folders;        ///< names of the folders in it, sorted
+  std::vector<std::string> links;          ///< names of the links to folders in it, sorted
+  LeftOuts left_out;
+};
+
+/// All folders of a search: what a later one starts from, so that it needn't open every file again.
+struct PictureIndex {
+  std::string folder;  ///< canonical path of the searched folder
+  std::vector<ScannedFolder> folders;
 };
 
 /// What a folder holds.
 struct CaptionedPictures {
   std::filesystem::path folder;
   std::vector<CaptionedPicture> pictures;  ///< sorted by the bytes of `path`
-  int64_t num_without_caption_file = 0;    ///< pictures left out because they have no .txt beside them
-  int64_t num_with_empty_caption = 0;      ///< pictures left out because their .txt has no line that isn't blank
+  LeftOuts left_out;
 };
 
-/// Searches `folder` and the folders below it; links to folders aren't followed. The result depends on the files alone,
-/// not on locale or directory order, so every rank that reads the same files gets the same list. Pictures aren't
-/// opened.
-/// @throws c10::ValueError naming the folder if it isn't one, can't be read, or has no captioned picture.
+/// Searches `folder` and the folders below it. Captions are read, and of pictures the beginning; several files at once.
+/// A folder that hasn't changed since `earlier` was made is taken from there; in others, files of the same size and
+/// time are. Not collective: one rank's job. The result depends on the files alone, not on locale or directory order.
+/// @param earlier   of the same folder; that of another is as good as none
+/// @param progress  called now and then with the number of pictures found so far; may be empty
+/// @throws c10::ValueError naming the folder if it isn't one or can't be read.
+PictureIndex scan_folder(const std::filesystem::path& folder, PictureIndex earlier = {},
+                         const std::function<void(int64_t)>& progress = {});
+
+/// The pictures of all folders of an index.
+/// @param folder  the searched folder's path as it was given
+/// @throws c10::ValueError naming the folder if it has no captioned picture that can be read.
+CaptionedPictures pictures_of(PictureIndex index, const std::filesystem::path& folder);
+
+/// What was left out, a sentence for each reason: "20 of 24 pictures can't be read (first: p/x.jpg: it is HEIF, ...)".
+std::vector<std::string> sentences(const CaptionedPictures& found);
+
+/// An index as bytes and back; nothing if they aren't one, or are of another version of this program.
+std::string to_bytes(const PictureIndex& index);
+std::optional<PictureIndex> index_from_bytes(std::string_view bytes);
+
+/// Both: searches a folder.
 CaptionedPictures scan_captioned_pictures(const std::filesystem::path& folder);
 
-/// The caption in the text of a caption file: its first line that isn't blank, without byte order mark, carriage
-/// returns and surrounding blanks. Empty if there is none.
-std::string caption_from_text(std::string_view text);
+/// The time of a file's last change, ns since 1970; 0 if it isn't there.
+int64_t modification_time(const std::filesystem::path& file);
+
+/// A caption, or why there is none.
+struct Caption {
+  enum class Fault { kNone, kEmpty, kNotUtf8, kControlCharacter };
+  std::string text;  ///< one line of UTF-8; empty with a fault
+  Fault fault = Fault::kNone;
+};
+
+/// The caption in the text of a caption file: its first line that isn't blank, without byte order mark and surrounding
+/// blanks. Lines end in a line feed, a carriage return or both. The mark tells UTF-16 and UTF-32; all else is UTF-8.
+Caption caption_from_text(std::string_view text);
+
+/// `text` without blanks (space, tab, \r, \v, \f) at its ends.
+std::string_view trim(std::string_view text);
 
 /// Pictures to train on and pictures to measure on, in the order they were given.
 struct PictureSplit {
@@ -48,6 +146,6 @@ struct PictureSplit {
 bool is_held_out(std::string_view relative_path, double fraction);
 
 /// Splits by is_held_out.
-PictureSplit split_held_out(const std::vector<CaptionedPicture>& pictures, double fraction = 0.05);
+PictureSplit split_held_out(std::vector<CaptionedPicture> pictures, double fraction = 0.05);
 
 }  // namespace step37

@@ -5,47 +5,64 @@
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <fstream>
 #include <limits>
-#include <optional>
+#include <new>
+#include <span>
 #include <stdexcept>
 #include <system_error>
 #include <vector>
 
 #include "step37/data/picture_file.h"
+#include "step37/data/utf8.h"
 
 namespace step37 {
 namespace {
-
-/// At most `limit` bytes from the file's beginning; nothing if it can't be opened.
-/// @throws std::runtime_error if it can't be read.
-std::optional<std::vector<uint8_t>> read_bytes(const std::filesystem::path& path, int64_t limit) {
-  std::error_code not_there;
-  if (!std::filesystem::is_regular_file(path, not_there)) return std::nullopt;
-  std::ifstream file(path, std::ios::binary);
-  if (!file) return std::nullopt;
-  std::vector<uint8_t> bytes(static_cast<size_t>(std::min<int64_t>(limit, static_cast<int64_t>(file_size(path)))));
-  file.read(reinterpret_cast<char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
-  if (file.bad()) throw std::runtime_error("reading it failed");
-  bytes.resize(static_cast<size_t>(file.gcount()));
-  return bytes;
-}
 
 constexpr int64_t kWholeFile = std::numeric_limits<int64_t>::max();
 
 /// A file of a few bytes may say that it holds gigabytes of pixels.
 constexpr int64_t kMaxPixels = 1 << 27;
 
-/// What the header says. Throws as decode_picture_file does.
-PictureSize size_in_header(const std::vector<uint8_t>& bytes) {
-  const auto header = decode_picture_file(bytes, /*max_pixels=*/0);
-  return {header.width, header.height};
+/// At most `limit` bytes from the file's beginning.
+/// @throws std::runtime_error with the reason if there are none.
+std::vector<uint8_t> read_bytes(const std::filesystem::path& path, int64_t limit) {
+  std::error_code error;
+  const auto status = std::filesystem::status(path, error);
+  if (status.type() == std::filesystem::file_type::not_found) throw std::runtime_error("it isn't there");
+  if (error) throw std::runtime_error(error.message());
+  // Opening a pipe would wait for its writer.
+  if (!std::filesystem::is_regular_file(status)) throw std::runtime_error("it isn't a file");
+  std::ifstream file(path, std::ios::binary);
+  if (!file) throw std::runtime_error(std::generic_category().message(errno));
+  const auto size = static_cast<int64_t>(std::filesystem::file_size(path, error));
+  if (error) throw std::runtime_error(error.message());
+  std::vector<uint8_t> bytes(static_cast<size_t>(std::min(limit, size)));
+  file.read(reinterpret_cast<char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
+  if (file.bad()) throw std::runtime_error("reading it failed");
+  bytes.resize(static_cast<size_t>(file.gcount()));
+  if (bytes.empty()) throw std::runtime_error("it is empty");
+  return bytes;
 }
 
-/// The pixels of a picture; of a sliver, those of the square that plan_crops may have it padded to.
-bool is_too_large(const PictureSize& size) {
+/// @throws std::runtime_error if a picture of these sides isn't read. Of a sliver the pixels of the square count that
+/// plan_crops may have it padded to.
+void check_size(const PictureSize& size) {
   const auto [shorter, longer] = std::minmax(size.width, size.height);
-  return (shorter < 32 ? longer : shorter) * longer > kMaxPixels;
+  if ((shorter < 32 ? longer : shorter) * longer <= kMaxPixels) return;
+  throw std::runtime_error("it has " + std::to_string(size.width) + " x " + std::to_string(size.height) +
+                           " pixels; at most " + std::to_string(kMaxPixels) +
+                           " are read, where a sliver counts as a square");
+}
+
+/// What the header says.
+/// @throws std::runtime_error as decode_picture_file does, or if it is too large.
+PictureSize size_in_header(const std::vector<uint8_t>& bytes) {
+  const auto header = decode_picture_file(bytes, /*max_pixels=*/0);
+  const PictureSize size{header.width, header.height};
+  check_size(size);
+  return size;
 }
 
 /// `value` with opacity `alpha` over white. 255 is odd, so there are no ties and adding 127 rounds to nearest.
@@ -74,47 +91,48 @@ void check_pictures(const at::Tensor& pictures, const char* function) {
                     " wants pictures [3, H, W] or [N, 3, H, W], got ", pictures.sizes());
 }
 
-/// The size that the first `limit` bytes of a file give; nothing if they don't, or it is too large.
-std::optional<PictureSize> size_within(const std::filesystem::path& path, int64_t limit) {
-  try {
-    const auto bytes = read_bytes(path, limit);
-    if (!bytes) return std::nullopt;
-    const auto size = size_in_header(*bytes);
-    return is_too_large(size) ? std::nullopt : std::optional(size);
-  } catch (const std::runtime_error&) {
-    return std::nullopt;
-  }
-}
-
 }  // namespace
 
 DecodedPicture decode_picture(const std::filesystem::path& path) {
-  const auto failure = [&path](const std::string& reason) {
-    return DecodedPicture{{}, "picture " + path.string() + " " + reason};
-  };
+  const auto name = "picture " + printable(path.string());
   try {
     const auto bytes = read_bytes(path, kWholeFile);
-    if (!bytes) return failure("can't be opened");
-    if (bytes->empty()) return failure("is empty");
-    if (const auto size = size_in_header(*bytes); is_too_large(size)) {
-      return failure("has " + std::to_string(size.width) + " x " + std::to_string(size.height) + " pixels; at most " +
-                     std::to_string(kMaxPixels) + " are read, where a sliver counts as a square");
-    }
-    return {planes_over_white(decode_picture_file(*bytes, kMaxPixels)), {}};
+    size_in_header(bytes);
+    const auto picture = decode_picture_file(bytes, kMaxPixels);
+    return {planes_over_white(picture), {}, picture.damage.empty() ? "" : name + " is damaged: " + picture.damage};
   } catch (const std::runtime_error& error) {
-    return failure(std::string("can't be decoded: ") + error.what());
+    return {{}, name + " can't be read: " + error.what(), {}};
+  } catch (const std::bad_alloc&) {
+    return {{}, name + " can't be read: too little memory", {}};
   }
 }
 
-std::optional<PictureSize> picture_size(const std::filesystem::path& path) {
+PictureHeader read_picture_header(const std::filesystem::path& path) {
   // Few files have more than 64 KiB before their size; a run looks at every picture before it begins.
-  const auto size = size_within(path, int64_t{1} << 16);
-  return size ? size : size_within(path, kWholeFile);
+  for (const int64_t limit : {int64_t{1} << 16, kWholeFile}) {
+    try {
+      return {size_in_header(read_bytes(path, limit)), {}};
+    } catch (const std::runtime_error& error) {
+      if (limit == kWholeFile) return {{}, error.what()};
+    }
+  }
+  return {};
 }
 
 at::Tensor black_picture(int64_t height, int64_t width) {
   TORCH_CHECK_VALUE(height > 0 && width > 0, "a picture of ", height, " x ", width, " pixels");
   return at::zeros({3, height, width}, at::kByte);
+}
+
+std::string thumbnail(const at::Tensor& picture, int64_t max_side) {
+  const int64_t longer = std::max(picture.size(-2), picture.size(-1));
+  const auto scaled = [&](int64_t side) {
+    return longer <= max_side ? side : std::max<int64_t>(1, side * max_side / longer);
+  };
+  const auto small = resize(picture, scaled(picture.size(-2)), scaled(picture.size(-1)));
+  const auto rows = small.permute({1, 2, 0}).contiguous();
+  const std::span<const uint8_t> bytes(rows.const_data_ptr<uint8_t>(), static_cast<size_t>(rows.numel()));
+  return encode_png(bytes, rows.size(1), rows.size(0));
 }
 
 at::Tensor resize(const at::Tensor& picture, int64_t height, int64_t width) {

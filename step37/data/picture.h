@@ -5,40 +5,50 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <optional>
 #include <string>
 
 namespace step37 {
 
 /// A decoded picture, or the reason why there is none.
 struct DecodedPicture {
-  at::Tensor pixels;  ///< [3, height, width] uint8 RGB on the CPU; undefined if decoding failed
-  std::string error;  ///< empty, or a sentence that names the file
+  at::Tensor pixels;   ///< [3, height, width] uint8 RGB on the CPU; undefined if decoding failed
+  std::string error;   ///< empty, or a sentence that names the file
+  std::string damage;  ///< empty, or a sentence that names the file: it is damaged, and a part of the pixels made up
 
   bool ok() const { return error.empty(); }
 };
 
-/// Decodes a PNG or JPEG file. Gray and palette pictures become RGB, 16-bit samples keep their upper 8 bits, and
-/// transparent pictures are composited over white: round((alpha * value + (255 - alpha) * 255) / 255), exactly.
-/// EXIF orientation isn't applied. At most 2^27 pixels, where a picture less than 32 pixels wide or high counts as the
-/// square that plan_crops may pad it to. Safe to call from several threads.
-/// A file that is missing, empty or broken isn't an exception: a data set of millions has some, and training goes on
-/// with black_picture and a warning that repeats `error`. (Of a JPEG cut short there is what arrived.)
+/// Decodes a picture file of any format of decode_picture_file, which its bytes tell, not its name. Transparent
+/// pictures are composited over white: round((alpha * value + (255 - alpha) * 255) / 255), exactly. At most 2^27
+/// pixels, where a picture less than 32 pixels wide or high counts as the square that plan_crops may pad it to. Safe to
+/// call from several threads. A file that is missing, empty or broken isn't an exception: a data set of millions has
+/// some, and training goes on with black_picture and a warning that repeats `error`. (Of a JPEG cut short there is what
+/// arrived, and `damage`.)
 DecodedPicture decode_picture(const std::filesystem::path& path);
 
 /// Sides of a picture in pixels.
 struct PictureSize {
-  int64_t width;
-  int64_t height;
+  int64_t width = 0;
+  int64_t height = 0;
 };
 
-/// The size that the header of a PNG or JPEG file gives, without decoding it; nothing if it can't be read, or is more
-/// than decode_picture takes.
-std::optional<PictureSize> picture_size(const std::filesystem::path& path);
+/// The sides of a picture as decode_picture gives them, or the reason why there are none.
+struct PictureHeader {
+  PictureSize size;
+  std::string error;  ///< empty, or why, without the file's name: "it is HEIF, which isn't read"
+
+  bool ok() const { return error.empty(); }
+};
+
+/// The size that the beginning of a picture file gives, without decoding it.
+PictureHeader read_picture_header(const std::filesystem::path& path);
 
 /// [3, height, width] uint8, all zero.
 /// @throws c10::ValueError if a side isn't positive.
 at::Tensor black_picture(int64_t height, int64_t width);
+
+/// A PNG file of `picture`, [3, H, W] uint8 on the CPU, scaled down to at most `max_side` pixels a side.
+std::string thumbnail(const at::Tensor& picture, int64_t max_side);
 
 /// Bilinear resize with antialiasing, as at::_upsample_bilinear2d_aa(align_corners=false) does it on uint8 (and so
 /// torchvision, which the reference pipeline uses).

@@ -1,8 +1,9 @@
-// PNG and JPEG files to pixels, by libpng and libjpeg-turbo.
+// Picture files in memory to pixels: PNG, JPEG, WebP, GIF, BMP and TIFF, each by its library.
 #pragma once
 
 #include <cstdint>
 #include <span>
+#include <string>
 #include <vector>
 
 namespace step37 {
@@ -12,13 +13,24 @@ struct RgbaPicture {
   int64_t width = 0;
   int64_t height = 0;
   std::vector<uint8_t> pixels;  ///< [height, width, 4]: red, green, blue, opacity
+  std::string damage;           ///< what is wrong with a file of which there are pixels nevertheless, or empty
 };
 
-/// Decodes a PNG or JPEG file that is in memory. Gray and palette pictures become RGB, 16-bit samples keep their upper
-/// 8 bits, CMYK becomes RGB without a colour profile; EXIF orientation and gamma aren't applied. Of a JPEG cut short
-/// there is what arrived. Not collective; safe to call from several threads.
-/// @param max_pixels  larger pictures aren't decoded: their pixels stay empty.
-/// @throws std::runtime_error with what is wrong with the file.
+/// Decodes a picture file that is in memory; its bytes say which format it is. Gray and palette pictures become RGB,
+/// 16-bit samples keep their upper 8 bits, CMYK becomes RGB without a colour profile; gamma isn't applied. The picture
+/// is turned as its EXIF or TIFF orientation says (of a PNG only where it stands before the pixels). Animations give
+/// their first frame, files of several pages their first page. Of a JPEG cut short there is what arrived, and `damage`
+/// says so. Not collective; safe to call from several threads.
+/// @param max_pixels  larger pictures aren't decoded: their pixels stay empty. With 0 the beginning of a file is mostly
+///                    enough.
+/// @throws std::runtime_error with what is wrong with the file ("it is HEIF, which isn't read").
 RgbaPicture decode_picture_file(std::span<const uint8_t> bytes, int64_t max_pixels);
+
+/// Whether a file that begins with `bytes` (12 are enough) is of a format that decode_picture_file reads.
+bool is_picture_file(std::span<const uint8_t> bytes);
+
+/// A PNG file of [height, width, 3] red, green, blue.
+/// @throws std::runtime_error with libpng's reason.
+std::string encode_png(std::span<const uint8_t> rgb, int64_t width, int64_t height);
 
 }  // namespace step37

@@ -4,10 +4,12 @@
 #include <sentencepiece_processor.h>
 #include <sentencepiece_trainer.h>
 
+#include <algorithm>
 #include <fstream>
 #include <iterator>
 #include <system_error>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
 #include "megatron_cpp/checkpoint/safetensors.h"
@@ -38,12 +40,17 @@ std::string comma_separated_picture_symbols() {
   return list;
 }
 
+// 4 special ids, the picture symbols and 256 bytes.
+constexpr int64_t kFixedPieces = 4 + static_cast<int64_t>(kPictureSymbols.size()) + 256;
+constexpr double kCoverage = 0.9995;  // SentencePiece's default, of the captions' characters
+
 std::unordered_map<std::string, std::string> trainer_arguments(int64_t vocab_size) {
   return {
       {"model_type", "bpe"},
       {"vocab_size", std::to_string(vocab_size)},
       {"hard_vocab_limit", "false"},
       {"byte_fallback", "true"},
+      {"character_coverage", std::to_string(kCoverage)},
       {"control_symbols", comma_separated_picture_symbols()},
       {"unk_id", "0"},
       {"bos_id", "1"},
@@ -57,6 +64,64 @@ std::unordered_map<std::string, std::string> trainer_arguments(int64_t vocab_siz
       {"num_threads", "1"},
       {"minloglevel", "2"},
   };
+}
+
+std::vector<std::string> characters_of(const std::string& text) {
+  std::vector<std::string> characters;
+  for (size_t begin = 0; begin < text.size();) {
+    size_t end = begin + 1;
+    while (end < text.size() && (static_cast<unsigned char>(text[end]) & 0xc0) == 0x80) ++end;
+    characters.push_back(text.substr(begin, end - begin));
+    begin = end;
+  }
+  return characters;
+}
+
+struct CharacterCount {
+  std::string character;
+  int64_t count;
+};
+
+/// The characters that make up kCoverage of the captions, the most frequent first, counted as SentencePiece does: a
+/// space is a character, and stands before every caption.
+std::vector<CharacterCount> frequent_characters(const std::vector<std::string>& captions) {
+  std::unordered_map<std::string, int64_t> counts;
+  int64_t total = 0;
+  for (const auto& caption : captions) {
+    if (caption.empty()) continue;
+    auto characters = characters_of(caption);
+    characters.emplace_back(" ");
+    for (const auto& character : characters) ++counts[character];
+    total += static_cast<int64_t>(characters.size());
+  }
+  std::vector<CharacterCount> sorted;
+  for (const auto& [character, count] : counts) sorted.push_back({character, count});
+  std::sort(sorted.begin(), sorted.end(), [](const auto& a, const auto& b) {
+    return a.count != b.count ? a.count > b.count : a.character < b.character;
+  });
+  int64_t covered = 0;
+  size_t taken = 0;
+  for (; taken < sorted.size(); covered += sorted[taken++].count) {
+    const auto share = static_cast<float>(1.0 * static_cast<double>(covered) / static_cast<double>(total));
+    if (share >= static_cast<float>(kCoverage)) break;
+  }
+  sorted.resize(taken);
+  return sorted;
+}
+
+/// `captions` without all but the `most` most frequent characters: a space takes their place, across which no piece
+/// goes.
+std::vector<std::string> without_rare_characters(const std::vector<std::string>& captions,
+                                                 const std::vector<CharacterCount>& frequent, int64_t most) {
+  std::unordered_set<std::string> kept;
+  for (int64_t i = 0; i < most; ++i) kept.insert(frequent[static_cast<size_t>(i)].character);
+  std::vector<std::string> result;
+  for (const auto& caption : captions) {
+    std::string text;
+    for (const auto& character : characters_of(caption)) text += kept.count(character) > 0 ? character : " ";
+    result.push_back(std::move(text));
+  }
+  return result;
 }
 
 /// What is wrong with a model, or nothing.
@@ -85,11 +150,16 @@ Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
 Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
 
 Tokenizer Tokenizer::train(const std::vector<std::string>& captions, int64_t vocab_size) {
-  // 4 special ids, the picture symbols, 256 bytes and at least one piece of text.
-  constexpr int64_t kMinVocabSize = 4 + static_cast<int64_t>(kPictureSymbols.size()) + 256 + 1;
   TORCH_CHECK_VALUE(!captions.empty(), "no captions to train a tokenizer on");
-  TORCH_CHECK_VALUE(vocab_size >= kMinVocabSize, "vocabulary size ", vocab_size, " is below ", kMinVocabSize);
-  CaptionIterator iterator(captions);
+  const auto frequent = frequent_characters(captions);
+  const auto room = vocab_size - kFixedPieces;
+  const auto wanted = static_cast<int64_t>(frequent.size());
+  TORCH_CHECK_VALUE(room > 1, "data.vocabulary_size ", vocab_size, " is too small: at least ", kFixedPieces + 2,
+                    " are needed for bytes and symbols, and ", kFixedPieces + wanted,
+                    " for the characters of the captions");
+  // One of them is the space, which stands in for the rare ones.
+  const auto known = room < wanted ? without_rare_characters(captions, frequent, room - 1) : captions;
+  CaptionIterator iterator(known);
   std::string serialized;
   const auto trained =
       sentencepiece::SentencePieceTrainer::Train(trainer_arguments(vocab_size), &iterator, &serialized);
@@ -101,6 +171,11 @@ Tokenizer Tokenizer::train(const std::vector<std::string>& captions, int64_t voc
   const auto loaded = impl->model.LoadFromSerializedProto(serialized);
   TORCH_INTERNAL_ASSERT(loaded.ok() && check_model(impl->model).empty(), impl->name, ": ", loaded.ToString());
   return Tokenizer(std::move(impl));
+}
+
+Tokenizer::Needed Tokenizer::needed(const std::vector<std::string>& captions) {
+  const auto frequent = static_cast<int64_t>(frequent_characters(captions).size());
+  return {frequent, frequent + kFixedPieces};
 }
 
 Tokenizer Tokenizer::load(const std::filesystem::path& path) {

@@ -32,9 +32,18 @@ class Tokenizer {
   /// vocabulary size that a few hundred captions can fill, and is made of counts alone, so the same captions in the
   /// same order give the same model. Ids: 0 unknown, 1 begin, 2 end, 3 padding, then kPictureSymbols, then the 256
   /// bytes, then pieces of text.
-  /// @param vocab_size an upper bound: short texts may not have that many pieces
-  /// @throws c10::ValueError if there is no caption, or `vocab_size` is too small for the captions' letters.
+  /// @param vocab_size an upper bound: short texts may not have that many pieces. If it is too small for the captions'
+  ///                   characters, the rarest are spelled in bytes (needed() says what is enough).
+  /// @throws c10::ValueError naming data.vocabulary_size if there is no caption, or `vocab_size` is below 268.
   static Tokenizer train(const std::vector<std::string>& captions, int64_t vocab_size);
+
+  /// The different characters that make up 99.95 % of the captions (SentencePiece's measure), a space among them, and
+  /// the vocabulary that has a piece for each: what train() wants for a caption's characters to be pieces.
+  struct Needed {
+    int64_t num_characters = 0;
+    int64_t vocab_size = 0;
+  };
+  static Needed needed(const std::vector<std::string>& captions);
 
   /// Reads a model file.
   /// @throws c10::ValueError naming the file if it can't be read, is no SentencePiece model, lacks a begin, end or

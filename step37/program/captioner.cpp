@@ -2,7 +2,6 @@
 
 #include <ATen/ATen.h>
 
-#include <cstdio>
 #include <limits>
 #include <utility>
 
@@ -30,9 +29,10 @@ Step37Batch one_sequence(const std::vector<int64_t>& tokens, int64_t pad_to, int
 std::vector<ImageForInsert> features_of(Step37Model& model, const PictureReference& picture,
                                         const CaptionerOptions& options, const parallel::GroupPtr& tp,
                                         const at::Device& device) {
-  const auto warn = [](const std::string& text) { std::fprintf(stderr, "warning: %s\n", text.c_str()); };
   const CaptionPack pack{{}, {picture}};
-  auto images = load_pictures(pack, options.format, options.folder, tp->getRank(), tp->getSize(), warn);
+  PictureFaults unheard;
+  auto images = load_pictures(pack, options.format, options.folder, tp->getRank(), tp->getSize(),
+                              options.faults != nullptr ? *options.faults : unheard);
   images = to_model_batch(pack, std::move(images), device).images;
   for (auto& group : images) {
     group.image_features = model->vision_model->forward(group.images);

@@ -17,11 +17,13 @@
 namespace step37 {
 
 std::string trimmed_prompt(const std::string& prompt) {
-  auto trimmed = caption_from_text(prompt);
-  const auto rest = prompt.find('\n', prompt.find_first_not_of(" \t\r\v\f\n"));
-  TORCH_CHECK_VALUE(rest == std::string::npos || caption_from_text(prompt.substr(rest)).empty(),
+  const auto [text, fault] = caption_from_text(prompt);
+  TORCH_CHECK_VALUE(fault != Caption::Fault::kNotUtf8, "--prompt is not UTF-8");
+  TORCH_CHECK_VALUE(fault != Caption::Fault::kControlCharacter, "--prompt has control characters");
+  const auto rest = prompt.find_first_of("\r\n", prompt.find_first_not_of(" \t\r\v\f\n"));
+  TORCH_CHECK_VALUE(rest == std::string::npos || caption_from_text(prompt.substr(rest)).fault == Caption::Fault::kEmpty,
                     "--prompt has several lines; a caption has one");
-  return trimmed;
+  return text;
 }
 
 int generate(parallel::Runtime& runtime, const GenerateArguments& arguments) {
@@ -56,10 +58,13 @@ int generate(parallel::Runtime& runtime, const GenerateArguments& arguments) {
       groups.world);
   auto options = captioner_options(state.config, *tokenizer, arguments.image.parent_path(), runtime.size());
   options.max_new_tokens = arguments.max_new_tokens;
+  PictureFaults faults;
+  options.faults = &faults;
   const auto picture =
       reference_to(options.folder, arguments.image.filename().string(), state.config.vision.image_size);
   const auto caption =
       caption_picture(model, *tokenizer, picture, tokenizer->encode(prompt), options, groups.tp, runtime.device());
+  faults.share(groups.world);
   if (runtime.rank() == 0) std::printf("%s\n", caption.c_str());
   parallel::destroy_process_groups(runtime, groups);
   return 0;

@@ -16,12 +16,12 @@
 #include "megatron_cpp/training/trainer.h"
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
-#include "parallel/hash.h"
 #include "parallel/runtime.h"
 #include "step37/checkpoint_names.h"
-#include "step37/data/captioned_pictures.h"
+#include "step37/data/utf8.h"
 #include "step37/program/report.h"
 #include "step37/program/run_config.h"
+#include "step37/program/run_pictures.h"
 #include "step37/program/shell_text.h"
 #include "step37/program/stop_signals.h"
 #include "step37/program/training_run.h"
@@ -32,53 +32,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
-
-/// The pictures of a run, on the ranks that pack (tensor-parallel rank 0) and on world rank 0.
-struct Pictures {
-  CaptionLoader::Source training;
-  CaptionLoader::Source held_out;
-  std::vector<std::string> training_captions;
-  std::vector<std::string> held_out_captions;
-};
-
-CaptionLoader::Source read_source(const std::filesystem::path& folder, const std::vector<CaptionedPicture>& pictures,
-                                  int64_t side, std::vector<std::string>& captions) {
-  CaptionLoader::Source source;
-  for (const auto& picture : pictures) {
-    source.pictures.push_back(reference_to(folder, picture.path, side));
-    captions.push_back(picture.caption);
-  }
-  return source;
-}
-
-/// What must be the same on all ranks that pack: how many pictures there are, and a hash of all that packing looks at.
-std::string summary_of(const Pictures& pictures) {
-  uint64_t hash = parallel::kHashBasis;
-  size_t count = 0;
-  const auto add = [&](const CaptionLoader::Source& source, const std::vector<std::string>& captions) {
-    count += source.pictures.size();
-    for (size_t i = 0; i < source.pictures.size(); ++i) {
-      const auto& [path, width, height] = source.pictures[i];
-      for (const auto& text : {path, std::to_string(width), std::to_string(height), captions[i]}) {
-        hash = parallel::stable_hash(text, parallel::stable_hash("\n", hash));
-      }
-    }
-  };
-  add(pictures.training, pictures.training_captions);
-  add(pictures.held_out, pictures.held_out_captions);
-  return std::to_string(count) + " captioned pictures (hash of paths, sizes and captions: " + std::to_string(hash) +
-         ")";
-}
-
-/// Samples that fit into no pack.
-int64_t num_too_long(const CaptionLoader::Source& source, const CaptionLoader::Options& options) {
-  int64_t count = 0;
-  for (size_t i = 0; i < source.pictures.size(); ++i) {
-    const auto sample = caption_sample(source.pictures[i], source.captions[i], options.format);
-    if (static_cast<int64_t>(sample.tokens.size()) - 1 > options.packing.max_length) ++count;
-  }
-  return count;
-}
 
 /// This program, as a shell in the working directory starts it.
 std::string this_program() {
@@ -103,7 +56,8 @@ class PretrainRun {
         groups_(groups),
         config_(std::move(config)),
         files_{config_.run.directory},
-        progress_style_(progress) {}
+        progress_style_(progress),
+        faults_(/*watch_changes=*/groups_.dp->getRank() == 0) {}
 
   int run() {
     read_pictures();
@@ -119,8 +73,9 @@ class PretrainRun {
     if (done >= config_.training.steps) {
       say("this run has finished: step " + std::to_string(done) + " of " + std::to_string(config_.training.steps) +
           " is in " + files_.checkpoints().string() + "; run.fresh=true starts over");
-    } else if (const int signal = train(state); signal != 0) {
-      return kInterruptedStatus;
+    } else {
+      keep_index();
+      if (train(state) != 0) return kInterruptedStatus;
     }
     write_report();
     say("\nThe report is " + files_.report().string() + ": open it in a browser.");
@@ -166,34 +121,19 @@ class PretrainRun {
   }
 
   void read_pictures() {
-    parallel::agree_on(
-        [&] {
-          if (!packs()) return;
-          const std::filesystem::path folder = config_.data.directory;
-          const auto all = scan_captioned_pictures(folder);
-          const auto split = split_held_out(all.pictures, config_.data.held_out);
-          const int64_t side = config_.vision.image_size;
-          pictures_.training = read_source(folder, split.training, side, pictures_.training_captions);
-          pictures_.held_out = read_source(folder, split.held_out, side, pictures_.held_out_captions);
-          TORCH_CHECK_VALUE(!split.training.empty(), folder.string(), ": all ", all.pictures.size(),
-                            " captioned pictures are held out (data.held_out ", config_.data.held_out, ")");
-          say(std::to_string(split.training.size()) + " pictures to train on, " +
-              std::to_string(split.held_out.size()) + " held out, " +
-              std::to_string(all.num_without_caption_file + all.num_with_empty_caption) + " without a caption in " +
-              folder.string());
-        },
-        groups_.world);
-    // Each replica packs by itself, from its host's copy.
-    const auto own = packs() ? summary_of(pictures_) : "";
-    const auto of_rank_0 = parallel::broadcast_text(own, 0, groups_.world);
-    parallel::agree(!packs() || own == of_rank_0,
-                    "data.directory " + config_.data.directory + " holds " + own + ", on rank 0 " + of_rank_0,
-                    groups_.world);
+    pictures_ = find_pictures(runtime_, groups_, config_, files_.directory / kIndexFile);
+    loader_options_.max_unreadable = pictures_.max_unreadable;
+    if (is_main()) {
+      say(std::to_string(pictures_.training.pictures.size()) + " pictures to train on, " +
+          std::to_string(pictures_.held_out.pictures.size()) + " held out, " +
+          std::to_string(pictures_.num_without_caption) + " without a caption in " + printable(config_.data.directory));
+    }
   }
 
   void prepare_tokenizer(const RunState& state) {
     parallel::agree_on(
         [&] {
+          const WaitForAll wait(runtime_);
           if (!is_main()) return;
           if (resume_from_) {
             // One made of today's captions would give the pieces other numbers under the trained weights.
@@ -201,7 +141,7 @@ class PretrainRun {
                               " is missing: the run can't go on with another tokenizer; run.fresh=true starts over");
             return;
           }
-          const auto tokenizer = Tokenizer::train(pictures_.training_captions, config_.data.vocabulary_size);
+          const auto tokenizer = train_tokenizer(pictures_.training_captions, config_.data.vocabulary_size);
           // Now that everything given is known to be usable.
           if (config_.run.fresh) remove_earlier_run(files_);
           tokenizer.save(files_.tokenizer());
@@ -221,6 +161,7 @@ class PretrainRun {
       pictures_.held_out.captions.push_back(tokenizer_->encode(caption));
     }
     loader_options_.folder = config_.data.directory;
+    loader_options_.index = files_.directory / kIndexFile;
     loader_options_.device = runtime_.device();
     loader_options_.format = caption_format(*tokenizer_, crop_options(config_));
     loader_options_.packing.max_length = config_.training.sequence_length;
@@ -230,13 +171,30 @@ class PretrainRun {
     loader_options_.seed = static_cast<uint64_t>(config_.training.seed);
   }
 
-  void say_what_is_left_out() const {
-    if (!is_main()) return;
-    const int64_t left_out =
-        num_too_long(pictures_.training, loader_options_) + num_too_long(pictures_.held_out, loader_options_);
-    if (left_out == 0) return;
-    say("pictures left out because they take more than the " + std::to_string(config_.training.sequence_length) +
-        " positions of training.sequence_length with their captions: " + std::to_string(left_out));
+  void say_what_is_left_out() {
+    parallel::agree_on(
+        [&] {
+          const WaitForAll wait(runtime_);
+          if (!is_main()) return;
+          const int64_t left_out =
+              num_too_long(pictures_.training, loader_options_) + num_too_long(pictures_.held_out, loader_options_);
+          if (left_out > 0) {
+            say("pictures left out because they take more than the " +
+                std::to_string(config_.training.sequence_length) +
+                " positions of training.sequence_length with their captions: " + std::to_string(left_out));
+          }
+        },
+        groups_.world);
+  }
+
+  /// For the next start.
+  void keep_index() {
+    parallel::agree_on(
+        [&] {
+          if (!pictures_.index.empty()) megatron::write_file(files_.directory / kIndexFile, pictures_.index);
+        },
+        groups_.world);
+    pictures_.index = {};
   }
 
   void build_model() {
@@ -317,7 +275,7 @@ class PretrainRun {
         },
         groups_.world);
     const auto validation = pack_once(pictures_.held_out, config_.validation.packs, loader_options_, groups_);
-    CaptionLoader loader(loader_options_, pictures_.training, groups_, state.sampler);
+    CaptionLoader loader(loader_options_, pictures_.training, groups_, state.sampler, faults_);
     Progress progress(first_step, last_step, progress_style_);
     const StopSignals signals;  // from here on there is something to save
     for (int64_t step = first_step; step <= last_step; ++step) {
@@ -368,8 +326,7 @@ class PretrainRun {
     auto sum = at::zeros({1}, at::TensorOptions().device(runtime_.device()).dtype(at::kDouble));
     for (const auto& pack : validation.packs) {
       auto images = load_pictures(pack, loader_options_.format, loader_options_.folder, groups_.tp->getRank(),
-                                  groups_.tp->getSize(),
-                                  [](const std::string& text) { std::fprintf(stderr, "warning: %s\n", text.c_str()); });
+                                  groups_.tp->getSize(), faults_);
       sum.add_(model_->loss_sum(to_model_batch(pack, std::move(images), runtime_.device())));
     }
     return parallel::all_reduce(sum, groups_.dp).item<double>() / static_cast<double>(validation.num_loss_tokens);
@@ -386,7 +343,7 @@ class PretrainRun {
         [&] {
           if (!is_main()) return;
           ReportInput input;
-          input.title = "Step3.7 on " + config_.data.directory;
+          input.title = "Step3.7 on " + printable(config_.data.directory);
           input.settings = settings(config_);
           input.metrics = files_.metrics();
           input.pictures = std::move(shown);
@@ -401,6 +358,7 @@ class PretrainRun {
     const auto half = static_cast<size_t>(config_.report.pictures / 2);
     std::vector<ReportPicture> shown;
     auto options = captioner_options(config_, *tokenizer_, config_.data.directory, groups_.grid.tp);
+    options.faults = &faults_;
     for (const bool held_out : {false, true}) {
       const auto& source = held_out ? pictures_.held_out : pictures_.training;
       const auto& captions = held_out ? pictures_.held_out_captions : pictures_.training_captions;
@@ -411,9 +369,13 @@ class PretrainRun {
         picture.path = parallel::broadcast_text(picture.path, 0, groups_.tp);
         picture = reference_to(options.folder, picture.path, config_.vision.image_size);
         const auto text = caption_picture(model_, *tokenizer_, picture, {}, options, groups_.tp, runtime_.device());
-        if (is_main()) shown.push_back({options.folder / picture.path, held_out, captions[index], text});
+        if (is_main()) {
+          shown.push_back({printable(picture.path), held_out, captions[index], text,
+                           thumbnail_of(options.folder / picture.path, options.format.crops)});
+        }
       }
     }
+    faults_.share(groups_.world);
     return shown;
   }
 
@@ -425,7 +387,8 @@ class PretrainRun {
   std::optional<RunLock> lock_;  ///< on world rank 0
   std::optional<std::filesystem::path> resume_from_;
   int64_t resumed_steps_ = -1;
-  Pictures pictures_;
+  RunPictures pictures_;
+  PictureFaults faults_;
   std::optional<Tokenizer> tokenizer_;
   TokenizerMark tokenizer_mark_;
   CaptionLoader::Options loader_options_;

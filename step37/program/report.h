@@ -11,10 +11,11 @@ namespace step37 {
 
 /// A picture with the caption it has and the caption the model gave it.
 struct ReportPicture {
-  std::filesystem::path file;  ///< PNG or JPEG; its bytes go into the page as they are
-  bool held_out = false;       ///< never trained on
+  std::string name;       ///< for those who don't see it
+  bool held_out = false;  ///< never trained on
   std::string caption;
   std::string generated;
+  std::string thumbnail;  ///< a PNG file's bytes; empty if the picture can't be read, which becomes a note
 };
 
 struct ReportInput {
@@ -26,9 +27,10 @@ struct ReportInput {
   int64_t num_ranks = 0;
 };
 
-/// The page: headline numbers, curves of loss, learning rate and gradient norm as inline SVG, pictures with true and
-/// generated captions, settings. No scripts, nothing loaded from elsewhere; long runs are thinned to about 1000 points
-/// a curve. A picture that can't be read becomes a note. Not collective: one rank's job.
+/// The page: headline numbers, curves of loss, learning rate and gradient norm, pictures with true and generated
+/// captions, settings. It is the static page report.html, which draws itself from the JSON that this puts into it:
+/// ASCII whatever bytes names and captions hold. Nothing is loaded from elsewhere; long runs are thinned to about 1000
+/// steps. Not collective: one rank's job.
 /// @throws c10::ValueError naming metrics and line: the file can't be read, a line isn't an object with the numbers
 ///         `step` and `loss`, or has one of the other values as something else than a number (null: not measured).
 std::string render_report(const ReportInput& input);

@@ -45,6 +45,7 @@ void visit_keys(Config& config, const Visit& visit) {
   visit("parallel.exchange", config.parallel.exchange, kOptional);
   visit("data.directory", config.data.directory, kRequired);
   visit("data.held_out", config.data.held_out, kOptional);
+  visit("data.max_unreadable", config.data.max_unreadable, kOptional);
   visit("data.vocabulary_size", config.data.vocabulary_size, kOptional);
   visit("data.crops", config.data.crops, kOptional);
   visit("data.crop_side", config.data.crop_side, kOptional);
@@ -389,6 +390,8 @@ void check_run_and_data(const RunConfig& config) {
   check_no_tilde("run.directory", config.run.directory);
   TORCH_CHECK_VALUE(config.data.held_out >= 0.0 && config.data.held_out < 1.0, "data.held_out ", config.data.held_out,
                     " is not in [0, 1)");
+  TORCH_CHECK_VALUE(config.data.max_unreadable >= 0.0 && config.data.max_unreadable <= 1.0, "data.max_unreadable ",
+                    config.data.max_unreadable, " is not in [0, 1]");
   TORCH_CHECK_VALUE(config.training.clip_grad_norm >= 0.0, "training.clip_grad_norm ", config.training.clip_grad_norm,
                     " is negative");
 }

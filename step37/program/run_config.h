@@ -42,6 +42,7 @@ struct ParallelSection {
 struct DataSection {
   std::string directory;           ///< required: a folder for scan_captioned_pictures
   double held_out = 0.05;          ///< share of the pictures that is never trained on, in [0, 1)
+  double max_unreadable = 0.5;     ///< share of the pictures that may be unreadable, in [0, 1]; all of them never may
   int64_t vocabulary_size = 1000;  ///< pieces of the tokenizer, trained on the captions
   bool crops = false;              ///< cut large pictures into crops besides the global view
   int64_t crop_side = 504;         ///< pixels; not looked at without crops

@@ -26,13 +26,16 @@ const std::set<int64_t>& picture_ids() {
   return ids;
 }
 
-/// A caption is one line of UTF-8 without blanks around it, and its own caption.
-void check_caption(const std::string& caption) {
-  FUZZ_CHECK(!fuzz::contains(caption, "\n") && step37::is_utf8(caption));
+/// A caption is one line of UTF-8 without blanks around it and control characters, and its own caption.
+void check_caption(const step37::Caption& found) {
+  const auto& caption = found.text;
+  FUZZ_CHECK(!fuzz::contains(caption, "\n") && step37::is_utf8(caption) && !step37::has_control_character(caption));
+  FUZZ_CHECK(step37::printable(caption).size() >= caption.size());
+  FUZZ_CHECK(caption.empty() == (found.fault != step37::Caption::Fault::kNone));
   if (caption.empty()) return;
   constexpr std::string_view kBlanks = " \t\r\v\f";
   FUZZ_CHECK(!fuzz::contains(kBlanks, caption.substr(0, 1)) && !fuzz::contains(kBlanks, {&caption.back(), 1}));
-  FUZZ_CHECK(step37::caption_from_text("\n \r\n" + caption + "\nmore") == caption);
+  FUZZ_CHECK(step37::caption_from_text("\n \r\n" + caption + "\nmore").text == caption);
 }
 
 /// Any text becomes ids of pieces, never of picture symbols, and UTF-8 comes back.
@@ -53,10 +56,13 @@ bool is_file_name(std::string_view name) {
          name.find_first_of(std::string_view("/\0", 2)) == std::string_view::npos;
 }
 
+/// A picture of one pixel.
+constexpr std::string_view kGif("GIF89a\1\0\1\0\x80\0\0\xff\xff\xff\0\0\0,\0\0\0\0\1\0\1\0\0\2\2D\1\0;", 35);
+
 /// A folder that holds this picture and its caption only.
 void check_scan(const std::string& name, std::string_view text, const std::string& caption) {
   static const test_support::TemporaryFolder folder;
-  const auto picture = folder.write(name, "");
+  const auto picture = folder.write(name, kGif);
   const auto caption_file = folder.write(std::filesystem::path(name).replace_extension(".txt").string(), text);
   step37::CaptionedPictures found;
   const auto reason = fuzz::refusal([&] { found = step37::scan_captioned_pictures(folder.path()); });
@@ -64,10 +70,11 @@ void check_scan(const std::string& name, std::string_view text, const std::strin
   std::filesystem::remove(caption_file);
   if (reason) {
     FUZZ_CHECK(fuzz::contains(*reason, folder.path().string()), *reason, " names no folder");
+    FUZZ_CHECK(step37::is_utf8(*reason) && !fuzz::contains(*reason, "\n"), *reason);
     return;
   }
   FUZZ_CHECK(found.pictures.size() == 1 && found.pictures[0].path == name && found.pictures[0].caption == caption);
-  FUZZ_CHECK(!caption.empty() && found.num_without_caption_file == 0 && found.num_with_empty_caption == 0);
+  FUZZ_CHECK(!caption.empty() && step37::sentences(found).empty());
   const auto split = step37::split_held_out(found.pictures, 0.5);
   FUZZ_CHECK(split.training.size() + split.held_out.size() == 1);
 }
@@ -81,6 +88,6 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const auto caption = step37::caption_from_text(text);
   check_caption(caption);
   check_tokens(std::string(text));
-  if (is_file_name(name)) check_scan(name, text, caption);
+  if (is_file_name(name)) check_scan(name, text, caption.text);
   return 0;
 }

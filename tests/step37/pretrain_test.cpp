@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <cmath>
@@ -22,6 +23,7 @@
 #include "parallel/collectives.h"
 #include "parallel/runtime.h"
 #include "step37/checkpoint_names.h"
+#include "step37/data/captioned_pictures.h"
 #include "step37/program/generate.h"
 #include "step37/program/training_run.h"
 #include "step37/step37_model.h"
@@ -277,7 +279,7 @@ TEST_F(Pretrain, StartingOverLosesNothingIfTheNewRunCannotBegin) {
   const int tp = runtime().size();
   pretrain("run", tp, {"training.steps=1"});
   const auto before = contents_of(files("run").directory);
-  for (const std::string wrong : {"data.directory=missing", "data.vocabulary_size=268"}) {
+  for (const std::string wrong : {"data.directory=missing", "data.vocabulary_size=267"}) {
     pretrain_error("run", tp, {"run.fresh=true", wrong});
     EXPECT_EQ(contents_of(files("run").directory), before) << wrong;
   }
@@ -305,7 +307,8 @@ TEST_F(Pretrain, RefusesADirectoryThatAnotherRunIsIn) {
   pretrain("run", tp, {"training.steps=1"});
 }
 
-// Two hosts with copies of the pictures: here a folder's name that means another one to each rank.
+// Two hosts with copies of the pictures: here a folder's name that means another one to each rank. All pack from rank 0's
+// list, so captions needn't be the same; pictures must.
 TEST_F(Pretrain, RefusesReplicasWithOtherPictures) {
   if (runtime().size() == 1) return;
   on_main([&] {
@@ -315,10 +318,13 @@ TEST_F(Pretrain, RefusesReplicasWithOtherPictures) {
   });
   const auto here = fs::current_path();
   fs::current_path(folder_.path() / (runtime().rank() == 1 ? "other" : "."));
-  const auto text = pretrain_error("run", 1, {"data.directory=pictures", "training.global_batch=4"});
+  const Overrides overrides = {"data.directory=pictures", "training.global_batch=4", "training.steps=1"};
+  pretrain("alike", 1, overrides);
+  on_main([&] { write_file(folder_.path() / "other/pictures/picture3.png", "another picture"); });
+  const auto text = pretrain_error("run", 1, overrides);
   fs::current_path(here);
-  EXPECT_TRUE(contains(text, "data.directory pictures holds 12 captioned pictures (hash"));
-  EXPECT_TRUE(contains(text, ", on rank 0 12 captioned pictures (hash"));
+  EXPECT_TRUE(contains(text, "data.directory pictures isn't the same on all hosts: picture3.png has "));
+  EXPECT_TRUE(contains(text, " bytes on rank 0's, here 15"));
   EXPECT_TRUE(contains(text, "rank 1 of "));
 }
 
@@ -334,19 +340,76 @@ TEST_F(Pretrain, SaysHowManyPicturesFitIntoNoPack) {
   EXPECT_TRUE(contains(testing::internal::GetCapturedStdout(), "with their captions: 1\n"));
 }
 
+/// Leaves a picture's header and takes the rest.
+void cut(const fs::path& picture) { fs::resize_file(picture, fs::file_size(picture) / 2); }
+
 TEST_F(Pretrain, TakesABrokenPictureAsBlack) {
-  pretrain("run", runtime().size(), {"training.steps=1"});
+  on_main([&] {
+    for (const auto* name : {"picture1.png", "picture2.png", "picture3.png"}) cut(pictures() / name);
+  });
+  if (runtime().rank() == 0) testing::internal::CaptureStderr();
+  pretrain("broken", runtime().size(), {"training.steps=4", "validation.interval=1", "report.pictures=12"});
+  if (runtime().rank() == 0) {
+    const auto said = testing::internal::GetCapturedStderr();
+    // Each once, in whatever epoch and on whatever rank it was read; the fourth step is in the second epoch at least.
+    for (const auto* name : {"picture1.png", "picture2.png", "picture3.png"}) {
+      const auto at = said.find(name);
+      EXPECT_TRUE(at != std::string::npos && said.find(name, at + 1) == std::string::npos) << said;
+    }
+    const auto lines = metrics_of(files("broken"));
+    EXPECT_EQ(lines.size(), 4U);
+    EXPECT_TRUE(!lines.empty() && lines[0].value("loss", 0.0) > 1.0 && lines[0].contains("validation_loss"));
+  }
+}
+
+TEST_F(Pretrain, StopsAtTooManyBrokenPictures) {
+  on_main([&] {
+    for (const auto* name : {"picture1.png", "picture2.png"}) write_file(pictures() / name, "no picture");
+  });
+  const int tp = runtime().size();
+  pretrain("two", tp, {"training.steps=1"});
+  EXPECT_TRUE(contains(pretrain_error("share", tp, {"data.max_unreadable=0.1"}),
+                       "2 of 12 pictures can't be read (first: " + (pictures() / "picture1.png").string() +
+                           ": it is none of PNG, JPEG, WebP, GIF, BMP, TIFF), which is more than "
+                           "data.max_unreadable 0.1 allows"));
+  // Headers may be whole where pictures aren't.
+  on_main([&] {
+    for (int i = 3; i < 12; ++i) cut(pictures() / ("picture" + std::to_string(i) + ".png"));
+  });
+  EXPECT_TRUE(contains(pretrain_error("later", tp, {"training.steps=9"}), "more than data.max_unreadable allows"));
   on_main([&] {
     for (const auto& entry : fs::directory_iterator(pictures())) {
       if (entry.path().extension() == ".png") write_file(entry.path(), "no picture");
     }
   });
-  pretrain("broken", runtime().size(), {"training.steps=1"});
+  EXPECT_TRUE(contains(pretrain_error("all", tp, {"data.max_unreadable=1"}), "12 of 12 pictures can't be read"));
+}
+
+// A start takes pictures and captions from the index where the folder's time is the same; files that were changed in
+// place are found when they are read, and looked at by the next start.
+TEST_F(Pretrain, FindsFilesThatChangedWithoutTheirFolder) {
+  const int tp = runtime().size();
+  const auto index_file = files("run").directory / "pictures.index";
+  on_main([&] {
+    auto index = step37::scan_folder(pictures());
+    for (auto& folder : index.folders) {
+      struct stat status {};
+      EXPECT_EQ(stat((pictures() / folder.path).c_str(), &status), 0);
+      folder.changed = int64_t{status.st_ctim.tv_sec} * 1'000'000'000 + status.st_ctim.tv_nsec;
+      for (auto& picture : folder.pictures) picture.modified = 1;
+    }
+    write_file(index_file, step37::to_bytes(index));
+  });
+  if (runtime().rank() == 0) testing::internal::CaptureStderr();
+  pretrain("run", tp, {"training.steps=1"});
   if (runtime().rank() == 0) {
-    const auto lines = metrics_of(files("broken"));
-    EXPECT_EQ(lines.size(), 1U);
-    EXPECT_TRUE(!lines.empty() && lines[0].value("loss", 0.0) > 1.0 && lines[0].contains("validation_loss"));
+    const auto said = testing::internal::GetCapturedStderr();
+    const auto at = said.find("has changed since");
+    EXPECT_TRUE(at != std::string::npos && said.find("has changed since", at + 1) == std::string::npos) << said;
+    EXPECT_FALSE(fs::exists(index_file));
   }
+  pretrain("run", tp, {"training.steps=2"});
+  EXPECT_TRUE(fs::exists(index_file));
 }
 
 TEST_F(Pretrain, LeavesPicturesWithoutCaptionOut) {

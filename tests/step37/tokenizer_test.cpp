@@ -160,9 +160,40 @@ TEST(Tokenizer, ModelFileAtFaultIsNamed) {
 
 TEST(Tokenizer, WrongTrainingArguments) {
   EXPECT_TRUE(contains(value_error([] { Tokenizer::train({}, kVocabSize); }), "no captions"));
-  EXPECT_TRUE(contains(value_error([] { Tokenizer::train(captions(), 266); }), "266"));
-  EXPECT_TRUE(contains(value_error([] { Tokenizer::train(captions(), 270); }), "270"));  // fewer than there are letters
+  EXPECT_TRUE(
+      contains(value_error([] { Tokenizer::train(captions(), 266); }), "data.vocabulary_size 266 is too small"));
   EXPECT_TRUE(contains(value_error([] { Tokenizer::train({"", ""}, kVocabSize); }), "2 captions"));
+}
+
+TEST(Tokenizer, TheRarestCharactersAreSpelledInBytesWhereThereIsNoRoom) {
+  // 2000 different characters, each once, and the space before each caption.
+  std::vector<std::string> list;
+  for (int caption = 0; caption < 200; ++caption) {
+    std::string text;
+    for (int i = 0; i < 10; ++i) {
+      const int code = 0x4e00 + 10 * caption + i;
+      text += {static_cast<char>(0xe0 | code >> 12), static_cast<char>(0x80 | (code >> 6 & 0x3f)),
+               static_cast<char>(0x80 | (code & 0x3f))};
+    }
+    list.push_back(text);
+  }
+  const auto needed = Tokenizer::needed(list);
+  EXPECT_EQ(needed.num_characters, 2000);  // 99.95 % of 2200
+  EXPECT_EQ(needed.vocab_size, 2266);
+  EXPECT_EQ(Tokenizer::train(list, needed.vocab_size).vocab_size(), needed.vocab_size);
+  for (const int64_t size : {268, 300, 1000, 2265}) {
+    const auto tokenizer = Tokenizer::train(list, size);
+    EXPECT_LE(tokenizer.vocab_size(), size);
+    for (const auto& caption : {list.front(), list.back(), std::string("a duck")}) {
+      const auto ids = tokenizer.encode(caption);
+      EXPECT_EQ(tokenizer.decode(ids), caption) << size;
+      EXPECT_EQ(std::count(ids.begin(), ids.end(), tokenizer.unk_id()), 0) << size;
+    }
+  }
+  // The letters that there is room for are the most frequent ones.
+  const auto tokenizer = Tokenizer::train({"aaaab", "aaaac", "aaaad"}, 268);
+  EXPECT_EQ(tokenizer.encode("ab").size(), 3U) << "a space, a, and b in bytes";
+  EXPECT_EQ(tokenizer.encode("bb").size(), 3U) << "a space, and b twice in bytes";
 }
 
 TEST(Tokenizer, FewCaptionsGiveFewPieces) {

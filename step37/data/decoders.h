@@ -1,0 +1,32 @@
+// One decoder a format, for picture_file.cpp.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "step37/data/picture_file.h"
+
+namespace step37::internal {
+
+/// A picture as its file holds it, not yet turned.
+struct StoredPicture : RgbaPicture {
+  int orientation = 1;  ///< EXIF's: 1 as it is, 2 to 8 mirrored or turned
+};
+
+/// Whether the pixels are asked for. Decoders allocate nothing of the picture's size before they have asked.
+inline bool is_wanted(const RgbaPicture& picture, int64_t max_pixels) {
+  return picture.width * picture.height <= max_pixels;
+}
+
+// As decode_picture_file. Each wants a file that begins as its format does.
+StoredPicture decode_png(std::span<const uint8_t> bytes, int64_t max_pixels);
+StoredPicture decode_jpeg(std::span<const uint8_t> bytes, int64_t max_pixels);
+StoredPicture decode_webp(std::span<const uint8_t> bytes, int64_t max_pixels);
+StoredPicture decode_gif(std::span<const uint8_t> bytes, int64_t max_pixels);
+StoredPicture decode_bmp(std::span<const uint8_t> bytes, int64_t max_pixels);
+StoredPicture decode_tiff(std::span<const uint8_t> bytes, int64_t max_pixels);
+
+/// The orientation in a block of EXIF data, with or without "Exif\0\0" before it; 1 where it has none or is broken.
+int exif_orientation(std::span<const uint8_t> exif);
+
+}  // namespace step37::internal
