@@ -170,6 +170,20 @@ cores() {
   printf '%d\n' $((count > 0 ? count : 1))
 }
 
+# gpus: how many GPUs a program sees here.
+gpus() {
+  local count=0 visible=${CUDA_VISIBLE_DEVICES-all}
+  if command -v nvidia-smi >/dev/null; then
+    count=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || true
+  fi
+  # A list hides the rest; from -1 on it hides everything.
+  if [[ $visible != all ]]; then
+    visible=$(tr ',' '\n' <<<"$visible" | awk '/^ *-/ || !/[^ ]/ { exit } { ++n } END { print n + 0 }')
+    [[ $visible -ge $count ]] || count=$visible
+  fi
+  printf '%d\n' "$count"
+}
+
 # available_memory: in MB, of the machine and of the control groups; files that are cached can be given up.
 available_memory() {
   local available folder limit name used cached left

@@ -4,17 +4,18 @@
 #
 #   scripts/pretrain.sh [--ranks N] [--config FILE] [section.key=value ...]
 #
-#   scripts/pretrain.sh                                      configs/tuxpaint.yaml on two ranks
+#   scripts/pretrain.sh                                      configs/tuxpaint.yaml on two ranks; one where there is one GPU
 #   scripts/pretrain.sh data.directory=my/pictures run.directory=runs/mine
 #   scripts/pretrain.sh --ranks 4 parallel.tensor=2          two replicas of two ranks
 #
 # Folders in settings and in FILE are relative to the folder you are in; those of configs/tuxpaint.yaml, which is taken
 # without --config, to the clone. The pictures are fetched if the configuration names data/tuxpaint and no setting another
-# folder.
+# folder. Where neither says which device is meant (run.device), it is the GPUs if there are any, otherwise the CPU.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-ranks=2
+ranks=
 config=
+device=
 overrides=()
 pictures=
 while [[ $# -gt 0 ]]; do
@@ -29,11 +30,12 @@ while [[ $# -gt 0 ]]; do
       [[ $1 != data.directory=* ]] || pictures=$path
       shift
       ;;
+    run.device=*) overrides+=("$1"); device=${1#*=}; shift ;;
     *=*) overrides+=("$1"); shift ;;
     *) fail "unknown option $1 (see --help)" ;;
   esac
 done
-[[ $ranks =~ ^[1-9][0-9]*$ ]] || fail "--ranks $ranks: expected a number of ranks"
+[[ -z $ranks || $ranks =~ ^[1-9][0-9]*$ ]] || fail "--ranks $ranks: expected a number of ranks"
 [[ -z $config || -r $config ]] || fail "--config $config: there is no such file, or no right to read it"
 # Without --config everything is the clone's.
 [[ -n $config ]] || { config=$root/configs/tuxpaint.yaml; cd "$root"; }
@@ -43,6 +45,15 @@ if [[ -z $pictures ]] && grep -q data/tuxpaint "$config"; then
   "$root/scripts/fetch_tuxpaint.sh"
   [[ data/tuxpaint -ef $root/data/tuxpaint ]] || overrides+=("data.directory=$root/data/tuxpaint")
 fi
+
+# Said here, so that a GPU that the driver can't use is an error rather than a slow run.
+gpus=0
+! grep -qs '^MCPP_BUILT_WITH_NCCL:.*=ON' "$root/build/CMakeCache.txt" || gpus=$(gpus)
+if [[ -z $device ]] && ! grep -qE '(^|[{,[:blank:]])device:' "$config"; then
+  device=$([[ $gpus -gt 0 ]] && echo cuda || echo cpu)
+  overrides+=("run.device=$device")
+fi
+[[ -n $ranks ]] || ranks=$([[ $device == cuda && $gpus -eq 1 ]] && echo 1 || echo 2)
 
 # Cores are shared out among the ranks.
 cores=$(cores)

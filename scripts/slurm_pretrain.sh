@@ -22,6 +22,8 @@ source scripts/common.sh
 
 config=configs/tuxpaint.yaml
 overrides=()
+# A GPU that was asked for and can't be used is an error rather than a slow run.
+[[ ${SLURM_JOB_GPUS:+some}${SLURM_GPUS_ON_NODE:-0} == 0 ]] || overrides=(run.device=cuda)
 while [[ $# -gt 0 ]]; do
   case $1 in
     --config) [[ $# -ge 2 ]] || fail "--config needs a file"; config=$2; shift 2 ;;

@@ -210,6 +210,43 @@ class LauncherTest(MachineTest):
         self.assertNotIn("bind-to", outcome.stdout)
 
 
+class DeviceTest(MachineTest):
+    def started(self, gpus, *words, nccl="ON", visible=None, config=None):
+        """The ranks and the device that pretrain.sh asks for on a machine with so many GPUs."""
+        self.prepare_pretrain()
+        with (self.clone / "build/CMakeCache.txt").open("a") as cache:
+            cache.write(f"MCPP_BUILT_WITH_NCCL:INTERNAL={nccl}\n")
+        self.tool("nvidia-smi", f'for ((i = 0; i < {gpus}; ++i)); do echo "GPU $i: a card"; done')
+        (self.folder / "mine.yaml").write_text(config or "data: {directory: p}\n")
+        environment = {"CUDA_VISIBLE_DEVICES": visible} if visible is not None else {}
+        outcome = self.script("pretrain.sh", "--config", "mine.yaml", *words, environment=environment)
+        self.assertSucceeds(outcome)
+        return (re.search(r"<-np>\n<(\d+)>", outcome.stdout)[1], *re.findall(r"<run\.device=(\w+)>", outcome.stdout))
+
+    def test_pretrain_sh_says_which_device_it_means(self):
+        self.assertEqual(self.started(0), ("2", "cpu"))
+        self.assertEqual(self.started(1), ("1", "cuda"))
+        self.assertEqual(self.started(4), ("2", "cuda"))
+        self.assertEqual(self.started(1, "--ranks", "2"), ("2", "cuda"))  # which the program refuses, and says why
+        self.assertEqual(self.started(4, visible="2"), ("1", "cuda"))
+        for nothing in "", "-1", "-1,0":
+            self.assertEqual(self.started(4, visible=nothing), ("2", "cpu"))
+        self.assertEqual(self.started(1, nccl="OFF"), ("2", "cpu"))
+        self.assertEqual(self.started(1, "run.device=cpu"), ("2", "cpu"))
+        self.assertEqual(self.started(1, config="run: {fresh: true, device: cpu}\n"), ("2",))
+        self.assertEqual(self.started(1, config="run:\n  device: auto\n"), ("2",))
+
+    def test_slurm_with_gpus(self):
+        self.prepare_pretrain()
+        self.tool("srun", '[[ $* == *--mpi=list* ]] && echo pmix || printf "<%s>\\n" "$@"')
+        self.tool("step37", "exit 1", self.clone / "build/bin")
+        for variables, device in (({}, []), ({"SLURM_GPUS_ON_NODE": "0"}, []), ({"SLURM_GPUS_ON_NODE": "2"}, ["cuda"]),
+                                  ({"SLURM_JOB_GPUS": "0"}, ["cuda"])):  # a list: number 0
+            outcome = self.script("slurm_pretrain.sh", environment={
+                "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(self.clone), **variables})
+            self.assertEqual(re.findall(r"<run\.device=(\w+)>", outcome.stdout), device)
+
+
 class PathsTest(MachineTest):
     def test_relative_to_where_the_user_stands(self):
         self.prepare_pretrain()
