@@ -25,10 +25,10 @@ constexpr int64_t kImageRows = 169;
 constexpr int64_t kPatchRows = 81;
 
 /// Cheap values of about the size of real ones; what they are doesn't matter to the time.
-at::Tensor values(at::IntArrayRef shape, at::ScalarType dtype, double scale) {
+at::Tensor values(at::IntArrayRef shape, const at::TensorOptions& options, double scale) {
   // A ramp that repeats, written once and expanded: a tensor of float32 numbers may not fit beside one of bfloat16.
-  const auto ramp = at::arange(-125.0, 126.0, at::TensorOptions(at::kFloat)).mul_(scale / 125.0).to(dtype);
-  auto result = at::empty(shape, dtype);
+  const auto ramp = at::arange(-125.0, 126.0, options.dtype(at::kFloat)).mul_(scale / 125.0).to(options);
+  auto result = at::empty(shape, options);
   const auto flat = result.view(-1);
   const int64_t whole = flat.numel() / ramp.numel();
   flat.narrow(0, 0, whole * ramp.numel()).view({whole, ramp.numel()}).copy_(ramp.expand({whole, ramp.numel()}));
@@ -40,7 +40,7 @@ at::Tensor values(at::IntArrayRef shape, at::ScalarType dtype, double scale) {
 void fill(const torch::nn::Module& module) {
   const at::NoGradGuard no_grad;
   for (auto& parameter : module.parameters()) {
-    parameter.copy_(values(parameter.sizes(), parameter.scalar_type(), 0.02));
+    parameter.copy_(values(parameter.sizes(), parameter.options().requires_grad(false), 0.02));
     parameter.mutable_grad() = at::zeros_like(parameter);
   }
 }
@@ -57,7 +57,14 @@ const std::vector<at::Tensor>& features_of(const Batch& batch, bool trained) {
   return trained ? batch.trained_features : batch.frozen_features;
 }
 
-at::ScalarType dtype_of(const Batch& batch) { return batch.frozen_features.front().scalar_type(); }
+/// Dtype and device of the batch's floating-point tensors, and so of the layers around it.
+at::TensorOptions options_of(const Batch& batch) { return batch.frozen_features.front().options(); }
+
+/// `layer` as the batch is.
+template <class Layer>
+void move_to(const Batch& batch, Layer& layer) {
+  layer->to(options_of(batch).device(), options_of(batch).dtype().toScalarType());
+}
 
 /// The batch's images with the features of each group, of all its images.
 std::vector<ImageForInsert> images_of(const Batch& batch, const std::vector<at::Tensor>& features) {
@@ -83,8 +90,8 @@ std::vector<ImageForInsert> own_images_of(const Batch& batch, bool trained, cons
       if (*holder == tp->getRank()) own.push_back(image);
     }
     images[g].rows = at::full({group.num_images}, group.rows, at::kLong);
-    images[g].image_features =
-        batch.frozen_features[g].index_select(0, at::tensor(own, at::kLong)).set_requires_grad(trained);
+    const auto own_indices = at::tensor(own, at::kLong).to(options_of(batch).device());
+    images[g].image_features = batch.frozen_features[g].index_select(0, own_indices).set_requires_grad(trained);
   }
   return images;
 }
@@ -111,7 +118,7 @@ void add_insert_ways(std::vector<Way>& ways, const std::string& name, const Size
                                              .exchange(exchange)
                                              .accumulate_into_grad(true)
                                              .checked(false));
-  insert->to(dtype_of(batch));
+  move_to(batch, insert);
   fill(*insert);
   for (const bool trained : {false, true}) {
     auto images = images_of(batch, features_of(batch, trained));
@@ -134,15 +141,15 @@ void add_insert_ways(std::vector<Way>& ways, const std::string& name, const Size
 
 /// The matrix products alone of 1/t of the projector: what no sharding can do without.
 void add_gemm_ways(std::vector<Way>& ways, const Sizes& sizes, const Batch& batch, const parallel::GroupPtr& tp) {
-  const auto dtype = dtype_of(batch);
+  const auto options = options_of(batch);
   const int64_t width = sizes.hidden / tp->getSize();
-  const auto weight = values({width, sizes.channels}, dtype, 0.02).set_requires_grad(true);
+  const auto weight = values({width, sizes.channels}, options, 0.02).set_requires_grad(true);
   weight.mutable_grad() = at::zeros_like(weight);
   for (const bool trained : {false, true}) {
     const auto& leaves = features_of(batch, trained);
     int64_t num_rows = 0;
     for (const auto& group : batch.groups) num_rows += group.num_images * group.rows;
-    const auto gradient = values({num_rows, width}, dtype, 1e-3);
+    const auto gradient = values({num_rows, width}, options, 1e-3);
     ways.push_back({"projector_gemm", "column", trained, leaves, [=] {
                       std::vector<at::Tensor> own;
                       for (const auto& features : leaves) own.push_back(features.view({-1, features.size(2)}));
@@ -164,7 +171,8 @@ class PublicWay {
     const auto& words = shared->word_embeddings->weight;
     embedding_->word_embeddings->weight.set_data(words.detach());
     embedding_->word_embeddings->weight.mutable_grad() = words.grad();
-    weight_ = values({sizes.hidden, sizes.channels}, words.scalar_type(), 0.02).set_requires_grad(true);
+    weight_ =
+        values({sizes.hidden, sizes.channels}, words.options().requires_grad(false), 0.02).set_requires_grad(true);
     weight_.mutable_grad() = at::zeros_like(weight_);
   }
 
@@ -198,7 +206,8 @@ class PublicWay {
 
 }  // namespace
 
-Batch make_batch(const Sizes& sizes, at::ScalarType dtype) {
+Batch make_batch(const Sizes& sizes, at::ScalarType dtype, at::Device device) {
+  const auto options = at::TensorOptions(dtype).device(device);
   Batch batch;
   std::mt19937_64 random(1);
   std::vector<int64_t> ids(static_cast<size_t>(sizes.sequence));
@@ -217,11 +226,11 @@ Batch make_batch(const Sizes& sizes, at::ScalarType dtype) {
   batch.groups = {{kPatchStart, sizes.patches_per_pack * packs, kPatchRows},
                   {kImageStart, sizes.images_per_pack * packs, kImageRows}};
   for (const auto& group : batch.groups) {
-    const auto features = values({group.num_images, group.rows, sizes.channels}, dtype, 1.0);
+    const auto features = values({group.num_images, group.rows, sizes.channels}, options, 1.0);
     batch.frozen_features.push_back(features);
     batch.trained_features.push_back(features.detach().set_requires_grad(true));
   }
-  batch.gradient = values({sizes.sequence, 1, sizes.hidden}, dtype, 1e-3);
+  batch.gradient = values({sizes.sequence, 1, sizes.hidden}, options, 1e-3);
   return batch;
 }
 
@@ -230,7 +239,7 @@ std::vector<Way> vocab_ways(const Sizes& sizes, const Batch& batch, bool all_sha
                                                  .sequence_parallel(true)
                                                  .accumulate_into_grad(true),
                                              tp);
-  embedding->to(dtype_of(batch));
+  move_to(batch, embedding);
   fill(*embedding);
   std::vector<Way> ways;
   const auto gradient = own_rows(batch.gradient, tp);
@@ -259,7 +268,7 @@ std::vector<Way> hidden_ways(const Sizes& sizes, const Batch& batch, bool all_sh
                                                  .sequence_parallel(true)
                                                  .accumulate_into_grad(true),
                                              tp, megatron::EmbeddingSharding::kHidden);
-  embedding->to(dtype_of(batch));
+  move_to(batch, embedding);
   fill(*embedding);
   std::vector<Way> ways;
   add_insert_ways(ways, "fused_hidden", sizes, batch, embedding, ProjectorSharding::kColumn, InsertExchange::kFused);

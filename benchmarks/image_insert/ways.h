@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/Device.h>
 
 #include <cstdint>
 #include <functional>
@@ -43,8 +44,8 @@ struct Batch {
 };
 
 /// <patch_start> and <im_start> with their rows, spread over the sequence as the tokenizer lays them out; other ids are
-/// random words.
-Batch make_batch(const Sizes& sizes, at::ScalarType dtype);
+/// random words. Ids are on the CPU, everything else on `device`.
+Batch make_batch(const Sizes& sizes, at::ScalarType dtype, at::Device device = at::kCPU);
 
 /// One forward and backward pass of one way. Gradients of parameters are kept and added into, as between micro-batches.
 /// Column and row sharding get the features of all images on every rank (row: its channels), the replicated one those
