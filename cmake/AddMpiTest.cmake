@@ -1,5 +1,6 @@
-# add_mpi_test(NAME x_test SOURCES x_test.cpp LIBRARIES y RANKS 1 2 4 [TIMEOUT s] [ARGS ...])
+# add_mpi_test(NAME x_test SOURCES x_test.cpp LIBRARIES y RANKS 1 2 4 [TIMEOUT s] [ARGS ...] [GPU])
 #
+# GPU: one of those that scripts/gpu_check.sh takes to a machine with a GPU; it finds them by the label gpu.
 # One executable, one ctest test per rank count (x_test.np2). ctest's TIMEOUT is the outer net; the watchdog of
 # tests/support/mpi_main.cpp fires 10 s earlier and names the test that hangs.
 set(MPI_TEST_FLAGS "")
@@ -27,8 +28,10 @@ function(list_test_sources program)
   endforeach()
 endfunction()
 
+add_custom_target(gpu_tests)
+
 function(add_mpi_test)
-  cmake_parse_arguments(PARSE_ARGV 0 T "" "NAME;TIMEOUT" "SOURCES;LIBRARIES;RANKS;ARGS")
+  cmake_parse_arguments(PARSE_ARGV 0 T "GPU" "NAME;TIMEOUT" "SOURCES;LIBRARIES;RANKS;ARGS")
   if(T_UNPARSED_ARGUMENTS OR NOT T_RANKS)
     message(FATAL_ERROR "add_mpi_test(${T_NAME}): RANKS is required; unknown: ${T_UNPARSED_ARGUMENTS}")
   endif()
@@ -40,13 +43,18 @@ function(add_mpi_test)
   target_link_libraries(${T_NAME} PRIVATE ${T_LIBRARIES} mpi_gtest_main)
   mcpp_warnings(${T_NAME})
   target_precompile_headers(${T_NAME} REUSE_FROM mcpp_precompiled)
+  set(labels mpi)
+  if(T_GPU)
+    list(APPEND labels gpu)
+    add_dependencies(gpu_tests ${T_NAME})
+  endif()
   foreach(n IN LISTS T_RANKS)
     set(test ${T_NAME}.np${n})
     add_test(NAME ${test} COMMAND ${MPIEXEC_EXECUTABLE} ${MPIEXEC_NUMPROC_FLAG} ${n} ${MPI_TEST_FLAGS}
       ${MPIEXEC_PREFLAGS} $<TARGET_FILE:${T_NAME}> ${MPIEXEC_POSTFLAGS} ${T_ARGS}
       --gtest_output=xml:${CMAKE_BINARY_DIR}/test-results/${test}.xml)
     math(EXPR watchdog "${T_TIMEOUT} - 10")
-    set_tests_properties(${test} PROPERTIES PROCESSORS ${n} TIMEOUT ${T_TIMEOUT} LABELS "mpi;np${n}"
+    set_tests_properties(${test} PROPERTIES PROCESSORS ${n} TIMEOUT ${T_TIMEOUT} LABELS "${labels};np${n}"
       # One mpirun at a time: Open MPI 4 fails to start now and then ("orte_session_dir failed") while another one of the
       # same user ends and removes the session folder that both use.
       RESOURCE_LOCK mpirun
