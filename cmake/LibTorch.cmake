@@ -67,8 +67,8 @@ if(NOT TARGET LibTorch::torch)
   target_link_libraries(LibTorch::torch INTERFACE LibTorch::torch_cpu LibTorch::c10)
   # fmt 12 without its library, which is inside libtorch_cpu, hidden.
   target_compile_definitions(LibTorch::torch INTERFACE $<${own_fmt}:FMT_HEADER_ONLY=1> USE_DISTRIBUTED USE_C10D)
-  # libtorch_cpu of a CUDA wheel needs libcudart and libcupti, which lie beside it.
-  foreach(folder IN LISTS torch_nvidia_folders)
+  # libtorch_cpu of a CUDA wheel needs libcudart and libcupti, which lie beside it; shared libraries of ours libtorch_cuda.
+  foreach(folder IN LISTS torch_nvidia_folders ITEMS "${Torch_ROOT}/lib")
     target_link_options(LibTorch::torch INTERFACE "LINKER:-rpath-link,${folder}")
   endforeach()
 endif()

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Makes a folder that checks a machine with a GPU, and runs it. docs/gpu.md says what each part shows.
+#
+#   scripts/gpu_check.sh build [FOLDER]                        build-gpu/bundle without one; its path has no blanks
+#   scripts/gpu_check.sh run FOLDER [PART...] [--output DIR]   as FOLDER/run.sh; its --help lists the parts
+#
+# build: on Debian 12, against torch 2.11.0 of CUDA 13.0, which it sets up in the cache. The folder holds programs, tests,
+# test cases, pictures, Open MPI and every shared library that neither LibTorch nor glibc brings, 40 MiB at most. Its last
+# line is "GPU check: FOLDER".
+# run: with the LibTorch of the python3 in PATH, without a network, a compiler or an MPI. Parts are letters, all without
+# any. Without a GPU parts run on the CPU at small sizes, or say so. Exit status 0 if nothing that ran was wrong.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+torch_version=2.11.0
+cuda_version=13.0.*  # its CUDA
+
+build() {
+  local folder
+  case ${1:-} in
+    -*) fail "unknown option $1 (see --help)" ;;
+    '') folder=$(realpath --relative-to="$PWD" -m "$root/build-gpu/bundle") ;;
+    *) folder=$1 ;;
+  esac
+  [[ $# -le 1 ]] || fail "build takes one folder, not also $2 (see --help)"
+  [[ ! $folder =~ [[:space:]] ]] || fail "'$folder': the folder's path must have no blanks"
+  # Programs run on this system's glibc and newer ones: one that is newer than the target's would be of no use.
+  grep -qs '^VERSION_CODENAME=bookworm' "$system/etc/os-release" ||
+    fail "build wants Debian 12, whose programs run on later systems; this is $(system_name)"
+
+  install_packages python3-venv
+  local environment=torch-$torch_version-1  # the last number changes when the packages in it do
+  python_environment "$environment" "torch==$torch_version" "nvidia-cuda-crt==$cuda_version"
+  local torch
+  torch=$(echo "$cache/$environment"/lib/python3*/site-packages/torch)
+  Torch_ROOT=$torch "$root/scripts/build.sh" --preset gpu --target gpu_check_programs >&2
+  # Pictures are scaled with Pillow.
+  install_packages binutils openmpi-bin python3-pil
+  "$root/scripts/fetch_tuxpaint.sh" >&2
+  run /usr/bin/python3 -B "$root/benchmarks/gpu_check/bundle.py" --source "$root" --build "$root/build-gpu" \
+    --torch "$torch" --pictures "$root/data/tuxpaint" --folder "$folder"
+  printf 'GPU check: %s\n' "$folder"
+}
+
+case ${1:-} in
+  build) shift; build "$@" ;;
+  run)
+    [[ $# -ge 2 ]] || fail "run needs the folder that build made (see --help)"
+    [[ -e $2/run.sh ]] || fail "$2 is no folder that build made: it has no run.sh"
+    exec "$2/run.sh" "${@:3}"
+    ;;
+  --help) usage ;;
+  '') fail "build or run? (see --help)" ;;
+  *) fail "unknown command $1: expected build or run (see --help)" ;;
+esac
