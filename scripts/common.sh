@@ -122,6 +122,15 @@ python_environment() {
   flock -u 9
 }
 
+# use_oldest_libtorch: sets up the oldest LibTorch that the project builds with, and sets Torch_ROOT to it. It is also the one
+# of the machines with a GPU that scripts/gpu_check.sh is for.
+use_oldest_libtorch() {
+  local name=torch-2.11.0-1  # the last number changes when the packages in it do
+  python_environment "$name" torch==2.11.0 "nvidia-cuda-crt==13.0.*"
+  Torch_ROOT=$(echo "$cache/$name"/lib/python3*/site-packages/torch)
+  export Torch_ROOT
+}
+
 # cgroup_folders CONTROLLER: the folders, own one first, in which the limits of this process's control groups stand, of
 # version 2 and of version 1 (CONTROLLER: cpu or memory).
 cgroup_folders() {

@@ -6,6 +6,9 @@
 #
 #   tidy      clang-tidy on every file
 #   sanitize  every check of the address and undefined-behaviour sanitizers, one- and two-rank tests
+#   headers   each public header compiled alone
+#   consumers projects that have this one as a part of theirs, built whole
+#   oldest    a build against the oldest LibTorch, and the two-rank tests of parallel/
 #   shared    a build with shared libraries, installed, moved and used, and the two-rank tests
 #   mpich     a build with MPICH and the two-rank tests under it
 #   faults    200 ranks killed, stopped or throwing in the middle of a training step
@@ -15,7 +18,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 [[ ${1:-} != --help ]] || { usage; exit 0; }
 gates=("$@")
-[[ $# -gt 0 ]] || gates=(tidy sanitize shared mpich faults fuzz coverage)
+[[ $# -gt 0 ]] || gates=(tidy sanitize headers consumers oldest shared mpich faults fuzz coverage)
 
 cd "$root"
 for gate in "${gates[@]}"; do
@@ -23,6 +26,14 @@ for gate in "${gates[@]}"; do
   case $gate in
     tidy) scripts/tidy.sh ;;
     sanitize) scripts/test.sh --preset sanitize -L '^(unit|np1|np2)$' ;;
+    headers) MCPP_CHANGED_HEADERS=all scripts/test.sh -R '^(install_package|headers_alone_test)$' ;;
+    consumers)
+      scripts/test.sh -L install
+      for project in add_subdirectory FetchContent; do
+        run cmake --build "build/installed/${project}_test" -j "$(compile_jobs)"
+      done
+      ;;
+    oldest) (use_oldest_libtorch && scripts/test.sh --preset oldest --target parallel_test -R '^parallel_test.np2$') ;;
     shared) scripts/test.sh --preset shared -L '^(install|np2)$' ;;
     mpich)
       install_packages libmpich-dev mpich

@@ -11,9 +11,6 @@
 # any. Without a GPU parts run on the CPU at small sizes, or say so. Exit status 0 if nothing that ran was wrong.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-torch_version=2.11.0
-cuda_version=13.0.*  # its CUDA
-
 build() {
   local folder
   case ${1:-} in
@@ -28,16 +25,13 @@ build() {
     fail "build wants Debian 12, whose programs run on later systems; this is $(system_name)"
 
   install_packages python3-venv
-  local environment=torch-$torch_version-1  # the last number changes when the packages in it do
-  python_environment "$environment" "torch==$torch_version" "nvidia-cuda-crt==$cuda_version"
-  local torch
-  torch=$(echo "$cache/$environment"/lib/python3*/site-packages/torch)
-  Torch_ROOT=$torch "$root/scripts/build.sh" --preset gpu --target gpu_check_programs >&2
+  use_oldest_libtorch
+  "$root/scripts/build.sh" --preset gpu --target gpu_check_programs >&2
   # Pictures are scaled with Pillow.
   install_packages binutils openmpi-bin python3-pil
   "$root/scripts/fetch_tuxpaint.sh" >&2
   run /usr/bin/python3 -B "$root/benchmarks/gpu_check/bundle.py" --source "$root" --build "$root/build-gpu" \
-    --torch "$torch" --pictures "$root/data/tuxpaint" --folder "$folder"
+    --torch "$Torch_ROOT" --pictures "$root/data/tuxpaint" --folder "$folder"
   printf 'GPU check: %s\n' "$folder"
 }
 

@@ -139,16 +139,9 @@ class Pieces {
 void check_layers(const Target& target, Report& report) {
   const auto sizes = model_sizes(target);
   const auto quiet = parallel::make_rehearsal_group(0, kTensorParallel, {.device = target.device()});
-  double pace = target.pick(kGigabytesPerSecond, 0.0);
-  auto paced_group = quiet;
-  try {
-    paced_group =
-        parallel::make_rehearsal_group(0, kTensorParallel, {.device = target.device(), .gigabytes_per_second = pace});
-  } catch (const c10::ValueError& error) {
-    // The layers alone are worth their times.
-    report.row({{"what", "copies at a set pace"}, {"left_out", parallel::error_text(error)}});
-    pace = 0.0;
-  }
+  const double pace = target.pick(kGigabytesPerSecond, 0.0);
+  const auto paced_group =
+      parallel::make_rehearsal_group(0, kTensorParallel, {.device = target.device(), .gigabytes_per_second = pace});
   const bool has_copies = pace > 0.0;
   const auto paced = parallel::record(paced_group);
   Pieces without(target, sizes, quiet);

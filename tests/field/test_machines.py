@@ -218,8 +218,10 @@ class DeviceTest(MachineTest):
             cache.write(f"MCPP_BUILT_WITH_NCCL:INTERNAL={nccl}\n")
         self.tool("nvidia-smi", f'for ((i = 0; i < {gpus}; ++i)); do echo "GPU $i: a card"; done')
         (self.folder / "mine.yaml").write_text(config or "data: {directory: p}\n")
-        environment = {"CUDA_VISIBLE_DEVICES": visible} if visible is not None else {}
-        outcome = self.script("pretrain.sh", "--config", "mine.yaml", *words, environment=environment)
+        choice = {"unset": ["-u", "CUDA_VISIBLE_DEVICES"]}
+        if visible is not None:
+            choice = {"environment": {"CUDA_VISIBLE_DEVICES": visible}}
+        outcome = self.script("pretrain.sh", "--config", "mine.yaml", *words, **choice)
         self.assertSucceeds(outcome)
         return (re.search(r"<-np>\n<(\d+)>", outcome.stdout)[1], *re.findall(r"<run\.device=(\w+)>", outcome.stdout))
 
