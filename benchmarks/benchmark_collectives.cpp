@@ -51,8 +51,7 @@ std::vector<Operation> operations(MpiBackend& backend, at::ScalarType dtype, int
          backend.allreduce(tensors, {});
        }},
       {"all_gather", [=, &backend]() mutable { backend._allgather_base(other, part, {}); }},
-      {"all_to_all",
-       [=, &backend]() mutable { backend.alltoall_base(other, full, equal_splits, equal_splits, {}); }},
+      {"all_to_all", [=, &backend]() mutable { backend.alltoall_base(other, full, equal_splits, equal_splits, {}); }},
       {"broadcast",
        [=, &backend] {
          std::vector<at::Tensor> tensors{other};

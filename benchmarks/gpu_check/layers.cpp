@@ -16,7 +16,6 @@
 #include "megatron_cpp/tensor_parallel/column_parallel_linear.h"
 #include "megatron_cpp/tensor_parallel/vocab_parallel_cross_entropy.h"
 #include "megatron_cpp/transformer/transformer_layer.h"
-#include "parallel/agree.h"
 #include "parallel/collectives.h"
 #include "parallel/recording_backend.h"
 #include "parallel/rehearsal_backend.h"

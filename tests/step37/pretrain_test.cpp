@@ -307,8 +307,8 @@ TEST_F(Pretrain, RefusesADirectoryThatAnotherRunIsIn) {
   pretrain("run", tp, {"training.steps=1"});
 }
 
-// Two hosts with copies of the pictures: here a folder's name that means another one to each rank. All pack from rank 0's
-// list, so captions needn't be the same; pictures must.
+// Two hosts with copies of the pictures: here a folder's name that means another one to each rank. All pack from rank
+// 0's list, so captions needn't be the same; pictures must.
 TEST_F(Pretrain, RefusesReplicasWithOtherPictures) {
   if (runtime().size() == 1) return;
   on_main([&] {
