@@ -47,12 +47,18 @@ class OperatorWatch {
     const auto found = counts_.find(name);
     return found == counts_.end() ? 0 : found->second;
   }
-  /// Copies from the CPU to another device.
+#ifdef NDEBUG
+  static constexpr bool kSeesCopies = true;
+#else
+  /// In debug builds RecordFunction::inputs() reads a member that those of LibTorch's release library don't have.
+  static constexpr bool kSeesCopies = false;
+#endif
+  /// Copies from the CPU to another device; 0 unless kSeesCopies.
   int64_t copies_from_host() const {
     const std::lock_guard lock(mutex_);
     return copies_from_host_;
   }
-  /// Copies from another device to the CPU.
+  /// Copies from another device to the CPU; 0 unless kSeesCopies.
   int64_t copies_to_host() const {
     const std::lock_guard lock(mutex_);
     return copies_to_host_;
@@ -74,7 +80,7 @@ class OperatorWatch {
     const std::lock_guard lock(mutex_);
     if (current_ == nullptr) return nullptr;
     ++current_->counts_[function.name()];
-    if (function.name() != std::string("aten::copy_")) return nullptr;
+    if (!kSeesCopies || function.name() != std::string("aten::copy_")) return nullptr;
     const bool to_host = function.inputs()[0].toTensor().is_cpu();
     const bool from_host = function.inputs()[1].toTensor().is_cpu();
     if (from_host && !to_host) ++current_->copies_from_host_;
