@@ -522,8 +522,9 @@ TEST_F(TransformerTest, AttentionInputsThatDoNotFitAreRefusedBeforeAnythingIsSen
 // ---- what goes to the device ----
 
 TEST_F(TransformerTest, ABatchGoesToTheDeviceWhole) {
-  const auto& full = small_config().layers[0];
-  const auto& sliding = small_config().layers[1];
+  const auto config = small_config();
+  const auto& full = config.layers[0];
+  const auto& sliding = config.layers[1];
   const RotaryEmbedding first(full.rotary_dim(8), full.rope_theta, full.rope_scaling);
   const RotaryEmbedding second(sliding.rotary_dim(8), sliding.rope_theta);
   const test_support::OperatorWatch watch;
