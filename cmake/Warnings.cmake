@@ -10,6 +10,10 @@ function(mcpp_warnings target)
     # standard library's, and no pragma reaches it.
     target_compile_options(${target} PRIVATE -Wno-array-bounds -Wno-stringop-overflow)
   endif()
+  if(MCPP_SANITIZE)
+    # The checks that sanitizers put into the standard library's inlined code (<regex>) make GCC warn of it without cause.
+    target_compile_options(${target} PRIVATE -Wno-maybe-uninitialized)
+  endif()
   set_target_properties(${target} PROPERTIES LIBTORCH_OWN_FMT ON)
   if(MCPP_WERROR)
     target_compile_options(${target} PRIVATE -Werror)
