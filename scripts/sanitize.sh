@@ -21,7 +21,8 @@ end=$((minutes * 60))
 cd "$root"
 scripts/build.sh --preset quick --target help >/dev/null
 if [[ ${#tests[@]} -eq 0 ]]; then
-  mapfile -t tests < <(scripts/changed_files.sh '*.cpp' '*.h' | scripts/affected_tests.py build-quick)
+  affected=$(scripts/changed_files.sh '*.cpp' '*.h' | scripts/affected_tests.py build-quick)
+  [[ -z $affected ]] || mapfile -t tests <<<"$affected"
 fi
 
 left=()

@@ -23,7 +23,8 @@ done
 [[ $minutes =~ ^[0-9]*$ ]] || fail "--minutes $minutes: expected a number"
 cd "$root"
 if [[ -n $changed ]]; then
-  mapfile -t files < <(scripts/changed_files.sh '*.cpp')
+  found=$(scripts/changed_files.sh '*.cpp')
+  [[ -z $found ]] || mapfile -t files <<<"$found"
 elif [[ ${#files[@]} -eq 0 ]]; then
   mapfile -t files < <(git ls-files '*.cpp')
 fi
@@ -55,6 +56,6 @@ one_file() {
 }
 export -f one_file
 status=0
-printf '%s\0' "${listed[@]}" | xargs -0 -n 1 -P "$(nproc)" bash -c 'one_file "$1"' one_file || status=$?
+printf '%s\0' "${listed[@]}" | xargs -0 -n 1 -P "$(cores)" bash -c 'one_file "$1"' one_file || status=$?
 [[ ! -s $left ]] || printf 'left to scripts/gates.sh tidy: %s\n' "$(cat "$left")"
 exit "$status"
