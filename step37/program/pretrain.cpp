@@ -78,10 +78,7 @@ class PretrainRun {
       if (train(state) != 0) return kInterruptedStatus;
     }
     write_report();
-    say("\nThe report is " + files_.report().string() + ": open it in a browser.");
-    const auto latest = files_.checkpoints() / "latest";
-    say("To caption a picture of your own:\n  " + this_program() + " generate --checkpoint " +
-        shell_quoted_path(std::filesystem::exists(latest) ? latest : files_.checkpoints()) + " --image a.png");
+    say_what_to_do_next();
     return 0;
   }
 
@@ -94,6 +91,16 @@ class PretrainRun {
     if (!is_main()) return;
     std::printf("%s\n", text.c_str());
     std::fflush(stdout);
+  }
+
+  void say_what_to_do_next() const {
+    if (!is_main()) return;
+    say("\nThe report is " + files_.report().string() + ": open it in a browser.");
+    const auto latest = files_.checkpoints() / "latest";
+    const auto picture = std::filesystem::path(config_.data.directory) / pictures_.training.pictures.front().path;
+    say("To caption a picture, one of these or your own:\n  " + this_program() + " generate --checkpoint " +
+        shell_quoted_path(std::filesystem::exists(latest) ? latest : files_.checkpoints()) + " --image " +
+        shell_quoted_path(picture));
   }
 
   void prepare_directory() {

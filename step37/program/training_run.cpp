@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <iomanip>
@@ -40,6 +41,16 @@ bool dangles(const std::filesystem::path& path) {
 void refuse_dangling_link(const std::filesystem::path& path) {
   TORCH_CHECK_VALUE(!dangles(path), path.string(), " is a link to ", std::filesystem::read_symlink(path).string(),
                     ", which isn't there");
+}
+
+/// As the shell names it, with the links that led there, which the system's own answer lacks.
+std::filesystem::path current_folder() {
+  const char* shell = std::getenv("PWD");
+  if (shell != nullptr && shell[0] == '/') {
+    std::error_code unknown;
+    if (std::filesystem::equivalent(shell, ".", unknown)) return shell;
+  }
+  return std::filesystem::current_path();
 }
 
 }  // namespace
@@ -159,7 +170,7 @@ Tokenizer load_tokenizer(const std::filesystem::path& path, const RunState& stat
 
 std::filesystem::path tokenizer_of_checkpoint(const std::filesystem::path& given, const std::filesystem::path& folder) {
   const auto parent = [](const std::filesystem::path& path) {
-    auto absolute = std::filesystem::absolute(path);
+    auto absolute = current_folder() / path;
     while (absolute.has_relative_path() && (absolute.filename().empty() || absolute.filename() == ".")) {
       absolute = absolute.parent_path();
     }
@@ -169,7 +180,7 @@ std::filesystem::path tokenizer_of_checkpoint(const std::filesystem::path& given
   std::error_code unknown;
   const bool holds_steps = equivalent(given, folder.parent_path(), unknown);
   const auto run = holds_steps ? parent(given) : parent(parent(given));
-  const auto own = RunFiles{folder.parent_path().parent_path()}.tokenizer();
+  auto own = RunFiles{folder.parent_path().parent_path()}.tokenizer();
   for (const auto& directory : {run, run.lexically_normal()}) {
     const auto beside = RunFiles{directory}.tokenizer();
     if (exists(beside, unknown)) return equivalent(beside, own, unknown) ? own : beside;

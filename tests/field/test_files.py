@@ -234,6 +234,9 @@ class Runs(FieldTest):
         self.assertSucceeds(self.pretrain("run.directory=r"))
         for path in ("r/checkpoints/latest", "r/checkpoints", "r/checkpoints/step-00000003/", "./r//checkpoints/latest"):
             self.assertSucceeds(self.generate(path))
+        # A shell that stands in the linked folder: only its PWD tells how it came there.
+        program = f"{PROGRAM} generate --checkpoint latest --image {self.folder}/p/a.png"
+        self.assertSucceeds(self.command("sh", "-c", f"cd r/checkpoints && {program}"))
         (self.folder / "scratch/ck/notes").write_text("mine")
         self.assertSucceeds(self.pretrain("run.directory=r", "run.fresh=true", "training.steps=1"))
         self.assertTrue((self.folder / "r/checkpoints").is_symlink())
@@ -295,9 +298,8 @@ class Runs(FieldTest):
             outcome = self.pretrain(f"run.directory={directory}", "training.steps=1", ranks=1)
             self.assertSucceeds(outcome)
             command = next(line for line in outcome.stdout.splitlines() if "generate --checkpoint" in line)
-            self.assertEqual(shlex.split(command)[-1], "a.png")
-            outcome = self.command("sh", "-c", command.replace("--image a.png", "--image p/a.png"))
-            self.assertSucceeds(outcome)
+            self.assertEqual(shlex.split(command)[-1], "p/a.png")
+            self.assertSucceeds(self.command("sh", "-c", command))
 
     def test_prompts_are_trimmed_as_captions_are(self):
         self.assertSucceeds(self.pretrain("run.directory=r", "training.steps=1", ranks=1))
