@@ -138,7 +138,7 @@ void MpiBackend::exchange(const at::Tensor& output, const std::vector<int64_t>& 
   finish(request, call, std::move(in_flight));
 }
 
-void MpiBackend::gather(const at::Tensor& output, const at::Tensor& input, const CollectiveCall& call) {
+void MpiBackend::gather_to_all(const at::Tensor& output, const at::Tensor& input, const CollectiveCall& call) {
   const int count = to_count(input.numel(), call);
   MPI_Request request = MPI_REQUEST_NULL;
   MCPP_MPI_CHECK(MPI_Iallgather(input.const_data_ptr(), count, transport_type(input), output.mutable_data_ptr(), count,
@@ -169,7 +169,7 @@ SharedWindow* MpiBackend::window_for(const at::Tensor& input, const CollectiveCa
     window_state_ = WindowState::kBeingMade;  // and so it stays if a rank doesn't come
     auto made = SharedWindow::make(rank_, size_, options_.shared_memory_limit, where_, [&](const at::Tensor& mine) {
       auto all = at::empty({size_}, mine.options());
-      gather(all, mine, call);
+      gather_to_all(all, mine, call);
       return all;
     });
     if (made) window_ = std::make_unique<SharedWindow>(std::move(*made));
@@ -183,7 +183,7 @@ void MpiBackend::all_reduce_by_messages(const at::Tensor& output, const at::Tens
   const int64_t elements = input.numel();
   if (static_cast<int64_t>(input.nbytes()) <= kGatherBytes) {
     const auto parts = at::empty({size_, elements}, input.options());
-    gather(parts, input, call);
+    gather_to_all(parts, input, call);
     reduce_in_rank_order(output, parts.unbind(0), reduction);
     return;
   }
@@ -199,7 +199,7 @@ void MpiBackend::all_reduce_by_messages(const at::Tensor& output, const at::Tens
   const auto reduced = at::empty({share}, input.options());
   reduce_in_rank_order(reduced.narrow(0, 0, mine), parts.unbind(0), reduction);
   const auto gathered = at::empty({size_ * share}, input.options());
-  gather(gathered, reduced, call);
+  gather_to_all(gathered, reduced, call);
   output.copy_(gathered.narrow(0, 0, elements));
 }
 
@@ -273,7 +273,7 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::_allgather_base(at::Tensor& output, a
                     "all_gather: output ", output.sizes(), " ", output.scalar_type(), " does not hold ", size_,
                     " inputs ", input.sizes(), " ", input.scalar_type(), " (", where_, ")");
   const auto buffer = contiguous_or_new(output);
-  gather(buffer, input.contiguous(), call("all_gather", input.numel(), options.timeout));
+  gather_to_all(buffer, input.contiguous(), call("all_gather", input.numel(), options.timeout));
   copy_back(output, buffer);
   return finished_work({output});
 }

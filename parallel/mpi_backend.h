@@ -95,7 +95,7 @@ class MpiBackend final : public c10d::Backend {
   void exchange(const at::Tensor& output, const std::vector<int64_t>& output_counts, const at::Tensor& input,
                 const std::vector<int64_t>& input_counts, const CollectiveCall& call);
   /// Gathers `input` of every rank into `output` [t * numel]: MPI_Iallgather on contiguous tensors.
-  void gather(const at::Tensor& output, const at::Tensor& input, const CollectiveCall& call);
+  void gather_to_all(const at::Tensor& output, const at::Tensor& input, const CollectiveCall& call);
   /// Sums (or whatever) the elements of all ranks, with MPI's messages: contiguous vectors; `output` may be `input`.
   void all_reduce_by_messages(const at::Tensor& output, const at::Tensor& input, c10d::ReduceOp::RedOpType reduction,
                               const CollectiveCall& call);

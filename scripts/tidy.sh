@@ -33,10 +33,12 @@ fi
 scripts/build.sh --preset tidy --target help >/dev/null
 # Examples are projects of their own; nccl_groups.cpp is listed only where LibTorch has CUDA.
 listed=()
+unlisted=()
 for file in "${files[@]}"; do
-  grep -q "\"file\": \"$root/$file\"" build-tidy/compile_commands.json && listed+=("$file")
+  if grep -q "\"file\": \"$root/$file\"" build-tidy/compile_commands.json; then listed+=("$file"); else unlisted+=("$file"); fi
 done
 printf '+ clang-tidy on %d files\n' "${#listed[@]}" >&2
+[[ ${#unlisted[@]} -eq 0 ]] || printf 'not compiled here, so left out: %s\n' "${unlisted[*]}" >&2
 [[ ${#listed[@]} -gt 0 ]] || exit 0
 
 version=23.1.4

@@ -108,7 +108,7 @@ Report::Report(const std::filesystem::path& file) {
   TORCH_CHECK_VALUE(file_.is_open(), "cannot write ", file.string());
 }
 
-void Report::row(nlohmann::ordered_json row) {
+void Report::row(const nlohmann::ordered_json& row) {
   const auto line = row.dump();
   if (file_.is_open()) file_ << line << std::endl;  // at once
   std::printf("%s\n", line.c_str());
@@ -118,7 +118,7 @@ void Report::row(nlohmann::ordered_json row) {
 void Report::verdict(nlohmann::ordered_json row, bool right) {
   row["right"] = right;
   if (!right) any_wrong_ = true;
-  this->row(std::move(row));
+  this->row(row);
 }
 
 void Report::no_gpu(const std::string& what) { row({{"what", what}, {"no_gpu", true}}); }
@@ -188,7 +188,7 @@ void check_machine(const Target& target, Report& report) {
                                 {"cores", std::thread::hardware_concurrency()},
                                 {"threads", at::get_num_threads()}};
   row.update(cuda_facts());
-  report.row(std::move(row));
+  report.row(row);
 }
 
 }  // namespace gpu_check

@@ -45,7 +45,7 @@ class Report {
   explicit Report(const std::filesystem::path& file);
 
   /// One thing that was measured or compared: "what" and its values.
-  void row(nlohmann::ordered_json row);
+  void row(const nlohmann::ordered_json& row);
   /// A row with a verdict: where `right` is false, the part is wrong.
   void verdict(nlohmann::ordered_json row, bool right);
   /// A row that says that a part, or a piece of it, needs a GPU.

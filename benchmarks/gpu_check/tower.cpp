@@ -20,7 +20,7 @@ step37::VisionConfig tower_config(const Target& target) {
 
 /// Operations of one picture's forward and backward passes: matrices and attention of the blocks, three times forward.
 double operations_of_picture(const step37::VisionConfig& config) {
-  const auto side = static_cast<double>(config.image_size / config.patch_size);
+  const auto side = static_cast<double>(config.image_size) / static_cast<double>(config.patch_size);
   const double patches = side * side;
   const auto width = static_cast<double>(config.width);
   const double matrices = 2.0 * patches * (4.0 * width * width + 2.0 * width * static_cast<double>(config.mlp_width));

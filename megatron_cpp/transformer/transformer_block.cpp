@@ -2,8 +2,6 @@
 
 #include <c10/util/Exception.h>
 
-#include <utility>
-
 #include "megatron_cpp/transformer/transformer_layer.h"
 
 namespace megatron {
@@ -15,7 +13,7 @@ TransformerBlockImpl::TransformerBlockImpl(const TransformerConfig& config, cons
   for (int64_t number = 0; number < config.num_layers(); ++number) {
     TransformerLayer layer(config, number, tp);
     rotaries_.push_back(layer->self_attention->rotary());
-    layers->push_back(std::move(layer));
+    layers->push_back(layer);
   }
   final_layernorm = register_module("final_layernorm", RMSNorm(config.hidden_size, config.rms_norm_eps,
                                                                hidden_norm_rule(config.sequence_parallel, tp)));

@@ -414,7 +414,8 @@ struct Reader {
   bool ok = true;
   void operator()(int64_t& value) {
     value = 0;
-    if (!(ok = ok && bytes.size() >= 8)) return;
+    ok = ok && bytes.size() >= 8;
+    if (!ok) return;
     uint64_t bits = 0;
     for (size_t i = 8; i > 0; --i) bits = bits << 8 | static_cast<unsigned char>(bytes[i - 1]);
     value = static_cast<int64_t>(bits);

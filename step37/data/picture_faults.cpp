@@ -12,7 +12,7 @@
 namespace step37 {
 
 void PictureFaults::note(const std::string& path, Kind kind, const std::string& text) {
-  const std::lock_guard lock(mutex_);
+  const std::scoped_lock lock(mutex_);
   if (known_.emplace(path, kind).second) news_.push_back({path, kind, text});
 }
 
@@ -20,7 +20,7 @@ void PictureFaults::note(const std::string& path, Kind kind, const std::string& 
 std::string PictureFaults::take_news() {
   std::vector<Fault> news;
   {
-    const std::lock_guard lock(mutex_);
+    const std::scoped_lock lock(mutex_);
     news = std::exchange(news_, {});
   }
   std::string bytes;
@@ -37,7 +37,7 @@ void PictureFaults::learn(const std::string& news, bool print) {
     const auto kind = static_cast<Kind>(entry.at(1).get<int>());
     const auto text = entry.at(2).get<std::string>();
     {
-      const std::lock_guard lock(mutex_);
+      const std::scoped_lock lock(mutex_);
       known_.emplace(path, kind);
     }
     if (!told_.emplace(path, kind).second) continue;

@@ -91,7 +91,9 @@ void check_names(const megatron::SafetensorsFile& file, const std::set<std::stri
   for (const auto& [name, entry] : file.entries()) {
     if (known.count(name) > 0 || name.starts_with("expected.")) continue;
     TORCH_CHECK_VALUE(entry.dtype == at::ScalarType::Undefined, file.path().string(), ": a case has no tensor ", name);
-    if (warns) TORCH_WARN(file.path().string(), ": tensor ", name, " of dtype ", entry.dtype_name, " is left out");
+    if (warns) {
+      TORCH_WARN(file.path().string(), ": tensor ", name, " of dtype ", entry.dtype_name, " is left out");
+    }
   }
 }
 

@@ -55,14 +55,14 @@ FullBufferWatch::FullBufferWatch(int64_t S, int64_t B, int64_t H, at::ScalarType
   state_->shape = {S, B, H};
   state_->dtype = dtype;
   {
-    const std::lock_guard lock(current_mutex);
+    const std::scoped_lock lock(current_mutex);
     TORCH_CHECK(current == nullptr, "another FullBufferWatch is at work in this process");
     current = state_.get();
   }
   handle_ = at::addThreadLocalCallback(
       at::RecordFunctionCallback(nullptr,
                                  [](const at::RecordFunction& function, at::ObserverContext* /*context*/) {
-                                   const std::lock_guard lock(current_mutex);
+                                   const std::scoped_lock lock(current_mutex);
                                    if (current == nullptr) return;
                                    for (const auto& output : function.outputs()) {
                                      if (output.isTensor()) current->see(output.toTensor());
@@ -74,17 +74,17 @@ FullBufferWatch::FullBufferWatch(int64_t S, int64_t B, int64_t H, at::ScalarType
 
 FullBufferWatch::~FullBufferWatch() {
   at::removeCallback(handle_);
-  const std::lock_guard lock(current_mutex);
+  const std::scoped_lock lock(current_mutex);
   current = nullptr;
 }
 
 void FullBufferWatch::ignore(const at::Tensor& tensor) {
-  const std::lock_guard lock(current_mutex);
+  const std::scoped_lock lock(current_mutex);
   state_->ignored.insert(tensor.storage().unsafeGetStorageImpl());
 }
 
 int64_t FullBufferWatch::peak_bytes() const {
-  const std::lock_guard lock(current_mutex);
+  const std::scoped_lock lock(current_mutex);
   return state_->peak;
 }
 

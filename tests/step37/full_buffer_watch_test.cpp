@@ -20,7 +20,8 @@ TEST(FullBufferWatch, CountsWhatIsAliveAtOnce) {
   for (int i = 0; i < 3; ++i) at::ones({5, 2, 3});
   EXPECT_EQ(watch.peak_bytes(), 2 * kBytes);
   const auto view = kept.view({10, 3}).view({5, 2, 3});
-  const auto others = {at::zeros({5, 2, 4}), at::zeros({5, 2, 3}, at::kDouble)};
+  const auto other_size = at::zeros({5, 2, 4});
+  const auto other_dtype = at::zeros({5, 2, 3}, at::kDouble);
   EXPECT_EQ(watch.peak_bytes(), 2 * kBytes);
 }
 

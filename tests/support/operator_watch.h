@@ -20,7 +20,7 @@ class OperatorWatch {
  public:
   OperatorWatch() {
     {
-      const std::lock_guard lock(mutex_);
+      const std::scoped_lock lock(mutex_);
       TORCH_INTERNAL_ASSERT(current_ == nullptr, "there is another OperatorWatch");
       current_ = this;
     }
@@ -31,7 +31,7 @@ class OperatorWatch {
   }
   ~OperatorWatch() {
     at::removeCallback(handle_);
-    const std::lock_guard lock(mutex_);
+    const std::scoped_lock lock(mutex_);
     current_ = nullptr;
   }
   OperatorWatch(const OperatorWatch&) = delete;
@@ -39,11 +39,11 @@ class OperatorWatch {
 
   /// How often each operator ran, also inside others.
   std::map<std::string, int64_t> counts() const {
-    const std::lock_guard lock(mutex_);
+    const std::scoped_lock lock(mutex_);
     return counts_;
   }
   int64_t count(const std::string& name) const {
-    const std::lock_guard lock(mutex_);
+    const std::scoped_lock lock(mutex_);
     const auto found = counts_.find(name);
     return found == counts_.end() ? 0 : found->second;
   }
@@ -55,29 +55,29 @@ class OperatorWatch {
 #endif
   /// Copies from the CPU to another device; 0 unless kSeesCopies.
   int64_t copies_from_host() const {
-    const std::lock_guard lock(mutex_);
+    const std::scoped_lock lock(mutex_);
     return copies_from_host_;
   }
   /// Copies from another device to the CPU; 0 unless kSeesCopies.
   int64_t copies_to_host() const {
-    const std::lock_guard lock(mutex_);
+    const std::scoped_lock lock(mutex_);
     return copies_to_host_;
   }
   /// New int64 tensors: lists of rows are such.
   int64_t new_lists() const {
-    const std::lock_guard lock(mutex_);
+    const std::scoped_lock lock(mutex_);
     return new_lists_;
   }
   /// Of the floating-point tensors that operators returned, the largest one's memory; a view counts as what it views.
   int64_t largest_bytes() const {
-    const std::lock_guard lock(mutex_);
+    const std::scoped_lock lock(mutex_);
     return largest_bytes_;
   }
 
  private:
   // A callback is a plain function: the watch is found here.
   static std::unique_ptr<at::ObserverContext> begin_operator(const at::RecordFunction& function) {
-    const std::lock_guard lock(mutex_);
+    const std::scoped_lock lock(mutex_);
     if (current_ == nullptr) return nullptr;
     ++current_->counts_[function.name()];
     if (!kSeesCopies || function.name() != std::string("aten::copy_")) return nullptr;
@@ -88,7 +88,7 @@ class OperatorWatch {
     return nullptr;
   }
   static void end_operator(const at::RecordFunction& function, at::ObserverContext* /*context*/) {
-    const std::lock_guard lock(mutex_);
+    const std::scoped_lock lock(mutex_);
     if (current_ == nullptr) return;
     for (const auto& output : function.outputs()) {
       if (!output.isTensor()) continue;
