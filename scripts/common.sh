@@ -224,6 +224,8 @@ compile_jobs() {
 
 # mpirun and the programs under it: root is fine in a container, and waiting ranks leave their core to those that work.
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_mpi_yield_when_idle=1
+# hwloc complains where a container has no /sys.
+export HWLOC_HIDE_ERRORS=2
 
 # use_launcher BUILD: sets `launcher`, which starts programs of that build folder on `-np N` ranks, with the flags that it
 # wants. It is the one of the MPI that they were built with: the first mpirun in PATH may be another's.

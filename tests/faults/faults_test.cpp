@@ -76,7 +76,7 @@ void expect_named(const Fault& fault, const std::string& output) {
     EXPECT_TRUE(std::regex_search(output, std::regex(pattern))) << "no " << pattern << " in\n" << output;
   };
   if (fault.kind == "kill") {
-    says("process rank " + rank + " .*exited on signal 9");
+    says("process rank " + rank + " .*exited\\s+on\\s+signal 9");
   } else if (fault.kind == "throw") {
     says("error: rank " + rank + " of " + std::to_string(fault.layout.ranks) +
          " on .*: (all_reduce|all_gather|reduce_scatter|all_to_all|broadcast) of \\[.*\\] .* \\(group "

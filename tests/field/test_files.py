@@ -8,7 +8,7 @@ import struct
 import subprocess
 import unittest
 
-from field import CASES, EMBED_CASE, PROGRAM, FieldTest
+from field import CASES, EMBED_CASE, ENVIRONMENT, PROGRAM, FieldTest
 
 NO_LINKS = """
 #include <errno.h>
@@ -121,7 +121,7 @@ class Outputs(FieldTest):
         expected = self.expected()
         for _ in range(3):
             writers = [subprocess.Popen([PROGRAM, "embed", "--input", EMBED_CASE, "--output", "o.st"], cwd=self.folder,
-                                        env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+                                        env={**os.environ, **ENVIRONMENT}, stderr=subprocess.PIPE, text=True)
                        for _ in range(3)]
             for writer in writers:
                 self.assertEqual((writer.communicate(timeout=60)[1], writer.returncode), ("", 0))

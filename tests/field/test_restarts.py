@@ -8,9 +8,16 @@ import subprocess
 import unittest
 from pathlib import Path
 
-from field import MPIEXEC, PROGRAM, ROOT, FieldTest
+from field import ENVIRONMENT, MPIEXEC, PROGRAM, ROOT, FieldTest
 
 INTERRUPTED = 75
+
+
+def open_mpi_version():
+    """Of the launcher; 0 if it is another MPI's."""
+    said = subprocess.run([MPIEXEC[0], "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"Open MPI\) (\d+)", said)
+    return int(found[1]) if found else 0
 
 
 class Process:
@@ -20,7 +27,7 @@ class Process:
         self.output = ""
         self.popen = subprocess.Popen([str(word) for word in words], cwd=test.folder, text=True, stdin=subprocess.DEVNULL,
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                      env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}, **options)
+                                      env={**os.environ, **ENVIRONMENT, **(environment or {})}, **options)
         test.addCleanup(self.popen.stdout.close)
         test.addCleanup(self.popen.kill)
 
@@ -105,6 +112,7 @@ class Signals(FieldTest):
         self.assertInterrupted("r", run.finish(), run.output, INTERRUPTED)
         self.assertGoesOnAsIfNothingHadBeen(4, *layout)
 
+    @unittest.skipIf(open_mpi_version() >= 5, "its mpirun kills the ranks a fifth of a second later")
     def test_mpirun_that_is_ended_gives_the_ranks_a_second(self):
         for number in (signal.SIGTERM, signal.SIGINT):
             run = self.start(2, "run.directory=r", "run.fresh=true", "training.steps=100000")
@@ -124,7 +132,7 @@ class Signals(FieldTest):
             except (subprocess.TimeoutExpired, ProcessLookupError):
                 pass
         self.assertNotEqual(run.finish(), 0)
-        self.assertIn("exited on signal 15 (Terminated)", run.output)
+        self.assertRegex(run.output, r"exited\s+on\s+signal 15 \(Terminated\)")
         self.assertNotIn("stopped by", run.output)
 
     def test_before_the_first_step_there_is_nothing_to_save(self):
