@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "benchmarks/support.h"
-#include "parallel/mpi_backend.h"
+#include "parallel/mpi/mpi_backend.h"
 #include "parallel/runtime.h"
 
 namespace {

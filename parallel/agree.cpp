@@ -1,18 +1,12 @@
 #include "parallel/agree.h"
 
 #include <ATen/ATen.h>
-#include <c10/util/Exception.h>
 
 #include <cstring>
 
 #include "parallel/collectives.h"
 
 namespace parallel {
-
-std::string error_text(const std::exception& error) {
-  const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
-  return torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
-}
 
 void agree(bool ok, const std::string& message, const GroupPtr& group) {
   const int t = group->getSize();

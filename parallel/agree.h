@@ -2,22 +2,13 @@
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "parallel/errors.h"
 #include "parallel/group.h"
 
 namespace parallel {
-
-/// An error that every rank of a group throws together, with the same text.
-class AgreedError : public std::runtime_error {
- public:
-  using std::runtime_error::runtime_error;
-};
-
-/// What `error` says, without LibTorch's stack trace.
-std::string error_text(const std::exception& error);
 
 /// Throws AgreedError on every rank if `ok` is false on any: with the message of the lowest rank that isn't ok, and how
 /// many ranks weren't. For start-up and data loading, where a check depends on what one rank sees (a file on its host);

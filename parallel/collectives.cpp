@@ -6,8 +6,8 @@
 #include <numeric>
 #include <utility>
 
-#include "parallel/agree.h"
 #include "parallel/c10d_calls.h"
+#include "parallel/errors.h"
 #include "parallel/shard.h"
 
 namespace parallel {

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "parallel/agree.h"
-#include "parallel/mpi_backend.h"
-#include "parallel/nccl_groups.h"
+#include "parallel/mpi/mpi_backend.h"
+#include "parallel/nccl/nccl_groups.h"
 #include "parallel/runtime.h"
 
 namespace parallel {
@@ -25,38 +25,49 @@ GroupPtr make_group(Runtime& runtime, int color, const std::string& name, const 
   return group;
 }
 
-std::string sizes(const RankGrid& grid) {
-  return "tp " + std::to_string(grid.tp) + ", cp " + std::to_string(grid.cp) + ", ep " + std::to_string(grid.ep) +
-         ", dp " + std::to_string(grid.dp) + ", pp " + std::to_string(grid.pp);
+void add_gpu_backends(Runtime& runtime, const ProcessGroups& groups, const ProcessGroupsOptions& options) {
+  const auto& grid = groups.grid;
+  std::vector<GpuGroup> gpu_groups;
+  for (const auto& [name, dims, group] : kGroupKinds) {
+    gpu_groups.push_back({.group = groups.*group,
+                          .kind = name,
+                          .index = grid.group_index_of(runtime.rank(), dims),
+                          .world_ranks = grid.group_of(runtime.rank(), dims)});
+  }
+  add_gpu_backends(runtime.world(), gpu_groups,
+                   {.device = runtime.device(),
+                    .shares_gpus = runtime.shares_gpus(),
+                    .is_one_host = runtime.local_size() == runtime.size(),
+                    .master_address = options.master_address,
+                    .timeout = options.timeout});
 }
 
 }  // namespace
 
 ProcessGroups make_process_groups(Runtime& runtime, const RankGrid& grid, const ProcessGroupsOptions& options) {
-  const auto world = make_group(runtime, 0, "world", options);
+  ProcessGroups groups;
+  groups.grid = grid;
+  groups.world = make_group(runtime, 0, "world", options);
   // Before ranks part by them: where these differ, they would wait for each other until the timeout.
   const std::vector<NamedText> alike = {{"the version of megatron_cpp", MCPP_VERSION},
                                         {"the version of LibTorch", TORCH_VERSION},
-                                        {"the layout of the ranks", sizes(grid)}};
-  check_equal_texts(alike, world);
+                                        {"the layout of the ranks", grid.text()}};
+  check_equal_texts(alike, groups.world);
   grid.validate(runtime.size());
-  TORCH_CHECK_VALUE(grid.cp == 1 && grid.ep == 1 && grid.pp == 1,
-                    "context, expert and pipeline parallelism are not built yet: their sizes must be 1, got ", grid.cp,
-                    ", ", grid.ep, " and ", grid.pp);
-  const auto group_of = [&](const std::string& name, const std::string& dims) {
-    return make_group(runtime, grid.group_index_of(runtime.rank(), dims), name, options);
-  };
-  ProcessGroups groups{.grid = grid,
-                       .world = world,
-                       .tp = group_of("tp", "tp"),
-                       .dp = group_of("dp", "dp"),
-                       .tp_dp = group_of("tp_dp", "tp-dp")};
+  TORCH_CHECK_VALUE(grid.cp == 1 && grid.ep == 1 && grid.pp == 1 && grid.expert_tp() == grid.tp,
+                    "context, expert and pipeline parallelism are not built yet: their sizes must be 1, and etp that "
+                    "of tp, got ",
+                    grid.text());
+  for (const auto& [name, dims, group] : kGroupKinds) {
+    if (groups.*group) continue;
+    groups.*group = make_group(runtime, grid.group_index_of(runtime.rank(), dims), name, options);
+  }
   if (runtime.device().is_cuda()) add_gpu_backends(runtime, groups, options);
   return groups;
 }
 
 void destroy_process_groups(Runtime& runtime, const ProcessGroups& groups) {
-  for (const auto& group : {groups.tp_dp, groups.dp, groups.tp, groups.world}) runtime.shut_down(group);
+  for (auto kind = kGroupKinds.rbegin(); kind != kGroupKinds.rend(); ++kind) runtime.shut_down(groups.*(kind->group));
 }
 
 }  // namespace parallel

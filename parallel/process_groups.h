@@ -1,6 +1,7 @@
 // The groups of ranks a program trains with.
 #pragma once
 
+#include <array>
 #include <chrono>
 #include <string>
 
@@ -29,6 +30,19 @@ struct ProcessGroups {
   GroupPtr dp;     ///< data parallel
   GroupPtr tp_dp;  ///< both together: where partial gradients of replicated parameters are summed
 };
+
+/// What the groups of one kind are made over.
+struct GroupKind {
+  const char* name;               ///< of its groups, in messages and recordings
+  const char* dims;               ///< as RankGrid::groups takes them
+  GroupPtr ProcessGroups::*group;  ///< this rank's
+};
+
+/// All kinds, in the order in which their groups are made. The world comes first.
+inline constexpr std::array<GroupKind, 4> kGroupKinds = {{{"world", "tp-cp-dp-pp", &ProcessGroups::world},
+                                                          {"tp", "tp", &ProcessGroups::tp},
+                                                          {"dp", "dp", &ProcessGroups::dp},
+                                                          {"tp_dp", "tp-dp", &ProcessGroups::tp_dp}}};
 
 /// Makes the groups of this rank. Collective over all ranks of the MPI world. The runtime shuts them down before
 /// MPI_Finalize.

@@ -14,14 +14,12 @@
 #include <thread>
 #include <utility>
 
-#include "parallel/agree.h"
-#include "parallel/gpu_assignment.h"
-#include "parallel/gpu_precision.h"
+#include "parallel/errors.h"
+#include "parallel/gpu.h"
 #include "parallel/hash.h"
-#include "parallel/launcher.h"
-#include "parallel/mpi_check.h"
-#include "parallel/nccl_groups.h"
-#include "parallel/peer_process.h"
+#include "parallel/mpi/launcher.h"
+#include "parallel/mpi/mpi_check.h"
+#include "parallel/mpi/peer_process.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 // MPI unloads its modules when it ends, before leaks are looked for: what leaked in them would have no name, and

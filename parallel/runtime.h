@@ -8,25 +8,13 @@
 #include <string>
 #include <vector>
 
+#include "parallel/gpu.h"
 #include "parallel/group.h"
-#include "parallel/mpi_communicator.h"
+#include "parallel/mpi/mpi_communicator.h"
 
 namespace parallel {
 
 struct PeerProcess;
-
-/// Which device the ranks compute on. It is of the same kind on all of them.
-struct DeviceOptions {
-  /// "cpu"; "cuda": a GPU for each rank, or an error; "auto": the same if any rank of the job sees a GPU, otherwise the
-  /// CPU.
-  std::string device = "auto";
-  /// Lets several ranks compute on one GPU: for tests and trials. From NCCL 2.30 on NCCL connects them
-  /// (NCCL_MULTI_RANK_GPU_ENABLE=1, which is set for it); before, their collectives go through the host's memory and
-  /// MPI.
-  bool share_devices = false;
-  /// Lets "auto" take the CPU, with a warning, where "cuda" would be an error: for what is quick enough there.
-  bool may_leave_gpus = false;
-};
 
 /// MPI_Init_thread(MPI_THREAD_MULTIPLE) and MPI_Finalize as an object. Make one, first thing in main; everything that
 /// communicates lives inside its scope. Works with and without mpirun (then there is one rank).
@@ -54,7 +42,7 @@ class Runtime {
   const MpiCommunicator& world() const { return *world_; }
 
   /// Chooses this rank's device; before any group is made. Collective over all ranks, with the same options. What there
-  /// is to warn of rank 0 says. With a GPU comes multiply_exactly_on_gpus() (gpu_precision.h), for the whole process.
+  /// is to warn of rank 0 says. With a GPU comes multiply_exactly_on_gpus(), for the whole process.
   /// @throws c10::ValueError, the same on every rank, if ranks pass different options, or GPUs that are wanted can't be
   ///         had: a rank sees none, or two would share one unasked.
   void choose_device(const DeviceOptions& options);

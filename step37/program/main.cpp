@@ -7,7 +7,7 @@
 #include <string>
 
 #include "parallel/host_memory.h"
-#include "parallel/launcher.h"
+#include "parallel/mpi/launcher.h"
 #include "parallel/runtime.h"
 #include "step37/program/embed.h"
 #include "step37/program/generate.h"

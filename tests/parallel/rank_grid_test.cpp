@@ -4,9 +4,10 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <array>
+#include <map>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "parallel/collectives.h"
@@ -18,6 +19,7 @@
 namespace {
 
 using parallel::RankGrid;
+using test_support::contains;
 using test_support::value_error;
 using Groups = std::vector<std::vector<int>>;
 
@@ -26,25 +28,41 @@ const std::vector<RankGrid> kGrids = {{},
                                       {.dp = 6},
                                       {.tp = 2, .dp = 2, .pp = 4},
                                       {.tp = 2, .cp = 3, .dp = 2},
-                                      {.tp = 2, .cp = 2, .ep = 3, .dp = 2, .pp = 2},
-                                      {.tp = 3, .ep = 2, .pp = 5}};
+                                      {.tp = 2, .cp = 2, .dp = 6, .pp = 2, .ep = 3, .etp = 4},
+                                      {.tp = 3, .dp = 4, .pp = 5, .ep = 4},
+                                      {.tp = 2, .cp = 2, .dp = 3, .ep = 6, .etp = 1}};
 
-const std::vector<std::string> kDims = {"tp", "cp", "ep", "dp", "pp", "tp-dp", "tp-cp", "dp-pp", "tp-cp-ep-dp-pp"};
+const std::vector<std::string> kDims = {"tp",    "cp",  "dp",  "pp",     "tp-dp",  "tp-cp",     "dp-pp",       "tp-cp-dp-pp",
+                                        "etp",   "ep",  "edp", "etp-ep", "ep-edp", "etp-ep-edp", "etp-ep-edp-pp"};
 
-/// (tp, cp, ep, dp, pp) of a rank, written out from the definition of the order: tp varies fastest.
-std::array<int, 5> coordinates(const RankGrid& grid, int rank) {
-  std::array<int, 5> result{};
-  const std::array<int, 5> extent = {grid.tp, grid.cp, grid.ep, grid.dp, grid.pp};
-  for (size_t dim = 0; dim < extent.size(); ++dim) {
-    result[dim] = rank % extent[dim];
-    rank /= extent[dim];
+bool is_of_experts(const std::string& dims) { return dims.starts_with("e"); }
+
+/// The names and sizes of the grid that has `dims`, in its order: the first varies fastest.
+std::vector<std::pair<std::string, int>> dimensions(const RankGrid& grid, const std::string& dims) {
+  const int etp = grid.etp.value_or(grid.tp);
+  if (!is_of_experts(dims)) return {{"tp", grid.tp}, {"cp", grid.cp}, {"dp", grid.dp}, {"pp", grid.pp}};
+  return {{"etp", etp}, {"ep", grid.ep}, {"edp", grid.tp * grid.cp * grid.dp / etp / grid.ep}, {"pp", grid.pp}};
+}
+
+/// The coordinates of a rank by the names of their dimensions, written out from the definition of the order.
+std::map<std::string, int> coordinates(const RankGrid& grid, const std::string& dims, int rank) {
+  std::map<std::string, int> result;
+  for (const auto& [name, size] : dimensions(grid, dims)) {
+    result[name] = rank % size;
+    rank /= size;
   }
   return result;
 }
 
-bool names(const std::string& dims, size_t dim) {
-  constexpr std::array<const char*, 5> kNames = {"tp", "cp", "ep", "dp", "pp"};
-  return dims.find(kNames[dim]) != std::string::npos;
+bool names(const std::string& dims, const std::string& dim) {
+  return ("-" + dims + "-").find("-" + dim + "-") != std::string::npos;
+}
+
+/// {first, first + step, ...} below `end`.
+std::vector<int> range(int first, int end, int step) {
+  std::vector<int> ranks;
+  for (int rank = first; rank < end; rank += step) ranks.push_back(rank);
+  return ranks;
 }
 
 }  // namespace
@@ -55,6 +73,65 @@ TEST(RankGrid, MakesTheGroupsOfMegatronsExample) {
   EXPECT_EQ(grid.groups("tp"), (Groups{{0, 1}, {2, 3}, {4, 5}, {6, 7}, {8, 9}, {10, 11}, {12, 13}, {14, 15}}));
   EXPECT_EQ(grid.groups("dp"), (Groups{{0, 2}, {1, 3}, {4, 6}, {5, 7}, {8, 10}, {9, 11}, {12, 14}, {13, 15}}));
   EXPECT_EQ(grid.groups("pp"), (Groups{{0, 4, 8, 12}, {1, 5, 9, 13}, {2, 6, 10, 14}, {3, 7, 11, 15}}));
+}
+
+// Worked out by hand.
+TEST(RankGrid, MakesTheGroupsOfExpertsBesideTheDenseOnes) {
+  const RankGrid split_experts{.tp = 2, .dp = 4, .ep = 2};
+  EXPECT_EQ(split_experts.groups("etp"), (Groups{{0, 1}, {2, 3}, {4, 5}, {6, 7}}));
+  EXPECT_EQ(split_experts.groups("ep"), (Groups{{0, 2}, {1, 3}, {4, 6}, {5, 7}}));
+  EXPECT_EQ(split_experts.groups("edp"), (Groups{{0, 4}, {1, 5}, {2, 6}, {3, 7}}));
+
+  const RankGrid whole_experts{.tp = 2, .dp = 4, .ep = 2, .etp = 1};
+  EXPECT_EQ(whole_experts.groups("ep"), (Groups{{0, 1}, {2, 3}, {4, 5}, {6, 7}}));
+  EXPECT_EQ(whole_experts.groups("edp"), (Groups{{0, 2, 4, 6}, {1, 3, 5, 7}}));
+  EXPECT_EQ(whole_experts.groups("tp"), (Groups{{0, 1}, {2, 3}, {4, 5}, {6, 7}}));
+
+  const RankGrid all_kinds{.tp = 2, .cp = 2, .dp = 2, .pp = 2, .ep = 4, .etp = 1};
+  EXPECT_EQ(all_kinds.groups("cp"), (Groups{{0, 2}, {1, 3}, {4, 6}, {5, 7}, {8, 10}, {9, 11}, {12, 14}, {13, 15}}));
+  EXPECT_EQ(all_kinds.groups("dp"), (Groups{{0, 4}, {1, 5}, {2, 6}, {3, 7}, {8, 12}, {9, 13}, {10, 14}, {11, 15}}));
+  EXPECT_EQ(all_kinds.groups("ep"), (Groups{{0, 1, 2, 3}, {4, 5, 6, 7}, {8, 9, 10, 11}, {12, 13, 14, 15}}));
+  EXPECT_EQ(all_kinds.groups("edp"), (Groups{{0, 4}, {1, 5}, {2, 6}, {3, 7}, {8, 12}, {9, 13}, {10, 14}, {11, 15}}));
+  EXPECT_EQ(all_kinds.groups("ep-edp").front(), range(0, 8, 1));
+  EXPECT_EQ(all_kinds.groups("pp").front(), (std::vector<int>{0, 8}));
+}
+
+// The sizes of Megatron-Core's tests/unit_tests/test_parallel_state.py, test_rank_generator_for_tp_dp_pp. There as here
+// groups are ranges of ranks.
+TEST(RankGrid, MakesTheRangesOfMegatronsTests) {
+  struct Sizes {
+    int ranks;
+    int tp;
+    int pp;
+    int cp;
+    int ep;
+  };
+  const std::vector<Sizes> all = {{1, 1, 1, 1, 1},   {8, 8, 1, 1, 1},    {8, 2, 2, 1, 1},   {8, 2, 4, 1, 1},
+                                  {24, 8, 3, 1, 1},  {32, 2, 4, 1, 1},   {64, 8, 8, 1, 1},  {64, 2, 1, 1, 4},
+                                  {64, 2, 2, 2, 4},  {64, 2, 1, 4, 8},   {64, 2, 2, 2, 8},  {128, 4, 8, 1, 1},
+                                  {128, 4, 8, 1, 4}, {128, 4, 8, 4, 1},  {256, 4, 8, 1, 4}, {256, 8, 8, 4, 1},
+                                  {512, 4, 2, 8, 8}, {1024, 4, 2, 8, 8}, {2528, 4, 8, 1, 1}};
+  for (const auto& [ranks, tp, pp, cp, ep] : all) {
+    const RankGrid grid{.tp = tp, .cp = cp, .dp = ranks / tp / cp / pp, .pp = pp, .ep = ep};
+    grid.validate(ranks);
+    // The groups of every `block` ranks, each of ranks that are `step` apart.
+    const auto ranges = [ranks = ranks](int block, int step) {
+      Groups groups;
+      for (int begin = 0; begin < ranks; begin += block) {
+        for (int i = 0; i < step; ++i) groups.push_back(range(begin + i, begin + block, step));
+      }
+      return groups;
+    };
+    const int stage = ranks / pp;
+    EXPECT_EQ(grid.groups("tp"), ranges(tp, 1));
+    EXPECT_EQ(grid.groups("cp"), ranges(tp * cp, tp));
+    EXPECT_EQ(grid.groups("dp"), ranges(stage, tp * cp));
+    EXPECT_EQ(grid.groups("cp-dp"), ranges(stage, tp));
+    EXPECT_EQ(grid.groups("pp"), ranges(ranks, stage));
+    EXPECT_EQ(grid.groups("etp"), ranges(tp, 1));
+    EXPECT_EQ(grid.groups("ep"), ranges(tp * ep, tp));
+    EXPECT_EQ(grid.groups("edp"), ranges(stage, tp * ep));
+  }
 }
 
 // The same file, generate_masked_orthogonal_rank_groups: sizes tp 2, dp 3, pp 4, groups over dp.
@@ -89,10 +166,11 @@ TEST(RankGrid, RanksOfAGroupDifferInItsDimensionsOnly) {
       for (int a = 0; a < grid.world_size(); ++a) {
         const auto group = grid.group_of(a, dims);
         EXPECT_EQ(group, grid.groups(dims)[static_cast<size_t>(grid.group_index_of(a, dims))]);
+        const auto place = coordinates(grid, dims, a);
         for (int b = 0; b < grid.world_size(); ++b) {
           bool together = true;
-          for (size_t dim = 0; dim < 5; ++dim) {
-            together = together && (names(dims, dim) || coordinates(grid, a)[dim] == coordinates(grid, b)[dim]);
+          for (const auto& [dim, coordinate] : coordinates(grid, dims, b)) {
+            together = together && (names(dims, dim) || coordinate == place.at(dim));
           }
           EXPECT_EQ(std::count(group.begin(), group.end(), b), together ? 1 : 0)
               << "ranks " << a << " and " << b << " over " << dims;
@@ -104,20 +182,25 @@ TEST(RankGrid, RanksOfAGroupDifferInItsDimensionsOnly) {
 
 TEST(RankGrid, RefusesUnknownDimensionsAndRanks) {
   const RankGrid grid{.tp = 2};
-  EXPECT_NE(value_error([&] { grid.groups("tp-vp"); }).find("unknown parallel dimension 'vp' in 'tp-vp'"),
-            std::string::npos);
-  EXPECT_NE(value_error([&] { grid.group_of(2, "tp"); }).find("rank 2 is not in a world of 2"), std::string::npos);
-  EXPECT_NE(value_error([&] { grid.group_index_of(-1, "tp"); }).find("rank -1"), std::string::npos);
+  EXPECT_TRUE(contains(value_error([&] { grid.groups("tp-vp"); }), "unknown parallel dimension 'vp' in 'tp-vp'"));
+  EXPECT_TRUE(contains(value_error([&] { grid.groups(""); }), "unknown parallel dimension ''"));
+  EXPECT_TRUE(contains(value_error([&] { grid.groups("tp-ep"); }), "'tp-ep' mixes two grids"));
+  EXPECT_TRUE(contains(value_error([&] { grid.group_of(2, "tp"); }), "rank 2 is not in a world of 2"));
+  EXPECT_TRUE(contains(value_error([&] { grid.group_index_of(-1, "tp"); }), "rank -1"));
 }
 
 TEST(RankGrid, ValidateNamesAllSizes) {
-  const RankGrid grid{.tp = 2, .cp = 3, .ep = 5, .dp = 7, .pp = 11};
-  EXPECT_NO_THROW(grid.validate(2310));
+  const RankGrid grid{.tp = 2, .cp = 3, .dp = 7, .pp = 11, .ep = 7};
+  EXPECT_NO_THROW(grid.validate(462));
   EXPECT_EQ(value_error([&] { grid.validate(8); }),
-            "tensor-parallel 2 x context-parallel 3 x expert-parallel 5 x data-parallel 7 x pipeline-parallel 11 does "
-            "not make the 8 ranks that were started");
+            "tensor-parallel 2 x context-parallel 3 x data-parallel 7 x pipeline-parallel 11 (expert-parallel 7, "
+            "expert-tensor-parallel 2) does not make the 8 ranks that were started");
   EXPECT_THROW((RankGrid{.tp = 0, .dp = 0}.validate(0)), c10::ValueError);
   EXPECT_THROW((RankGrid{.tp = -2, .dp = -2}.validate(4)), c10::ValueError);
+  EXPECT_THROW((RankGrid{.tp = 2, .dp = 2, .ep = 0}.validate(4)), c10::ValueError);
+  EXPECT_EQ(value_error([] { RankGrid{.tp = 2, .dp = 2, .ep = 2, .etp = 3}.validate(4); }),
+            "expert-tensor-parallel 3 x expert-parallel 2 does not divide tensor-parallel 2 x context-parallel 1 x "
+            "data-parallel 2");
 }
 
 TEST(ProcessGroups, FollowTheGrid) {

@@ -18,7 +18,7 @@
 
 #include "megatron_cpp/checkpoint/safetensors.h"
 #include "megatron_cpp/tensor_parallel/parameter_shard.h"
-#include "parallel/gpu_precision.h"
+#include "parallel/gpu.h"
 #include "tests/support/environment.h"
 #include "tests/support/errors.h"
 

@@ -10,7 +10,7 @@
 
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
-#include "parallel/staged_backend.h"
+#include "parallel/nccl/staged_backend.h"
 #include "tests/support/nccl_like_backend.h"
 
 namespace test_support {

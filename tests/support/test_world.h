@@ -21,7 +21,7 @@ parallel::Runtime& runtime();
 
 /// Groups with tensor-parallel size `tp`, which must divide the world, and data-parallel size world/tp. Collective over
 /// the world on the first call for each size. TEST_BACKEND in the environment puts another backend between
-/// all groups but the world and MPI: like_nccl (nccl_like_backend.h) or staged (parallel/staged_backend.h).
+/// all groups but the world and MPI: like_nccl (nccl_like_backend.h) or staged (parallel/nccl/staged_backend.h).
 const parallel::ProcessGroups& groups(int tp);
 
 /// groups(world size).tp: the whole world as one tensor-parallel group.

@@ -1,0 +1,170 @@
+#include "parallel/nccl/nccl_groups.h"
+
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/util/Exception.h>
+#include <cuda_runtime_api.h>
+#include <nccl.h>
+#include <unistd.h>
+
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
+#include <torch/csrc/distributed/c10d/TCPStore.hpp>
+#include <utility>
+
+#include "parallel/agree.h"
+#include "parallel/gpu.h"
+#include "parallel/hash.h"
+#include "parallel/mpi/mpi_check.h"
+#include "parallel/nccl/staged_backend.h"
+
+// Of ATen/cuda/CUDAContextLight.h, which includes headers of cuBLAS, cuSPARSE and cuSOLVER that need not be there.
+namespace at::cuda {
+cudaDeviceProp* getDeviceProperties(c10::DeviceIndex device);
+}  // namespace at::cuda
+
+namespace parallel {
+namespace {
+
+/// Where the other ranks find rank 0, as it sees itself.
+std::string own_address(const GpuGroupsOptions& options) {
+  if (!options.master_address.empty()) return options.master_address;
+  // On one host whatever its name, which a container may not be able to resolve.
+  if (options.is_one_host) return "127.0.0.1";
+  std::array<char, 256> name{};
+  TORCH_CHECK(gethostname(name.data(), name.size() - 1) == 0, "gethostname failed: ", std::strerror(errno));
+  return name.data();
+}
+
+/// World rank 0 opens the store on a free port; everyone connects to the address it sends around.
+c10::intrusive_ptr<c10d::Store> open_store(const MpiCommunicator& world, const GpuGroupsOptions& options) {
+  std::array<char, 512> address{};
+  int port = 0;
+  c10d::TCPStoreOptions store_options;
+  store_options.numWorkers = static_cast<size_t>(world.size());
+  store_options.waitWorkers = false;
+  store_options.timeout = options.timeout;
+  c10::intrusive_ptr<c10d::TCPStore> store;
+  if (world.rank() == 0) {
+    const auto host = own_address(options);
+    TORCH_CHECK_VALUE(host.size() < address.size(), "master address is too long: ", host);
+    std::memcpy(address.data(), host.data(), host.size());
+    store_options.isServer = true;
+    store_options.port = 0;
+    store = c10::make_intrusive<c10d::TCPStore>(host, store_options);
+    port = store->getPort();
+  }
+  MCPP_MPI_CHECK(MPI_Bcast(address.data(), static_cast<int>(address.size()), MPI_CHAR, 0, world.get()));
+  MCPP_MPI_CHECK(MPI_Bcast(&port, 1, MPI_INT, 0, world.get()));
+  if (world.rank() != 0) {
+    store_options.isServer = false;
+    store_options.port = static_cast<uint16_t>(port);
+    store = c10::make_intrusive<c10d::TCPStore>(address.data(), store_options);
+  }
+  return store;
+}
+
+void set_backend(const GroupPtr& group, const c10::intrusive_ptr<c10d::Backend>& backend) {
+  const std::string name = group->getGroupName();
+  // One type stands for one backend in a c10d group, whatever the device: another one than the CPU's.
+  group->setBackend(at::kCUDA, c10d::ProcessGroup::NCCL, backend);
+  group->setGroupName(name);  // the new backend keeps it, too
+}
+
+/// Why NCCL doesn't connect ranks on one GPU; empty, and NCCL told to do it, if it does.
+std::string refusal_to_share() {
+  int version = 0;
+  ncclGetVersion(&version);
+  if (version < 23000) {
+    return c10::str("NCCL ", version / 10000, ".", version / 100 % 100, " doesn't share GPUs, 2.30 does");
+  }
+  setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1", /*overwrite=*/0);  // read at the first communicator
+  return {};
+}
+
+/// Connects `backend`, the world's, whose ranks share GPUs.
+/// @return  what NCCL says, the same on every rank, if it can't connect ranks that share a GPU.
+std::string connect_sharing_ranks(c10d::ProcessGroupNCCL& backend, const GroupPtr& world, c10::Device device) {
+  std::string refusal;
+  try {
+    backend.eagerConnectSingleDevice(device);
+  } catch (const std::exception& error) {
+    refusal = error_text(error);
+  }
+  try {
+    agree(refusal.empty(), refusal, world);
+  } catch (const AgreedError& error) {
+    return error.what();
+  }
+  return {};
+}
+
+/// Adds a ProcessGroupNCCL to each group of several ranks.
+/// @return  what NCCL says, the same on every rank, if it can't connect ranks that share a GPU; otherwise that throws.
+std::string add_nccl_backends(const MpiCommunicator& world, const std::vector<GpuGroup>& groups,
+                              const GpuGroupsOptions& options) {
+  const auto store = open_store(world, options);
+  c10::intrusive_ptr<c10d::ProcessGroupNCCL> world_backend;
+  for (const auto& [group, kind, index, world_ranks] : groups) {
+    // Collectives of one rank return their input without asking a backend. All groups of this kind have the same size.
+    if (group->getSize() == 1) continue;
+    auto nccl_options = c10d::ProcessGroupNCCL::Options::create();
+    nccl_options->timeout = options.timeout;
+    nccl_options->group_name = group->getGroupName();
+    nccl_options->global_ranks_in_group.assign(world_ranks.begin(), world_ranks.end());
+    if (world_backend) {
+      nccl_options->split_from = world_backend;
+      nccl_options->split_color = index;
+    }
+    const auto prefix = kind + "/" + std::to_string(index) + "/";
+    auto group_store = c10::make_intrusive<c10d::PrefixStore>(prefix, store);
+    auto backend = c10::make_intrusive<c10d::ProcessGroupNCCL>(group_store, group->getRank(), group->getSize(),
+                                                               std::move(nccl_options));
+    if (!world_backend && options.shares_gpus) {
+      // The world has all that share: what NCCL refuses it refuses here, before any group has its backend.
+      auto refusal = connect_sharing_ranks(*backend, group, options.device);
+      if (!refusal.empty()) return refusal;
+    } else {
+      backend->eagerConnectSingleDevice(options.device);
+    }
+    group->setBoundDeviceId(options.device);  // setBackend gives the backend what the group has
+    set_backend(group, backend);
+    if (!world_backend) world_backend = backend;
+  }
+  return {};
+}
+
+}  // namespace
+
+bool has_nccl() { return true; }
+
+uint64_t gpu_identity(c10::DeviceIndex device) {
+  const auto& uuid = at::cuda::getDeviceProperties(device)->uuid;
+  const auto identity = stable_hash(std::string_view(&uuid.bytes[0], sizeof(uuid.bytes)));
+  return identity == 0 ? 1 : identity;
+}
+
+void add_gpu_backends(const MpiCommunicator& world, const std::vector<GpuGroup>& groups,
+                      const GpuGroupsOptions& options) {
+  // For good: what goes by the current device would otherwise make a context on GPU 0 for every rank.
+  c10::cuda::set_device(options.device.index());
+  if (world.size() == 1) return;
+  std::string refusal;
+  if (options.shares_gpus) refusal = refusal_to_share();
+  if (refusal.empty()) refusal = add_nccl_backends(world, groups, options);
+  if (refusal.empty()) return;
+  if (world.rank() == 0) {
+    TORCH_WARN("ranks share GPUs: what they send goes through the host's memory and MPI, which is slow (", refusal,
+               ")");
+  }
+  for (const auto& [group, kind, index, world_ranks] : groups) {
+    if (group->getSize() > 1) set_backend(group, make_staged_backend(group->getBackend(at::kCPU)));
+  }
+}
+
+}  // namespace parallel

@@ -1,0 +1,23 @@
+// Stands in for nccl_groups.cpp and cuda_paced_stream.cpp in a build without NCCL.
+#include <c10/util/Exception.h>
+
+#include "parallel/gpu.h"
+#include "parallel/nccl/nccl_groups.h"
+#include "parallel/paced_stream.h"
+
+namespace parallel {
+
+bool has_nccl() { return false; }
+
+std::shared_ptr<PacedStream> make_paced_stream(c10::Device /*device*/, double /*gigabytes_per_second*/) {
+  TORCH_CHECK_VALUE(false, "this build has no NCCL, nor what it takes to time collectives on a GPU");
+}
+
+uint64_t gpu_identity(c10::DeviceIndex /*device*/) { TORCH_CHECK_VALUE(false, "this build has no NCCL"); }
+
+void add_gpu_backends(const MpiCommunicator& /*world*/, const std::vector<GpuGroup>& /*groups*/,
+                      const GpuGroupsOptions& /*options*/) {
+  TORCH_CHECK_VALUE(false, "this build has no NCCL: configure it with a LibTorch that has CUDA and MCPP_WITH_NCCL=ON");
+}
+
+}  // namespace parallel
