@@ -33,8 +33,8 @@ struct ProcessGroups {
 
 /// What the groups of one kind are made over.
 struct GroupKind {
-  const char* name;               ///< of its groups, in messages and recordings
-  const char* dims;               ///< as RankGrid::groups takes them
+  const char* name;                ///< of its groups, in messages and recordings
+  const char* dims;                ///< as RankGrid::groups takes them
   GroupPtr ProcessGroups::*group;  ///< this rank's
 };
 

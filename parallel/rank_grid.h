@@ -13,11 +13,11 @@ namespace parallel {
 /// both the first dimension varies fastest, so that tensor-parallel neighbours are adjacent ranks and pipeline stages
 /// are farthest apart. A rank has the same pipeline stage in both.
 struct RankGrid {
-  int tp = 1;              ///< tensor (and sequence) parallel
-  int cp = 1;              ///< context parallel
-  int dp = 1;              ///< data parallel
-  int pp = 1;              ///< pipeline parallel
-  int ep = 1;              ///< expert parallel: the experts are split over so many ranks
+  int tp = 1;                             ///< tensor (and sequence) parallel
+  int cp = 1;                             ///< context parallel
+  int dp = 1;                             ///< data parallel
+  int pp = 1;                             ///< pipeline parallel
+  int ep = 1;                             ///< expert parallel: the experts are split over so many ranks
   std::optional<int> etp = std::nullopt;  ///< tensor parallel of each expert; as tp, unless given
 
   /// Ranks in all: tp * cp * dp * pp.
@@ -27,7 +27,8 @@ struct RankGrid {
   /// @throws c10::ValueError if that is no whole number.
   int edp() const;
 
-  /// @throws c10::ValueError naming all sizes and the world's if a size is below 1, their product isn't `world_size`, or
+  /// @throws c10::ValueError naming all sizes and the world's if a size is below 1, their product isn't `world_size`,
+  /// or
   ///         the experts' sizes don't divide it.
   void validate(int world_size) const;
 

@@ -11,9 +11,9 @@
 #include <span>
 #include <vector>
 
+#include "megatron_cpp/parameters/parameter_shard.h"
 #include "megatron_cpp/tensor_parallel/column_parallel_linear.h"
 #include "megatron_cpp/tensor_parallel/language_model_embedding.h"
-#include "megatron_cpp/tensor_parallel/parameter_shard.h"
 #include "megatron_cpp/tensor_parallel/row_parallel_linear.h"
 #include "step37/image_for_insert.h"
 #include "step37/insert_plan.h"

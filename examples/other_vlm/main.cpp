@@ -64,7 +64,8 @@ class DealtEmbedding : public megatron::ParallelEmbedding {
                                    .rule = megatron::GradientRule::kSharded,
                                    .initial_value = megatron::InitialValue::normal(options().init_std())};
     for (int64_t i = 0; i < weight.size(0); ++i) {
-      shard.segments.push_back({"weight", {options().vocabulary_size(), hidden_size()}, 0, i * t_ + rank_, i, 1});
+      shard.segments.push_back(megatron::ParameterSegment::rows("weight", {options().vocabulary_size(), hidden_size()},
+                                                                0, i * t_ + rank_, i, 1));
     }
     return {shard};
   }

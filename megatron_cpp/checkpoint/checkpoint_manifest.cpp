@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstring>
 #include <fstream>
@@ -20,37 +21,50 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 
-constexpr int64_t kFormatVersion = 1;
+/// Version 2 names parts of any kind, and what a tensor is to its parameter; version 1 knew rows of one dimension.
+constexpr int64_t kFormatVersion = 2;
+
+constexpr std::array<std::pair<TensorRole, const char*>, 4> kRoles = {{{TensorRole::kParameter, "parameter"},
+                                                                       {TensorRole::kMain, "main"},
+                                                                       {TensorRole::kExpAvg, "exp_avg"},
+                                                                       {TensorRole::kExpAvgSq, "exp_avg_sq"}}};
+
+std::string role_text(TensorRole role) {
+  for (const auto& [known, text] : kRoles) {
+    if (known == role) return text;
+  }
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+/// Whether a tensor can have this shape: without negative sizes, its elements countable.
+bool is_shape(const std::vector<int64_t>& shape) {
+  int64_t elements = 1;
+  for (const int64_t size : shape) {
+    if (size < 0 || __builtin_mul_overflow(elements, std::max<int64_t>(size, 1), &elements)) return false;
+  }
+  return true;
+}
 
 /// Refuses pieces that leave an element of the tensor out or hold it twice.
-void check_pieces(const std::string& name, const CheckpointTensor& tensor) {
-  const auto tensor_text = c10::str("tensor ", name, " of shape ", at::IntArrayRef(tensor.shape));
-  auto pieces = tensor.pieces;
-  std::stable_sort(pieces.begin(), pieces.end(),
-                   [](const auto& a, const auto& b) { return a.rows.begin < b.rows.begin; });
-  const int64_t dim = pieces.empty() ? 0 : pieces.front().dim;
-  TORCH_CHECK_VALUE(std::all_of(tensor.shape.begin(), tensor.shape.end(), [](int64_t size) { return size >= 0; }),
-                    tensor_text, " has a negative size");
-  TORCH_CHECK_VALUE(is_dim_of(dim, tensor.shape), tensor_text, " has no dimension ", dim, " to be split in");
-  const int64_t num_rows = tensor.shape[static_cast<size_t>(dim)];
-  const auto check_gap = [&](int64_t begin, int64_t end) {
-    TORCH_CHECK_VALUE(begin >= end, tensor_text, ": rows [", begin, ", ", end, ") of dimension ", dim,
-                      " are in no piece");
-  };
-  int64_t position = 0;
-  const CheckpointPiece* previous = nullptr;
-  for (const auto& piece : pieces) {
-    TORCH_CHECK_VALUE(piece.dim == dim, tensor_text, " is split in dimensions ", dim, " and ", piece.dim);
-    TORCH_CHECK_VALUE(piece.rows.begin >= 0 && piece.rows.begin < piece.rows.end && piece.rows.end <= num_rows,
-                      tensor_text, " has no rows [", piece.rows.begin, ", ", piece.rows.end, ") of dimension ", dim,
-                      ", said to be in ", piece.file);
-    TORCH_CHECK_VALUE(piece.rows.begin >= position, tensor_text, ": row ", piece.rows.begin, " of dimension ", dim,
-                      " is in two pieces, in ", previous->file, " and ", piece.file);
-    check_gap(position, piece.rows.begin);
-    position = piece.rows.end;
-    previous = &piece;
+void check_pieces(const TensorId& id, const CheckpointTensor& tensor) {
+  const auto tensor_text = c10::str("tensor ", id.text(), " of shape ", at::IntArrayRef(tensor.shape));
+  TORCH_CHECK_VALUE(is_shape(tensor.shape), tensor_text, ": no tensor has such a shape");
+  std::vector<Box> boxes;
+  std::vector<const CheckpointPiece*> origins;  // of the boxes
+  for (const auto& piece : tensor.pieces) {
+    TORCH_CHECK_VALUE(piece.part.is_in(tensor.shape) && piece.part.numel() > 0, tensor_text, " has no part ",
+                      piece.part.text(), ", said to be in ", piece.file);
+    for (auto& box : piece.part.boxes()) {
+      boxes.push_back(std::move(box));
+      origins.push_back(&piece);
+    }
   }
-  check_gap(position, num_rows);
+  const auto fault = find_cover_fault(tensor.shape, boxes);
+  if (!fault) return;
+  const at::IntArrayRef element(fault->element);
+  TORCH_CHECK_VALUE(fault->kind != CoverFault::Kind::kTwice, tensor_text, ": element ", element,
+                    " is in two pieces, in ", origins[fault->first]->file, " and ", origins[fault->second]->file);
+  TORCH_CHECK_VALUE(false, tensor_text, ": element ", element, " is in no piece");
 }
 
 /// An object of a manifest that knows where it stands in the file.
@@ -76,6 +90,9 @@ class ManifestObject {
     TORCH_CHECK_VALUE(values.has_value(), file_.string(), ": key ", path_to(name), " is not a list of 64-bit integers");
     return *values;
   }
+  bool has(const std::string& name) const { return json_.contains(name); }
+  /// "FILE: key PATH", for messages.
+  std::string where(const std::string& name) const { return file_.string() + ": key " + path_to(name); }
   ManifestObject object(const std::string& name) const { return {at(name), file_, path_to(name)}; }
   std::vector<ManifestObject> objects(const std::string& name) const {
     std::vector<ManifestObject> result;
@@ -105,20 +122,28 @@ class ManifestObject {
   std::string key_;
 };
 
+Json part_json(const TensorPart& part) {
+  Json json = {{"begin", part.box.begin}, {"length", part.box.length}};
+  if (part.elements) json["elements"] = {part.elements->begin, part.elements->end};
+  return json;
+}
+
 Json manifest_json(const CheckpointManifest& manifest) {
-  Json tensors = Json::object();
-  for (const auto& [name, tensor] : manifest.tensors) {
+  Json tensors = Json::array();
+  for (const auto& [id, tensor] : manifest.tensors) {
     Json pieces = Json::array();
     for (const auto& piece : tensor.pieces) {
-      pieces.push_back(
-          {{"file", piece.file}, {"dim", piece.dim}, {"begin", piece.rows.begin}, {"length", piece.rows.length()}});
+      pieces.push_back({{"file", piece.file}, {"key", piece.key}});
+      pieces.back().update(part_json(piece.part));
     }
-    tensors[name] = {{"dtype", tensor.dtype}, {"shape", tensor.shape}, {"pieces", std::move(pieces)}};
+    tensors.push_back({{"name", id.name},
+                       {"role", role_text(id.role)},
+                       {"dtype", tensor.dtype},
+                       {"shape", tensor.shape},
+                       {"pieces", std::move(pieces)}});
   }
-  return {{"format_version", kFormatVersion},
-          {"step", manifest.step},
-          {"state", manifest.state},
-          {"files", manifest.file_bytes},
+  return {{"format_version", kFormatVersion}, {"step", manifest.step},           {"state", manifest.state},
+          {"model", manifest.model},          {"tokenizer", manifest.tokenizer}, {"files", manifest.file_bytes},
           {"tensors", std::move(tensors)}};
 }
 
@@ -128,44 +153,127 @@ bool is_file_name(std::string_view name) {
   return !name.empty() && name != "." && name != ".." && name.find_first_of(kSeparators) == std::string_view::npos;
 }
 
-CheckpointTensor parse_tensor(const ManifestObject& object) {
-  CheckpointTensor tensor{object.text("dtype"), object.integers("shape"), {}};
-  for (const auto& piece : object.objects("pieces")) {
-    const auto begin = piece.integer("begin");
-    int64_t end = 0;
-    if (__builtin_add_overflow(begin, piece.integer("length"), &end)) end = -1;  // check_pieces refuses it
-    tensor.pieces.push_back({piece.text("file"), piece.integer("dim"), {begin, end}});
+TensorRole parse_role(const ManifestObject& object) {
+  const auto text = object.text("role");
+  for (const auto& [role, known] : kRoles) {
+    if (text == known) return role;
   }
-  return tensor;
+  TORCH_CHECK_VALUE(false, object.where("role"), " is ", text, ", expected parameter, main, exp_avg or exp_avg_sq");
+}
+
+TensorPart parse_part(const ManifestObject& object) {
+  TensorPart part{.box = {object.integers("begin"), object.integers("length")}};
+  TORCH_CHECK_VALUE(part.box.begin.size() == part.box.length.size(), object.where("begin"), " and length have ",
+                    part.box.begin.size(), " and ", part.box.length.size(), " numbers");
+  if (!object.has("elements")) return part;
+  const auto elements = object.integers("elements");
+  TORCH_CHECK_VALUE(elements.size() == 2, object.where("elements"), " has ", elements.size(), " numbers, expected 2");
+  part.elements = {elements[0], elements[1]};
+  return part;
+}
+
+using NamedTensors = std::map<TensorId, CheckpointTensor>;
+
+NamedTensors parse_tensors(const ManifestObject& root) {
+  NamedTensors tensors;
+  for (const auto& object : root.objects("tensors")) {
+    const TensorId id{object.text("name"), parse_role(object)};
+    CheckpointTensor tensor{object.text("dtype"), object.integers("shape"), {}};
+    for (const auto& piece : object.objects("pieces")) {
+      tensor.pieces.push_back({piece.text("file"), piece.text("key"), parse_part(piece)});
+    }
+    TORCH_CHECK_VALUE(tensors.emplace(id, std::move(tensor)).second, object.where("name"), ": tensor ", id.text(),
+                      " is there twice");
+  }
+  return tensors;
+}
+
+/// Version 1 called dtypes as LibTorch does.
+std::string dtype_of_version_1(const std::string& name) {
+  constexpr std::array<std::pair<const char*, const char*>, 10> kNames = {{{"Float", "F32"},
+                                                                           {"Double", "F64"},
+                                                                           {"Half", "F16"},
+                                                                           {"BFloat16", "BF16"},
+                                                                           {"Long", "I64"},
+                                                                           {"Int", "I32"},
+                                                                           {"Short", "I16"},
+                                                                           {"Char", "I8"},
+                                                                           {"Byte", "U8"},
+                                                                           {"Bool", "BOOL"}}};
+  for (const auto& [old_name, new_name] : kNames) {
+    if (name == old_name) return new_name;
+  }
+  return name;
+}
+
+/// Version 1 told the moments by a prefix.
+TensorId id_of_version_1(const std::string& name) {
+  constexpr std::array<std::pair<std::string_view, TensorRole>, 2> kPrefixes = {
+      {{"optimizer.exp_avg.", TensorRole::kExpAvg}, {"optimizer.exp_avg_sq.", TensorRole::kExpAvgSq}}};
+  for (const auto& [prefix, role] : kPrefixes) {
+    if (name.starts_with(prefix)) return {name.substr(prefix.size()), role};
+  }
+  return {name};
+}
+
+NamedTensors parse_tensors_of_version_1(const ManifestObject& root) {
+  NamedTensors tensors;
+  const auto objects = root.object("tensors");
+  for (const auto& name : objects.names()) {
+    const auto object = objects.object(name);
+    CheckpointTensor tensor{dtype_of_version_1(object.text("dtype")), object.integers("shape"), {}};
+    for (const auto& piece : object.objects("pieces")) {
+      const auto dim = piece.integer("dim");
+      TORCH_CHECK_VALUE(dim >= 0 && dim < static_cast<int64_t>(tensor.shape.size()), piece.where("dim"), " is ", dim,
+                        ", tensor ", name, " has shape ", at::IntArrayRef(tensor.shape));
+      auto box = Box::whole(tensor.shape);
+      box.begin[static_cast<size_t>(dim)] = piece.integer("begin");
+      box.length[static_cast<size_t>(dim)] = piece.integer("length");
+      tensor.pieces.push_back({piece.text("file"), name, {std::move(box)}});
+    }
+    tensors.emplace(id_of_version_1(name), std::move(tensor));
+  }
+  return tensors;
 }
 
 }  // namespace
 
-bool is_dim_of(int64_t dim, const std::vector<int64_t>& shape) {
-  return dim >= 0 && dim < static_cast<int64_t>(shape.size());
+std::string stored_name(const TensorId& id, const TensorPart& part) {
+  return role_text(id.role) + "/" + id.name + part.text();
+}
+
+std::map<std::string, std::string> file_metadata(const CheckpointManifest& manifest) {
+  std::map<std::string, std::string> metadata = {{"format", c10::str("megatron_cpp checkpoint ", kFormatVersion)}};
+  for (const auto& [id, tensor] : manifest.tensors) {
+    for (const auto& piece : tensor.pieces) {
+      Json json = {{"name", id.name}, {"role", role_text(id.role)}, {"dtype", tensor.dtype}, {"shape", tensor.shape}};
+      json.update(part_json(piece.part));
+      metadata[piece.key] = json.dump();
+    }
+  }
+  return metadata;
 }
 
 std::string to_text(const CheckpointManifest& manifest, int indent) { return manifest_json(manifest).dump(indent); }
 
-CheckpointManifest merge_manifests(const std::vector<std::string>& parts, int64_t step, const std::string& state) {
-  CheckpointManifest manifest{step, state, {}, {}};
+CheckpointManifest merge_manifests(const std::vector<std::string>& parts) {
+  CheckpointManifest manifest;
   for (size_t rank = 0; rank < parts.size(); ++rank) {
     const auto json = Json::parse(parts[rank]);
     const fs::path origin = "the list of rank " + std::to_string(rank);
     const ManifestObject part(json, origin, "");
-    const auto part_step = part.integer("step");
-    TORCH_CHECK_VALUE(part_step == step, "rank ", rank, " saves step ", part_step, ", rank 0 step ", step);
-    const auto tensors = part.object("tensors");
-    for (const auto& name : tensors.names()) {
-      const auto tensor = parse_tensor(tensors.object(name));
-      auto& merged = manifest.tensors.try_emplace(name, CheckpointTensor{tensor.dtype, tensor.shape, {}}).first->second;
-      TORCH_CHECK_VALUE(tensor.dtype == merged.dtype && tensor.shape == merged.shape, "tensor ", name, " is ",
+    const auto step = part.integer("step");
+    if (rank == 0) manifest = {step, part.text("state"), part.text("model"), part.text("tokenizer"), {}, {}};
+    TORCH_CHECK_VALUE(step == manifest.step, "rank ", rank, " saves step ", step, ", rank 0 step ", manifest.step);
+    for (auto& [id, tensor] : parse_tensors(part)) {
+      auto& merged = manifest.tensors.try_emplace(id, CheckpointTensor{tensor.dtype, tensor.shape, {}}).first->second;
+      TORCH_CHECK_VALUE(tensor.dtype == merged.dtype && tensor.shape == merged.shape, "tensor ", id.text(), " is ",
                         tensor.dtype, " ", at::IntArrayRef(tensor.shape), " on rank ", rank, ", ", merged.dtype, " ",
                         at::IntArrayRef(merged.shape), " on ranks before it");
       merged.pieces.insert(merged.pieces.end(), tensor.pieces.begin(), tensor.pieces.end());
     }
   }
-  for (const auto& [name, tensor] : manifest.tensors) check_pieces(name, tensor);
+  for (const auto& [id, tensor] : manifest.tensors) check_pieces(id, tensor);
   return manifest;
 }
 
@@ -177,9 +285,13 @@ CheckpointManifest read_manifest(const fs::path& folder) {
   TORCH_CHECK_VALUE(!json.is_discarded(), file.string(), " is not JSON");
   const ManifestObject root(json, file, "");
   const auto version = root.integer("format_version");
-  TORCH_CHECK_VALUE(version == kFormatVersion, file.string(), ": format_version is ", version, ", this program reads ",
-                    kFormatVersion);
-  CheckpointManifest manifest{root.integer("step"), root.text("state"), {}, {}};
+  TORCH_CHECK_VALUE(version == 1 || version == kFormatVersion, file.string(), ": format_version is ", version,
+                    ", this program reads 1 and ", kFormatVersion);
+  CheckpointManifest manifest{root.integer("step"), root.text("state"), {}, {}, {}, {}};
+  if (version > 1) {
+    manifest.model = root.text("model");
+    manifest.tokenizer = root.text("tokenizer");
+  }
   const auto files = root.object("files");
   for (const auto& name : files.names()) {
     const auto bytes = files.integer(name);
@@ -187,19 +299,17 @@ CheckpointManifest read_manifest(const fs::path& folder) {
                       " bytes: not a file in the manifest's folder");
     manifest.file_bytes.emplace(name, bytes);
   }
-  const auto tensors = root.object("tensors");
-  for (const auto& name : tensors.names()) {
-    auto tensor = parse_tensor(tensors.object(name));
+  manifest.tensors = version == 1 ? parse_tensors_of_version_1(root) : parse_tensors(root);
+  for (const auto& [id, tensor] : manifest.tensors) {
     try {
-      check_pieces(name, tensor);
+      check_pieces(id, tensor);
     } catch (const c10::ValueError& error) {
       TORCH_CHECK_VALUE(false, file.string(), ": ", error.what_without_backtrace());
     }
     for (const auto& piece : tensor.pieces) {
       TORCH_CHECK_VALUE(manifest.file_bytes.count(piece.file) > 0, file.string(), ": key files has no ", piece.file,
-                        ", which tensor ", name, " names");
+                        ", which tensor ", id.text(), " names");
     }
-    manifest.tensors.emplace(name, std::move(tensor));
   }
   return manifest;
 }

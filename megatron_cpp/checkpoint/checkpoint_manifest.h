@@ -1,4 +1,4 @@
-// The manifest of a checkpoint: which file holds which rows of which tensor.
+// The manifest of a checkpoint: which file holds which part of which tensor.
 #pragma once
 
 #include <cstdint>
@@ -7,21 +7,22 @@
 #include <string>
 #include <vector>
 
-#include "parallel/shard.h"
+#include "megatron_cpp/checkpoint/sharded_checkpoint.h"
+#include "megatron_cpp/parameters/box.h"
 
 namespace megatron::internal {
 
 inline constexpr const char* kManifestFile = "manifest.json";
 
-/// Rows [rows.begin, rows.end) of dimension `dim`, stored in `file` under the tensor's name.
+/// A part of a tensor and where it is stored.
 struct CheckpointPiece {
   std::string file;
-  int64_t dim = 0;
-  parallel::Range rows;
+  std::string key;  ///< the name of the stored tensor in the file
+  TensorPart part;
 };
 
 struct CheckpointTensor {
-  std::string dtype;  ///< as c10::toString writes it
+  std::string dtype;  ///< as safetensors writes it: "F32"
   std::vector<int64_t> shape;
   std::vector<CheckpointPiece> pieces;
 };
@@ -30,27 +31,33 @@ struct CheckpointTensor {
 struct CheckpointManifest {
   int64_t step = 0;
   std::string state;
+  std::string model;      ///< JSON, or empty
+  std::string tokenizer;  ///< hash, or empty
   std::map<std::string, int64_t> file_bytes;
-  std::map<std::string, CheckpointTensor> tensors;
+  std::map<TensorId, CheckpointTensor> tensors;
 };
+
+/// The name under which a part of a tensor is stored: no tool takes it for the name of a whole tensor.
+std::string stored_name(const TensorId& id, const TensorPart& part);
+
+/// What a file says of the parts in it: for each stored tensor a JSON text with name, role, dtype and shape of the
+/// whole tensor and the part that is stored.
+std::map<std::string, std::string> file_metadata(const CheckpointManifest& manifest);
 
 /// The manifest as JSON; `indent` spaces a level, -1 for one line.
 std::string to_text(const CheckpointManifest& manifest, int indent);
 
 /// The manifest of what each rank lists (to_text of its part), in the order of the ranks; its file_bytes are still
-/// missing.
+/// missing, and step, state, model and tokenizer are those of rank 0.
 /// @throws c10::ValueError naming rank and tensor if the lists contradict each other, or leave an element of a tensor
 ///         out or hold it twice.
-CheckpointManifest merge_manifests(const std::vector<std::string>& parts, int64_t step, const std::string& state);
+CheckpointManifest merge_manifests(const std::vector<std::string>& parts);
 
-/// Reads and checks the manifest in `folder`: what it returns is consistent in itself.
+/// Reads and checks the manifest in `folder`, of format version 1 or 2: what it returns is consistent in itself.
 /// @throws c10::ValueError naming the file and the key that is missing or wrong.
 CheckpointManifest read_manifest(const std::filesystem::path& folder);
 
 /// @throws c10::ValueError naming a file of the manifest that is missing or has another size.
 void check_files(const std::filesystem::path& folder, const CheckpointManifest& manifest);
-
-/// Whether a tensor of this shape has the dimension.
-bool is_dim_of(int64_t dim, const std::vector<int64_t>& shape);
 
 }  // namespace megatron::internal

@@ -51,13 +51,6 @@ std::optional<int64_t> bits_of(const SafetensorsEntry& entry) {
   return std::nullopt;
 }
 
-std::string_view name_from_dtype(at::ScalarType dtype, const std::string& tensor) {
-  for (const auto& [known, name] : kDtypeNames) {
-    if (known == dtype) return name;
-  }
-  TORCH_CHECK_VALUE(false, "tensor ", tensor, ": safetensors has no name for dtype ", dtype);
-}
-
 std::string system_reason() { return std::strerror(errno); }
 
 /// Number of bytes of a tensor whose elements have `bits` bits, or nothing if the shape is negative, its product
@@ -123,6 +116,13 @@ void check_layout(const std::map<std::string, SafetensorsEntry>& entries, int64_
 }
 
 }  // namespace
+
+std::string safetensors_dtype(at::ScalarType dtype, const std::string& tensor) {
+  for (const auto& [known, name] : kDtypeNames) {
+    if (known == dtype) return std::string(name);
+  }
+  TORCH_CHECK_VALUE(false, "tensor ", tensor, ": safetensors has no name for dtype ", dtype);
+}
 
 SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : path_(path) {
   const internal::FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
@@ -191,14 +191,11 @@ at::Tensor SafetensorsFile::view(const std::string& name) const {
 
 at::Tensor SafetensorsFile::read(const std::string& name) const { return view(name).clone(); }
 
-at::Tensor SafetensorsFile::read_slice(const std::string& name, int64_t dim, int64_t begin, int64_t length) const {
+at::Tensor SafetensorsFile::read(const std::string& name, const Box& box) const {
   const auto& shape = entry(name).shape;
-  const bool has_dimension = dim >= 0 && dim < static_cast<int64_t>(shape.size());
-  const int64_t rows = has_dimension ? shape[static_cast<size_t>(dim)] : 0;
-  TORCH_CHECK_VALUE(has_dimension && begin >= 0 && length >= 0 && begin <= rows && length <= rows - begin,
-                    path_.string(), ": tensor ", name, " of shape ", at::IntArrayRef(shape), " has no ", length,
-                    " rows from ", begin, " on in dimension ", dim);
-  return view(name).narrow(dim, begin, length).clone(at::MemoryFormat::Contiguous);
+  TORCH_CHECK_VALUE(box.is_in(shape), path_.string(), ": tensor ", name, " of shape ", at::IntArrayRef(shape),
+                    " has no part ", box.text());
+  return view_of(view(name), Box::whole(shape), box).clone(at::MemoryFormat::Contiguous);
 }
 
 void write_safetensors(const std::filesystem::path& path, const std::vector<NamedTensor>& tensors,
@@ -210,7 +207,7 @@ void write_safetensors(const std::filesystem::path& path, const std::vector<Name
     TORCH_CHECK_VALUE(name != "__metadata__" && !header.contains(name), path.string(), ": tensor name ", name,
                       " is reserved or given twice");
     const auto bytes = static_cast<int64_t>(tensor.nbytes());
-    header[name] = {{"dtype", name_from_dtype(tensor.scalar_type(), name)},
+    header[name] = {{"dtype", safetensors_dtype(tensor.scalar_type(), name)},
                     {"shape", tensor.sizes().vec()},
                     {"data_offsets", {position, position + bytes}}};
     position += bytes;

@@ -14,6 +14,8 @@
 #include <string_view>
 #include <vector>
 
+#include "megatron_cpp/parameters/box.h"
+
 namespace megatron {
 
 /// What the header says of one tensor.
@@ -47,9 +49,9 @@ class SafetensorsFile {
   /// @throws c10::ValueError naming the file and the tensor if it isn't there, or its dtype, if that is Undefined.
   at::Tensor read(const std::string& name) const;
 
-  /// A copy of rows [begin, begin + length) of dimension `dim`, on the CPU.
-  /// @throws c10::ValueError as read(), and naming the range if that isn't in the tensor.
-  at::Tensor read_slice(const std::string& name, int64_t dim, int64_t begin, int64_t length) const;
+  /// A copy of a part of it, on the CPU, contiguous; the rest isn't read.
+  /// @throws c10::ValueError as read(), and naming `box` if that isn't in the tensor.
+  at::Tensor read(const std::string& name, const Box& box) const;
 
  private:
   const SafetensorsEntry& entry(const std::string& name) const;
@@ -67,6 +69,10 @@ struct NamedTensor {
   std::string name;   ///< of any characters; a file has each once
   at::Tensor tensor;  ///< any device, any strides
 };
+
+/// How safetensors files call a dtype: "F32".
+/// @throws c10::ValueError naming `tensor`, whose dtype it is, if they have no name for it.
+std::string safetensors_dtype(at::ScalarType dtype, const std::string& tensor);
 
 /// Writes `tensors` (any device, any strides) in the order given, as write_file does.
 /// @throws c10::ValueError naming the tensor (unsupported dtype, a name given twice); c10::Error as write_file.

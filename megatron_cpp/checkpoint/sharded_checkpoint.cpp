@@ -18,7 +18,6 @@
 #include "megatron_cpp/checkpoint/safetensors.h"
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
-#include "parallel/shard.h"
 
 namespace megatron {
 
@@ -95,31 +94,10 @@ std::vector<std::pair<int64_t, fs::path>> step_folders(const fs::path& directory
 
 // ------------------------------------------------------------------------------------------------- slices, pieces
 
-/// The rows of the global tensor that `tensor` holds.
-parallel::Range rows_of(const ShardedTensor& tensor) {
-  return {tensor.global_begin, tensor.global_begin + tensor.local.size(tensor.dim)};
-}
-
-parallel::Range intersect(const parallel::Range& a, const parallel::Range& b) {
-  return {std::max(a.begin, b.begin), std::min(a.end, b.end)};
-}
-
-/// `shape` with `length` rows in dimension `dim`.
-std::vector<int64_t> slice_shape(std::vector<int64_t> shape, int64_t dim, int64_t length) {
-  shape[static_cast<size_t>(dim)] = length;
-  return shape;
-}
-
 void check_slice(const ShardedTensor& tensor) {
-  const auto& shape = tensor.global_shape;
-  TORCH_CHECK_VALUE(internal::is_dim_of(tensor.dim, shape) && tensor.local.dim() == static_cast<int64_t>(shape.size()),
-                    "tensor ", tensor.name, " of shape ", at::IntArrayRef(shape), " has no slice of shape ",
-                    tensor.local.sizes(), " in dimension ", tensor.dim);
-  const auto rows = rows_of(tensor);
-  TORCH_CHECK_VALUE(rows.begin >= 0 && rows.end <= shape[static_cast<size_t>(tensor.dim)] &&
-                        tensor.local.sizes() == slice_shape(shape, tensor.dim, rows.length()),
-                    "tensor ", tensor.name, " of shape ", at::IntArrayRef(shape), " has no slice of shape ",
-                    tensor.local.sizes(), " at row ", rows.begin, " of dimension ", tensor.dim);
+  TORCH_CHECK_VALUE(tensor.part.is_in(tensor.global_shape) && tensor.local.sizes() == tensor.part.shape(), "tensor ",
+                    tensor.id.text(), " of shape ", at::IntArrayRef(tensor.global_shape), " has no part ",
+                    tensor.part.text(), " of shape ", tensor.local.sizes());
 }
 
 // --------------------------------------------------------------------------------------------------------- saving
@@ -139,29 +117,31 @@ std::vector<std::string> gather_texts(const std::string& text, const parallel::G
   return texts;
 }
 
-bool is_written(const ShardedTensor& tensor) { return tensor.main_replica && tensor.local.size(tensor.dim) > 0; }
+bool is_written(const ShardedTensor& tensor) { return tensor.main_replica && tensor.part.numel() > 0; }
 
-/// This rank's part of the manifest, as JSON for merge_manifests: also the tensors that it doesn't write, so that one
-/// which nobody writes is noticed.
-std::string manifest_part(const CheckpointContents& contents, const std::string& file) {
+/// This rank's part of the manifest: also the tensors that it doesn't write, so that one which nobody writes is
+/// noticed.
+CheckpointManifest manifest_part(const CheckpointContents& contents, const std::string& file) {
   TORCH_CHECK_VALUE(contents.step >= 0, "checkpoint of step ", contents.step);
-  CheckpointManifest part{contents.step, {}, {}, {}};
+  CheckpointManifest part{contents.step, contents.state, contents.model, contents.tokenizer, {}, {}};
   for (const auto& tensor : contents.tensors) {
     check_slice(tensor);
-    CheckpointTensor entry{c10::toString(tensor.local.scalar_type()), tensor.global_shape, {}};
-    if (is_written(tensor)) entry.pieces.push_back({file, tensor.dim, rows_of(tensor)});
-    const bool is_new = part.tensors.emplace(tensor.name, std::move(entry)).second;
-    TORCH_CHECK_VALUE(is_new, "tensor ", tensor.name, " is given twice");
+    CheckpointTensor entry{safetensors_dtype(tensor.local.scalar_type(), tensor.id.text()), tensor.global_shape, {}};
+    if (is_written(tensor)) {
+      entry.pieces.push_back({file, internal::stored_name(tensor.id, tensor.part), tensor.part});
+    }
+    const bool is_new = part.tensors.emplace(tensor.id, std::move(entry)).second;
+    TORCH_CHECK_VALUE(is_new, "tensor ", tensor.id.text(), " is given twice");
   }
-  return internal::to_text(part, /*indent=*/-1);
+  return part;
 }
 
-void write_own_file(const fs::path& file, const std::vector<ShardedTensor>& tensors) {
-  std::vector<NamedTensor> slices;
+void write_own_file(const fs::path& file, const std::vector<ShardedTensor>& tensors, const CheckpointManifest& part) {
+  std::vector<NamedTensor> parts;
   for (const auto& tensor : tensors) {
-    if (is_written(tensor)) slices.push_back({tensor.name, tensor.local});
+    if (is_written(tensor)) parts.push_back({internal::stored_name(tensor.id, tensor.part), tensor.local});
   }
-  if (!slices.empty()) write_safetensors(file, slices);
+  if (!parts.empty()) write_safetensors(file, parts, internal::file_metadata(part));
 }
 
 /// What a killed run left behind, and an empty folder to write to.
@@ -275,45 +255,79 @@ void publish(const fs::path& partial, const fs::path& folder, CheckpointManifest
 
 // -------------------------------------------------------------------------------------------------------- loading
 
-/// Whether a piece of the same tensor holds elements of `wanted`. Where both are split in different dimensions, the
-/// piece has all rows of the wanted dimension and the wanted slice all of the piece's.
-bool overlaps(const CheckpointPiece& piece, const ShardedTensor& wanted) {
-  const auto rows = rows_of(wanted);
-  return piece.dim == wanted.dim ? intersect(piece.rows, rows).length() > 0 : rows.length() > 0;
+/// A box of a part, and where its elements begin in a tensor that holds the part, if that has one dimension.
+struct PlacedBox {
+  Box box;
+  int64_t first = 0;
+};
+
+std::vector<PlacedBox> placed_boxes(const TensorPart& part) {
+  std::vector<PlacedBox> result;
+  int64_t first = 0;
+  for (auto& box : part.boxes()) {
+    const int64_t numel = box.numel();
+    result.push_back({std::move(box), first});
+    first += numel;
+  }
+  return result;
 }
 
-void copy_overlap(const SafetensorsFile& file, const CheckpointPiece& piece, const ShardedTensor& wanted) {
-  const auto rows = rows_of(wanted);
-  if (piece.dim == wanted.dim) {
-    const auto shared = intersect(piece.rows, rows);
-    wanted.local.narrow(wanted.dim, shared.begin - rows.begin, shared.length())
-        .copy_(file.read_slice(wanted.name, piece.dim, shared.begin - piece.rows.begin, shared.length()));
-  } else {
-    wanted.local.narrow(piece.dim, piece.rows.begin, piece.rows.length())
-        .copy_(file.read_slice(wanted.name, wanted.dim, rows.begin, rows.length()));
+/// Calls `action` with each box of `piece` and of `wanted` that share elements, and these.
+template <class Action>
+void for_each_overlap(const TensorPart& piece, const TensorPart& wanted, const Action& action) {
+  const auto wanted_boxes = placed_boxes(wanted);
+  for (const auto& stored : placed_boxes(piece)) {
+    for (const auto& asked : wanted_boxes) {
+      if (const auto shared = intersection(stored.box, asked.box)) action(stored, asked, *shared);
+    }
   }
 }
 
+bool overlaps(const CheckpointPiece& piece, const ShardedTensor& wanted) {
+  bool result = false;
+  for_each_overlap(piece.part, wanted.part, [&](const auto&...) { result = true; });
+  return result;
+}
+
+/// A view of `shared` in a tensor that holds `part`, of which `placed` is a box.
+at::Tensor view_in(const at::Tensor& tensor, const TensorPart& part, const PlacedBox& placed, const Box& shared) {
+  if (!part.elements) return view_of(tensor, placed.box, shared);
+  return view_of(tensor.narrow(0, placed.first, placed.box.numel()).view(placed.box.length), placed.box, shared);
+}
+
+void copy_overlap(const SafetensorsFile& file, const CheckpointPiece& piece, const ShardedTensor& wanted) {
+  for_each_overlap(piece.part, wanted.part, [&](const PlacedBox& stored, const PlacedBox& asked, const Box& shared) {
+    const auto target = view_in(wanted.local, wanted.part, asked, shared);
+    if (piece.part.elements) {
+      const Box run{{stored.first}, {stored.box.numel()}};
+      target.copy_(view_of(file.read(piece.key, run).view(stored.box.length), stored.box, shared));
+    } else {
+      Box relative = shared;
+      for (size_t d = 0; d < relative.begin.size(); ++d) relative.begin[d] -= stored.box.begin[d];
+      target.copy_(file.read(piece.key, relative));
+    }
+  });
+}
+
 /// Opens the file of a piece unless it is open, and checks that it holds what the manifest says.
-void open_piece(const fs::path& folder, const CheckpointPiece& piece, const std::string& name,
+void open_piece(const fs::path& folder, const CheckpointPiece& piece, const TensorId& id,
                 const CheckpointTensor& tensor, std::map<std::string, SafetensorsFile>& open_files) {
   auto found = open_files.find(piece.file);
   if (found == open_files.end()) {
     try {
       found = open_files.emplace(piece.file, SafetensorsFile(folder / piece.file)).first;
     } catch (const c10::Error& error) {
-      TORCH_CHECK_VALUE(false, "tensor ", name, ": ", error.what_without_backtrace());
+      TORCH_CHECK_VALUE(false, "tensor ", id.text(), ": ", error.what_without_backtrace());
     }
   }
   const auto& file = found->second;
-  const auto expected = slice_shape(tensor.shape, piece.dim, piece.rows.length());
-  const auto entry = file.entries().find(name);
-  TORCH_CHECK_VALUE(entry != file.entries().end(), file.path().string(), ": no tensor ", name,
-                    ", the manifest says that a piece of it is there");
-  TORCH_CHECK_VALUE(entry->second.shape == expected && c10::toString(entry->second.dtype) == tensor.dtype,
-                    file.path().string(), ": tensor ", name, " is ", entry->second.dtype, " ",
-                    at::IntArrayRef(entry->second.shape), ", the manifest says ", tensor.dtype, " ",
-                    at::IntArrayRef(expected));
+  const auto expected = piece.part.shape();
+  const auto entry = file.entries().find(piece.key);
+  TORCH_CHECK_VALUE(entry != file.entries().end(), file.path().string(), ": no tensor ", piece.key,
+                    ", the manifest says that a piece of ", id.text(), " is there");
+  TORCH_CHECK_VALUE(entry->second.shape == expected && entry->second.dtype_name == tensor.dtype, file.path().string(),
+                    ": tensor ", piece.key, " is ", entry->second.dtype_name, " ", at::IntArrayRef(entry->second.shape),
+                    ", the manifest says ", tensor.dtype, " ", at::IntArrayRef(expected));
 }
 
 /// Without separators at the end, or a "." there.
@@ -333,24 +347,41 @@ std::optional<int64_t> step_of_latest(const fs::path& latest) {
 // --------------------------------------------------------------------------------------------------- what to save
 
 void append_segments(std::vector<ShardedTensor>& result, const ParameterShard& shard, const at::Tensor& values,
-                     const std::string& prefix, const CheckpointName& published_name,
-                     const parallel::ProcessGroups& groups) {
+                     TensorRole role, const CheckpointName& published_name, const parallel::ProcessGroups& groups) {
   const bool is_whole = shard.rule != GradientRule::kSharded;
   const bool main_replica = groups.dp->getRank() == 0 && (!is_whole || groups.tp->getRank() == 0);
   for (const auto& segment : shard.segments) {
-    result.push_back({prefix + published_name(segment.name),
-                      values.detach().narrow(segment.dim, segment.local_begin, segment.length), segment.global_shape,
-                      segment.dim, segment.length > 0 ? segment.global_begin : 0, main_replica});
+    result.push_back({{published_name(segment.name), role},
+                      segment.in_local(values.detach()),
+                      segment.global_shape,
+                      {segment.box},
+                      main_replica});
   }
 }
 
 }  // namespace
 
+std::string TensorId::text() const {
+  switch (role) {
+    case TensorRole::kParameter:
+      return name;
+    case TensorRole::kMain:
+      return "main of " + name;
+    case TensorRole::kExpAvg:
+      return "exp_avg of " + name;
+    case TensorRole::kExpAvgSq:
+      return "exp_avg_sq of " + name;
+  }
+  TORCH_INTERNAL_ASSERT(false);
+}
+
 std::vector<ShardedTensor> sharded_tensors(const std::vector<ParameterShard>& parameters,
                                            const CheckpointName& published_name,
                                            const parallel::ProcessGroups& groups) {
   std::vector<ShardedTensor> result;
-  for (const auto& shard : parameters) append_segments(result, shard, shard.parameter, "", published_name, groups);
+  for (const auto& shard : parameters) {
+    append_segments(result, shard, shard.parameter, TensorRole::kParameter, published_name, groups);
+  }
   return result;
 }
 
@@ -360,8 +391,8 @@ std::vector<ShardedTensor> sharded_tensors(const AdamW& optimizer, const Checkpo
   for (size_t i = 0; i < optimizer.parameters().size(); ++i) {
     const auto& shard = optimizer.parameters()[i];
     const auto& moments = optimizer.moments()[i];
-    append_segments(result, shard, moments.exp_avg, "optimizer.exp_avg.", published_name, groups);
-    append_segments(result, shard, moments.exp_avg_sq, "optimizer.exp_avg_sq.", published_name, groups);
+    append_segments(result, shard, moments.exp_avg, TensorRole::kExpAvg, published_name, groups);
+    append_segments(result, shard, moments.exp_avg_sq, TensorRole::kExpAvgSq, published_name, groups);
   }
   return result;
 }
@@ -373,18 +404,18 @@ fs::path save_checkpoint(const fs::path& directory, const CheckpointContents& co
   const auto folder = directory / step_name(contents.step);
   const fs::path partial = folder.string() + std::string(kPartial);
 
-  std::string own_part;
+  CheckpointManifest own_part;
   parallel::agree_on([&] { own_part = manifest_part(contents, own_file); }, world);
-  const auto parts = gather_texts(own_part, world);
+  const auto parts = gather_texts(internal::to_text(own_part, /*indent=*/-1), world);
   CheckpointManifest manifest;  // of rank 0 alone
   try {
     const auto prepare = [&] {
       if (!is_first) return;
-      manifest = internal::merge_manifests(parts, contents.step, contents.state);
+      manifest = internal::merge_manifests(parts);
       prepare_folder(directory, partial);
     };
     parallel::agree_on(prepare, world);
-    parallel::agree_on([&] { write_own_file(partial / own_file, contents.tensors); }, world);
+    parallel::agree_on([&] { write_own_file(partial / own_file, contents.tensors, own_part); }, world);
     parallel::agree_on(
         [&] {
           if (is_first) publish(partial, folder, manifest);
@@ -439,46 +470,51 @@ int64_t CheckpointReader::step() const { return manifest_->step; }
 
 const std::string& CheckpointReader::state() const { return manifest_->state; }
 
-std::vector<std::string> CheckpointReader::names() const {
-  std::vector<std::string> result;
+const std::string& CheckpointReader::model() const { return manifest_->model; }
+
+const std::string& CheckpointReader::tokenizer() const { return manifest_->tokenizer; }
+
+std::vector<TensorId> CheckpointReader::tensors() const {
+  std::vector<TensorId> result;
   result.reserve(manifest_->tensors.size());
-  for (const auto& [name, tensor] : manifest_->tensors) result.push_back(name);
+  for (const auto& [id, tensor] : manifest_->tensors) result.push_back(id);
   return result;
 }
 
-bool CheckpointReader::contains(const std::string& name) const { return manifest_->tensors.count(name) > 0; }
+bool CheckpointReader::contains(const TensorId& id) const { return manifest_->tensors.count(id) > 0; }
 
-const std::vector<int64_t>& CheckpointReader::global_shape(const std::string& name) const {
-  const auto found = manifest_->tensors.find(name);
-  TORCH_CHECK_VALUE(found != manifest_->tensors.end(), (folder_ / kManifestFile).string(), ": no tensor ", name);
+const std::vector<int64_t>& CheckpointReader::global_shape(const TensorId& id) const {
+  const auto found = manifest_->tensors.find(id);
+  TORCH_CHECK_VALUE(found != manifest_->tensors.end(), (folder_ / kManifestFile).string(), ": no tensor ", id.text());
   return found->second.shape;
 }
 
 void CheckpointReader::load(const std::vector<ShardedTensor>& tensors, UnusedTensors unused) const {
   const auto manifest_file = (folder_ / kManifestFile).string();
-  std::set<std::string> asked;
+  std::set<TensorId> asked;
   std::map<std::string, SafetensorsFile> open_files;
   for (const auto& wanted : tensors) {
     check_slice(wanted);
-    asked.insert(wanted.name);
-    const auto found = manifest_->tensors.find(wanted.name);
-    TORCH_CHECK_VALUE(found != manifest_->tensors.end(), manifest_file, ": no tensor ", wanted.name,
+    asked.insert(wanted.id);
+    const auto found = manifest_->tensors.find(wanted.id);
+    TORCH_CHECK_VALUE(found != manifest_->tensors.end(), manifest_file, ": no tensor ", wanted.id.text(),
                       "; asked for one of shape ", at::IntArrayRef(wanted.global_shape));
     const auto& tensor = found->second;
-    TORCH_CHECK_VALUE(tensor.shape == wanted.global_shape && tensor.dtype == c10::toString(wanted.local.scalar_type()),
-                      manifest_file, ": tensor ", wanted.name, " is ", tensor.dtype, " ", at::IntArrayRef(tensor.shape),
-                      ", asked for as ", wanted.local.scalar_type(), " ", at::IntArrayRef(wanted.global_shape));
+    const auto dtype = safetensors_dtype(wanted.local.scalar_type(), wanted.id.text());
+    TORCH_CHECK_VALUE(tensor.shape == wanted.global_shape && tensor.dtype == dtype, manifest_file, ": tensor ",
+                      wanted.id.text(), " is ", tensor.dtype, " ", at::IntArrayRef(tensor.shape), ", asked for as ",
+                      dtype, " ", at::IntArrayRef(wanted.global_shape));
     for (const auto& piece : tensor.pieces) {
-      if (overlaps(piece, wanted)) open_piece(folder_, piece, wanted.name, tensor, open_files);
+      if (overlaps(piece, wanted)) open_piece(folder_, piece, wanted.id, tensor, open_files);
     }
   }
-  for (const auto& [name, tensor] : manifest_->tensors) {
-    TORCH_CHECK_VALUE(unused == UnusedTensors::kAllow || asked.count(name) > 0, manifest_file, ": tensor ", name,
+  for (const auto& [id, tensor] : manifest_->tensors) {
+    TORCH_CHECK_VALUE(unused == UnusedTensors::kAllow || asked.count(id) > 0, manifest_file, ": tensor ", id.text(),
                       " of shape ", at::IntArrayRef(tensor.shape), " is not asked for");
   }
   const at::NoGradGuard no_grad;
   for (const auto& wanted : tensors) {
-    for (const auto& piece : manifest_->tensors.at(wanted.name).pieces) {
+    for (const auto& piece : manifest_->tensors.at(wanted.id).pieces) {
       if (overlaps(piece, wanted)) copy_overlap(open_files.at(piece.file), piece, wanted);
     }
   }

@@ -1,6 +1,6 @@
 // Training checkpoints: every rank writes what it holds, any number of ranks reads it back.
 //
-//   checkpoints/step-00000100/rank-0000-of-0004.safetensors   the slices that rank 0 writes, under their tensors' names
+//   checkpoints/step-00000100/rank-0000-of-0004.safetensors   the parts that rank 0 writes
 //   checkpoints/step-00000100/manifest.json                   step, state, files; each tensor's dtype, shape, pieces
 //   checkpoints/latest -> step-00000100                       replaced last
 //
@@ -11,29 +11,52 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <compare>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "megatron_cpp/optimizer/adamw.h"
-#include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "megatron_cpp/parameters/box.h"
+#include "megatron_cpp/parameters/parameter_shard.h"
 #include "parallel/group.h"
 #include "parallel/process_groups.h"
 
 namespace megatron {
 
-/// Rows [global_begin, global_begin + local.size(dim)) of dimension `dim` of the global tensor `name`.
+/// What a tensor of a checkpoint is to the parameter whose name it has.
+enum class TensorRole {
+  kParameter,  ///< the parameter itself
+  kMain,       ///< the optimizer's copy of it, of higher precision
+  kExpAvg,     ///< AdamW's decaying mean of the gradient
+  kExpAvgSq,   ///< AdamW's decaying mean of its square
+};
+
+/// Which tensor of a checkpoint.
+struct TensorId {
+  /// The parameter of a name, or something else of it.
+  TensorId(std::string of_parameter, TensorRole which = TensorRole::kParameter)
+      : name(std::move(of_parameter)), role(which) {}
+
+  std::string name;  ///< of the parameter, as published
+  TensorRole role;   ///< what of it
+  /// "model.norm.weight", or "exp_avg of model.norm.weight".
+  std::string text() const;
+  auto operator<=>(const TensorId&) const = default;
+};
+
+/// A rank's part of a global tensor.
 struct ShardedTensor {
-  std::string name;                   ///< in the checkpoint
-  at::Tensor local;                   ///< a view of the rank's memory, without gradient: loading writes through it
+  TensorId id;                        ///< in the checkpoint
+  at::Tensor local;                   ///< of part.shape(), without gradient: loading writes through it
   std::vector<int64_t> global_shape;  ///< over all ranks, without vocabulary padding
-  int64_t dim = 0;                    ///< the sharded dimension; 0 where the rank has all
-  int64_t global_begin = 0;           ///< the rank's first row of it
-  /// Whether this rank writes the slice: replicas are written once.
+  TensorPart part;                    ///< which elements; may be none
+  /// Whether this rank writes them: replicas are written once.
   bool main_replica = true;
 };
 
@@ -41,13 +64,13 @@ struct ShardedTensor {
 using CheckpointName = std::function<std::string(const std::string&)>;
 
 /// The segments of all parameters, in their order. Tensor-parallel rank 0 writes the replicated ones, data-parallel
-/// rank 0 writes at all. A segment of length 0 (a vocabulary shard that is all padding) gives an entry without rows, so
+/// rank 0 writes at all. A segment without elements (a vocabulary shard that is all padding) gives an entry, too, so
 /// that every rank asks a checkpoint for the same tensors. Not collective.
 std::vector<ShardedTensor> sharded_tensors(const std::vector<ParameterShard>& parameters,
                                            const CheckpointName& published_name, const parallel::ProcessGroups& groups);
 
-/// The same segments of the optimizer's moments, as "optimizer.exp_avg." and "optimizer.exp_avg_sq." + published name.
-/// (num_steps() is a number: it belongs in CheckpointContents::state.) Not collective.
+/// The same segments of the optimizer's moments. (num_steps() is a number: it belongs in CheckpointContents::state.)
+/// Not collective.
 std::vector<ShardedTensor> sharded_tensors(const AdamW& optimizer, const CheckpointName& published_name,
                                            const parallel::ProcessGroups& groups);
 
@@ -55,7 +78,9 @@ std::vector<ShardedTensor> sharded_tensors(const AdamW& optimizer, const Checkpo
 struct CheckpointContents {
   int64_t step = 0;                    ///< optimizer steps done; names the folder
   std::string state;                   ///< small text (JSON): sampler position, anything; that of rank 0 is kept
-  std::vector<ShardedTensor> tensors;  ///< of this rank; a name at most once
+  std::vector<ShardedTensor> tensors;  ///< of this rank; an id at most once
+  std::string model = {};              ///< JSON: what the model is; that of rank 0 is kept
+  std::string tokenizer = {};          ///< a hash: which tokenizer the model was trained with; that of rank 0 is kept
 };
 
 /// What becomes of older checkpoints.
@@ -100,8 +125,8 @@ std::filesystem::path find_checkpoint(const std::filesystem::path& path);
 /// @throws std::filesystem::filesystem_error
 void remove_checkpoints(const std::filesystem::path& directory);
 
-/// A complete checkpoint, read in any layout whatever layout wrote it. Not collective: a rank reads what it needs, and
-/// callers wrap construction and load in parallel::agree_on.
+/// A complete checkpoint of format version 1 or 2, read in any layout whatever layout wrote it. Not collective: a rank
+/// reads what it needs, and callers wrap construction and load in parallel::agree_on.
 class CheckpointReader {
  public:
   /// @param path  as find_checkpoint takes it, with its warnings and errors.
@@ -113,11 +138,13 @@ class CheckpointReader {
   int64_t step() const;  ///< CheckpointContents::step
   /// CheckpointContents::state, as it was given.
   const std::string& state() const;
+  const std::string& model() const;      ///< CheckpointContents::model; empty in a checkpoint of format version 1
+  const std::string& tokenizer() const;  ///< CheckpointContents::tokenizer; likewise
   /// All tensors, sorted.
-  std::vector<std::string> names() const;
-  bool contains(const std::string& name) const;  ///< whether it has a tensor of this name
+  std::vector<TensorId> tensors() const;
+  bool contains(const TensorId& id) const;  ///< whether it has this tensor
   /// @throws c10::ValueError naming the manifest and the tensor if it isn't there.
-  const std::vector<int64_t>& global_shape(const std::string& name) const;
+  const std::vector<int64_t>& global_shape(const TensorId& id) const;
 
   /// Fills each `local`, in place and without gradient, from the pieces that overlap it; only these are read.
   /// @throws c10::ValueError, before anything is filled: naming manifest and tensor, and what is asked and what there,

@@ -49,17 +49,13 @@ ParameterShard check_own_parameters(const Candidate& candidate, Findings& findin
   const std::vector<int64_t> whole{candidate.V(), candidate.H()};
   auto held = at::zeros(weight.sizes(), at::kInt);
   for (const auto& segment : own.segments) {
-    const auto within = [&](int64_t begin, int64_t size) { return begin >= 0 && begin + segment.length <= size; };
-    const auto dim = static_cast<size_t>(segment.dim);
-    const bool fits = segment.name == "weight" && segment.global_shape == whole && dim < 2 && segment.length >= 0 &&
-                      within(segment.global_begin, whole[dim]) &&
-                      within(segment.local_begin, weight.size(segment.dim)) &&
-                      weight.size(1 - segment.dim) == whole[1 - dim];
+    const Box local{segment.local_begin, segment.box.length};
+    const bool fits = segment.name == "weight" && segment.global_shape == whole && segment.box.is_in(whole) &&
+                      local.is_in(weight.sizes().vec());
     findings.expect(fits, subject, "have a segment of \"", segment.name, "\" ", c10::IntArrayRef(segment.global_shape),
-                    ", dim ", segment.dim, ", global_begin ", segment.global_begin, ", local_begin ",
-                    segment.local_begin, ", length ", segment.length, ", which isn't a part of \"weight\" ",
-                    c10::IntArrayRef(whole), " that fits into ", weight.sizes());
-    if (fits) held.narrow(segment.dim, segment.local_begin, segment.length).add_(1);
+                    ", box ", segment.box.text(), ", local_begin ", c10::IntArrayRef(segment.local_begin),
+                    ", which isn't a part of \"weight\" ", c10::IntArrayRef(whole), " that fits into ", weight.sizes());
+    if (fits) segment.in_local(held).add_(1);
   }
   findings.expect(held.le(1).all().item<bool>(), subject, "have segments that share elements of the weight");
   return own;
@@ -70,7 +66,7 @@ void check_coverage(Candidate& candidate, Findings& findings) {
   const std::string subject = "own_parameters()";
   auto held = at::zeros({1, candidate.V(), candidate.H()}, at::kInt);
   for (const auto& segment : candidate.shard.segments) {
-    held[0].narrow(segment.dim, segment.global_begin, segment.length).add_(1);
+    segment.in_global(held[0]).add_(1);
   }
   const auto by_rank = parallel::all_gather(held, candidate.embedding->tp());
   candidate.owners = by_rank.select(2, 0).argmax(0);
@@ -95,8 +91,7 @@ at::Tensor Candidate::own_columns(const at::Tensor& whole) const {
 at::Tensor Candidate::part_of(const at::Tensor& whole) const {
   auto part = at::zeros(shard.parameter.sizes(), whole.options());
   for (const auto& segment : shard.segments) {
-    part.narrow(segment.dim, segment.local_begin, segment.length)
-        .copy_(whole.narrow(segment.dim, segment.global_begin, segment.length));
+    segment.in_local(part).copy_(segment.in_global(whole));
   }
   return part;
 }
@@ -137,8 +132,7 @@ std::optional<Candidate> make_candidate(const MakeEmbedding& make, bool sequence
                         kSeed);
   candidate.own_table = at::zeros_like(candidate.table);
   for (const auto& segment : candidate.shard.segments) {
-    candidate.own_table.narrow(segment.dim, segment.global_begin, segment.length)
-        .copy_(candidate.table.narrow(segment.dim, segment.global_begin, segment.length));
+    segment.in_global(candidate.own_table).copy_(segment.in_global(candidate.table));
   }
   return candidate;
 }

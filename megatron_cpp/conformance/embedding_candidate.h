@@ -11,8 +11,8 @@
 
 #include "megatron_cpp/conformance/embedding_conformance.h"
 #include "megatron_cpp/conformance/findings.h"
+#include "megatron_cpp/parameters/parameter_shard.h"
 #include "megatron_cpp/tensor_parallel/parallel_embedding.h"
-#include "megatron_cpp/tensor_parallel/parameter_shard.h"
 #include "parallel/group.h"
 #include "parallel/recording_backend.h"
 

@@ -15,17 +15,6 @@ int64_t product(const std::vector<int64_t>& sizes, size_t first = 0) {
                          std::multiplies<>());
 }
 
-/// Written so that no sum overflows, whatever a file says.
-bool is_inside(const Box& box, const std::vector<int64_t>& shape) {
-  if (box.begin.size() != shape.size() || box.length.size() != shape.size()) return false;
-  for (size_t d = 0; d < shape.size(); ++d) {
-    if (box.begin[d] < 0 || box.begin[d] > shape[d] || box.length[d] < 1 || box.length[d] > shape[d] - box.begin[d]) {
-      return false;
-    }
-  }
-  return true;
-}
-
 bool holds(const Box& box, const std::vector<int64_t>& element) {
   for (size_t d = 0; d < element.size(); ++d) {
     if (element[d] < box.begin[d] || element[d] - box.begin[d] >= box.length[d]) return false;
@@ -47,7 +36,11 @@ std::vector<int64_t> first_missing(const std::vector<int64_t>& shape, const std:
   };
   while (std::any_of(boxes.begin(), boxes.end(), [&](const Box& box) { return holds(box, element); })) {
     size_t d = shape.size();
-    while (d > 0 && (element[d - 1] = next(d - 1)) == shape[d - 1]) element[--d] = 0;
+    for (; d > 0; --d) {
+      element[d - 1] = next(d - 1);
+      if (element[d - 1] < shape[d - 1]) break;
+      element[d - 1] = 0;
+    }
     TORCH_INTERNAL_ASSERT(d > 0);
   }
   return element;
@@ -68,6 +61,15 @@ Box Box::rows(std::vector<int64_t> shape, int64_t dim, parallel::Range rows) {
 }
 
 int64_t Box::numel() const { return product(length); }
+
+bool Box::is_in(const std::vector<int64_t>& shape) const {
+  if (begin.size() != shape.size() || length.size() != shape.size()) return false;
+  for (size_t d = 0; d < shape.size(); ++d) {
+    // Written so that no sum overflows.
+    if (begin[d] < 0 || begin[d] > shape[d] || length[d] < 0 || length[d] > shape[d] - begin[d]) return false;
+  }
+  return true;
+}
 
 std::string Box::text() const {
   std::string result = "[";
@@ -124,10 +126,32 @@ std::vector<Box> boxes_of_range(const Box& box, parallel::Range range) {
   return result;
 }
 
+std::vector<int64_t> TensorPart::shape() const {
+  return elements ? std::vector<int64_t>{elements->length()} : box.length;
+}
+
+int64_t TensorPart::numel() const { return elements ? elements->length() : box.numel(); }
+
+bool TensorPart::is_in(const std::vector<int64_t>& shape) const {
+  if (!box.is_in(shape)) return false;
+  return !elements || (elements->begin >= 0 && elements->begin <= elements->end && elements->end <= box.numel());
+}
+
+std::vector<Box> TensorPart::boxes() const {
+  if (numel() == 0) return {};
+  return elements ? boxes_of_range(box, *elements) : std::vector<Box>{box};
+}
+
+std::string TensorPart::text() const {
+  return elements ? c10::str(box.text(), " elements ", elements->begin, ":", elements->end) : box.text();
+}
+
 std::optional<CoverFault> find_cover_fault(const std::vector<int64_t>& shape, const std::vector<Box>& boxes) {
   using Kind = CoverFault::Kind;
   for (size_t i = 0; i < boxes.size(); ++i) {
-    if (!is_inside(boxes[i], shape)) return CoverFault{.kind = Kind::kOutside, .first = i, .element = {}};
+    if (!boxes[i].is_in(shape) || boxes[i].numel() == 0) {
+      return CoverFault{.kind = Kind::kOutside, .first = i, .element = {}};
+    }
   }
   std::vector<size_t> order(boxes.size());
   std::iota(order.begin(), order.end(), size_t{0});

@@ -1,4 +1,5 @@
-// Rectangular parts of tensors: what a rank holds of a tensor, what a file holds of it, what both share. Pure arithmetic.
+// Rectangular parts of tensors: what a rank holds of a tensor, what a file holds of it, what both share. Pure
+// arithmetic.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,6 +25,8 @@ struct Box {
   static Box rows(std::vector<int64_t> shape, int64_t dim, parallel::Range rows);
 
   int64_t numel() const;  ///< elements
+  /// Whether it lies in a tensor of this shape, with elements or without, whatever numbers it is made of.
+  bool is_in(const std::vector<int64_t>& shape) const;
   /// "[0:4, 8:16]", for messages: begin and end of each dimension.
   std::string text() const;
   bool operator==(const Box&) const = default;
@@ -39,6 +42,25 @@ at::Tensor view_of(const at::Tensor& tensor, const Box& box, const Box& part);
 /// other they have the elements in their order. At most 2d - 1 boxes in d dimensions.
 /// @param range  lies in [0, box.numel()).
 std::vector<Box> boxes_of_range(const Box& box, parallel::Range range);
+
+/// A box of a tensor, or some of its elements.
+struct TensorPart {
+  Box box;
+  /// Which elements of the box, numbered row-major in it; all unless given. A tensor that holds the part then has one
+  /// dimension.
+  std::optional<parallel::Range> elements = std::nullopt;
+
+  /// Shape of a tensor that holds the part.
+  std::vector<int64_t> shape() const;
+  int64_t numel() const;  ///< elements
+  /// Whether it lies in a tensor of this shape, whatever numbers it is made of.
+  bool is_in(const std::vector<int64_t>& shape) const;
+  /// The same elements as boxes, in their order in a tensor that holds the part.
+  std::vector<Box> boxes() const;
+  /// "[0:4, 8:16]", or "[0:4, 8:16] elements 3:9".
+  std::string text() const;
+  bool operator==(const TensorPart&) const = default;
+};
 
 /// What is wrong with boxes that should hold every element of a tensor once.
 struct CoverFault {

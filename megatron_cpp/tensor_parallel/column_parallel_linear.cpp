@@ -67,8 +67,8 @@ std::vector<ParameterShard> ColumnParallelLinearImpl::own_parameters() const {
       const auto range = rows_of(part.out_features, t, r);
       auto shape = parameter.sizes().vec();
       shape[0] = part.out_features;
-      result.segments.push_back({part.name.empty() ? name : part.name + "." + name, std::move(shape), 0, range.begin,
-                                 local_begin, range.length()});
+      result.segments.push_back(ParameterSegment::rows(part.name.empty() ? name : part.name + "." + name,
+                                                       std::move(shape), 0, range.begin, local_begin, range.length()));
       local_begin += range.length();
     }
     return result;

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "megatron_cpp/parameters/parameter_shard.h"
 #include "parallel/group.h"
 
 namespace megatron {

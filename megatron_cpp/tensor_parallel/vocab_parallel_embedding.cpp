@@ -63,9 +63,10 @@ std::vector<ParameterShard> VocabParallelEmbeddingImpl::own_parameters() const {
   const int64_t V = options().vocabulary_size();
   auto shard = sharded_parameter("weight", weight, {V, options().hidden_size()}, 0, vocabulary_begin_,
                                  InitialValue::normal(options().init_std()), true);
-  auto& segment = shard.segments.front();
-  segment.global_begin = std::min(vocabulary_begin_, V);
-  segment.length = std::clamp<int64_t>(V - vocabulary_begin_, 0, weight.size(0));
+  const int64_t rows = std::clamp<int64_t>(V - vocabulary_begin_, 0, weight.size(0));
+  auto& box = shard.segments.front().box;
+  box.begin[0] = rows > 0 ? vocabulary_begin_ : 0;
+  box.length[0] = rows;
   return {std::move(shard)};
 }
 

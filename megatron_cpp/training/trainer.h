@@ -9,7 +9,7 @@
 
 #include "megatron_cpp/optimizer/adamw.h"
 #include "megatron_cpp/optimizer/gradient_buffer.h"
-#include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "megatron_cpp/parameters/parameter_shard.h"
 #include "megatron_cpp/training/learning_rate.h"
 #include "parallel/process_groups.h"
 

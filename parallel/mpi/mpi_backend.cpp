@@ -8,8 +8,8 @@
 #include <numeric>
 #include <utility>
 
-#include "parallel/mpi/collective_call.h"
 #include "parallel/finished_work.h"
+#include "parallel/mpi/collective_call.h"
 #include "parallel/mpi/mpi_check.h"
 #include "parallel/mpi/rank_order_reduction.h"
 #include "parallel/mpi/roll_call.h"

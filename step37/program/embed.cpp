@@ -212,9 +212,8 @@ class EmbedRun {
     const megatron::SafetensorsFile file(arguments_.input);
     for (auto& shard : parameters()) {
       const auto& segment = shard.segments.front();
-      if (segment.length > 0) {
-        shard.parameter.narrow(segment.dim, segment.local_begin, segment.length)
-            .copy_(file.read_slice(segment.name, segment.dim, segment.global_begin, segment.length));
+      if (segment.box.numel() > 0) {
+        segment.in_local(shard.parameter).copy_(file.read(segment.name, segment.box));
       }
       const bool frozen = shard.name == kWordEmbeddings ? arguments_.frozen_embedding : arguments_.frozen_projector;
       shard.parameter.set_requires_grad(!frozen);
@@ -322,7 +321,7 @@ class EmbedRun {
       const auto& segment = shard.segments.front();
       auto gradient = shard.parameter.grad().defined() ? shard.parameter.grad() : at::zeros_like(shard.parameter);
       if (shard.rule == megatron::GradientRule::kSharded) {
-        gradient = segment.dim == 0
+        gradient = segment.box.length.back() == segment.global_shape.back()
                        ? parallel::all_gather(gradient, plain_tp_).narrow(0, 0, segment.global_shape.front())
                        : parallel::all_gather_last_dim(gradient, plain_tp_);
       }

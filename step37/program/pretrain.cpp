@@ -260,8 +260,12 @@ class PretrainRun {
 
   void save_checkpoint(int64_t step, const megatron::SamplerState& sampler) {
     const RunState state{config_, sampler, step, tokenizer_mark_};
-    megatron::save_checkpoint(files_.checkpoints(), {step, to_text(state), tensors()}, groups_.world,
-                              {.keep_last = config_.checkpoint.keep});
+    const megatron::CheckpointContents contents{.step = step,
+                                                .state = to_text(state),
+                                                .tensors = tensors(),
+                                                .model = model_text(config_),
+                                                .tokenizer = tokenizer_mark_.hash};
+    megatron::save_checkpoint(files_.checkpoints(), contents, groups_.world, {.keep_last = config_.checkpoint.keep});
   }
 
   /// The signal that asked one of the ranks to stop, on all of them; 0: none did. Collective: one all-reduce of one

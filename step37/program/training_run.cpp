@@ -95,6 +95,15 @@ RunLock::RunLock(const std::filesystem::path& path) : file_(open(path.c_str(), O
 
 RunLock::~RunLock() { close(file_); }
 
+std::string model_text(const RunConfig& config) {
+  auto json = nlohmann::ordered_json::object();
+  for (const auto& [key, value] : settings(config)) {
+    const auto section = key.substr(0, key.find('.'));
+    if (section == "model" || section == "vision") json[section][key.substr(section.size() + 1)] = value;
+  }
+  return json.dump();
+}
+
 std::string to_text(const RunState& state) {
   auto kept = nlohmann::ordered_json::array();
   for (const auto& [key, value] : settings(state.config)) kept.push_back({key, value});

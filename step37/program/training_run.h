@@ -74,6 +74,9 @@ std::string to_text(const RunState& state);
 /// @throws c10::ValueError naming `where` and what is wrong with the text.
 RunState run_state_from_text(const std::string& text, const std::string& where);
 
+/// What the model is, as JSON, for CheckpointContents::model: the settings of the sections model and vision.
+std::string model_text(const RunConfig& config);
+
 /// Refuses settings that a run can't change once it has begun: of the sections model (but init_std) and vision all, and
 /// data.vocabulary_size and training.seed. Others (steps, learning rate, batch, layout, data, ...) may change.
 /// @param began  as the checkpoint `where` keeps it.

@@ -11,7 +11,7 @@
 #include <memory>
 #include <vector>
 
-#include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "megatron_cpp/parameters/parameter_shard.h"
 
 namespace step37 {
 

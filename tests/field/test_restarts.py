@@ -3,12 +3,13 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import unittest
 from pathlib import Path
 
-from field import ENVIRONMENT, MPIEXEC, PROGRAM, ROOT, FieldTest
+from field import CASES, ENVIRONMENT, MPIEXEC, PROGRAM, ROOT, FieldTest
 
 INTERRUPTED = 75
 
@@ -159,6 +160,33 @@ class Settings(FieldTest):
                                 "training.global_batch=4", "parallel.data=2", "parallel.tensor=1", "run.fresh=False")
         self.assertSucceeds(outcome)
         self.assertIn("resuming after step 1", outcome.stdout)
+
+
+class FormatVersion1(FieldTest):
+    """tests/cases/checkpoint_v1: a run of the program that wrote checkpoints of format version 1."""
+
+    def setUp(self):
+        super().setUp()
+        shutil.rmtree(self.folder)
+        shutil.copytree(CASES / "checkpoint_v1", self.folder)
+
+    def test_the_run_goes_on_as_it_would_have(self):
+        for ranks in (1, 2):
+            shutil.rmtree(self.folder / "run")
+            shutil.copytree(CASES / "checkpoint_v1/run", self.folder / "run")
+            self.assertSucceeds(self.pretrain(f"parallel.tensor={ranks}", "training.steps=4", ranks=ranks))
+            lines = (self.folder / "run/metrics.jsonl").read_text().splitlines()
+            self.assertEqual([json.loads(line)["loss"] for line in lines[2:]], [5.482266664505005, 5.454863548278809])
+            for step, version in ((2, 1), (4, 2)):
+                manifest = json.loads((self.folder / f"run/checkpoints/step-{step:08}/manifest.json").read_text())
+                self.assertEqual(manifest["format_version"], version)
+
+    def test_its_model_captions(self):
+        for ranks in (1, 2):
+            outcome = self.mpirun(ranks, PROGRAM, "generate", "--checkpoint", "run/checkpoints/step-00000002", "--image",
+                                  "p/red.png", text=False)
+            self.assertEqual(outcome.returncode, 0, outcome.stdout)
+            self.assertTrue(outcome.stdout.startswith(b"[\t\xef\xbf\xbdu\xef\xbf\xbd\xd2\xb0)\x10Z"), outcome.stdout)
 
 
 class Scripts(FieldTest):

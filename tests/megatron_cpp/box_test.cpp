@@ -34,7 +34,9 @@ std::vector<int64_t> elements(const Shape& shape, const Box& box) {
 
 int64_t in_range(int64_t begin, int64_t end) { return *rc::gen::inRange<int64_t>(begin, end); }
 
-Shape any_shape() { return *rc::gen::container<Shape>(*rc::gen::inRange<size_t>(0, 4), rc::gen::inRange<int64_t>(1, 6)); }
+Shape any_shape() {
+  return *rc::gen::container<Shape>(*rc::gen::inRange<size_t>(0, 4), rc::gen::inRange<int64_t>(1, 6));
+}
 
 Box any_box(const Shape& shape) {
   Box box = Box::whole(shape);
@@ -144,8 +146,9 @@ RC_GTEST_PROP(Box, CoverIsWhatHoldsEveryElementOnce, ()) {
 
 TEST(Box, IsOutsideWhateverAFileSays) {
   constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
-  const std::vector<Box> bad = {{{0}, {0}},        {{-1}, {1}},    {{0}, {5}}, {{4}, {1}}, {{kMost}, {1}}, {{1}, {kMost}},
-                                {{kMost}, {kMost}}, {{0, 0}, {4, 1}}, {{}, {}},   {{0}, {}},  {{0}, {-4}}};
+  const std::vector<Box> bad = {{{0}, {0}},     {{-1}, {1}},    {{0}, {5}},         {{4}, {1}},
+                                {{kMost}, {1}}, {{1}, {kMost}}, {{kMost}, {kMost}}, {{0, 0}, {4, 1}},
+                                {{}, {}},       {{0}, {}},      {{0}, {-4}}};
   for (const auto& box : bad) {
     const auto fault = find_cover_fault({4}, {{{0}, {4}}, box});
     ASSERT_TRUE(fault.has_value());

@@ -26,11 +26,14 @@
 namespace {
 
 namespace fs = std::filesystem;
+using megatron::Box;
 using megatron::CheckpointContents;
 using megatron::CheckpointReader;
 using megatron::GradientRule;
 using megatron::ParameterShard;
 using megatron::ShardedTensor;
+using megatron::TensorId;
+using megatron::TensorRole;
 using megatron::UnusedTensors;
 using test_support::exact_values;
 using test_support::groups;
@@ -81,11 +84,16 @@ at::Tensor global_values(const std::string& name, at::IntArrayRef shape, int64_t
   return exact_values(shape, number + seed);
 }
 
+/// What a part of the tensor holds; the values of moments are others than those of their parameter.
+at::Tensor values_of(const ShardedTensor& tensor, int64_t seed) {
+  const auto whole = global_values(tensor.id.text(), tensor.global_shape, seed).to(tensor.local.scalar_type());
+  const auto box = megatron::view_of(whole, Box::whole(tensor.global_shape), tensor.part.box);
+  const auto& elements = tensor.part.elements;
+  return elements ? box.flatten().narrow(0, elements->begin, elements->length()) : box;
+}
+
 void fill(const std::vector<ShardedTensor>& tensors, int64_t seed) {
-  for (const auto& tensor : tensors) {
-    tensor.local.copy_(global_values(tensor.name, tensor.global_shape, seed)
-                           .narrow(tensor.dim, tensor.global_begin, tensor.local.size(tensor.dim)));
-  }
+  for (const auto& tensor : tensors) tensor.local.copy_(values_of(tensor, seed));
 }
 
 /// A model with its optimizer, as a rank of one layout holds it.
@@ -116,7 +124,7 @@ struct Training {
     double of_segments = 0;
     for (const auto& parameter : model->parameters()) all_of_it += parameter.detach().abs().sum().item<double>();
     for (const auto& tensor : tensors) {
-      if (tensor.name.starts_with("model.")) of_segments += tensor.local.abs().sum().item<double>();
+      if (tensor.id.role == TensorRole::kParameter) of_segments += tensor.local.abs().sum().item<double>();
     }
     return all_of_it - of_segments;
   }
@@ -136,12 +144,26 @@ ShardedTensor split(const std::string& name, at::IntArrayRef shape, int64_t dim,
   const int64_t rows = shape[static_cast<size_t>(dim)] / world_size();
   const int64_t begin = rows * world_rank();
   const auto whole = global_values(name, shape, seed).to(dtype);
-  return {name, whole.narrow(dim, begin, rows).clone(), shape.vec(), dim, begin, true};
+  return {{name},
+          whole.narrow(dim, begin, rows).clone(),
+          shape.vec(),
+          {Box::rows(shape.vec(), dim, {begin, begin + rows})}};
 }
 
-ShardedTensor whole(const std::string& name, at::IntArrayRef shape, int64_t dim, int64_t seed,
-                    at::ScalarType dtype = at::kFloat) {
-  return {name, global_values(name, shape, seed).to(dtype), shape.vec(), dim, 0, world_rank() == 0};
+ShardedTensor whole(const std::string& name, at::IntArrayRef shape, int64_t seed, at::ScalarType dtype = at::kFloat) {
+  return {
+      {name}, global_values(name, shape, seed).to(dtype), shape.vec(), {Box::whole(shape.vec())}, world_rank() == 0};
+}
+
+/// Elements of a box, split over the world as evenly as that goes; without any on some ranks if there are few.
+ShardedTensor split_flat(const TensorId& id, at::IntArrayRef shape, const Box& box, int64_t seed,
+                         at::ScalarType dtype = at::kFloat) {
+  const int64_t each = (box.numel() + world_size() - 1) / world_size();
+  const int64_t begin = std::min(box.numel(), each * world_rank());
+  const int64_t end = std::min(box.numel(), begin + each);
+  ShardedTensor result{id, at::empty({end - begin}, dtype), shape.vec(), {box, parallel::Range{begin, end}}};
+  fill({result}, seed);
+  return result;
 }
 
 /// Replaces the first `from` of a file; the file must have one.
@@ -193,7 +215,7 @@ class Checkpoint : public testing::Test {
 class DamagedCheckpoint : public Checkpoint {
  protected:
   void SetUp() override {
-    step_ = save(7, {split("rows", {8, 3}, 0, 1), whole("norm", {5}, 0, 1)});
+    step_ = save(7, {split("rows", {8, 3}, 0, 1), whole("norm", {5}, 1)});
     parallel::barrier(world());
   }
   fs::path manifest() const { return step_ / "manifest.json"; }
@@ -210,7 +232,7 @@ class DamagedCheckpoint : public Checkpoint {
   }
   /// The whole tensor as a reader of one rank asks for it.
   static ShardedTensor wanted(const std::string& name, at::IntArrayRef shape, at::ScalarType dtype = at::kFloat) {
-    return {name, at::zeros(shape, dtype), shape.vec(), 0, 0, true};
+    return {{name}, at::zeros(shape, dtype), shape.vec(), {Box::whole(shape.vec())}};
   }
 
   fs::path step_;
@@ -232,9 +254,8 @@ TEST_F(Checkpoint, AnyLayoutReadsWhatAnyLayoutWrote) {
       EXPECT_EQ(reader.step(), step);
       reader.load(loaded.tensors);
       for (const auto& tensor : loaded.tensors) {
-        const auto expected = global_values(tensor.name, tensor.global_shape, step)
-                                  .narrow(tensor.dim, tensor.global_begin, tensor.local.size(tensor.dim));
-        EXPECT_TRUE(test_support::equal(tensor.local, expected)) << tensor.name << ", tp " << saved_tp << " to " << tp;
+        EXPECT_TRUE(test_support::equal(tensor.local, values_of(tensor, step)))
+            << tensor.id.text() << ", tp " << saved_tp << " to " << tp;
       }
       EXPECT_EQ(loaded.padding_sum(), 0.0);
     }
@@ -266,10 +287,14 @@ TEST_F(Checkpoint, OneReplicaIsWritten) {
     for (int rank = 0; rank < tp; ++rank) {
       const auto name = "rank-000" + std::to_string(rank) + "-of-000" + std::to_string(world_size()) + ".safetensors";
       const megatron::SafetensorsFile file(step / name);
-      EXPECT_EQ(file.contains("model.norms.norm"), rank == 0) << name;
-      EXPECT_EQ(file.contains("optimizer.exp_avg.model.norms.q_norm"), rank == 0) << name;
-      EXPECT_TRUE(file.contains("model.qkv.k_proj.weight")) << name;
-      EXPECT_TRUE(file.contains("optimizer.exp_avg_sq.model.down.weight")) << name;
+      const auto holds = [&](const std::string& beginning) {
+        const auto found = file.entries().lower_bound(beginning);
+        return found != file.entries().end() && found->first.starts_with(beginning);
+      };
+      EXPECT_EQ(holds("parameter/model.norms.norm["), rank == 0) << name;
+      EXPECT_EQ(holds("exp_avg/model.norms.q_norm["), rank == 0) << name;
+      EXPECT_TRUE(holds("parameter/model.qkv.k_proj.weight[")) << name;
+      EXPECT_TRUE(holds("exp_avg_sq/model.down.weight[")) << name;
     }
   }
 }
@@ -285,30 +310,73 @@ TEST_F(Checkpoint, OneRankWritesForAnyNumber) {
   Training loaded(groups(world_size()));
   CheckpointReader(directory() / "step-00000005").load(loaded.tensors);
   for (const auto& tensor : loaded.tensors) {
-    const auto expected = global_values(tensor.name, tensor.global_shape, 5)
-                              .narrow(tensor.dim, tensor.global_begin, tensor.local.size(tensor.dim));
-    EXPECT_TRUE(test_support::equal(tensor.local, expected)) << tensor.name;
+    EXPECT_TRUE(test_support::equal(tensor.local, values_of(tensor, 5))) << tensor.id.text();
   }
 }
 
 TEST_F(Checkpoint, PiecesMayBeSplitInAnotherDimension) {
   const std::vector<ShardedTensor> saved{split("by_rows", {8, 12}, 0, 1), split("by_columns", {8, 12}, 1, 1),
-                                         whole("whole", {8, 12, 2}, 0, 1, at::kBFloat16),
+                                         whole("whole", {8, 12, 2}, 1, at::kBFloat16),
                                          split("middle", {3, 4, 5}, 1, 1, at::kLong)};
   save(1, saved);
   const CheckpointReader reader(directory());
   const std::vector<ShardedTensor> wanted{split("by_rows", {8, 12}, 1, 2), split("by_columns", {8, 12}, 0, 2),
                                           split("whole", {8, 12, 2}, 1, 2, at::kBFloat16),
-                                          whole("middle", {3, 4, 5}, 2, 2, at::kLong)};
+                                          whole("middle", {3, 4, 5}, 2, at::kLong)};
   reader.load(wanted);
   for (const auto& tensor : wanted) {
-    const auto expected = global_values(tensor.name, tensor.global_shape, 1)
-                              .to(tensor.local.scalar_type())
-                              .narrow(tensor.dim, tensor.global_begin, tensor.local.size(tensor.dim));
-    EXPECT_TRUE(test_support::equal(tensor.local, expected)) << tensor.name;
+    EXPECT_TRUE(test_support::equal(tensor.local, values_of(tensor, 1))) << tensor.id.text();
   }
-  EXPECT_EQ(reader.names(), (Names{"by_columns", "by_rows", "middle", "whole"}));
-  EXPECT_EQ(reader.global_shape("whole"), (std::vector<int64_t>{8, 12, 2}));
+  EXPECT_EQ(reader.tensors(), (std::vector<TensorId>{{"by_columns"}, {"by_rows"}, {"middle"}, {"whole"}}));
+  EXPECT_EQ(reader.global_shape({"whole"}), (std::vector<int64_t>{8, 12, 2}));
+  EXPECT_FALSE(reader.contains({"whole", TensorRole::kMain}));
+}
+
+// As experts are split, over themselves and over a matrix's rows, and the slices of a distributed optimizer.
+TEST_F(Checkpoint, PartsMayBeBoxesOrRangesOfElements) {
+  const std::vector<int64_t> shape{4, 6, 5};
+  const int first_half = world_size() > 1 ? 2 : 1;  // ranks that split the experts
+  const int others = world_size() / first_half;     // ranks that split rows of each
+  const int64_t experts = 4 / first_half;
+  const int64_t rows = 6 / (others > 3 ? 1 : others);
+  const Box own{{world_rank() / others * experts, world_rank() % others * rows, 0}, {experts, rows, 5}};
+  const auto values = global_values("experts", shape, 1);
+  const ShardedTensor boxes{{"experts"}, megatron::view_of(values, Box::whole(shape), own).clone(), shape, {own}};
+  const auto ranges = split_flat({"experts", TensorRole::kMain}, shape, Box::whole(shape), 1);
+  const auto few = split_flat({"few", TensorRole::kExpAvg}, {3}, Box::whole({3}), 1, at::kBFloat16);
+  const auto one = split_flat({"scalar"}, {}, Box{}, 1);
+  save(1, {boxes, ranges, few, one});
+  const CheckpointReader reader(directory());
+  for (const auto role : {TensorRole::kParameter, TensorRole::kMain}) {
+    for (const int64_t begin : {0, 1, 3}) {
+      const Box asked{{begin, 2 - begin / 2, 1}, {1, 3, 4}};
+      ShardedTensor box{{"experts", role}, at::zeros(asked.length), shape, {asked}};
+      ShardedTensor range{{"experts", role}, at::zeros({7}), shape, {asked, parallel::Range{begin, begin + 7}}};
+      for (const auto& wanted : {box, range}) {
+        reader.load({wanted}, UnusedTensors::kAllow);
+        EXPECT_TRUE(test_support::equal(wanted.local, values_of(wanted, 1))) << wanted.part.text();
+      }
+    }
+  }
+  const ShardedTensor whole_few{few.id, at::zeros({3}, at::kBFloat16), {3}, {Box::whole({3})}};
+  const ShardedTensor whole_one{one.id, at::zeros({}), {}, {Box{}}};
+  reader.load({whole_few, whole_one}, UnusedTensors::kAllow);
+  EXPECT_TRUE(test_support::equal(whole_few.local, values_of(whole_few, 1)));
+  EXPECT_TRUE(test_support::equal(whole_one.local, values_of(whole_one, 1)));
+}
+
+TEST_F(Checkpoint, FilesSayWhatTheyHold) {
+  const auto step = save(1, {split("rows", {8, 3}, 0, 1), whole("norm", {5}, 1)});
+  parallel::barrier(world());
+  const auto number = std::to_string(world_size());
+  const megatron::SafetensorsFile file(step / ("rank-0000-of-000" + number + ".safetensors"));
+  EXPECT_FALSE(file.contains("norm")) << "a tool would take it for a whole model's";
+  ASSERT_TRUE(file.contains("parameter/norm[0:5]"));
+  EXPECT_EQ(file.metadata().at("parameter/norm[0:5]"),
+            R"({"name":"norm","role":"parameter","dtype":"F32","shape":[5],"begin":[0],"length":[5]})");
+  const auto end = std::to_string(8 / world_size());
+  EXPECT_EQ(file.metadata().at("parameter/rows[0:" + end + ", 0:3]"),
+            R"({"name":"rows","role":"parameter","dtype":"F32","shape":[8,3],"begin":[0,0],"length":[)" + end + ",3]}");
 }
 
 TEST_F(Checkpoint, UnevenPiecesAreReadInUnevenParts) {
@@ -317,9 +385,10 @@ TEST_F(Checkpoint, UnevenPiecesAreReadInUnevenParts) {
   const int64_t total = int64_t{world_size()} * (world_size() + 1) / 2;
   const int64_t begin = rank * (rank + 1) / 2;
   const auto values = global_values("uneven", {total, 3}, 1);
-  save(1, {{"uneven", values.narrow(0, begin, rank + 1), {total, 3}, 0, begin, true}});
+  const auto rows = [&](int64_t first, int64_t end) { return Box::rows({total, 3}, 0, {first, end}); };
+  save(1, {{{"uneven"}, values.narrow(0, begin, rank + 1), {total, 3}, {rows(begin, begin + rank + 1)}}});
   const int64_t length = std::max<int64_t>(total - 2, 0);
-  const ShardedTensor wanted{"uneven", at::zeros({length, 3}), {total, 3}, 0, 1, true};
+  const ShardedTensor wanted{{"uneven"}, at::zeros({length, 3}), {total, 3}, {rows(1, 1 + length)}};
   CheckpointReader(directory()).load({wanted});
   EXPECT_TRUE(test_support::equal(wanted.local, values.narrow(0, 1, length)));
 }
@@ -334,13 +403,13 @@ TEST_F(Checkpoint, KeepsTheStateTextOfRankZero) {
 }
 
 TEST_F(Checkpoint, KeepsTheLastOnes) {
-  for (const int64_t step : {1, 2, 3, 4}) save(step, {whole("norm", {5}, 0, step)}, step == 4 ? 2 : 0);
+  for (const int64_t step : {1, 2, 3, 4}) save(step, {whole("norm", {5}, step)}, step == 4 ? 2 : 0);
   parallel::barrier(world());
   if (world_rank() == 0) {
     EXPECT_EQ(names_in(directory()), (Names{"latest", "step-00000003", "step-00000004"}));
   }
   parallel::barrier(world());
-  save(2, {whole("norm", {5}, 0, 2)}, 1);  // a run that went back: it doesn't count the steps after it
+  save(2, {whole("norm", {5}, 2)}, 1);  // a run that went back: it doesn't count the steps after it
   parallel::barrier(world());
   if (world_rank() == 0) {
     EXPECT_EQ(names_in(directory()), (Names{"latest", "step-00000002", "step-00000003", "step-00000004"}));
@@ -349,16 +418,16 @@ TEST_F(Checkpoint, KeepsTheLastOnes) {
 }
 
 TEST_F(Checkpoint, TheSameStepIsReplaced) {
-  save(4, {whole("norm", {5}, 0, 1), whole("old", {5}, 0, 1)});
-  save(4, {whole("norm", {5}, 0, 2)});
+  save(4, {whole("norm", {5}, 1), whole("old", {5}, 1)});
+  save(4, {whole("norm", {5}, 2)});
   EXPECT_EQ(names_in(directory()), (Names{"latest", "step-00000004"}));
-  const ShardedTensor norm = whole("norm", {5}, 0, 3);
+  const ShardedTensor norm = whole("norm", {5}, 3);
   CheckpointReader(directory()).load({norm});
   EXPECT_TRUE(test_support::equal(norm.local, global_values("norm", {5}, 2)));
 }
 
 TEST_F(Checkpoint, AnInterruptedSaveIsIgnoredAndCleaned) {
-  save(1, {whole("norm", {5}, 0, 1)});
+  save(1, {whole("norm", {5}, 1)});
   if (world_rank() == 0) {
     fs::create_directories(directory() / "step-00000002.partial");
     write_file(directory() / "step-00000002.partial" / "rank-0000-of-0001.safetensors.partial", "half");
@@ -368,16 +437,16 @@ TEST_F(Checkpoint, AnInterruptedSaveIsIgnoredAndCleaned) {
     EXPECT_EQ(CheckpointReader(directory()).step(), 1);
   }
   parallel::barrier(world());
-  save(3, {whole("norm", {5}, 0, 3)});
+  save(3, {whole("norm", {5}, 3)});
   EXPECT_EQ(names_in(directory()), (Names{"latest", "notes.partial", "step-00000001", "step-00000003"}));
 }
 
 TEST_F(Checkpoint, AnErrorOfOneRankIsThatOfAllAndLeavesTheLatest) {
-  save(1, {whole("norm", {5}, 0, 1)});
+  save(1, {whole("norm", {5}, 1)});
   // Known to no safetensors file, and found out only by the rank that writes it: the last.
-  auto complex = whole("complex", {5}, 0, 1, at::kComplexFloat);
+  auto complex = whole("complex", {5}, 1, at::kComplexFloat);
   complex.main_replica = world_rank() == world_size() - 1;
-  const auto text = save_error({2, "{}", {complex, whole("norm", {5}, 0, 2)}});
+  const auto text = save_error({2, "{}", {complex, whole("norm", {5}, 2)}});
   EXPECT_TRUE(mentions(text, {"tensor complex", "ComplexFloat"}));
   EXPECT_EQ(names_in(directory()), (Names{"latest", "step-00000001"}));
   EXPECT_EQ(CheckpointReader(directory() / "latest").step(), 1);
@@ -389,7 +458,7 @@ TEST_F(Checkpoint, AFolderThatCannotBeMadeIsAnErrorOfAll) {
     write_file(directory(), "a file");
   }
   parallel::barrier(world());
-  EXPECT_TRUE(mentions(save_error({2, "{}", {whole("norm", {5}, 0, 2)}}), {directory().string()}));
+  EXPECT_TRUE(mentions(save_error({2, "{}", {whole("norm", {5}, 2)}}), {directory().string()}));
 }
 
 TEST_F(Checkpoint, SavingRefusesSlicesThatDontFit) {
@@ -398,33 +467,34 @@ TEST_F(Checkpoint, SavingRefusesSlicesThatDontFit) {
   auto hole = split("hole", {8, 2}, 0, 1);
   if (is_last) hole.main_replica = false;
   EXPECT_TRUE(
-      mentions(save_error({1, "{}", {hole}}), {"tensor hole of shape [8, 2]", "8) of dimension 0", "no piece"}));
+      mentions(save_error({1, "{}", {hole}}), {"tensor hole of shape [8, 2]: element [", ", 0] is in no piece"}));
 
-  auto nobodys = whole("nobodys", {5}, 0, 1);
+  auto nobodys = whole("nobodys", {5}, 1);
   nobodys.main_replica = false;
-  EXPECT_TRUE(mentions(save_error({1, "{}", {nobodys}}), {"tensor nobodys of shape [5]", "rows [0, 5)", "no piece"}));
+  EXPECT_TRUE(mentions(save_error({1, "{}", {nobodys}}), {"tensor nobodys of shape [5]: element [0] is in no piece"}));
 
-  auto range = whole("range", {5}, 0, 1);
-  if (is_last) range.global_begin = 1;
-  EXPECT_TRUE(mentions(save_error({1, "{}", {range}}), {"tensor range of shape [5]", "row 1 of dimension 0"}));
+  auto range = whole("range", {5}, 1);
+  if (is_last) range.part.box.begin[0] = 1;
+  EXPECT_TRUE(mentions(save_error({1, "{}", {range}}), {"tensor range of shape [5] has no part [1:6]"}));
 
-  auto shape = whole("shape", {5, 2}, 0, 1);
-  shape.dim = 2;
-  EXPECT_TRUE(mentions(save_error({1, "{}", {shape}}), {"tensor shape of shape [5, 2]", "dimension 2"}));
+  auto shape = whole("shape", {5, 2}, 1);
+  shape.part.box.length = {5, 1};
+  EXPECT_TRUE(
+      mentions(save_error({1, "{}", {shape}}), {"tensor shape of shape [5, 2] has no part [0:5, 0:1]", "[5, 2]"}));
 
-  const auto norm = whole("norm", {5}, 0, 1);
+  const auto norm = whole("norm", {5}, 1);
   EXPECT_TRUE(mentions(save_error({1, "{}", {norm, norm}}), {"tensor norm is given twice"}));
   EXPECT_TRUE(mentions(save_error({-1, "{}", {norm}}), {"step -1"}));
 
   if (last > 0) {
-    auto twice = whole("twice", {5}, 0, 1);
+    auto twice = whole("twice", {5}, 1);
     twice.main_replica = true;
     EXPECT_TRUE(
         mentions(save_error({1, "{}", {twice}}), {"tensor twice", "two pieces", "rank-0000-of", "rank-0001-of"}));
-    const auto other = is_last ? whole("other", {6}, 0, 1) : whole("other", {5}, 0, 1);
+    const auto other = is_last ? whole("other", {6}, 1) : whole("other", {5}, 1);
     EXPECT_TRUE(mentions(save_error({1, "{}", {other}}), {"tensor other", "[6]", "[5]"}));
-    const auto kind = whole("kind", {5}, 0, 1, is_last ? at::kHalf : at::kFloat);
-    EXPECT_TRUE(mentions(save_error({1, "{}", {kind}}), {"tensor kind", "Half", "Float"}));
+    const auto kind = whole("kind", {5}, 1, is_last ? at::kHalf : at::kFloat);
+    EXPECT_TRUE(mentions(save_error({1, "{}", {kind}}), {"tensor kind", "F16", "F32"}));
     const int64_t step = is_last ? 2 : 1;
     EXPECT_TRUE(mentions(save_error({step, "{}", {norm}}), {"saves step 2", "rank 0 step 1"}));
   }
@@ -432,7 +502,7 @@ TEST_F(Checkpoint, SavingRefusesSlicesThatDontFit) {
 }
 
 TEST_F(Checkpoint, LatestFallsBackPastBrokenOnes) {
-  for (const int64_t step : {1, 20, 300}) save(step, {whole("norm", {5}, 0, step)});
+  for (const int64_t step : {1, 20, 300}) save(step, {whole("norm", {5}, step)});
   parallel::barrier(world());
   if (world_rank() != 0) return;
   EXPECT_EQ(megatron::latest_checkpoint(directory()), directory() / "step-00000300");
@@ -453,7 +523,7 @@ TEST_F(Checkpoint, LatestFallsBackPastBrokenOnes) {
 }
 
 TEST_F(Checkpoint, ALatestThatIsAFolderIsOneMoreCheckpoint) {
-  for (const int64_t step : {1, 2}) save(step, {whole("norm", {5}, 0, step)});
+  for (const int64_t step : {1, 2}) save(step, {whole("norm", {5}, step)});
   parallel::barrier(world());
   const auto latest = directory() / "latest";
   if (world_rank() == 0) {
@@ -474,21 +544,21 @@ TEST_F(Checkpoint, ALatestThatIsAFolderIsOneMoreCheckpoint) {
   }
   parallel::barrier(world());
   const test_support::Warnings warnings;
-  save(3, {whole("norm", {5}, 0, 3)});
+  save(3, {whole("norm", {5}, 3)});
   EXPECT_EQ(warnings.texts.size(), world_rank() == 0 ? 1U : 0U);
   EXPECT_EQ(names_in(directory()), (Names{"latest", "step-00000001", "step-00000003"}));
   EXPECT_EQ(fs::read_symlink(latest), "step-00000003");
 }
 
 TEST_F(Checkpoint, ACopyOfLatestGivesWayToTheLink) {
-  save(1, {whole("norm", {5}, 0, 1)});
+  save(1, {whole("norm", {5}, 1)});
   if (world_rank() == 0) {
     fs::remove(directory() / "latest");
     fs::copy(directory() / "step-00000001", directory() / "latest");
   }
   parallel::barrier(world());
   const test_support::Warnings warnings;
-  save(2, {whole("norm", {5}, 0, 2)}, 1);
+  save(2, {whole("norm", {5}, 2)}, 1);
   parallel::barrier(world());
   EXPECT_EQ(names_in(directory()), (Names{"latest", "step-00000002"}));
   parallel::barrier(world());
@@ -498,7 +568,7 @@ TEST_F(Checkpoint, ACopyOfLatestGivesWayToTheLink) {
     write_file(directory() / "latest" / "notes", "mine");
   }
   parallel::barrier(world());
-  save(3, {whole("norm", {5}, 0, 3)});
+  save(3, {whole("norm", {5}, 3)});
   EXPECT_TRUE(fs::exists(directory() / "latest" / "notes"));
 }
 
@@ -506,7 +576,7 @@ TEST_F(Checkpoint, RemovingLeavesFolderAndStrangers) {
   if (world_rank() == 0) fs::create_directories(directory().parent_path() / "disk");
   if (world_rank() == 0) fs::create_directory_symlink("disk", directory());
   parallel::barrier(world());
-  save(1, {whole("norm", {5}, 0, 1)});
+  save(1, {whole("norm", {5}, 1)});
   if (world_rank() != 0) return;
   write_file(directory() / "step-00000002.partial" / "rank", "half");
   write_file(directory() / "latest.partial", "half");
@@ -527,8 +597,8 @@ TEST_F(DamagedCheckpoint, IsWhole) {
 TEST_F(DamagedCheckpoint, AsksThatDontFit) {
   const auto file = manifest().string();
   EXPECT_TRUE(mentions(load_error({wanted("missing", {4, 2})}), {file, "no tensor missing", "[4, 2]"}));
-  EXPECT_TRUE(mentions(load_error({wanted("rows", {8, 4})}), {file, "tensor rows", "Float [8, 3]", "Float [8, 4]"}));
-  EXPECT_TRUE(mentions(load_error({wanted("rows", {8, 3}, at::kHalf)}), {file, "tensor rows", "Half [8, 3]"}));
+  EXPECT_TRUE(mentions(load_error({wanted("rows", {8, 4})}), {file, "tensor rows", "F32 [8, 3]", "F32 [8, 4]"}));
+  EXPECT_TRUE(mentions(load_error({wanted("rows", {8, 3}, at::kHalf)}), {file, "tensor rows", "F16 [8, 3]"}));
   const auto norm = wanted("norm", {5});
   EXPECT_EQ(load_error({norm}), "nothing thrown");
   norm.local.zero_();
@@ -536,10 +606,10 @@ TEST_F(DamagedCheckpoint, AsksThatDontFit) {
   EXPECT_TRUE(mentions(load_error({norm, wanted("missing", {1})}), {"missing"}));
   EXPECT_TRUE(test_support::equal(norm.local, at::zeros({5}))) << "nothing is filled before all is checked";
   auto beyond = wanted("norm", {5});
-  beyond.global_begin = 3;
-  EXPECT_TRUE(mentions(load_error({beyond}), {"tensor norm of shape [5]", "row 3"}));
+  beyond.part.box.begin[0] = 3;
+  EXPECT_TRUE(mentions(load_error({beyond}), {"tensor norm of shape [5] has no part [3:8]"}));
   EXPECT_TRUE(
-      mentions(value_error([&] { CheckpointReader(step_).global_shape("missing"); }), {file, "no tensor missing"}));
+      mentions(value_error([&] { CheckpointReader(step_).global_shape({"missing"}); }), {file, "no tensor missing"}));
 }
 
 TEST_F(DamagedCheckpoint, FilesThatAreNotWhatTheyWere) {
@@ -552,10 +622,11 @@ TEST_F(DamagedCheckpoint, FilesThatAreNotWhatTheyWere) {
   EXPECT_TRUE(mentions(load_error({rows}), {"tensor rows", last_file().string(), "3 bytes"}));
   fs::remove(last_file());
   EXPECT_TRUE(mentions(load_error({rows}), {"tensor rows", last_file().string(), "No such file"}));
-  megatron::write_safetensors(last_file(), {{"rows", at::zeros({1, 3})}});
-  EXPECT_TRUE(mentions(load_error({rows}), {"tensor rows", last_file().string(), "Float [1, 3]", ", 3]"}));
+  const auto key = "parameter/rows[" + std::to_string(8 - 8 / world_size()) + ":8, 0:3]";
+  megatron::write_safetensors(last_file(), {{key, at::zeros({1, 3})}});
+  EXPECT_TRUE(mentions(load_error({rows}), {"tensor " + key, last_file().string(), "F32 [1, 3]", ", 3]"}));
   megatron::write_safetensors(last_file(), {{"else", at::zeros({1, 3})}});
-  EXPECT_TRUE(mentions(load_error({rows}), {"no tensor rows", last_file().string()}));
+  EXPECT_TRUE(mentions(load_error({rows}), {"no tensor " + key, "a piece of rows", last_file().string()}));
   if (world_size() > 1) {  // the damaged file isn't needed for the other
     EXPECT_EQ(load_error({wanted("norm", {5})}), "nothing thrown");
   }
@@ -571,20 +642,33 @@ TEST_F(DamagedCheckpoint, ManifestsThatAreWrong) {
   };
   const auto file = manifest().string();
   EXPECT_TRUE(mentions(error_after("{", "["), {file, "not JSON"}));
-  EXPECT_TRUE(mentions(error_after("\"format_version\": 1", "\"format_version\": 2"), {file, "format_version is 2"}));
+  EXPECT_TRUE(mentions(error_after("\"format_version\": 2", "\"format_version\": 3"), {file, "format_version is 3"}));
   EXPECT_TRUE(mentions(error_after("\"step\"", "\"stepp\""), {file, "no key step"}));
   EXPECT_TRUE(mentions(error_after("\"step\": 7", "\"step\": \"7\""), {file, "key step", "integer"}));
   EXPECT_TRUE(mentions(error_after("\"step\": 7", "\"step\": 1e300"), {file, "key step", "integer"}));
   EXPECT_TRUE(mentions(error_after("\"files\": {", "\"files\": {\"../x\": 1,"), {file, "key files has ../x"}));
   EXPECT_TRUE(mentions(error_after("\"files\": {", "\"files\": {\"x\": -1,"), {file, "key files has x of -1 bytes"}));
-  EXPECT_TRUE(mentions(error_after("\"dtype\"", "\"type\""), {file, "no key tensors/norm/dtype"}));
-  EXPECT_TRUE(mentions(error_after("\"begin\"", "\"start\""), {file, "no key tensors/norm/pieces[0]/begin"}));
-  EXPECT_TRUE(mentions(error_after("\"pieces\"", "\"parts\""), {file, "no key tensors/norm/pieces"}));
-  EXPECT_TRUE(
-      mentions(error_after("\"length\": 5", "\"length\": 4"), {file, "tensor norm", "rows [4, 5)", "no piece"}));
-  EXPECT_TRUE(mentions(error_after("\"length\": 5", "\"length\": 9223372036854775807"), {file, "tensor norm", "rows"}));
-  EXPECT_TRUE(mentions(error_after("\"length\": 5", "\"length\": 5.5"), {file, "pieces[0]/length", "integer"}));
-  EXPECT_TRUE(mentions(error_after("\"dim\": 0", "\"dim\": 1"), {file, "tensor norm of shape [5]", "dimension 1"}));
+  EXPECT_TRUE(mentions(error_after("\"dtype\"", "\"type\""), {file, "no key tensors[0]/dtype"}));
+  EXPECT_TRUE(mentions(error_after("\"name\": \"rows\"", "\"name\": \"norm\""), {file, "tensor norm is there twice"}));
+  EXPECT_TRUE(mentions(error_after("\"role\": \"parameter\"", "\"role\": \"other\""),
+                       {file, "key tensors[0]/role is other", "exp_avg_sq"}));
+  EXPECT_TRUE(mentions(error_after("\"begin\"", "\"start\""), {file, "no key tensors[0]/pieces[0]/begin"}));
+  EXPECT_TRUE(mentions(error_after("\"pieces\"", "\"parts\""), {file, "no key tensors[0]/pieces"}));
+  EXPECT_TRUE(mentions(error_after("\"key\"", "\"keys\""), {file, "no key tensors[0]/pieces[0]/key"}));
+  const auto norm_length = [&](const std::string& length) {
+    write_file(manifest(), original);
+    auto text = original;
+    const auto at = text.find("5", text.find("\"length\""));
+    write_file(manifest(), text.replace(at, 1, length));
+    return open_error();
+  };
+  EXPECT_TRUE(mentions(norm_length("4"), {file, "tensor norm of shape [5]: element [4] is in no piece"}));
+  EXPECT_TRUE(mentions(norm_length("9223372036854775807"), {file, "tensor norm of shape [5] has no part"}));
+  EXPECT_TRUE(mentions(norm_length("5.5"), {file, "pieces[0]/length", "integers"}));
+  EXPECT_TRUE(mentions(norm_length("5, 1"), {file, "pieces[0]/begin and length have 1 and 2 numbers"}));
+  EXPECT_TRUE(mentions(norm_length("5], \"elements\": [0, 4"), {file, "element [4] is in no piece"}));
+  EXPECT_TRUE(mentions(norm_length("5], \"elements\": [0, 6"), {file, "has no part [0:5] elements 0:6"}));
+  EXPECT_TRUE(mentions(norm_length("5], \"elements\": [0"), {file, "pieces[0]/elements has 1 numbers"}));
   EXPECT_TRUE(mentions(error_after("\"file\": \"rank", "\"file\": \"tank"), {file, "tank-0000", "norm"}));
   EXPECT_TRUE(mentions(error_after(original, "[1]"), {file, "not a JSON object"}));
   EXPECT_TRUE(mentions(error_after(original, ""), {file, "not JSON"}));

@@ -67,7 +67,8 @@ class RoundRobinEmbedding : public ParallelEmbedding {
     shard.parameter = weight;
     shard.rule = megatron::GradientRule::kSharded;
     for (int64_t row = 0; row < weight.size(0); ++row) {
-      shard.segments.push_back({"weight", table, /*dim=*/0, row * t_ + rank_, row, /*length=*/1});
+      shard.segments.push_back(
+          megatron::ParameterSegment::rows("weight", table, /*dim=*/0, row * t_ + rank_, row, /*length=*/1));
     }
     shard.initial_value = megatron::InitialValue::normal(options().init_std());
     return {std::move(shard)};
@@ -250,7 +251,7 @@ struct OwnsLess : Spoilt {
   using Spoilt::Spoilt;
   std::vector<ParameterShard> own_parameters() const override {
     auto shards = VocabParallelEmbeddingImpl::own_parameters();
-    if (tp()->getRank() == 0) shards[0].segments[0].length -= 1;
+    if (tp()->getRank() == 0) shards[0].segments[0].box.length[0] -= 1;
     return shards;
   }
 };
@@ -259,7 +260,7 @@ struct OwnsWhatOthersOwn : Spoilt {
   using Spoilt::Spoilt;
   std::vector<ParameterShard> own_parameters() const override {
     auto shards = VocabParallelEmbeddingImpl::own_parameters();
-    if (tp()->getRank() == 1) shards[0].segments[0].global_begin -= 1;
+    if (tp()->getRank() == 1) shards[0].segments[0].box.begin[0] -= 1;
     return shards;
   }
 };
@@ -268,7 +269,7 @@ struct OwnsMoreThanThereIs : Spoilt {
   using Spoilt::Spoilt;
   std::vector<ParameterShard> own_parameters() const override {
     auto shards = VocabParallelEmbeddingImpl::own_parameters();
-    if (is_last_rank()) shards[0].segments[0].length += 1;
+    if (is_last_rank()) shards[0].segments[0].box.length[0] += 1;
     return shards;
   }
 };

@@ -139,8 +139,7 @@ TEST(HiddenParallelEmbedding, IsAPartOfTheSameTableAsTheVocabularyParallelOne) {
     EXPECT_EQ(hidden_shards[0].name, "word_embeddings.weight");
     EXPECT_EQ(hidden_shards[0].segments.at(0).name, vocab_shards.at(0).segments.at(0).name);
     EXPECT_EQ(hidden_shards[0].segments[0].global_shape, vocab_shards[0].segments[0].global_shape);
-    EXPECT_EQ(hidden_shards[0].segments[0].dim, 1);
-    EXPECT_EQ(hidden_shards[0].segments[0].global_begin, 3 * tp->getRank());
+    EXPECT_EQ(hidden_shards[0].segments[0].box, (megatron::Box{{0, 3 * tp->getRank()}, {kV, 3}}));
     EXPECT_EQ(hidden->layout(), megatron::PartialLayout::kColumns);
     EXPECT_EQ(vocab->layout(), megatron::PartialLayout::kSummand);
     // The same initial values, wherever they lie.

@@ -1,4 +1,4 @@
-#include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "megatron_cpp/parameters/parameter_shard.h"
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
@@ -23,6 +23,7 @@
 
 namespace {
 
+using megatron::Box;
 using megatron::GradientRule;
 using megatron::InitialValue;
 using megatron::ParameterShard;
@@ -76,7 +77,7 @@ std::map<std::string, at::Tensor> global_tensors(const std::vector<ParameterShar
   std::map<std::string, at::Tensor> result;
   for (const auto& shard : shards) {
     for (const auto& segment : shard.segments) {
-      result[segment.name] = shard.parameter.detach().narrow(segment.dim, segment.local_begin, segment.length);
+      result[segment.name] = segment.in_local(shard.parameter.detach());
     }
   }
   return result;
@@ -133,15 +134,13 @@ TEST(InitializeParameters, EverySliceIsThatOfTheWhole) {
         EXPECT_TRUE(shard.parameter.requires_grad()) << shard.name;
         int64_t covered = 0;
         for (const auto& segment : shard.segments) {
-          const auto expected = global.at(segment.name).narrow(segment.dim, segment.global_begin, segment.length);
-          EXPECT_TRUE(test_support::equal(shard.parameter.narrow(segment.dim, segment.local_begin, segment.length),
-                                          expected.to(dtype)))
+          const auto expected = segment.in_global(global.at(segment.name));
+          EXPECT_TRUE(test_support::equal(segment.in_local(shard.parameter), expected.to(dtype)))
               << segment.name << " at t = " << t;
-          covered += segment.length;
+          covered += segment.box.numel();
         }
         // The rest is padding of the vocabulary.
-        const int64_t dim = shard.segments.front().dim;
-        const auto padding = shard.parameter.narrow(dim, covered, shard.parameter.size(dim) - covered);
+        const auto padding = shard.parameter.flatten().narrow(0, covered, shard.parameter.numel() - covered);
         EXPECT_TRUE(test_support::equal(padding, at::zeros_like(padding))) << shard.name;
         if (shard.name != "embedding.word_embeddings.weight") {
           EXPECT_EQ(padding.numel(), 0) << shard.name;
@@ -261,29 +260,28 @@ TEST(ParameterShards, SayHowGradientsAreCompleted) {
 }
 
 // Over the ranks of a group, the segments of a sharded tensor are all of it, once, without the vocabulary's padding.
+// Those of another one are all of it on each rank.
 TEST(ParameterShards, SegmentsTileTheGlobalTensors) {
   for (const int t : test_support::divisors_of_world()) {
     Everything model(groups(t).tp);
     for (const auto& shard : megatron::parameter_shards(*model)) {
       for (const auto& segment : shard.segments) {
-        const auto own = at::tensor({segment.global_begin, segment.length}, at::kLong).view({1, 2});
-        const auto all = parallel::all_gather(own, groups(t).tp);
-        const auto* row = all.const_data_ptr<int64_t>();
-        const int64_t total = segment.global_shape[static_cast<size_t>(segment.dim)];
-        if (shard.rule == GradientRule::kSharded) {
-          int64_t next = 0;
-          for (int64_t r = 0; r < t; ++r) {
-            EXPECT_EQ(row[2 * r], next) << segment.name << " on rank " << r;
-            next += row[2 * r + 1];
+        auto own = segment.box.begin;
+        own.insert(own.end(), segment.box.length.begin(), segment.box.length.end());
+        const auto all = parallel::all_gather(at::tensor(own, at::kLong).unsqueeze(0), groups(t).tp);
+        std::vector<Box> boxes;
+        for (int64_t r = 0; r < t; ++r) {
+          const auto* row = all[r].const_data_ptr<int64_t>();
+          const auto dims = segment.global_shape.size();
+          const Box box{{row, row + dims}, {row + dims, row + 2 * dims}};
+          if (shard.rule != GradientRule::kSharded) {
+            EXPECT_EQ(box, Box::whole(segment.global_shape)) << segment.name;
+          } else if (box.numel() > 0) {
+            boxes.push_back(box);
           }
-          EXPECT_EQ(next, total) << segment.name;
-        } else {
-          EXPECT_EQ(segment.length, total) << segment.name;
         }
-        // Other dimensions are whole.
-        auto shape = shard.parameter.sizes().vec();
-        shape[static_cast<size_t>(segment.dim)] = total;
-        EXPECT_EQ(shape, segment.global_shape) << segment.name;
+        if (shard.rule != GradientRule::kSharded) continue;
+        EXPECT_FALSE(megatron::find_cover_fault(segment.global_shape, boxes).has_value()) << segment.name;
       }
     }
   }
@@ -296,7 +294,7 @@ TEST(ParameterShards, AVocabularyShardMayBeAllPadding) {
     const auto shards = megatron::parameter_shards(*embedding);
     EXPECT_EQ(shards.size(), 1U);
     EXPECT_EQ(shards.at(0).name, "weight");
-    EXPECT_EQ(shards.at(0).segments[0].length, tp->getRank() == 0 ? 1 : 0);
+    EXPECT_EQ(shards.at(0).segments[0].box, (Box{{0, 0}, {tp->getRank() == 0 ? 1 : 0, kH}}));
     EXPECT_EQ(shards.at(0).segments[0].global_shape, (std::vector<int64_t>{1, kH}));
     megatron::initialize_parameters(shards, kSeed);
     EXPECT_EQ(embedding->weight.eq(0).all().item<bool>(), tp->getRank() != 0);
@@ -309,16 +307,15 @@ TEST(ParameterShards, ReplicatedAndShardedDescribeTheWhole) {
       megatron::replicated_parameter("a", parameter, GradientRule::kReplicated, InitialValue::constant(2.0), true);
   ASSERT_EQ(replicated.segments.size(), 1U);
   EXPECT_EQ(replicated.segments[0].global_shape, (std::vector<int64_t>{3, 5}));
-  EXPECT_EQ(replicated.segments[0].length, 3);
+  EXPECT_EQ(replicated.segments[0].box, Box::whole({3, 5}));
+  EXPECT_EQ(replicated.segments[0].local_begin, (std::vector<int64_t>{0, 0}));
   EXPECT_EQ(replicated.rule, GradientRule::kReplicated);
   EXPECT_TRUE(replicated.parameter.is_same(parameter));
   const auto sharded = megatron::sharded_parameter("b", parameter, {3, 20}, 1, 10, InitialValue::normal(0.1), false);
   EXPECT_EQ(sharded.rule, GradientRule::kSharded);
   ASSERT_EQ(sharded.segments.size(), 1U);
-  EXPECT_EQ(sharded.segments[0].dim, 1);
-  EXPECT_EQ(sharded.segments[0].global_begin, 10);
-  EXPECT_EQ(sharded.segments[0].local_begin, 0);
-  EXPECT_EQ(sharded.segments[0].length, 5);
+  EXPECT_EQ(sharded.segments[0].box, (Box{{0, 10}, {3, 5}}));
+  EXPECT_EQ(sharded.segments[0].local_begin, (std::vector<int64_t>{0, 0}));
   EXPECT_FALSE(sharded.weight_decay);
 }
 

@@ -21,6 +21,7 @@
 namespace {
 
 namespace fs = std::filesystem;
+using megatron::Box;
 using megatron::NamedTensor;
 using megatron::SafetensorsFile;
 using megatron::write_safetensors;
@@ -122,29 +123,30 @@ TEST_F(Safetensors, SlicesOfEveryDimension) {
   for (int64_t dim = 0; dim < 3; ++dim) {
     for (int64_t begin = 0; begin <= x.size(dim); ++begin) {
       for (int64_t length = 0; begin + length <= x.size(dim); ++length) {
-        EXPECT_TRUE(same(read.read_slice("x", dim, begin, length), x.narrow(dim, begin, length)))
-            << dim << " " << begin << " " << length;
+        const auto box = Box::rows({3, 4, 5}, dim, {begin, begin + length});
+        EXPECT_TRUE(same(read.read("x", box), x.narrow(dim, begin, length))) << box.text();
       }
     }
   }
+  EXPECT_TRUE(same(read.read("x", {{1, 0, 2}, {2, 3, 2}}), x.narrow(0, 1, 2).narrow(1, 0, 3).narrow(2, 2, 2)));
 }
 
 TEST_F(Safetensors, SlicesThatAreNotThere) {
   write_safetensors(file(), {{"x", at::zeros({3, 4})}});
   const SafetensorsFile read(file());
-  const auto error = [&](int64_t dim, int64_t begin, int64_t length) {
-    const auto text = value_error([&] { read.read_slice("x", dim, begin, length); });
+  const auto error = [&](const Box& box) {
+    const auto text = value_error([&] { read.read("x", box); });
     EXPECT_TRUE(contains(text, "tensor x of shape [3, 4]") && contains(text, file().string())) << text;
     return text;
   };
-  EXPECT_TRUE(contains(error(1, 2, 3), "no 3 rows from 2 on in dimension 1"));
-  error(2, 0, 1);
-  error(-1, 0, 1);
-  error(0, -1, 1);
-  error(0, 1, -1);
-  error(0, 1, INT64_MAX);
-  error(0, 4, 0);
-  for (const auto& text : {value_error([&] { read.read("y"); }), value_error([&] { read.read_slice("y", 0, 0, 1); })}) {
+  EXPECT_TRUE(contains(error({{0, 2}, {3, 3}}), "no part [0:3, 2:5]"));
+  error({{0, 0, 0}, {3, 4, 1}});
+  error({{0}, {3}});
+  error({{-1, 0}, {1, 4}});
+  error({{1, 0}, {-1, 4}});
+  error({{1, 0}, {INT64_MAX, 4}});
+  error({{4, 0}, {0, 4}});
+  for (const auto& text : {value_error([&] { read.read("y"); }), value_error([&] { read.read("y", {{0}, {1}}); })}) {
     EXPECT_TRUE(contains(text, "no tensor y") && contains(text, file().string())) << text;
   }
 }
@@ -200,8 +202,9 @@ TEST_F(Safetensors, DtypesThatNothingComputesInAreNoFaultOfTheOthers) {
     EXPECT_TRUE(same(read.read("x"), at::zeros({2}, at::kByte))) << dtype;
     EXPECT_EQ(read.entries().at("odd").dtype, at::ScalarType::Undefined);
     EXPECT_EQ(read.entries().at("odd").dtype_name, dtype);
-    for (const auto& text :
-         {value_error([&] { read.read("odd"); }), value_error([&] { read.read_slice("odd", 0, 0, 1); })}) {
+    for (const auto& text : {value_error([&] { read.read("odd"); }), value_error([&] {
+                               read.read("odd", {{0, 0}, {1, 1}});
+                             })}) {
       EXPECT_TRUE(contains(text, "tensor odd has dtype " + dtype)) << text;
       EXPECT_TRUE(contains(text, file().string()));
     }

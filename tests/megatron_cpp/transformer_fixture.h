@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "megatron_cpp/parameters/parameter_shard.h"
 #include "tests/support/test_world.h"
 
 namespace transformer_fixture {

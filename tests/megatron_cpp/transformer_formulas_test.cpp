@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "megatron_cpp/parameters/parameter_shard.h"
 #include "megatron_cpp/transformer/attention.h"
 #include "megatron_cpp/transformer/attention_batch.h"
 #include "megatron_cpp/transformer/flash_attention.h"

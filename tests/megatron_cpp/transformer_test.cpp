@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "megatron_cpp/checkpoint/safetensors.h"
-#include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "megatron_cpp/parameters/parameter_shard.h"
 #include "megatron_cpp/tensor_parallel/vocab_parallel_embedding.h"
 #include "megatron_cpp/transformer/attention.h"
 #include "megatron_cpp/transformer/gpt_model.h"
@@ -95,7 +95,7 @@ std::map<std::string, at::Tensor> global_gradients(const std::vector<ParameterSh
   std::map<std::string, at::Tensor> result;
   for (const auto& shard : whole) {
     for (const auto& segment : shard.segments) {
-      result[segment.name] = shard.parameter.grad().narrow(segment.dim, segment.local_begin, segment.length);
+      result[segment.name] = segment.in_local(shard.parameter.grad());
     }
   }
   return result;
@@ -115,9 +115,7 @@ void compare_gradients(const std::vector<ParameterShard>& shards, const std::map
     auto gradient = shard.parameter.grad();
     if (shard.rule == GradientRule::kReplicatedPartial) gradient = parallel::all_reduce(gradient, tp);
     for (const auto& segment : shard.segments) {
-      compare(gradient.narrow(segment.dim, segment.local_begin, segment.length),
-              expected.at(segment.name).narrow(segment.dim, segment.global_begin, segment.length),
-              "gradient of " + segment.name);
+      compare(segment.in_local(gradient), segment.in_global(expected.at(segment.name)), "gradient of " + segment.name);
     }
   }
 }
@@ -283,9 +281,9 @@ TEST_F(TransformerTest, PaddedOutputRowsAreInNoCheckpoint) {
     if (shard.name != "output_layer.weight") continue;
     const auto& segment = shard.segments.at(0);
     EXPECT_EQ(segment.global_shape, (std::vector<int64_t>{37, kHidden}));
-    const auto padding = shard.parameter.narrow(0, segment.length, shard.parameter.size(0) - segment.length);
+    rows = segment.box.length[0];
+    const auto padding = shard.parameter.narrow(0, rows, shard.parameter.size(0) - rows);
     EXPECT_EQ(padding.count_nonzero().item<int64_t>(), 0);
-    rows = segment.length;
   }
   const auto total = parallel::all_reduce(on_device(at::full({1}, rows, at::kLong)), test_support::world_tp());
   EXPECT_EQ(total.item<int64_t>(), 37);
@@ -412,9 +410,8 @@ void load(const std::vector<ParameterShard>& shards, const SafetensorsFile& file
   const at::NoGradGuard no_grad;
   for (const auto& shard : shards) {
     for (const auto& segment : shard.segments) {
-      const auto rows =
-          file.read_slice(published_name(segment.name), segment.dim, segment.global_begin, segment.length);
-      shard.parameter.narrow(segment.dim, segment.local_begin, segment.length).copy_(rows);
+      const auto rows = file.read(published_name(segment.name), segment.box);
+      segment.in_local(shard.parameter).copy_(rows);
     }
   }
 }

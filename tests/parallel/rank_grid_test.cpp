@@ -32,8 +32,9 @@ const std::vector<RankGrid> kGrids = {{},
                                       {.tp = 3, .dp = 4, .pp = 5, .ep = 4},
                                       {.tp = 2, .cp = 2, .dp = 3, .ep = 6, .etp = 1}};
 
-const std::vector<std::string> kDims = {"tp",    "cp",  "dp",  "pp",     "tp-dp",  "tp-cp",     "dp-pp",       "tp-cp-dp-pp",
-                                        "etp",   "ep",  "edp", "etp-ep", "ep-edp", "etp-ep-edp", "etp-ep-edp-pp"};
+const std::vector<std::string> kDims = {"tp",    "cp",     "dp",          "pp",         "tp-dp",
+                                        "tp-cp", "dp-pp",  "tp-cp-dp-pp", "etp",        "ep",
+                                        "edp",   "etp-ep", "ep-edp",      "etp-ep-edp", "etp-ep-edp-pp"};
 
 bool is_of_experts(const std::string& dims) { return dims.starts_with("e"); }
 

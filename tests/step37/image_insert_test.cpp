@@ -312,10 +312,9 @@ TEST(ImageInsertEmbedding, OwnsItsProjectorAndNothingElse) {
       EXPECT_NEAR(shards[0].initial_value.value, std::sqrt(2.0 / kC), 1e-12);
       const auto& segment = shards[0].segments.at(0);
       EXPECT_EQ(segment.global_shape, (std::vector<int64_t>{kH, kC}));
-      EXPECT_EQ(segment.dim, variant.row() ? 1 : 0);
-      const int64_t length = variant.row() ? columns : rows;
-      EXPECT_EQ(segment.length, length);
-      EXPECT_EQ(segment.global_begin, variant.replicated() ? 0 : length * layer.rank());
+      const int64_t row = variant.column() ? rows * layer.rank() : 0;
+      const int64_t column = variant.row() ? columns * layer.rank() : 0;
+      EXPECT_EQ(segment.box, (megatron::Box{{row, column}, {rows, columns}}));
       if (!bias) continue;
       EXPECT_EQ(shards[1].name, "align_projector.bias");
       // The row sharding's is added on one rank and its gradient is whole on all.

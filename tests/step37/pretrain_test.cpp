@@ -18,7 +18,7 @@
 #include <vector>
 
 #include "megatron_cpp/checkpoint/sharded_checkpoint.h"
-#include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "megatron_cpp/parameters/parameter_shard.h"
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
 #include "parallel/runtime.h"
@@ -141,15 +141,15 @@ std::vector<json> metrics_of(const RunFiles& files) {
   return lines;
 }
 
-/// All tensors of a checkpoint, whole.
+/// All tensors of a checkpoint, whole, by the text of their id.
 Tensors tensors_of(const fs::path& checkpoint) {
   const megatron::CheckpointReader reader(checkpoint);
   Tensors tensors;
   std::vector<megatron::ShardedTensor> wanted;
-  for (const auto& name : reader.names()) {
-    const auto& shape = reader.global_shape(name);
-    tensors[name] = at::zeros(shape);
-    wanted.push_back({name, tensors[name], shape});
+  for (const auto& id : reader.tensors()) {
+    const auto& shape = reader.global_shape(id);
+    tensors[id.text()] = at::zeros(shape);
+    wanted.push_back({id, tensors[id.text()], shape, {megatron::Box::whole(shape)}});
   }
   reader.load(wanted);
   return tensors;

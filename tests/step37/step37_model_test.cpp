@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "megatron_cpp/parameters/parameter_shard.h"
 #include "parallel/collectives.h"
 #include "step37/program/run_config.h"
 #include "tests/step37/small_run.h"
@@ -123,16 +123,16 @@ void expect_gradients(const Gradients& actual, const Gradients& dense) {
     if (!shard.parameter.requires_grad()) continue;
     largest = std::max(largest, shard.parameter.grad().abs().max().item<double>());
     for (const auto& segment : shard.segments) {
-      whole[segment.name] = shard.parameter.grad().narrow(segment.dim, segment.local_begin, segment.length);
+      whole[segment.name] = segment.in_local(shard.parameter.grad());
     }
   }
   EXPECT_GT(largest, 0.0);
   for (const auto& shard : actual.shards) {
     for (const auto& segment : shard.segments) {
       EXPECT_EQ(shard.parameter.requires_grad(), whole.count(segment.name) == 1) << segment.name;
-      if (!shard.parameter.requires_grad() || segment.length == 0) continue;
-      const auto gradient = shard.parameter.grad().narrow(segment.dim, segment.local_begin, segment.length);
-      const auto expected = whole.at(segment.name).narrow(segment.dim, segment.global_begin, segment.length);
+      if (!shard.parameter.requires_grad() || segment.box.numel() == 0) continue;
+      const auto gradient = segment.in_local(shard.parameter.grad());
+      const auto expected = segment.in_global(whole.at(segment.name));
       // Some are 0 but for rounding, which has the size of their neighbours'.
       const double scale = std::max(1e-2 * largest, whole.at(segment.name).abs().max().item<double>());
       EXPECT_LE((gradient - expected).abs().max().item<double>(), 1e-4 * scale) << segment.name;

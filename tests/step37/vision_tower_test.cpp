@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "megatron_cpp/checkpoint/safetensors.h"
-#include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "megatron_cpp/parameters/parameter_shard.h"
 #include "parallel/gpu.h"
 #include "tests/support/environment.h"
 #include "tests/support/errors.h"

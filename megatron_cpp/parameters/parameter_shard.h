@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "megatron_cpp/parameters/box.h"
+
 /// Tensor-parallel layers, decoder, optimizer, checkpoints and data packing, with Megatron-Core's names.
 namespace megatron {
 
@@ -38,15 +40,22 @@ struct InitialValue {
   static InitialValue normal(double standard_deviation) { return {Kind::kNormal, standard_deviation}; }
 };
 
-/// Rows [local_begin, local_begin + length) of dimension `dim` of the rank's tensor are rows
-/// [global_begin, global_begin + length) of the global tensor `name`.
+/// Elements of a global tensor, and where they lie in the rank's tensor: there they have the same shape.
 struct ParameterSegment {
   std::string name;                   ///< dotted; in ParallelModule::own_parameters relative to the module
   std::vector<int64_t> global_shape;  ///< without vocabulary padding: rows beyond it exist on no checkpoint
-  int64_t dim = 0;                    ///< the sharded dimension; 0 for a replicated parameter
-  int64_t global_begin = 0;           ///< first row in the global tensor
-  int64_t local_begin = 0;            ///< first row in the rank's tensor
-  int64_t length = 0;                 ///< 0: nothing of this tensor lies here (a vocabulary shard that is all padding)
+  Box box;                            ///< the elements; none (a vocabulary shard that is all padding) is a length of 0
+  std::vector<int64_t> local_begin;   ///< index in the rank's tensor of the first of them
+
+  /// Rows [global_begin, global_begin + length) of dimension `dim`, which are rows [local_begin, local_begin + length)
+  /// of the rank's tensor; in the other dimensions both have all there is.
+  static ParameterSegment rows(std::string name, std::vector<int64_t> global_shape, int64_t dim, int64_t global_begin,
+                               int64_t local_begin, int64_t length);
+
+  /// The elements in the rank's tensor, or in one laid out like it. A view.
+  at::Tensor in_local(const at::Tensor& local) const;
+  /// The elements in the global tensor. A view.
+  at::Tensor in_global(const at::Tensor& global) const;
 };
 
 /// One parameter of this rank. A fused parameter (q, k and v in one matrix) has several segments; elements that belong

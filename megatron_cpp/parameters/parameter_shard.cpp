@@ -1,4 +1,4 @@
-#include "megatron_cpp/tensor_parallel/parameter_shard.h"
+#include "megatron_cpp/parameters/parameter_shard.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -51,30 +51,41 @@ void fill_normal(float* out, int64_t first, int64_t count, uint64_t key, float s
   }
 }
 
-/// The segment's slice, [length in `dim`], generated row by row of the global tensor's trailing dimensions.
-at::Tensor normal_slice(const ParameterSegment& segment, uint64_t seed, float standard_deviation) {
-  auto shape = segment.global_shape;
-  const auto dim = static_cast<size_t>(segment.dim);
-  int64_t outer = 1;
-  int64_t inner = 1;
-  for (size_t d = 0; d < dim; ++d) outer *= shape[d];
-  for (size_t d = dim + 1; d < shape.size(); ++d) inner *= shape[d];
-  const int64_t global_rows = shape[dim];
-  shape[dim] = segment.length;
-  auto values = at::empty(shape, at::kFloat);
+/// The segment's elements, in the shape of its box. What is contiguous in the global tensor is generated in one run.
+at::Tensor normal_values(const ParameterSegment& segment, uint64_t seed, float standard_deviation) {
+  const auto& shape = segment.global_shape;
+  const auto& [first, length] = segment.box;
+  auto values = at::empty(length, at::kFloat);
+  // Dimensions from `whole` on are all there; a run is some rows of the dimension before them.
+  size_t whole = shape.size();
+  int64_t row = 1;
+  while (whole > 1 && length[whole - 1] == shape[whole - 1]) row *= shape[--whole];
+  const size_t dim = whole - 1;
+  const int64_t run = length[dim] * row;
+  const int64_t num_runs = values.numel() / run;
   const uint64_t key = generator_key(seed, segment.name);
   float* data = values.mutable_data_ptr<float>();
-  const int64_t row_values = segment.length * inner;
-  if (outer == 1) {
+  // The number of a run's first element in the global tensor.
+  const auto begin_of_run = [&](int64_t number) {
+    int64_t begin = first[dim] * row;
+    int64_t stride = shape[dim] * row;
+    for (size_t d = dim; d-- > 0;) {
+      begin += (first[d] + number % length[d]) * stride;
+      number /= length[d];
+      stride *= shape[d];
+    }
+    return begin;
+  };
+  if (num_runs == 1) {
     constexpr int64_t kGrain = 1 << 14;
-    at::parallel_for(0, row_values, kGrain, [&](int64_t begin, int64_t end) {
-      fill_normal(data + begin, segment.global_begin * inner + begin, end - begin, key, standard_deviation);
+    const int64_t run_begin = begin_of_run(0);
+    at::parallel_for(0, run, kGrain, [&](int64_t begin, int64_t end) {
+      fill_normal(data + begin, run_begin + begin, end - begin, key, standard_deviation);
     });
   } else {
-    at::parallel_for(0, outer, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t o = begin; o < end; ++o) {
-        fill_normal(data + o * row_values, (o * global_rows + segment.global_begin) * inner, row_values, key,
-                    standard_deviation);
+    at::parallel_for(0, num_runs, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t number = begin; number < end; ++number) {
+        fill_normal(data + number * run, begin_of_run(number), run, key, standard_deviation);
       }
     });
   }
@@ -87,16 +98,32 @@ std::string join(const std::string& prefix, const std::string& name) {
 
 }  // namespace
 
+ParameterSegment ParameterSegment::rows(std::string name, std::vector<int64_t> global_shape, int64_t dim,
+                                        int64_t global_begin, int64_t local_begin, int64_t length) {
+  auto box = Box::rows(global_shape, dim, {global_begin, global_begin + length});
+  std::vector<int64_t> begin(global_shape.size(), 0);
+  begin[static_cast<size_t>(dim)] = local_begin;
+  return {std::move(name), std::move(global_shape), std::move(box), std::move(begin)};
+}
+
+at::Tensor ParameterSegment::in_local(const at::Tensor& local) const {
+  return view_of(local, Box::whole(local.sizes().vec()), {local_begin, box.length});
+}
+
+at::Tensor ParameterSegment::in_global(const at::Tensor& global) const {
+  return view_of(global, Box::whole(global_shape), box);
+}
+
 ParameterShard replicated_parameter(std::string name, const at::Tensor& parameter, GradientRule rule,
                                     InitialValue initial_value, bool weight_decay) {
   TORCH_INTERNAL_ASSERT(rule != GradientRule::kSharded && parameter.dim() > 0);
-  ParameterSegment segment{name, parameter.sizes().vec(), 0, 0, 0, parameter.size(0)};
+  auto segment = ParameterSegment::rows(name, parameter.sizes().vec(), 0, 0, 0, parameter.size(0));
   return {std::move(name), parameter, rule, {std::move(segment)}, initial_value, weight_decay};
 }
 
 ParameterShard sharded_parameter(std::string name, const at::Tensor& parameter, std::vector<int64_t> global_shape,
                                  int64_t dim, int64_t begin, InitialValue initial_value, bool weight_decay) {
-  ParameterSegment segment{name, std::move(global_shape), dim, begin, 0, parameter.size(dim)};
+  auto segment = ParameterSegment::rows(name, std::move(global_shape), dim, begin, 0, parameter.size(dim));
   return {std::move(name), parameter, GradientRule::kSharded, {std::move(segment)}, initial_value, weight_decay};
 }
 
@@ -131,12 +158,12 @@ void initialize_parameters(const std::vector<ParameterShard>& parameters, uint64
     auto parameter = shard.parameter;
     parameter.zero_();
     for (const auto& segment : shard.segments) {
-      if (segment.length == 0) continue;
-      auto target = parameter.narrow(segment.dim, segment.local_begin, segment.length);
+      if (segment.box.numel() == 0) continue;
+      auto target = segment.in_local(parameter);
       if (shard.initial_value.kind == InitialValue::Kind::kConstant) {
         target.fill_(shard.initial_value.value);
       } else {
-        target.copy_(normal_slice(segment, seed, static_cast<float>(shard.initial_value.value)));
+        target.copy_(normal_values(segment, seed, static_cast<float>(shard.initial_value.value)));
       }
     }
   }
