@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "megatron_cpp/checkpoint/json_integer.h"
+#include "megatron_cpp/checkpoint/safetensors.h"
 
 namespace megatron::internal {
 namespace {
@@ -29,26 +30,10 @@ constexpr std::array<std::pair<TensorRole, const char*>, 4> kRoles = {{{TensorRo
                                                                        {TensorRole::kExpAvg, "exp_avg"},
                                                                        {TensorRole::kExpAvgSq, "exp_avg_sq"}}};
 
-std::string role_text(TensorRole role) {
-  for (const auto& [known, text] : kRoles) {
-    if (known == role) return text;
-  }
-  TORCH_INTERNAL_ASSERT(false);
-}
-
-/// Whether a tensor can have this shape: without negative sizes, its elements countable.
-bool is_shape(const std::vector<int64_t>& shape) {
-  int64_t elements = 1;
-  for (const int64_t size : shape) {
-    if (size < 0 || __builtin_mul_overflow(elements, std::max<int64_t>(size, 1), &elements)) return false;
-  }
-  return true;
-}
-
 /// Refuses pieces that leave an element of the tensor out or hold it twice.
 void check_pieces(const TensorId& id, const CheckpointTensor& tensor) {
   const auto tensor_text = c10::str("tensor ", id.text(), " of shape ", at::IntArrayRef(tensor.shape));
-  TORCH_CHECK_VALUE(is_shape(tensor.shape), tensor_text, ": no tensor has such a shape");
+  TORCH_CHECK_VALUE(product_of_sizes(tensor.shape, 1).has_value(), tensor_text, ": no tensor has such a shape");
   std::vector<Box> boxes;
   std::vector<const CheckpointPiece*> origins;  // of the boxes
   for (const auto& piece : tensor.pieces) {
@@ -190,18 +175,9 @@ NamedTensors parse_tensors(const ManifestObject& root) {
 
 /// Version 1 called dtypes as LibTorch does.
 std::string dtype_of_version_1(const std::string& name) {
-  constexpr std::array<std::pair<const char*, const char*>, 10> kNames = {{{"Float", "F32"},
-                                                                           {"Double", "F64"},
-                                                                           {"Half", "F16"},
-                                                                           {"BFloat16", "BF16"},
-                                                                           {"Long", "I64"},
-                                                                           {"Int", "I32"},
-                                                                           {"Short", "I16"},
-                                                                           {"Char", "I8"},
-                                                                           {"Byte", "U8"},
-                                                                           {"Bool", "BOOL"}}};
-  for (const auto& [old_name, new_name] : kNames) {
-    if (name == old_name) return new_name;
+  for (const auto dtype : {at::kFloat, at::kDouble, at::kHalf, at::kBFloat16, at::kLong, at::kInt, at::kShort,
+                           at::kChar, at::kByte, at::kBool}) {
+    if (name == c10::toString(dtype)) return safetensors_dtype(dtype, name);
   }
   return name;
 }
@@ -237,6 +213,13 @@ NamedTensors parse_tensors_of_version_1(const ManifestObject& root) {
 }
 
 }  // namespace
+
+std::string role_text(TensorRole role) {
+  for (const auto& [known, text] : kRoles) {
+    if (known == role) return text;
+  }
+  TORCH_INTERNAL_ASSERT(false);
+}
 
 std::string stored_name(const TensorId& id, const TensorPart& part) {
   return role_text(id.role) + "/" + id.name + part.text();

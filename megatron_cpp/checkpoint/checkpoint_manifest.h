@@ -37,6 +37,9 @@ struct CheckpointManifest {
   std::map<TensorId, CheckpointTensor> tensors;
 };
 
+/// What manifests call a role: "exp_avg".
+std::string role_text(TensorRole role);
+
 /// The name under which a part of a tensor is stored: no tool takes it for the name of a whole tensor.
 std::string stored_name(const TensorId& id, const TensorPart& part);
 

@@ -1,6 +1,7 @@
 // Integers in JSON files.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -29,6 +30,15 @@ std::optional<std::vector<int64_t>> integers_of(const Json& json) {
     values.push_back(*value);
   }
   return values;
+}
+
+/// `factor` times all sizes of a shape but its zeros, which strides leave out, too; nothing if a size is negative or
+/// the product doesn't fit.
+inline std::optional<int64_t> product_of_sizes(const std::vector<int64_t>& shape, int64_t factor) {
+  for (const int64_t size : shape) {
+    if (size < 0 || __builtin_mul_overflow(factor, std::max<int64_t>(size, 1), &factor)) return std::nullopt;
+  }
+  return factor;
 }
 
 }  // namespace megatron::internal

@@ -57,11 +57,10 @@ std::string system_reason() { return std::strerror(errno); }
 /// overflows, or there is no such number of whole bytes. That of an empty tensor is taken without its zeros, as strides
 /// are.
 std::optional<int64_t> byte_count(const std::vector<int64_t>& shape, int64_t bits) {
-  for (const int64_t size : shape) {
-    if (size < 0 || __builtin_mul_overflow(bits, std::max<int64_t>(size, 1), &bits)) return std::nullopt;
-  }
+  const auto all_bits = internal::product_of_sizes(shape, bits);
+  if (!all_bits) return std::nullopt;
   if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return 0;
-  return bits % 8 == 0 ? std::optional(bits / 8) : std::nullopt;
+  return *all_bits % 8 == 0 ? std::optional(*all_bits / 8) : std::nullopt;
 }
 
 std::vector<int64_t> parse_integers(const std::string& name, const Json& json, const char* key,

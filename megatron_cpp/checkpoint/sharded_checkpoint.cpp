@@ -283,9 +283,9 @@ void for_each_overlap(const TensorPart& piece, const TensorPart& wanted, const A
   }
 }
 
-bool overlaps(const CheckpointPiece& piece, const ShardedTensor& wanted) {
+bool overlaps(const TensorPart& piece, const TensorPart& wanted) {
   bool result = false;
-  for_each_overlap(piece.part, wanted.part, [&](const auto&...) { result = true; });
+  for_each_overlap(piece, wanted, [&](const auto&...) { result = true; });
   return result;
 }
 
@@ -309,9 +309,9 @@ void copy_overlap(const SafetensorsFile& file, const CheckpointPiece& piece, con
   });
 }
 
-/// Opens the file of a piece unless it is open, and checks that it holds what the manifest says.
-void open_piece(const fs::path& folder, const CheckpointPiece& piece, const TensorId& id,
-                const CheckpointTensor& tensor, std::map<std::string, SafetensorsFile>& open_files) {
+/// The file of a piece, opened unless it is open. Refuses one that doesn't hold what the manifest says.
+const SafetensorsFile& open_piece(const fs::path& folder, const CheckpointPiece& piece, const TensorId& id,
+                                  const CheckpointTensor& tensor, std::map<std::string, SafetensorsFile>& open_files) {
   auto found = open_files.find(piece.file);
   if (found == open_files.end()) {
     try {
@@ -328,6 +328,7 @@ void open_piece(const fs::path& folder, const CheckpointPiece& piece, const Tens
   TORCH_CHECK_VALUE(entry->second.shape == expected && entry->second.dtype_name == tensor.dtype, file.path().string(),
                     ": tensor ", piece.key, " is ", entry->second.dtype_name, " ", at::IntArrayRef(entry->second.shape),
                     ", the manifest says ", tensor.dtype, " ", at::IntArrayRef(expected));
+  return file;
 }
 
 /// Without separators at the end, or a "." there.
@@ -362,17 +363,7 @@ void append_segments(std::vector<ShardedTensor>& result, const ParameterShard& s
 }  // namespace
 
 std::string TensorId::text() const {
-  switch (role) {
-    case TensorRole::kParameter:
-      return name;
-    case TensorRole::kMain:
-      return "main of " + name;
-    case TensorRole::kExpAvg:
-      return "exp_avg of " + name;
-    case TensorRole::kExpAvgSq:
-      return "exp_avg_sq of " + name;
-  }
-  TORCH_INTERNAL_ASSERT(false);
+  return role == TensorRole::kParameter ? name : internal::role_text(role) + " of " + name;
 }
 
 std::vector<ShardedTensor> sharded_tensors(const std::vector<ParameterShard>& parameters,
@@ -493,6 +484,12 @@ void CheckpointReader::load(const std::vector<ShardedTensor>& tensors, UnusedTen
   const auto manifest_file = (folder_ / kManifestFile).string();
   std::set<TensorId> asked;
   std::map<std::string, SafetensorsFile> open_files;
+  struct Copy {
+    const SafetensorsFile& file;
+    const CheckpointPiece& piece;
+    const ShardedTensor& wanted;
+  };
+  std::vector<Copy> copies;
   for (const auto& wanted : tensors) {
     check_slice(wanted);
     asked.insert(wanted.id);
@@ -505,7 +502,8 @@ void CheckpointReader::load(const std::vector<ShardedTensor>& tensors, UnusedTen
                       wanted.id.text(), " is ", tensor.dtype, " ", at::IntArrayRef(tensor.shape), ", asked for as ",
                       dtype, " ", at::IntArrayRef(wanted.global_shape));
     for (const auto& piece : tensor.pieces) {
-      if (overlaps(piece, wanted)) open_piece(folder_, piece, wanted.id, tensor, open_files);
+      if (!overlaps(piece.part, wanted.part)) continue;
+      copies.push_back({open_piece(folder_, piece, wanted.id, tensor, open_files), piece, wanted});
     }
   }
   for (const auto& [id, tensor] : manifest_->tensors) {
@@ -513,11 +511,7 @@ void CheckpointReader::load(const std::vector<ShardedTensor>& tensors, UnusedTen
                       " of shape ", at::IntArrayRef(tensor.shape), " is not asked for");
   }
   const at::NoGradGuard no_grad;
-  for (const auto& wanted : tensors) {
-    for (const auto& piece : manifest_->tensors.at(wanted.id).pieces) {
-      if (overlaps(piece, wanted)) copy_overlap(open_files.at(piece.file), piece, wanted);
-    }
-  }
+  for (const auto& [file, piece, wanted] : copies) copy_overlap(file, piece, wanted);
 }
 
 std::optional<fs::path> latest_checkpoint(const fs::path& directory) {

@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <utility>
 
@@ -73,8 +74,10 @@ bool Box::is_in(const std::vector<int64_t>& shape) const {
 
 std::string Box::text() const {
   std::string result = "[";
-  for (size_t d = 0; d < begin.size(); ++d) {
-    result += c10::str(d == 0 ? "" : ", ", begin[d], ":", begin[d] + length[d]);
+  for (size_t d = 0; d < std::min(begin.size(), length.size()); ++d) {
+    int64_t end = 0;
+    if (__builtin_add_overflow(begin[d], length[d], &end)) end = std::numeric_limits<int64_t>::max();
+    result += c10::str(d == 0 ? "" : ", ", begin[d], ":", end);
   }
   return result + "]";
 }

@@ -27,7 +27,7 @@ struct Box {
   int64_t numel() const;  ///< elements
   /// Whether it lies in a tensor of this shape, with elements or without, whatever numbers it is made of.
   bool is_in(const std::vector<int64_t>& shape) const;
-  /// "[0:4, 8:16]", for messages: begin and end of each dimension.
+  /// "[0:4, 8:16]", for messages: begin and end of each dimension; an end beyond 63 bits is the largest that fits.
   std::string text() const;
   bool operator==(const Box&) const = default;
 };
