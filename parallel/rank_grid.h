@@ -22,6 +22,7 @@ struct RankGrid {
 
   /// Ranks in all: tp * cp * dp * pp.
   int world_size() const { return tp * cp * dp * pp; }
+  /// Tensor parallel ranks of each expert: `etp`, or `tp` where that isn't given.
   int expert_tp() const { return etp.value_or(tp); }
   /// Expert data parallel: what remains, tp * cp * dp / (etp * ep). As many ranks hold a copy of the same expert.
   /// @throws c10::ValueError if that is no whole number.

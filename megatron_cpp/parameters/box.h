@@ -45,7 +45,7 @@ std::vector<Box> boxes_of_range(const Box& box, parallel::Range range);
 
 /// A box of a tensor, or some of its elements.
 struct TensorPart {
-  Box box;
+  Box box;  ///< where the elements lie in the whole tensor
   /// Which elements of the box, numbered row-major in it; all unless given. A tensor that holds the part then has one
   /// dimension.
   std::optional<parallel::Range> elements = std::nullopt;

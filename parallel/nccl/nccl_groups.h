@@ -14,7 +14,7 @@ namespace parallel {
 
 /// A group that is to carry tensors on GPUs, and where it stands among those of its kind.
 struct GpuGroup {
-  GroupPtr group;
+  GroupPtr group;                ///< may be shared with other holders
   std::string kind;              ///< the same on every rank
   int index = 0;                 ///< among the groups of this kind, which share no rank
   std::vector<int> world_ranks;  ///< its ranks, by their rank in the world
