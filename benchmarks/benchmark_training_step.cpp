@@ -91,7 +91,7 @@ class TimedStep {
         batch_(make_batch(arguments, config_, device)),
         num_loss_tokens_(static_cast<double>(arguments.sequence * groups.grid.dp)),
         parameters_(prepare(*model_, dtype, device)),
-        gradients_(parameters_, groups.tp, groups.dp, groups.tp_dp),
+        gradients_(parameters_, groups),
         optimizer_(gradients_.parameters(), {}) {}
 
   /// Milliseconds of each part on this rank. Ranks begin together; nothing else but the parts' own collectives makes

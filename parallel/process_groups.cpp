@@ -44,6 +44,13 @@ void add_gpu_backends(Runtime& runtime, const ProcessGroups& groups, const Proce
 
 }  // namespace
 
+const GroupPtr& ProcessGroups::of(std::string_view kind) const {
+  for (const auto& [name, dims, group] : kGroupKinds) {
+    if (kind == name && this->*group) return this->*group;
+  }
+  TORCH_CHECK_VALUE(false, "no group of kind \"", kind, "\" was made");
+}
+
 ProcessGroups make_process_groups(Runtime& runtime, const RankGrid& grid, const ProcessGroupsOptions& options) {
   ProcessGroups groups;
   groups.grid = grid;

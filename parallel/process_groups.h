@@ -4,6 +4,7 @@
 #include <array>
 #include <chrono>
 #include <string>
+#include <string_view>
 
 #include "parallel/group.h"
 #include "parallel/rank_grid.h"
@@ -29,6 +30,10 @@ struct ProcessGroups {
   GroupPtr tp;     ///< tensor and sequence parallel
   GroupPtr dp;     ///< data parallel
   GroupPtr tp_dp;  ///< both together: where partial gradients of replicated parameters are summed
+
+  /// The group of a kind, by its name in kGroupKinds. Not collective.
+  /// @throws c10::ValueError naming the kind if there is none of that name, or its group wasn't made.
+  const GroupPtr& of(std::string_view kind) const;
 };
 
 /// What the groups of one kind are made over.

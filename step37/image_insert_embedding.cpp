@@ -380,13 +380,13 @@ at::Tensor ImageInsertEmbeddingImpl::insert_features(const at::Tensor& input_emb
 
 std::vector<megatron::ParameterShard> ImageInsertEmbeddingImpl::own_parameters() const {
   if (!replicated_projector_) return {};  // the parallel layers speak for themselves
-  const auto rule = language_embedding_->tp()->getSize() > 1 ? megatron::GradientRule::kReplicatedPartial
-                                                             : megatron::GradientRule::kReplicated;
+  const auto domain = language_embedding_->tp()->getSize() > 1 ? megatron::GradientDomain::kReplicatedPartial
+                                                               : megatron::GradientDomain::kReplicated;
   const double std = std::sqrt(2.0 / static_cast<double>(options_.encoder_output_dim()));
   std::vector<megatron::ParameterShard> parameters{megatron::replicated_parameter(
-      "align_projector.weight", replicated_projector_->weight, rule, megatron::InitialValue::normal(std), true)};
+      "align_projector.weight", replicated_projector_->weight, domain, megatron::InitialValue::normal(std), true)};
   if (options_.projector_bias()) {
-    parameters.push_back(megatron::replicated_parameter("align_projector.bias", replicated_projector_->bias, rule,
+    parameters.push_back(megatron::replicated_parameter("align_projector.bias", replicated_projector_->bias, domain,
                                                         megatron::InitialValue::constant(0.0), false));
   }
   return parameters;

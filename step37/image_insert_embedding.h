@@ -80,7 +80,8 @@ struct ImageInsertEmbeddingOptions {
 /// ended in, zero if it was cut or overwritten. Features that every rank gives get their whole gradient on every rank
 /// with the column and the row sharding (of channels that come sliced, this rank's). With the replicated sharding, and
 /// in every sharding as soon as a group of the batch has `rows`, only the rank that projects or holds an image gets
-/// its gradient and the others zeros: what computes features on every rank needs GradientRule::kReplicatedPartial then.
+/// its gradient and the others zeros: what computes features on every rank needs GradientDomain::kReplicatedPartial
+/// then.
 ///
 /// Communication: what the word embedding alone costs, see ParallelEmbedding's derived classes, and nothing on top
 /// where exchange is kFused and features are on every rank and frozen. docs/image-insert.md has the table of what else

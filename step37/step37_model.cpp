@@ -39,9 +39,9 @@ Step37ModelImpl::Step37ModelImpl(const Step37Config& config, parallel::GroupPtr 
     : config_(config), tp_(std::move(tp)) {
   config_.validate(tp_->getSize());
   // The tower of each rank sees its own pictures only.
-  const auto rule =
-      tp_->getSize() > 1 ? megatron::GradientRule::kReplicatedPartial : megatron::GradientRule::kReplicated;
-  vision_model = register_module("vision_model", VisionTower(config_.vision, rule));
+  const auto domain =
+      tp_->getSize() > 1 ? megatron::GradientDomain::kReplicatedPartial : megatron::GradientDomain::kReplicated;
+  vision_model = register_module("vision_model", VisionTower(config_.vision, domain));
   language_model = register_module("language_model", megatron::GPTModel(config_.text, tp_));
   image_insert_embedding = register_module(
       "image_insert_embedding",

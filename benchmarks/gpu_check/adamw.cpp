@@ -23,12 +23,12 @@ void check_adamw(const Target& target, Report& report) {
       const auto parameter = random_values(target, shape, at::kFloat, 0.02).requires_grad_();
       elements += static_cast<double>(parameter.numel());
       shards.push_back(megatron::replicated_parameter("weight" + std::to_string(shards.size()), parameter,
-                                                      megatron::GradientRule::kReplicated,
+                                                      megatron::GradientDomain::kReplicated,
                                                       megatron::InitialValue::constant(0.0), shape.size() > 1));
     }
   }
   const auto alone = parallel::make_rehearsal_group(0, 1, {.device = target.device()});
-  megatron::GradientBuffer gradients(shards, alone, alone, alone);
+  megatron::GradientBuffer gradients(shards, {.grid = {}, .world = alone, .tp = alone, .dp = alone, .tp_dp = alone});
   gradients.zero();
   megatron::AdamW optimizer(shards, {});
   const auto bytes = target.pick<int64_t>(int64_t{1} << 30, int64_t{1} << 26);

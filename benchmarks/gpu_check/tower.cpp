@@ -32,7 +32,7 @@ double operations_of_picture(const step37::VisionConfig& config) {
 
 void check_tower(const Target& target, Report& report) {
   const auto config = tower_config(target);
-  step37::VisionTower tower(config, megatron::GradientRule::kReplicated);
+  step37::VisionTower tower(config, megatron::GradientDomain::kReplicated);
   tower->to(target.device());
   tower->to(at::kBFloat16);
   {

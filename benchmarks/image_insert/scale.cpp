@@ -110,7 +110,8 @@ std::vector<ordered_json> rehearse_gradient_reduction() {
             embedding, step37::ImageInsertEmbeddingOptions(sizes.channels, sizes.hidden).projector_sharding(sharding));
         auto parameters = megatron::parameter_shards(*embedding);
         for (auto& shard : megatron::parameter_shards(*insert)) parameters.push_back(std::move(shard));
-        megatron::GradientBuffer buffer(parameters, tp.group, replicas.group, both.group);
+        megatron::GradientBuffer buffer(
+            parameters, {.grid = {}, .world = {}, .tp = tp.group, .dp = replicas.group, .tp_dp = both.group});
         buffer.reduce();
         results.push_back(
             {{"rehearsal", "gradient_reduction"},

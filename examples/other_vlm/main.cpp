@@ -61,7 +61,7 @@ class DealtEmbedding : public megatron::ParallelEmbedding {
   std::vector<megatron::ParameterShard> own_parameters() const override {
     megatron::ParameterShard shard{.name = "table.weight",
                                    .parameter = weight,
-                                   .rule = megatron::GradientRule::kSharded,
+                                   .domain = megatron::GradientDomain::kSharded,
                                    .initial_value = megatron::InitialValue::normal(options().init_std())};
     for (int64_t i = 0; i < weight.size(0); ++i) {
       shard.segments.push_back(megatron::ParameterSegment::rows("weight", {options().vocabulary_size(), hidden_size()},

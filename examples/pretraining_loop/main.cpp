@@ -47,7 +47,7 @@ class DecoderImpl : public megatron::ParallelModule {
 
   /// The norm is on every rank, but sees the positions of this rank only: its gradient is a part, to be summed.
   std::vector<megatron::ParameterShard> own_parameters() const override {
-    return {megatron::replicated_parameter("norm", norm, megatron::GradientRule::kReplicatedPartial,
+    return {megatron::replicated_parameter("norm", norm, megatron::GradientDomain::kReplicatedPartial,
                                            megatron::InitialValue::constant(1), /*weight_decay=*/false)};
   }
 
@@ -88,7 +88,7 @@ int run(parallel::Runtime& runtime) {
   // Every parameter says how its gradient is completed; the buffer does so once a step, with two collectives.
   const auto parameters = megatron::parameter_shards(model);
   megatron::initialize_parameters(parameters, /*seed=*/1);
-  megatron::GradientBuffer gradients(parameters, groups.tp, groups.dp, groups.tp_dp);
+  megatron::GradientBuffer gradients(parameters, groups);
   megatron::AdamW optimizer(parameters, {});
 
   const auto patterns = at::randn({kNumWords, kImageRows, C}, at::detail::createCPUGenerator(7));
@@ -103,7 +103,7 @@ int run(parallel::Runtime& runtime) {
     const auto mean = losses.sum() / (2 * kBatch);  // over the global batch: gradients are summed, not averaged
     mean.backward();
     gradients.reduce();
-    gradients.scale(1.0 / std::max(1.0, gradients.norm()));
+    gradients.clip_grad_norm(1.0);
     optimizer.step(/*learning_rate=*/0.01);
     loss = parallel::all_reduce(mean.detach(), groups.dp).item<double>();
     if (step == 0) first = loss;

@@ -349,7 +349,7 @@ std::optional<int64_t> step_of_latest(const fs::path& latest) {
 
 void append_segments(std::vector<ShardedTensor>& result, const ParameterShard& shard, const at::Tensor& values,
                      TensorRole role, const CheckpointName& published_name, const parallel::ProcessGroups& groups) {
-  const bool is_whole = shard.rule != GradientRule::kSharded;
+  const bool is_whole = shard.domain.sharded_over.empty();
   const bool main_replica = groups.dp->getRank() == 0 && (!is_whole || groups.tp->getRank() == 0);
   for (const auto& segment : shard.segments) {
     result.push_back({{published_name(segment.name), role},

@@ -44,7 +44,7 @@ ParameterShard check_own_parameters(const Candidate& candidate, Findings& findin
   }
   findings.expect(own.parameter.defined() && own.parameter.is_same(weight), subject,
                   "don't have this embedding's weight");
-  findings.expect(own.rule == GradientRule::kSharded, subject, "give the weight a rule other than kSharded");
+  findings.expect(own.domain == GradientDomain::kSharded, subject, "give the weight a domain other than kSharded");
   if (!findings.clean()) return own;
   const std::vector<int64_t> whole{candidate.V(), candidate.H()};
   auto held = at::zeros(weight.sizes(), at::kInt);
@@ -128,7 +128,7 @@ std::optional<Candidate> make_candidate(const MakeEmbedding& make, bool sequence
   const auto normal = InitialValue::normal(1);
   candidate.shard.initial_value = normal;
   initialize_parameters({candidate.shard}, kSeed);
-  initialize_parameters({replicated_parameter("weight", candidate.table, GradientRule::kReplicated, normal, true)},
+  initialize_parameters({replicated_parameter("weight", candidate.table, GradientDomain::kReplicated, normal, true)},
                         kSeed);
   candidate.own_table = at::zeros_like(candidate.table);
   for (const auto& segment : candidate.shard.segments) {

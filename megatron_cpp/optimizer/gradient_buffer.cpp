@@ -1,84 +1,172 @@
 #include "megatron_cpp/optimizer/gradient_buffer.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
-#include <utility>
 
 #include "parallel/collectives.h"
 
 namespace megatron {
-
-GradientBuffer::GradientBuffer(const std::vector<ParameterShard>& parameters, parallel::GroupPtr tp,
-                               parallel::GroupPtr dp, parallel::GroupPtr tp_dp)
-    : tp_(std::move(tp)), dp_(std::move(dp)), tp_dp_(std::move(tp_dp)) {
-  for (const auto& shard : parameters) {
-    if (shard.parameter.requires_grad()) parameters_.push_back(shard);
-  }
-  TORCH_CHECK_VALUE(!parameters_.empty(), "every parameter is frozen: there is nothing to train");
-  const auto is_whole = [](const ParameterShard& shard) { return shard.rule != GradientRule::kReplicatedPartial; };
-  const auto partial = std::stable_partition(parameters_.begin(), parameters_.end(), is_whole);
-  const auto& first = parameters_.front();
-  int64_t elements = 0;
-  for (auto shard = parameters_.begin(); shard != parameters_.end(); ++shard) {
-    if (shard == partial) partial_begin_ = elements;
-    TORCH_CHECK_VALUE(shard->parameter.scalar_type() == first.parameter.scalar_type() &&
-                          shard->parameter.device() == first.parameter.device(),
-                      "parameter ", shard->name, " is ", shard->parameter.toString(), " on ", shard->parameter.device(),
-                      ", ", first.name, " is ", first.parameter.toString(), " on ", first.parameter.device(),
-                      ": one gradient buffer takes one dtype and device");
-    elements += place_of(*shard);
-  }
-  if (partial == parameters_.end()) partial_begin_ = elements;
-  buffer_ = at::zeros({elements}, first.parameter.options().requires_grad(false));
-  zero();
-}
+namespace {
 
 // On a GPU the optimizer's kernel loads 16 bytes at a time where every tensor begins at a multiple of them, and element
 // by element otherwise.
-int64_t GradientBuffer::place_of(const ParameterShard& shard) const {
+int64_t padded_numel(const at::Tensor& parameter) {
   constexpr int64_t kLoadBytes = 16;
-  const int64_t multiple = std::max<int64_t>(1, kLoadBytes / static_cast<int64_t>(shard.parameter.element_size()));
-  return (shard.parameter.numel() + multiple - 1) / multiple * multiple;
+  const int64_t multiple = std::max<int64_t>(1, kLoadBytes / static_cast<int64_t>(parameter.element_size()));
+  return (parameter.numel() + multiple - 1) / multiple * multiple;
+}
+
+int64_t num_blocks(const at::Tensor& gradient) { return (gradient.numel() + kNormBlock - 1) / kNormBlock; }
+
+/// Eight sums side by side, so that the compiler can use vector instructions, added in a fixed order.
+template <class Element>
+double sum_of_squares(const Element* values, int64_t count) {
+  constexpr int64_t kLanes = 8;
+  std::array<double, kLanes> sums{};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const auto value = static_cast<double>(values[i + lane]);
+      sums[static_cast<size_t>(lane)] += value * value;
+    }
+  }
+  double sum = 0.0;
+  for (const double lane : sums) sum += lane;
+  for (; i < count; ++i) sum += static_cast<double>(values[i]) * static_cast<double>(values[i]);
+  return sum;
+}
+
+}  // namespace
+
+at::Tensor squares_of_blocks(const std::vector<at::Tensor>& gradients) {
+  TORCH_INTERNAL_ASSERT(!gradients.empty());
+  if (!gradients.front().is_cpu()) return internal::squares_of_blocks_by_operators(gradients);
+  std::vector<int64_t> first_block{0};
+  for (const auto& gradient : gradients) first_block.push_back(first_block.back() + num_blocks(gradient));
+  auto sums = at::empty({first_block.back()}, at::kDouble);
+  auto* sum = sums.mutable_data_ptr<double>();
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    const int64_t numel = gradients[i].numel();
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, gradients[i].scalar_type(), "squares_of_blocks", [&] {
+      const auto* values = gradients[i].const_data_ptr<scalar_t>();
+      at::parallel_for(0, num_blocks(gradients[i]), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) {
+          const int64_t first = block * kNormBlock;
+          sum[first_block[i] + block] = sum_of_squares(values + first, std::min(kNormBlock, numel - first));
+        }
+      });
+    });
+  }
+  return sums;
+}
+
+at::Tensor internal::squares_of_blocks_by_operators(const std::vector<at::Tensor>& gradients) {
+  // One kernel for the whole blocks of a tensor, and one for what remains of all of them.
+  std::vector<at::Tensor> remainders;
+  for (const auto& gradient : gradients) {
+    const int64_t length = gradient.numel() % kNormBlock;
+    if (length > 0) remainders.push_back(gradient.view(-1).narrow(0, gradient.numel() - length, length));
+  }
+  std::vector<at::Tensor> norms_of_remainders;
+  if (!remainders.empty()) norms_of_remainders = at::_foreach_norm(remainders, 2, at::kDouble);
+  auto remainder = norms_of_remainders.begin();
+  std::vector<at::Tensor> norms;
+  for (const auto& gradient : gradients) {
+    const int64_t whole = gradient.numel() / kNormBlock;
+    if (whole > 0) {
+      const auto blocks = gradient.view(-1).narrow(0, 0, whole * kNormBlock).view({whole, kNormBlock});
+      norms.push_back(at::linalg_vector_norm(blocks, 2, 1, /*keepdim=*/false, at::kDouble));
+    }
+    if (gradient.numel() % kNormBlock > 0) norms.push_back((remainder++)->view({1}));
+  }
+  if (norms.empty()) return at::empty({0}, gradients.front().options().dtype(at::kDouble));
+  return at::cat(norms).square_();
+}
+
+GradientBuffer::Bucket& GradientBuffer::bucket_of(const ParameterShard& shard) {
+  const auto dtype = shard.parameter.scalar_type();
+  const auto& group = groups_.of(shard.domain.summed_over);
+  for (auto& bucket : buckets_) {
+    if (bucket.dtype == dtype && bucket.group == group) return bucket;
+  }
+  return buckets_.emplace_back(Bucket{dtype, group, {}});
+}
+
+GradientBuffer::GradientBuffer(const std::vector<ParameterShard>& parameters, const parallel::ProcessGroups& groups)
+    : groups_(groups) {
+  std::vector<std::vector<ParameterShard>> by_bucket;
+  for (const auto& shard : parameters) {
+    if (!shard.parameter.requires_grad()) continue;
+    const auto& first = by_bucket.empty() ? shard : by_bucket.front().front();
+    TORCH_CHECK_VALUE(shard.parameter.device() == first.parameter.device(), "parameter ", shard.name, " is on ",
+                      shard.parameter.device(), ", ", first.name, " on ", first.parameter.device(),
+                      ": gradients are kept on one device");
+    const auto& domain = shard.domain;
+    TORCH_CHECK_VALUE(domain.sharded_over.empty() || domain.sharded_over == "tp", "parameter ", shard.name,
+                      " is sharded over \"", domain.sharded_over, "\": the gradient norm knows sharding over tp only");
+    auto& bucket = bucket_of(shard);
+    bucket.numel += padded_numel(shard.parameter);
+    by_bucket.resize(buckets_.size());
+    by_bucket[static_cast<size_t>(&bucket - buckets_.data())].push_back(shard);
+  }
+  TORCH_CHECK_VALUE(!buckets_.empty(), "every parameter is frozen: there is nothing to train");
+  for (size_t number = 0; number < buckets_.size(); ++number) {
+    auto& bucket = buckets_[number];
+    const auto options = by_bucket[number].front().parameter.options().requires_grad(false);
+    bucket.gradients = at::zeros({bucket.numel}, options);
+    int64_t begin = 0;
+    for (const auto& shard : by_bucket[number]) {
+      const auto& parameter = shard.parameter;
+      views_.push_back(bucket.gradients.narrow(0, begin, parameter.numel()).view(parameter.sizes()));
+      parameters_.push_back(shard);
+      begin += padded_numel(parameter);
+    }
+  }
+  zero();
 }
 
 void GradientBuffer::zero() {
-  buffer_.zero_();
-  int64_t begin = 0;
-  for (auto& shard : parameters_) {
-    shard.parameter.mutable_grad() = buffer_.narrow(0, begin, shard.parameter.numel()).view(shard.parameter.sizes());
-    begin += place_of(shard);
-  }
+  for (auto& bucket : buckets_) bucket.gradients.zero_();
+  for (size_t i = 0; i < parameters_.size(); ++i) parameters_[i].parameter.mutable_grad() = views_[i];
 }
 
 void GradientBuffer::reduce() {
-  auto whole = buffer_.narrow(0, 0, partial_begin_);
-  auto partial = buffer_.narrow(0, partial_begin_, buffer_.numel() - partial_begin_);
-  if (whole.numel() > 0) parallel::all_reduce_in_place(whole, dp_);
-  if (partial.numel() > 0) parallel::all_reduce_in_place(partial, tp_dp_);
+  for (auto& bucket : buckets_) {
+    if (bucket.numel > 0) parallel::all_reduce_in_place(bucket.gradients, bucket.group);
+  }
 }
 
 at::Tensor GradientBuffer::squared_norm() const {
-  // A replicated parameter is counted by rank 0 of the group, a sharded one by everybody, each its part.
+  // A replicated parameter is counted by rank 0 of tp, a sharded one by everybody, each its part.
   std::vector<at::Tensor> counted;
-  for (const auto& shard : parameters_) {
-    const bool own = shard.rule == GradientRule::kSharded || tp_->getRank() == 0;
-    if (own && shard.parameter.numel() > 0) counted.push_back(shard.parameter.grad());
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    const bool is_counted = !parameters_[i].domain.sharded_over.empty() || groups_.tp->getRank() == 0;
+    if (is_counted && views_[i].numel() > 0) counted.push_back(views_[i]);
   }
-  auto sum = at::zeros({1}, buffer_.options().dtype(at::kDouble));
+  auto sum = at::zeros({1}, views_.front().options().dtype(at::kDouble));
   if (!counted.empty()) {
-    const auto dtype = buffer_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    const auto squares = at::stack(at::_foreach_norm(counted, 2, dtype)).to(at::kDouble).square();
     // One after the other: the last of the running sums doesn't depend on how a sum would be split.
-    sum = squares.cumsum(0).narrow(0, squares.size(0) - 1, 1);
+    const auto sums = squares_of_blocks(counted).cumsum(0);
+    sum = sums.narrow(0, sums.size(0) - 1, 1);
   }
-  return parallel::all_reduce(sum, tp_);
+  return parallel::all_reduce(sum, groups_.tp);
 }
 
 double GradientBuffer::norm() const { return std::sqrt(squared_norm().item<double>()); }
 
-void GradientBuffer::scale(double factor) { buffer_.mul_(factor); }
+void GradientBuffer::scale(double factor) {
+  for (auto& bucket : buckets_) bucket.gradients.mul_(factor);
+}
+
+double GradientBuffer::clip_grad_norm(double max_norm) {
+  const double before = norm();
+  if (before > max_norm) scale(max_norm / before);
+  return before;
+}
 
 }  // namespace megatron

@@ -1,4 +1,4 @@
-// The gradients of all parameters in one buffer: accumulated in place, completed by at most two collectives a step.
+// The gradients of all parameters in few buffers: accumulated in place, completed by one collective a buffer.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,29 +7,32 @@
 #include <vector>
 
 #include "megatron_cpp/parameters/parameter_shard.h"
-#include "parallel/group.h"
+#include "parallel/process_groups.h"
 
 namespace megatron {
 
-/// Owns one flat tensor and makes every trainable parameter's .grad a view of it, so that backward (with or without
-/// accumulate_into_grad) adds into it, micro-batch after micro-batch. Parameters that need no gradient have no place.
+/// Owns a flat tensor, a bucket, for each dtype and group that gradients are summed over (GradientDomain), and makes
+/// every trainable parameter's .grad a view of its bucket, so that backward (with or without accumulate_into_grad) adds
+/// into it, micro-batch after micro-batch. Parameters that need no gradient have no place.
 class GradientBuffer {
  public:
-  /// @param parameters  all of one dtype and device.
-  /// @throws c10::ValueError naming a parameter of another dtype or device, or if none needs a gradient.
-  GradientBuffer(const std::vector<ParameterShard>& parameters, parallel::GroupPtr tp, parallel::GroupPtr dp,
-                 parallel::GroupPtr tp_dp);
+  /// @param parameters  all on one device.
+  /// @param groups      those that the domains name; "tp" in any case.
+  /// @throws c10::ValueError naming a parameter on another device or of a domain whose groups weren't made, or if no
+  ///         parameter needs a gradient. Not collective.
+  GradientBuffer(const std::vector<ParameterShard>& parameters, const parallel::ProcessGroups& groups);
 
   /// Sets all gradients to 0 and re-attaches the views. Not collective.
   void zero();
 
-  /// Completes the gradients after the last micro-batch of a step: sums over dp; GradientRule::kReplicatedPartial over
-  /// tp and dp together. Sums, no averages: the loss is divided by the tokens of the global batch before backward.
-  /// Comm: 1 all-reduce over dp and 1 over tp_dp, each of the elements that need it and of the padding between them.
-  /// Collective over tp_dp.
+  /// Completes the gradients after the last micro-batch of a step: sums each over the group that its domain names.
+  /// Sums, no averages: the loss is divided by the tokens of the global batch before backward.
+  /// Comm: 1 all-reduce a bucket, of its gradients and the padding between them. Collective over these groups.
   void reduce();
 
   /// The L2 norm of the whole model's gradient, every parameter counted once however it is sharded or replicated.
+  /// Squares are summed in double over blocks of kNormBlock elements of a rank's parameter, and the sums of the blocks
+  /// are added in their order: the result doesn't depend on who adds up which blocks.
   /// Comm: 1 all-reduce of one element over tp. Collective over tp. After reduce(). Waits for the device.
   double norm() const;
 
@@ -40,19 +43,43 @@ class GradientBuffer {
   /// Multiplies all gradients by `factor`. Not collective.
   void scale(double factor);
 
-  /// The trainable parameters, in the buffer's order.
+  /// Scales the gradients so that their norm() is `max_norm` at most, as torch.nn.utils.clip_grad_norm_ does.
+  /// @return  the norm before. Comm: as norm().
+  double clip_grad_norm(double max_norm);
+
+  /// The trainable parameters, bucket by bucket, in their order within a bucket.
   const std::vector<ParameterShard>& parameters() const { return parameters_; }
 
  private:
-  /// Elements from the beginning of one gradient to that of the next.
-  int64_t place_of(const ParameterShard& shard) const;
+  struct Bucket {
+    at::ScalarType dtype;
+    parallel::GroupPtr group;  ///< that its gradients are summed over
+    at::Tensor gradients;      ///< flat, with padding, which is always 0
+    int64_t numel = 0;         ///< of `gradients`
+  };
+  Bucket& bucket_of(const ParameterShard& shard);
 
-  std::vector<ParameterShard> parameters_;  ///< whole or sharded gradients first, partial ones last
-  parallel::GroupPtr tp_;
-  parallel::GroupPtr dp_;
-  parallel::GroupPtr tp_dp_;
-  at::Tensor buffer_;          ///< with padding, which is always 0
-  int64_t partial_begin_ = 0;  ///< first element of the partial gradients
+  std::vector<ParameterShard> parameters_;
+  std::vector<at::Tensor> views_;  ///< of the buckets, one per parameter
+  std::vector<Bucket> buckets_;
+  parallel::ProcessGroups groups_;
 };
+
+/// Elements of a parameter whose squares are summed before they are added to the gradient norm. A slice of a parameter
+/// that begins at a multiple of them has whole blocks.
+inline constexpr int64_t kNormBlock = 1 << 16;
+
+/// The sum of the squares of each block of kNormBlock elements, tensor by tensor; the last block of each may be
+/// shorter.
+/// @param gradients  at least one, contiguous, of any floating dtypes, on one device.
+/// @return           [number of blocks] float64 there. Not collective.
+at::Tensor squares_of_blocks(const std::vector<at::Tensor>& gradients);
+
+namespace internal {
+
+/// The same by LibTorch's operators, for devices other than the CPU.
+at::Tensor squares_of_blocks_by_operators(const std::vector<at::Tensor>& gradients);
+
+}  // namespace internal
 
 }  // namespace megatron

@@ -114,17 +114,17 @@ at::Tensor ParameterSegment::in_global(const at::Tensor& global) const {
   return view_of(global, Box::whole(global_shape), box);
 }
 
-ParameterShard replicated_parameter(std::string name, const at::Tensor& parameter, GradientRule rule,
+ParameterShard replicated_parameter(std::string name, const at::Tensor& parameter, GradientDomain domain,
                                     InitialValue initial_value, bool weight_decay) {
-  TORCH_INTERNAL_ASSERT(rule != GradientRule::kSharded && parameter.dim() > 0);
+  TORCH_INTERNAL_ASSERT(domain.sharded_over.empty() && parameter.dim() > 0);
   auto segment = ParameterSegment::rows(name, parameter.sizes().vec(), 0, 0, 0, parameter.size(0));
-  return {std::move(name), parameter, rule, {std::move(segment)}, initial_value, weight_decay};
+  return {std::move(name), parameter, domain, {std::move(segment)}, initial_value, weight_decay};
 }
 
 ParameterShard sharded_parameter(std::string name, const at::Tensor& parameter, std::vector<int64_t> global_shape,
                                  int64_t dim, int64_t begin, InitialValue initial_value, bool weight_decay) {
   auto segment = ParameterSegment::rows(name, std::move(global_shape), dim, begin, 0, parameter.size(dim));
-  return {std::move(name), parameter, GradientRule::kSharded, {std::move(segment)}, initial_value, weight_decay};
+  return {std::move(name), parameter, GradientDomain::kSharded, {std::move(segment)}, initial_value, weight_decay};
 }
 
 std::vector<ParameterShard> parameter_shards(const torch::nn::Module& root) {

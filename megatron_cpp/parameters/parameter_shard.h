@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "megatron_cpp/parameters/box.h"
@@ -15,17 +16,27 @@
 /// Tensor-parallel layers, decoder, optimizer, checkpoints and data packing, with Megatron-Core's names.
 namespace megatron {
 
-/// How the gradient that backward leaves on this rank relates to the gradient of the global parameter, over the
-/// tensor-parallel group. (Over data parallelism every gradient is partial.)
-enum class GradientRule {
-  /// Each rank holds a part of the parameter and the whole gradient of that part.
-  kSharded,
-  /// Every rank holds the parameter and the same, whole gradient.
-  kReplicated,
-  /// Every rank holds the parameter and a part of its gradient: the sum over the group is the gradient. Norm weights
-  /// under sequence parallelism, q/k norms (heads are split), a projector or tower that sees this rank's images only.
-  kReplicatedPartial,
+/// How a parameter and its gradient lie on the ranks. Both members name a kind of parallel::ProcessGroups; this is what
+/// gradient reduction and norm go by.
+struct GradientDomain {
+  /// The ranks of this group hold different parts of the parameter. Empty: every rank holds the whole parameter.
+  std::string_view sharded_over;
+  /// The sum over the ranks of this group of what backward leaves on them is the gradient.
+  std::string_view summed_over = "dp";
+  /// Same groups.
+  bool operator==(const GradientDomain&) const = default;
+
+  /// Each tensor-parallel rank holds a part of the parameter, and backward leaves the whole gradient of that part.
+  static const GradientDomain kSharded;
+  /// Every tensor-parallel rank holds the parameter, and backward leaves the same, whole gradient on each.
+  static const GradientDomain kReplicated;
+  /// Every tensor-parallel rank holds the parameter, and backward leaves a summand of its gradient: norm weights under
+  /// sequence parallelism, q/k norms (heads are split), a projector or tower that sees this rank's images only.
+  static const GradientDomain kReplicatedPartial;
 };
+inline constexpr GradientDomain GradientDomain::kSharded{"tp", "dp"};
+inline constexpr GradientDomain GradientDomain::kReplicated{"", "dp"};
+inline constexpr GradientDomain GradientDomain::kReplicatedPartial{"", "tp_dp"};
 
 /// How a parameter starts: every element `value`, or normally distributed around 0 with standard deviation `value`.
 struct InitialValue {
@@ -61,16 +72,16 @@ struct ParameterSegment {
 /// One parameter of this rank. A fused parameter (q, k and v in one matrix) has several segments; elements that belong
 /// to no segment are padding and stay 0.
 struct ParameterShard {
-  std::string name;      ///< dotted; in ParallelModule::own_parameters relative to the module
-  at::Tensor parameter;  ///< the module's own tensor, not a copy; its .grad is what gradients are read from
-  GradientRule rule = GradientRule::kReplicated;  ///< how its gradient is completed
-  std::vector<ParameterSegment> segments;         ///< at least one
-  InitialValue initial_value;                     ///< of the elements in segments
-  bool weight_decay = true;                       ///< false for norms and biases
+  std::string name;       ///< dotted; in ParallelModule::own_parameters relative to the module
+  at::Tensor parameter;   ///< the module's own tensor, not a copy; its .grad is what gradients are read from
+  GradientDomain domain;  ///< how it lies on the ranks, and how its gradient is completed
+  std::vector<ParameterSegment> segments;  ///< at least one
+  InitialValue initial_value;              ///< of the elements in segments
+  bool weight_decay = true;                ///< false for norms and biases
 };
 
 /// A replicated parameter: one segment, the whole of it.
-ParameterShard replicated_parameter(std::string name, const at::Tensor& parameter, GradientRule rule,
+ParameterShard replicated_parameter(std::string name, const at::Tensor& parameter, GradientDomain domain,
                                     InitialValue initial_value, bool weight_decay);
 
 /// A parameter whose dimension `dim` is split evenly over a group: this rank holds rows [begin, begin + local size).

@@ -61,7 +61,7 @@ std::vector<ParameterShard> ColumnParallelLinearImpl::own_parameters() const {
   if (parts.empty()) parts.push_back({"", options_.out_features()});
   const auto shard = [&](const std::string& name, const at::Tensor& parameter, InitialValue initial_value,
                          bool weight_decay) {
-    ParameterShard result{name, parameter, GradientRule::kSharded, {}, initial_value, weight_decay};
+    ParameterShard result{name, parameter, GradientDomain::kSharded, {}, initial_value, weight_decay};
     int64_t local_begin = 0;
     for (const auto& part : parts) {
       const auto range = rows_of(part.out_features, t, r);

@@ -95,7 +95,7 @@ class ParallelEmbedding : public ParallelModule {
   at::Tensor forward(const at::Tensor& input_ids) { return reduce(partial(input_ids)); }
 
   /// This rank's part of the table [V, H], a parameter of this module or of one below it. own_parameters() has it, with
-  /// GradientRule::kSharded and segments of the global tensor "weight".
+  /// GradientDomain::kSharded and segments of the global tensor "weight".
   at::Tensor weight;
 
  private:

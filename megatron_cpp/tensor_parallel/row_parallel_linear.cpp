@@ -74,8 +74,8 @@ std::vector<ParameterShard> RowParallelLinearImpl::own_parameters() const {
   if (options_.bias()) {
     // Under sequence parallelism a rank adds it to its own rows only.
     const bool own_rows = options_.sequence_parallel() && options_.reduce_output();
-    const auto rule = own_rows ? GradientRule::kReplicatedPartial : GradientRule::kReplicated;
-    result.push_back(replicated_parameter("bias", bias, rule, InitialValue::constant(0.0), false));
+    const auto domain = own_rows ? GradientDomain::kReplicatedPartial : GradientDomain::kReplicated;
+    result.push_back(replicated_parameter("bias", bias, domain, InitialValue::constant(0.0), false));
   }
   return result;
 }

@@ -102,9 +102,9 @@ SelfAttentionImpl::SelfAttentionImpl(const TransformerConfig& config, const Atte
                                                                       .accumulate_into_grad(config.accumulate_into_grad)
                                                                       .init_std(config.init_std),
                                                                   tp));
-  const auto rule = tp->getSize() > 1 ? GradientRule::kReplicatedPartial : GradientRule::kReplicated;
-  q_norm = register_module("q_norm", RMSNorm(head_dim_, config.rms_norm_eps, rule));
-  k_norm = register_module("k_norm", RMSNorm(head_dim_, config.rms_norm_eps, rule));
+  const auto domain = tp->getSize() > 1 ? GradientDomain::kReplicatedPartial : GradientDomain::kReplicated;
+  q_norm = register_module("q_norm", RMSNorm(head_dim_, config.rms_norm_eps, domain));
+  k_norm = register_module("k_norm", RMSNorm(head_dim_, config.rms_norm_eps, domain));
   linear_proj =
       register_module("linear_proj", RowParallelLinear(RowParallelLinearOptions(q_features, config.hidden_size)
                                                            .sequence_parallel(config.sequence_parallel)

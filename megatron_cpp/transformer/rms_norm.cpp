@@ -48,14 +48,14 @@ struct RMSNormFunction : torch::autograd::Function<RMSNormFunction> {
 
 }  // namespace
 
-GradientRule hidden_norm_rule(bool sequence_parallel, const parallel::GroupPtr& tp) {
-  return sequence_parallel && tp->getSize() > 1 ? GradientRule::kReplicatedPartial : GradientRule::kReplicated;
+GradientDomain hidden_norm_domain(bool sequence_parallel, const parallel::GroupPtr& tp) {
+  return sequence_parallel && tp->getSize() > 1 ? GradientDomain::kReplicatedPartial : GradientDomain::kReplicated;
 }
 
-RMSNormImpl::RMSNormImpl(int64_t size, double eps, GradientRule rule) : eps_(eps), rule_(rule) {
+RMSNormImpl::RMSNormImpl(int64_t size, double eps, GradientDomain domain) : eps_(eps), domain_(domain) {
   TORCH_CHECK_VALUE(size > 0, "RMSNorm size ", size, " is not positive");
-  TORCH_CHECK_VALUE(rule != GradientRule::kSharded,
-                    "RMSNorm holds its whole weight on every rank: its gradient rule is "
+  TORCH_CHECK_VALUE(domain.sharded_over.empty(),
+                    "RMSNorm holds its whole weight on every rank: its gradient domain is "
                     "kReplicated or kReplicatedPartial, not kSharded");
   weight = register_parameter("weight", at::zeros({size}));
 }
@@ -67,7 +67,7 @@ at::Tensor RMSNormImpl::forward(const at::Tensor& input) {
 }
 
 std::vector<ParameterShard> RMSNormImpl::own_parameters() const {
-  return {replicated_parameter("weight", weight, rule_, InitialValue::constant(0.0), /*weight_decay=*/false)};
+  return {replicated_parameter("weight", weight, domain_, InitialValue::constant(0.0), /*weight_decay=*/false)};
 }
 
 }  // namespace megatron

@@ -12,9 +12,9 @@
 
 namespace megatron {
 
-/// The rule for a norm of the hidden states: under sequence parallelism a rank norms its own rows only, so that it has
-/// a part of the weight's gradient (kReplicatedPartial, if t > 1), otherwise kReplicated.
-GradientRule hidden_norm_rule(bool sequence_parallel, const parallel::GroupPtr& tp);
+/// The domain for a norm of the hidden states: under sequence parallelism a rank norms its own rows only, so that it
+/// has a part of the weight's gradient (kReplicatedPartial, if t > 1), otherwise kReplicated.
+GradientDomain hidden_norm_domain(bool sequence_parallel, const parallel::GroupPtr& tp);
 
 /// y = x / sqrt(mean(x²) + eps) * (1 + weight), over the last dimension; computed in float32 whatever the dtype, and
 /// rounded to it once. `weight` starts at zero and gets no weight decay.
@@ -22,9 +22,9 @@ GradientRule hidden_norm_rule(bool sequence_parallel, const parallel::GroupPtr& 
 class RMSNormImpl : public ParallelModule {
  public:
   /// @param size  of the last dimension.
-  /// @param rule  kReplicated or kReplicatedPartial; follows from how the norm is used.
-  /// @throws c10::ValueError if size isn't positive or `rule` is kSharded.
-  RMSNormImpl(int64_t size, double eps, GradientRule rule);
+  /// @param domain  kReplicated or kReplicatedPartial; follows from how the norm is used.
+  /// @throws c10::ValueError if size isn't positive or `domain` is kSharded.
+  RMSNormImpl(int64_t size, double eps, GradientDomain domain);
 
   /// @param input  [.., size].
   /// @return       the same shape and dtype.
@@ -38,7 +38,7 @@ class RMSNormImpl : public ParallelModule {
 
  private:
   double eps_;
-  GradientRule rule_;
+  GradientDomain domain_;
 };
 TORCH_MODULE(RMSNorm);
 

@@ -16,7 +16,7 @@ TransformerBlockImpl::TransformerBlockImpl(const TransformerConfig& config, cons
     layers->push_back(layer);
   }
   final_layernorm = register_module("final_layernorm", RMSNorm(config.hidden_size, config.rms_norm_eps,
-                                                               hidden_norm_rule(config.sequence_parallel, tp)));
+                                                               hidden_norm_domain(config.sequence_parallel, tp)));
 }
 
 at::Tensor TransformerBlockImpl::forward(const at::Tensor& hidden_states, const AttentionInput& attention) {

@@ -8,7 +8,7 @@ TransformerLayerImpl::TransformerLayerImpl(const TransformerConfig& config, int6
                                            const parallel::GroupPtr& tp) {
   const auto& layer = config.layers.at(static_cast<size_t>(layer_number));
   const auto norm = [&] {
-    return RMSNorm(config.hidden_size, config.rms_norm_eps, hidden_norm_rule(config.sequence_parallel, tp));
+    return RMSNorm(config.hidden_size, config.rms_norm_eps, hidden_norm_domain(config.sequence_parallel, tp));
   };
   input_layernorm = register_module("input_layernorm", norm());
   self_attention = register_module("self_attention", SelfAttention(config, layer, tp));

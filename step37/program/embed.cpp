@@ -309,7 +309,7 @@ class EmbedRun {
 
   void reduce_partial_gradients() {
     for (const auto& shard : parameters()) {
-      if (shard.rule != megatron::GradientRule::kReplicatedPartial || !shard.parameter.requires_grad()) continue;
+      if (shard.domain != megatron::GradientDomain::kReplicatedPartial || !shard.parameter.requires_grad()) continue;
       auto& gradient = shard.parameter.mutable_grad();
       if (!gradient.defined()) gradient = at::zeros_like(shard.parameter);
       parallel::all_reduce_in_place(gradient, recorded_.group);
@@ -320,7 +320,7 @@ class EmbedRun {
     for (const auto& shard : megatron::parameter_shards(module)) {
       const auto& segment = shard.segments.front();
       auto gradient = shard.parameter.grad().defined() ? shard.parameter.grad() : at::zeros_like(shard.parameter);
-      if (shard.rule == megatron::GradientRule::kSharded) {
+      if (shard.domain == megatron::GradientDomain::kSharded) {
         gradient = segment.box.length.back() == segment.global_shape.back()
                        ? parallel::all_gather(gradient, plain_tp_).narrow(0, 0, segment.global_shape.front())
                        : parallel::all_gather_last_dim(gradient, plain_tp_);

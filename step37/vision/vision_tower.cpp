@@ -171,11 +171,11 @@ struct VisionTowerImpl::Block : torch::nn::Module {
   std::shared_ptr<LayerScale> ls_2;
 };
 
-VisionTowerImpl::VisionTowerImpl(const VisionConfig& config, megatron::GradientRule rule)
-    : config_(config), rule_(rule) {
+VisionTowerImpl::VisionTowerImpl(const VisionConfig& config, megatron::GradientDomain domain)
+    : config_(config), domain_(domain) {
   config.validate();
-  TORCH_CHECK_VALUE(rule != megatron::GradientRule::kSharded,
-                    "the vision tower is replicated: its gradient rule can't be kSharded");
+  TORCH_CHECK_VALUE(domain.sharded_over.empty(),
+                    "the vision tower is replicated: its gradient domain can't be kSharded");
   const int64_t width = config.width;
   const int64_t grid = config.image_size / config.patch_size;
   const int64_t patch = config.patch_size;
@@ -237,7 +237,7 @@ VisionTowerImpl::Rotary VisionTowerImpl::rotary(int64_t grid_rows, int64_t grid_
 std::vector<megatron::ParameterShard> VisionTowerImpl::own_parameters() const {
   std::vector<megatron::ParameterShard> shards;
   for (const auto& item : named_parameters()) {
-    shards.push_back(megatron::replicated_parameter(item.key(), item.value(), rule_,
+    shards.push_back(megatron::replicated_parameter(item.key(), item.value(), domain_,
                                                     initial_value(item.key(), item.value(), config_),
                                                     is_weight_of_map(item.key(), item.value())));
   }

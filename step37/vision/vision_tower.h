@@ -1,7 +1,7 @@
 // The vision tower of Step3.7 (Perception Encoder G/14): pictures to rows of image features.
 //
 // Replicated: every rank of a tensor-parallel group holds the whole tower. Nothing here communicates; which rank runs
-// the tower on which pictures is the caller's choice, and with it how gradients are completed (GradientRule).
+// the tower on which pictures is the caller's choice, and with it how gradients are completed (GradientDomain).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -52,9 +52,10 @@ struct VisionConfig {
 /// megatron::initialize_parameters. Not collective.
 class VisionTowerImpl : public megatron::ParallelModule {
  public:
-  /// @param rule  of every gradient: kReplicated if each rank runs all pictures, kReplicatedPartial if it runs its own.
-  /// @throws c10::ValueError as VisionConfig::validate does, and if `rule` is kSharded.
-  VisionTowerImpl(const VisionConfig& config, megatron::GradientRule rule);
+  /// @param domain  of every gradient: kReplicated if each rank runs all pictures, kReplicatedPartial if it runs its
+  /// own.
+  /// @throws c10::ValueError as VisionConfig::validate does, and if `domain` is kSharded.
+  VisionTowerImpl(const VisionConfig& config, megatron::GradientDomain domain);
 
   /// @param pixels  [N, 3, height, width] of floating dtype, normalised, on the parameters' device; N may be 0. Cast to
   ///                the parameters' dtype.
@@ -86,7 +87,7 @@ class VisionTowerImpl : public megatron::ParallelModule {
   Rotary rotary(int64_t grid_rows, int64_t grid_columns) const;
 
   VisionConfig config_;
-  megatron::GradientRule rule_;
+  megatron::GradientDomain domain_;
   at::Tensor positional_embedding_;  ///< [(image_size / patch_size)^2, width]
   std::shared_ptr<Affine> conv1_;
   std::shared_ptr<Affine> ln_pre_;

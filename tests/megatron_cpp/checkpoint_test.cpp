@@ -29,7 +29,7 @@ namespace fs = std::filesystem;
 using megatron::Box;
 using megatron::CheckpointContents;
 using megatron::CheckpointReader;
-using megatron::GradientRule;
+using megatron::GradientDomain;
 using megatron::ParameterShard;
 using megatron::ShardedTensor;
 using megatron::TensorId;
@@ -44,7 +44,7 @@ using test_support::write_file;
 constexpr int64_t kV = 5;  // over four ranks: two rows each, the last rank's both padding
 constexpr int64_t kH = 8;
 
-/// Two norms, one of each replicated rule; their parent speaks for them.
+/// Two norms, one of each replicated domain; their parent speaks for them.
 class NormsImpl : public megatron::ParallelModule {
  public:
   NormsImpl() {
@@ -53,8 +53,8 @@ class NormsImpl : public megatron::ParallelModule {
   }
   std::vector<ParameterShard> own_parameters() const override {
     const auto one = megatron::InitialValue::constant(1.0);
-    return {megatron::replicated_parameter("norm", norm, GradientRule::kReplicated, one, false),
-            megatron::replicated_parameter("q_norm", q_norm, GradientRule::kReplicatedPartial, one, false)};
+    return {megatron::replicated_parameter("norm", norm, GradientDomain::kReplicated, one, false),
+            megatron::replicated_parameter("q_norm", q_norm, GradientDomain::kReplicatedPartial, one, false)};
   }
   at::Tensor norm;
   at::Tensor q_norm;

@@ -65,7 +65,7 @@ class RoundRobinEmbedding : public ParallelEmbedding {
     ParameterShard shard;
     shard.name = "weight";
     shard.parameter = weight;
-    shard.rule = megatron::GradientRule::kSharded;
+    shard.domain = megatron::GradientDomain::kSharded;
     for (int64_t row = 0; row < weight.size(0); ++row) {
       shard.segments.push_back(
           megatron::ParameterSegment::rows("weight", table, /*dim=*/0, row * t_ + rank_, row, /*length=*/1));

@@ -24,7 +24,7 @@ namespace {
 using megatron::AdamW;
 using megatron::AdamWOptions;
 using megatron::GradientBuffer;
-using megatron::GradientRule;
+using megatron::GradientDomain;
 using megatron::LearningRateSchedule;
 using megatron::ParameterShard;
 using megatron::Trainer;
@@ -42,8 +42,8 @@ at::Tensor parameter(at::IntArrayRef shape, at::ScalarType dtype = at::kFloat) {
   return on_device(at::zeros(shape, dtype)).requires_grad_(true);
 }
 
-ParameterShard shard_of(std::string name, const at::Tensor& tensor, GradientRule rule, bool weight_decay = true) {
-  return megatron::replicated_parameter(std::move(name), tensor, rule, megatron::InitialValue::constant(0.0),
+ParameterShard shard_of(std::string name, const at::Tensor& tensor, GradientDomain domain, bool weight_decay = true) {
+  return megatron::replicated_parameter(std::move(name), tensor, domain, megatron::InitialValue::constant(0.0),
                                         weight_decay);
 }
 
@@ -77,11 +77,11 @@ Case sharded_case(const parallel::ProcessGroups& group, int64_t seed) {
   return result;
 }
 
-Case replicated_case(const parallel::ProcessGroups& group, int64_t seed, GradientRule rule) {
-  const bool partial = rule == GradientRule::kReplicatedPartial;
+Case replicated_case(const parallel::ProcessGroups& group, int64_t seed, GradientDomain domain) {
+  const bool partial = domain == GradientDomain::kReplicatedPartial;
   const std::vector<int64_t> shape{7};
   Case result;
-  result.shard = shard_of(partial ? "partial" : "replicated", parameter(shape), rule);
+  result.shard = shard_of(partial ? "partial" : "replicated", parameter(shape), domain);
   result.part = part(shape, seed, group.dp->getRank(), partial ? group.tp->getRank() : 0);
   result.expected = at::zeros_like(result.part);
   for (int d = 0; d < group.dp->getSize(); ++d) {
@@ -105,26 +105,22 @@ void expect_gradients(const GradientBuffer& buffer, const std::vector<Case>& cas
   EXPECT_NEAR(buffer.norm(), std::sqrt(square), 1e-6 * std::sqrt(square));
 }
 
-GradientBuffer buffer_of(const std::vector<ParameterShard>& shards, const parallel::ProcessGroups& group) {
-  return {shards, group.tp, group.dp, group.tp_dp};
-}
-
 }  // namespace
 
 TEST(GradientBuffer, SumsAndCountsEveryParameterOnce) {
   for (const int tp : divisors_of_world()) {
     const auto& group = groups(tp);
-    for (int kinds = 1; kinds < 8; ++kinds) {  // every choice of the three rules
+    for (int kinds = 1; kinds < 8; ++kinds) {  // every choice of the three domains
       SCOPED_TRACE(testing::Message() << "tensor " << tp << ", kinds " << kinds);
       std::vector<Case> cases;
-      if ((kinds & 1) != 0) cases.push_back(replicated_case(group, 1, GradientRule::kReplicatedPartial));
+      if ((kinds & 1) != 0) cases.push_back(replicated_case(group, 1, GradientDomain::kReplicatedPartial));
       if ((kinds & 2) != 0) cases.push_back(sharded_case(group, 2));
-      if ((kinds & 4) != 0) cases.push_back(replicated_case(group, 3, GradientRule::kReplicated));
+      if ((kinds & 4) != 0) cases.push_back(replicated_case(group, 3, GradientDomain::kReplicated));
       const auto frozen = on_device(at::zeros({4}));
-      std::vector<ParameterShard> shards{shard_of("frozen", frozen, GradientRule::kReplicated)};
+      std::vector<ParameterShard> shards{shard_of("frozen", frozen, GradientDomain::kReplicated)};
       for (const auto& one : cases) shards.push_back(one.shard);
 
-      auto buffer = buffer_of(shards, group);
+      GradientBuffer buffer(shards, group);
       EXPECT_EQ(buffer.parameters().size(), cases.size());
       EXPECT_FALSE(frozen.grad().defined());
       for (const auto& one : cases)
@@ -149,13 +145,54 @@ TEST(GradientBuffer, SumsAndCountsEveryParameterOnce) {
 
 TEST(GradientBuffer, RefusesWhatDoesNotFit) {
   const auto& group = groups(1);
-  const auto frozen = shard_of("frozen", at::zeros({3}), GradientRule::kReplicated);
-  EXPECT_TRUE(contains(value_error([&] { buffer_of({frozen}, group); }), "every parameter is frozen"));
-  const auto first = shard_of("first", parameter({2}), GradientRule::kReplicated);
-  const auto wide = shard_of("wide", parameter({2}, at::kDouble), GradientRule::kReplicated);
-  const auto text = value_error([&] { buffer_of({first, wide}, group); });
-  EXPECT_TRUE(contains(text, "parameter wide is "));
-  EXPECT_TRUE(contains(text, "first is "));
+  const auto frozen = shard_of("frozen", at::zeros({3}), GradientDomain::kReplicated);
+  EXPECT_TRUE(contains(value_error([&] { GradientBuffer({frozen}, group); }), "every parameter is frozen"));
+  auto elsewhere = shard_of("elsewhere", parameter({2}), GradientDomain::kReplicated);
+  elsewhere.domain.summed_over = "edp";
+  EXPECT_EQ(value_error([&] { GradientBuffer({elsewhere}, group); }), "no group of kind \"edp\" was made");
+  elsewhere.domain = {.sharded_over = "dp"};
+  EXPECT_EQ(value_error([&] { GradientBuffer({elsewhere}, group); }),
+            "parameter elsewhere is sharded over \"dp\": the gradient norm knows sharding over tp only");
+}
+
+TEST(GradientBuffer, KeepsDtypesApart) {
+  const auto& group = groups(runtime().size());
+  const auto narrow = shard_of("narrow", parameter({5}, at::kBFloat16), GradientDomain::kReplicated);
+  const auto wide = shard_of("wide", parameter({3}, at::kDouble), GradientDomain::kReplicatedPartial);
+  GradientBuffer buffer({narrow, wide}, group);
+  (narrow.parameter.sum() * 2.0 + wide.parameter.sum()).backward();
+  buffer.reduce();
+  const double ranks = runtime().size();
+  EXPECT_TRUE(test_support::equal(narrow.parameter.grad(), at::full_like(narrow.parameter, 2.0)));
+  EXPECT_TRUE(test_support::equal(wide.parameter.grad(), at::full_like(wide.parameter, ranks)));
+  EXPECT_EQ(buffer.squared_norm().item<double>(), 5 * 4.0 + 3 * ranks * ranks);
+  EXPECT_EQ(buffer.clip_grad_norm(1.0), std::sqrt(5 * 4.0 + 3 * ranks * ranks));
+  EXPECT_NEAR(buffer.norm(), 1.0, 1e-2);  // bfloat16 rounds
+}
+
+// Whoever holds a slice that begins at a block's border finds the sums that the holder of everything finds.
+TEST(GradientBuffer, SumsSquaresOfBlocks) {
+  using megatron::kNormBlock;
+  const auto gradient = on_device(at::randn({3 * kNormBlock + 11}, at::detail::createCPUGenerator(3)));
+  const auto all = megatron::squares_of_blocks({gradient});
+  ASSERT_EQ(all.numel(), 4);
+  for (int64_t block = 0; block < 4; ++block) {
+    const auto slice = gradient.slice(0, block * kNormBlock, (block + 1) * kNormBlock);
+    EXPECT_TRUE(test_support::equal(megatron::squares_of_blocks({slice}), all.narrow(0, block, 1)));
+    const double square = slice.to(at::kDouble).square().sum().item<double>();
+    EXPECT_NEAR(all[block].item<double>(), square, 1e-12 * square);
+  }
+  const auto nothing = gradient.narrow(0, 0, 0);
+  EXPECT_EQ(megatron::squares_of_blocks({nothing}).numel(), 0);
+  const std::vector<at::Tensor> several{nothing, gradient.narrow(0, 5, kNormBlock), gradient.narrow(0, 7, 3), gradient};
+  for (const auto dtype : {at::kFloat, at::kDouble, at::kBFloat16}) {
+    std::vector<at::Tensor> tensors;
+    for (const auto& tensor : several) tensors.push_back(tensor.to(dtype));
+    const auto sums = megatron::squares_of_blocks(tensors);
+    EXPECT_EQ(sums.numel(), 6);
+    EXPECT_TRUE(at::allclose(megatron::internal::squares_of_blocks_by_operators(tensors), sums, 1e-12));
+  }
+  EXPECT_EQ(megatron::internal::squares_of_blocks_by_operators({nothing}).numel(), 0);
 }
 
 // The optimizer's kernel on a GPU reads 16 bytes at a time where it can.
@@ -163,10 +200,10 @@ TEST(GradientBuffer, BeginsEveryGradientAtAMultipleOfSixteenBytes) {
   for (const auto dtype : {at::kFloat, at::kDouble, at::kBFloat16}) {
     std::vector<ParameterShard> shards;
     for (const int64_t size : {3, 1, 0, 8, 5}) {
-      shards.push_back(shard_of(std::to_string(size), parameter({size}, dtype), GradientRule::kReplicated));
-      shards.push_back(shard_of("partial", parameter({size}, dtype), GradientRule::kReplicatedPartial));
+      shards.push_back(shard_of(std::to_string(size), parameter({size}, dtype), GradientDomain::kReplicated));
+      shards.push_back(shard_of("partial", parameter({size}, dtype), GradientDomain::kReplicatedPartial));
     }
-    auto buffer = buffer_of(shards, groups(runtime().size()));
+    GradientBuffer buffer(shards, groups(runtime().size()));
     for (const auto& shard : shards) {
       shard.parameter.grad().fill_(2.0);
       const auto place = shard.parameter.grad().storage_offset() * static_cast<int64_t>(at::elementSize(dtype));
@@ -185,8 +222,8 @@ TEST(GradientBuffer, BeginsEveryGradientAtAMultipleOfSixteenBytes) {
 
 TEST(GradientBuffer, TakesFloat64) {
   const auto& group = groups(1);
-  const auto shard = shard_of("double", parameter({7}, at::kDouble), GradientRule::kReplicated);
-  auto buffer = buffer_of({shard}, group);
+  const auto shard = shard_of("double", parameter({7}, at::kDouble), GradientDomain::kReplicated);
+  GradientBuffer buffer({shard}, group);
   (shard.parameter * 1e30).sum().backward();
   EXPECT_NEAR(buffer.norm(), std::sqrt(7.0) * 1e30, 1e18);  // no float32 holds its square
 }
@@ -220,7 +257,7 @@ std::vector<ParameterShard> parameters_for_adamw() {
   for (const bool decays : {true, false}) {
     for (const auto& shape : std::vector<std::vector<int64_t>>{{5, 37}, {3}, {0, 4}}) {
       auto tensor = on_device(exact_values(shape, ++seed)).requires_grad_(true);
-      shards.push_back(shard_of(std::to_string(seed), tensor, GradientRule::kReplicated, decays));
+      shards.push_back(shard_of(std::to_string(seed), tensor, GradientDomain::kReplicated, decays));
     }
   }
   return shards;
@@ -350,8 +387,8 @@ struct Regression {
   at::Tensor y = on_device(exact_values({kTokens}, 4));
 
   std::vector<ParameterShard> shards() const {
-    return {shard_of("weight", weight, GradientRule::kReplicated),
-            shard_of("bias", bias, GradientRule::kReplicated, false)};
+    return {shard_of("weight", weight, GradientDomain::kReplicated),
+            shard_of("bias", bias, GradientDomain::kReplicated, false)};
   }
   at::Tensor loss_sum(int64_t begin, int64_t count) const {
     return ((at::mv(x.narrow(0, begin, count), weight) + bias - y.narrow(0, begin, count)).square()).sum();
@@ -462,8 +499,6 @@ TEST(Trainer, ReadsNothingBackButLossAndNormTogether) {
     step(trainer, model, groups(tp), 2);
     EXPECT_EQ(watch.count(read), in_optimizer);
     EXPECT_EQ(watch.copies_to_host(), runtime().device().is_cpu() ? 0 : 1);
-    // Replicated gradients count on one rank. One call takes all parameters.
-    EXPECT_EQ(watch.count("aten::_foreach_norm"), groups(tp).tp->getRank() == 0 ? 1 : 0);
   }
 }
 

@@ -24,7 +24,7 @@
 namespace {
 
 using megatron::Box;
-using megatron::GradientRule;
+using megatron::GradientDomain;
 using megatron::InitialValue;
 using megatron::ParameterShard;
 using test_support::groups;
@@ -60,7 +60,7 @@ class EverythingImpl : public megatron::ParallelModule {
     norm = register_module("norm", std::make_shared<PlainNorm>());
   }
   std::vector<ParameterShard> own_parameters() const override {
-    return {megatron::replicated_parameter("norm.weight", norm->weight, GradientRule::kReplicatedPartial,
+    return {megatron::replicated_parameter("norm.weight", norm->weight, GradientDomain::kReplicatedPartial,
                                            InitialValue::constant(1.0), false)};
   }
 
@@ -101,7 +101,7 @@ class Speaker : public megatron::ParallelModule {
     std::vector<ParameterShard> result;
     for (const auto& name : names_) {
       result.push_back(
-          megatron::replicated_parameter(name, scale, GradientRule::kReplicated, InitialValue::constant(1.0), false));
+          megatron::replicated_parameter(name, scale, GradientDomain::kReplicated, InitialValue::constant(1.0), false));
     }
     return result;
   }
@@ -241,11 +241,11 @@ TEST(ParameterShards, SayHowGradientsAreCompleted) {
       const auto shards = megatron::parameter_shards(*model);
       for (const auto* name :
            {"embedding.word_embeddings.weight", "qkv.weight", "qkv.bias", "up.weight", "up.bias", "down.weight"}) {
-        EXPECT_EQ(named(shards, name).rule, GradientRule::kSharded) << name;
+        EXPECT_EQ(named(shards, name).domain, GradientDomain::kSharded) << name;
       }
-      EXPECT_EQ(named(shards, "down.bias").rule,
-                sequence_parallel ? GradientRule::kReplicatedPartial : GradientRule::kReplicated);
-      EXPECT_EQ(named(shards, "norm.weight").rule, GradientRule::kReplicatedPartial);
+      EXPECT_EQ(named(shards, "down.bias").domain,
+                sequence_parallel ? GradientDomain::kReplicatedPartial : GradientDomain::kReplicated);
+      EXPECT_EQ(named(shards, "norm.weight").domain, GradientDomain::kReplicatedPartial);
       for (const auto& shard : shards) {
         const bool is_matrix = shard.parameter.dim() == 2;
         EXPECT_EQ(shard.weight_decay, is_matrix) << shard.name;
@@ -274,13 +274,13 @@ TEST(ParameterShards, SegmentsTileTheGlobalTensors) {
           const auto* row = all[r].const_data_ptr<int64_t>();
           const auto dims = segment.global_shape.size();
           const Box box{{row, row + dims}, {row + dims, row + 2 * dims}};
-          if (shard.rule != GradientRule::kSharded) {
+          if (shard.domain != GradientDomain::kSharded) {
             EXPECT_EQ(box, Box::whole(segment.global_shape)) << segment.name;
           } else if (box.numel() > 0) {
             boxes.push_back(box);
           }
         }
-        if (shard.rule != GradientRule::kSharded) continue;
+        if (shard.domain != GradientDomain::kSharded) continue;
         EXPECT_FALSE(megatron::find_cover_fault(segment.global_shape, boxes).has_value()) << segment.name;
       }
     }
@@ -304,15 +304,15 @@ TEST(ParameterShards, AVocabularyShardMayBeAllPadding) {
 TEST(ParameterShards, ReplicatedAndShardedDescribeTheWhole) {
   const auto parameter = at::ones({3, 5});
   const auto replicated =
-      megatron::replicated_parameter("a", parameter, GradientRule::kReplicated, InitialValue::constant(2.0), true);
+      megatron::replicated_parameter("a", parameter, GradientDomain::kReplicated, InitialValue::constant(2.0), true);
   ASSERT_EQ(replicated.segments.size(), 1U);
   EXPECT_EQ(replicated.segments[0].global_shape, (std::vector<int64_t>{3, 5}));
   EXPECT_EQ(replicated.segments[0].box, Box::whole({3, 5}));
   EXPECT_EQ(replicated.segments[0].local_begin, (std::vector<int64_t>{0, 0}));
-  EXPECT_EQ(replicated.rule, GradientRule::kReplicated);
+  EXPECT_EQ(replicated.domain, GradientDomain::kReplicated);
   EXPECT_TRUE(replicated.parameter.is_same(parameter));
   const auto sharded = megatron::sharded_parameter("b", parameter, {3, 20}, 1, 10, InitialValue::normal(0.1), false);
-  EXPECT_EQ(sharded.rule, GradientRule::kSharded);
+  EXPECT_EQ(sharded.domain, GradientDomain::kSharded);
   ASSERT_EQ(sharded.segments.size(), 1U);
   EXPECT_EQ(sharded.segments[0].box, (Box{{0, 10}, {3, 5}}));
   EXPECT_EQ(sharded.segments[0].local_begin, (std::vector<int64_t>{0, 0}));

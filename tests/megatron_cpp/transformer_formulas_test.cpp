@@ -38,7 +38,7 @@ std::vector<at::Tensor> gradients(const at::Tensor& output, const std::vector<at
 }
 
 TEST_F(TransformerTest, RMSNormIsItsFormula) {
-  RMSNorm norm(24, 1e-5, GradientRule::kReplicated);
+  RMSNorm norm(24, 1e-5, GradientDomain::kReplicated);
   start(norm);
   const auto input = leaf(normal_values({5, 3, 24}, 1) * 3.0);
   const auto output_gradient = normal_values({5, 3, 24}, 2);
@@ -55,7 +55,7 @@ TEST_F(TransformerTest, RMSNormIsItsFormula) {
 }
 
 TEST_F(TransformerTest, RMSNormRoundsOnceInBFloat16) {
-  RMSNorm norm(24, 1e-5, GradientRule::kReplicated);
+  RMSNorm norm(24, 1e-5, GradientDomain::kReplicated);
   start(norm);
   norm->to(at::kBFloat16);
   const auto input = normal_values({5, 24}, 1).to(at::kBFloat16);
@@ -65,14 +65,14 @@ TEST_F(TransformerTest, RMSNormRoundsOnceInBFloat16) {
 }
 
 TEST_F(TransformerTest, RMSNormStartsAtOneAndSaysHowItsGradientIsCompleted) {
-  RMSNorm norm(4, 0.0, GradientRule::kReplicatedPartial);
+  RMSNorm norm(4, 0.0, GradientDomain::kReplicatedPartial);
   const auto shards = parameter_shards(*norm);
   initialize_parameters(shards, 1);
   compare(norm->forward(at::full({1, 4}, 2.0)), at::ones({1, 4}), "output", 1e-6);
-  EXPECT_EQ(shards.at(0).rule, GradientRule::kReplicatedPartial);
+  EXPECT_EQ(shards.at(0).domain, GradientDomain::kReplicatedPartial);
   EXPECT_FALSE(shards.at(0).weight_decay);
   EXPECT_THROW(norm->forward(at::zeros({1, 5})), c10::ValueError);
-  EXPECT_THROW(RMSNorm(4, 0.0, GradientRule::kSharded), c10::ValueError);
+  EXPECT_THROW(RMSNorm(4, 0.0, GradientDomain::kSharded), c10::ValueError);
   const auto input = leaf(at::ones({1, 4}));
   EXPECT_THROW(torch::autograd::grad({norm->forward(input)}, {input}, {at::ones({1, 4})}, true, true),
                c10::NotImplementedError);

@@ -108,12 +108,12 @@ AttentionBatch batch_of(const RotaryEmbedding& rotary, const AttentionInput& inp
 
 using Compare = std::function<void(const at::Tensor&, const at::Tensor&, const std::string&)>;
 
-/// Completes each gradient by its rule and compares it with its slice of the global one.
+/// Completes each gradient by its domain and compares it with its slice of the global one.
 void compare_gradients(const std::vector<ParameterShard>& shards, const std::map<std::string, at::Tensor>& expected,
                        const GroupPtr& tp, const Compare& compare) {
   for (const auto& shard : shards) {
     auto gradient = shard.parameter.grad();
-    if (shard.rule == GradientRule::kReplicatedPartial) gradient = parallel::all_reduce(gradient, tp);
+    if (shard.domain == GradientDomain::kReplicatedPartial) gradient = parallel::all_reduce(gradient, tp);
     for (const auto& segment : shard.segments) {
       compare(segment.in_local(gradient), segment.in_global(expected.at(segment.name)), "gradient of " + segment.name);
     }
@@ -343,20 +343,20 @@ TEST_F(TransformerTest, ALayerCommunicatesAsItsHeadersSay) {
   }
 }
 
-TEST_F(TransformerTest, GradientRulesFollowFromTheLayersUse) {
+TEST_F(TransformerTest, GradientDomainsFollowFromTheLayersUse) {
   for (const int t : test_support::divisors_of_world()) {
     for (const bool sequence_parallel : {false, true}) {
       auto config = small_config();
       config.sequence_parallel = sequence_parallel;
       TransformerBlock block(config, test_support::groups(t).tp);
       for (const auto& shard : parameter_shards(*block)) {
-        auto expected = GradientRule::kSharded;
+        auto expected = GradientDomain::kSharded;
         if (shard.name.find("layernorm") != std::string::npos) {
-          expected = sequence_parallel && t > 1 ? GradientRule::kReplicatedPartial : GradientRule::kReplicated;
+          expected = sequence_parallel && t > 1 ? GradientDomain::kReplicatedPartial : GradientDomain::kReplicated;
         } else if (shard.name.find("_norm") != std::string::npos) {
-          expected = t > 1 ? GradientRule::kReplicatedPartial : GradientRule::kReplicated;
+          expected = t > 1 ? GradientDomain::kReplicatedPartial : GradientDomain::kReplicated;
         }
-        EXPECT_EQ(shard.rule, expected) << shard.name << " at t = " << t;
+        EXPECT_EQ(shard.domain, expected) << shard.name << " at t = " << t;
       }
     }
   }

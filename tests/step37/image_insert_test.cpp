@@ -306,9 +306,9 @@ TEST(ImageInsertEmbedding, OwnsItsProjectorAndNothingElse) {
       const auto shards = megatron::parameter_shards(*insert);
       ASSERT_EQ(shards.size(), bias ? 2U : 1U);
       const auto replicated =
-          variant.t > 1 ? megatron::GradientRule::kReplicatedPartial : megatron::GradientRule::kReplicated;
+          variant.t > 1 ? megatron::GradientDomain::kReplicatedPartial : megatron::GradientDomain::kReplicated;
       EXPECT_EQ(shards[0].name, "align_projector.weight");
-      EXPECT_EQ(shards[0].rule, variant.replicated() ? replicated : megatron::GradientRule::kSharded);
+      EXPECT_EQ(shards[0].domain, variant.replicated() ? replicated : megatron::GradientDomain::kSharded);
       EXPECT_NEAR(shards[0].initial_value.value, std::sqrt(2.0 / kC), 1e-12);
       const auto& segment = shards[0].segments.at(0);
       EXPECT_EQ(segment.global_shape, (std::vector<int64_t>{kH, kC}));
@@ -318,9 +318,9 @@ TEST(ImageInsertEmbedding, OwnsItsProjectorAndNothingElse) {
       if (!bias) continue;
       EXPECT_EQ(shards[1].name, "align_projector.bias");
       // The row sharding's is added on one rank and its gradient is whole on all.
-      EXPECT_EQ(shards[1].rule, variant.column() ? megatron::GradientRule::kSharded
-                                : variant.row()  ? megatron::GradientRule::kReplicated
-                                                 : replicated);
+      EXPECT_EQ(shards[1].domain, variant.column() ? megatron::GradientDomain::kSharded
+                                  : variant.row()  ? megatron::GradientDomain::kReplicated
+                                                   : replicated);
       EXPECT_EQ(shards[1].initial_value.value, 0.0);
     }
   });

@@ -203,8 +203,8 @@ Layer make_layer(const Variant& variant, const Parameters& parameters, const Lay
 step37::ImageInsertEmbedding make_insert(const Layer& layer, const Parameters& parameters,
                                          const step37::ImageInsertEmbeddingOptions& options);
 
-/// Whether a projector's gradient is what its rule promises: this rank's part of `whole` ([H, C] or [H]), or where the
-/// projector is replicated, a summand of it. Collective over the layer's group.
+/// Whether a projector's gradient is what its domain promises: this rank's part of `whole` ([H, C] or [H]), or where
+/// the projector is replicated, a summand of it. Collective over the layer's group.
 testing::AssertionResult projector_gradient_is(const Layer& layer, const at::Tensor& parameter,
                                                const at::Tensor& whole);
 

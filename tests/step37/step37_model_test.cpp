@@ -109,7 +109,7 @@ Gradients backward(const step37::Step37Config& config, const Step37Batch& batch,
   loss.backward();
   result.loss = loss.item<double>();
   for (auto& shard : result.shards) {
-    if (!shard.parameter.requires_grad() || shard.rule != megatron::GradientRule::kReplicatedPartial) continue;
+    if (!shard.parameter.requires_grad() || shard.domain != megatron::GradientDomain::kReplicatedPartial) continue;
     shard.parameter.mutable_grad() = parallel::all_reduce(shard.parameter.grad(), tp);
   }
   return result;

@@ -25,7 +25,7 @@
 namespace step37 {
 namespace {
 
-using megatron::GradientRule;
+using megatron::GradientDomain;
 using megatron::SafetensorsFile;
 using test_support::value_error;
 
@@ -65,7 +65,7 @@ at::Device device() {
 
 /// On the test's device.
 VisionTower golden_tower(const std::string& name, const VisionConfig& config) {
-  VisionTower tower(config, GradientRule::kReplicated);
+  VisionTower tower(config, GradientDomain::kReplicated);
   load(tower, SafetensorsFile(kCases + "/models/" + name + "/model.safetensors"));
   parallel::multiply_exactly_on_gpus();
   tower->to(device());
@@ -97,7 +97,7 @@ VisionConfig small_config() {
 
 /// In double, and with every parameter, biases and norms too, away from its constant.
 VisionTower small_tower() {
-  VisionTower tower(small_config(), GradientRule::kReplicatedPartial);
+  VisionTower tower(small_config(), GradientDomain::kReplicatedPartial);
   megatron::initialize_parameters(megatron::parameter_shards(*tower), /*seed=*/7);
   tower->to(at::kDouble);
   at::manual_seed(11);
@@ -140,7 +140,7 @@ TEST_P(GoldenVisionTower, HasThePublishedParameters) {
     if (name.starts_with(prefix)) published[name.substr(prefix.size())] = entry.shape;
   }
   std::map<std::string, std::vector<int64_t>> ours;
-  const VisionTower tower(golden_config(GetParam()), GradientRule::kReplicated);
+  const VisionTower tower(golden_config(GetParam()), GradientDomain::kReplicated);
   for (const auto& item : tower->named_parameters()) ours[item.key()] = item.value().sizes().vec();
   EXPECT_EQ(ours, published);
 }
@@ -232,13 +232,13 @@ TEST(VisionTower, FeaturesAreInTheParametersDtype) {
 }
 
 TEST(VisionTower, OwnParameters) {
-  const VisionTower tower(small_config(), GradientRule::kReplicatedPartial);
+  const VisionTower tower(small_config(), GradientDomain::kReplicatedPartial);
   std::map<std::string, megatron::ParameterShard> shards;
   for (auto& shard : megatron::parameter_shards(*tower)) shards.emplace(shard.name, shard);
   ASSERT_EQ(shards.size(), tower->named_parameters().size());
   const std::set<std::string> decaying = {"weight", "in_proj_weight"};
   for (const auto& [name, shard] : shards) {
-    EXPECT_EQ(shard.rule, GradientRule::kReplicatedPartial) << name;
+    EXPECT_EQ(shard.domain, GradientDomain::kReplicatedPartial) << name;
     const bool is_norm = name.find("ln_") != std::string::npos;
     EXPECT_EQ(shard.weight_decay, !is_norm && decaying.count(name.substr(name.rfind('.') + 1)) > 0) << name;
   }
@@ -275,8 +275,8 @@ TEST(VisionTower, RefusesBadArguments) {
               tower->forward(at::zeros({1, 3, 12, 12}, at::kByte));
             }),
             "pixels must be normalised and of a floating dtype, got Byte");
-  EXPECT_EQ(value_error([] { VisionTower(small_config(), GradientRule::kSharded); }),
-            "the vision tower is replicated: its gradient rule can't be kSharded");
+  EXPECT_EQ(value_error([] { VisionTower(small_config(), GradientDomain::kSharded); }),
+            "the vision tower is replicated: its gradient domain can't be kSharded");
 }
 
 TEST(VisionConfig, FeatureRowsOfTheReleasedModel) {
