@@ -18,7 +18,7 @@ void freeze(torch::nn::Module& module) {
 
 /// Whether the tower has yet to run on pictures that every rank was given.
 bool is_to_be_shared_out(const ImageForInsert& group) {
-  return group.images.defined() && !group.rows.defined() && !group.image_features.has_value();
+  return group.images.defined() && !group.held && !group.image_features.has_value();
 }
 
 }  // namespace
@@ -77,9 +77,9 @@ void Step37ModelImpl::keep_own_pictures(std::vector<ImageForInsert>& images) con
     for (int64_t image = 0; image < num_images; ++image) {
       if (group_holders[static_cast<size_t>(image)] == tp_->getRank()) own.push_back(image);
     }
-    group.rows =
-        at::full({num_images}, config_.vision.feature_rows(group.images.size(2), group.images.size(3)), at::kLong);
-    group.holders = at::tensor(at::ArrayRef<int64_t>(group_holders), at::kLong);
+    const int64_t num_rows = config_.vision.feature_rows(group.images.size(2), group.images.size(3));
+    group.held = HeldImages{at::full({num_images}, num_rows, at::kLong),
+                            at::tensor(at::ArrayRef<int64_t>(group_holders), at::kLong)};
     group.images = group.images.index_select(0, megatron::internal::index_tensors({own}, group.images.device())[0]);
   }
 }

@@ -10,8 +10,8 @@
 #include "megatron_cpp/transformer/gpt_model.h"
 #include "megatron_cpp/transformer/transformer_config.h"
 #include "parallel/group.h"
-#include "step37/image_for_insert.h"
-#include "step37/image_insert_embedding.h"
+#include "step37/insert/image_for_insert.h"
+#include "step37/insert/image_insert_embedding.h"
 #include "step37/vision/vision_tower.h"
 
 /// Step3.7: vision tower, image insert and the model they make with megatron's decoder.
@@ -25,7 +25,7 @@ struct Step37Config {
   ProjectorSharding projector_sharding = ProjectorSharding::kReplicated;  ///< features are where the tower ran
   InsertExchange exchange = InsertExchange::kFused;                       ///< see InsertExchange
   /// See ImageInsertEmbeddingOptions::checked.
-  bool checked = kCheckedByDefault;
+  bool checked = checked_by_default();
   /// Parts that are not trained.
   bool freeze_vision_model = false;
   bool freeze_projector = false;       ///< align_projector
@@ -36,7 +36,7 @@ struct Step37Config {
 };
 
 /// One micro-batch. Equal on every rank of the tensor-parallel group, but for the pictures of `images`, of which a rank
-/// may have its own only (ImageForInsert::rows).
+/// may have its own only (ImageForInsert::held).
 struct Step37Batch {
   at::Tensor input_ids;                ///< [B, S] int64 on the CPU
   at::Tensor labels;                   ///< [B, S] int64: the token each position predicts, -100 where no loss counts

@@ -12,7 +12,7 @@
 #include "parallel/recording_backend.h"
 #include "parallel/rehearsal_backend.h"
 #include "parallel/shard.h"
-#include "step37/insert_plan.h"
+#include "step37/insert/plan.h"
 
 namespace benchmark_image_insert {
 namespace {

@@ -89,7 +89,7 @@ std::vector<ImageForInsert> own_images_of(const Batch& batch, bool trained, cons
     for (int64_t image = 0; image < group.num_images; ++image, ++holder) {
       if (*holder == tp->getRank()) own.push_back(image);
     }
-    images[g].rows = at::full({group.num_images}, group.rows, at::kLong);
+    images[g].held = step37::HeldImages{at::full({group.num_images}, group.rows, at::kLong), {}};
     const auto own_indices = at::tensor(own, at::kLong).to(options_of(batch).device());
     images[g].image_features = batch.frozen_features[g].index_select(0, own_indices).set_requires_grad(trained);
   }
@@ -104,6 +104,8 @@ std::string name_of(ProjectorSharding sharding) {
       return "row";
     case ProjectorSharding::kReplicated:
       return "replicated";
+    case ProjectorSharding::kNone:
+      return "none";
   }
   return "";
 }
@@ -151,11 +153,14 @@ void add_gemm_ways(std::vector<Way>& ways, const Sizes& sizes, const Batch& batc
     for (const auto& group : batch.groups) num_rows += group.num_images * group.rows;
     const auto gradient = values({num_rows, width}, options, 1e-3);
     ways.push_back({"projector_gemm", "column", trained, leaves, [=] {
-                      std::vector<at::Tensor> own;
-                      for (const auto& features : leaves) own.push_back(features.view({-1, features.size(2)}));
-                      const auto projected = megatron::internal::linear_of_rows(
-                          own, weight, {}, megatron::internal::LinearInput::kOwn, /*accumulate_into_grad=*/true, tp);
-                      backward(projected, gradient);
+                      int64_t begin = 0;
+                      for (const auto& features : leaves) {
+                        const auto projected = megatron::internal::linear_with_communication(
+                            features.view({-1, features.size(2)}), weight, {}, megatron::internal::LinearInput::kOwn,
+                            /*accumulate_into_grad=*/true, tp);
+                        backward(projected, gradient.narrow(0, begin, projected.size(0)));
+                        begin += projected.size(0);
+                      }
                     }});
   }
 }

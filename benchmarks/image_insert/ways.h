@@ -12,7 +12,7 @@
 
 #include "megatron_cpp/tensor_parallel/language_model_embedding.h"
 #include "parallel/recording_backend.h"
-#include "step37/image_insert_embedding.h"
+#include "step37/insert/image_insert_embedding.h"
 
 namespace benchmark_image_insert {
 

@@ -563,7 +563,7 @@ def training_step():
     stage(194, 54, ["*ParallelEmbedding::partial", "own ids' rows filled, [S, B, H]"], x=300, box_width=240)
     picture.arrow((165, 248), (165, 272))
     picture.arrow((415, 248), (415, 272))
-    stage(274, 50, ["*fused_exchange: reduce-scatter over tp", "→ embedding with images [S/t, B, H]"], "sent")
+    stage(274, 50, ["*deliver_by_sum: reduce-scatter over tp", "→ embedding with images [S/t, B, H]"], "sent")
     picture.arrow((middle, 324), (middle, 348))
     stage(
         350,

@@ -17,7 +17,7 @@
 #include "parallel/collectives.h"
 #include "parallel/process_groups.h"
 #include "parallel/runtime.h"
-#include "step37/image_insert_embedding.h"
+#include "step37/insert/image_insert_embedding.h"
 
 namespace {
 
@@ -33,7 +33,7 @@ class DealtEmbedding : public megatron::ParallelEmbedding {
   }
 
   /// Every row of the whole comes from the one rank that has its id: the whole is the sum of the ranks' findings.
-  megatron::PartialLayout layout() const override { return megatron::PartialLayout::kSummand; }
+  megatron::Part layout() const override { return megatron::Part::kSummand; }
 
   at::Tensor partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out) override {
     const int64_t B = input_ids.size(0), S = input_ids.size(1), V = options().vocabulary_size();

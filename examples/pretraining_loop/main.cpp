@@ -17,7 +17,7 @@
 #include "parallel/collectives.h"
 #include "parallel/process_groups.h"
 #include "parallel/runtime.h"
-#include "step37/image_insert_embedding.h"
+#include "step37/insert/image_insert_embedding.h"
 
 namespace {
 

@@ -23,7 +23,7 @@ class HiddenParallelEmbeddingImpl : public ParallelEmbedding {
   at::Tensor partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out = {}) override;
 
   /// kColumns.
-  PartialLayout layout() const override { return PartialLayout::kColumns; }
+  Part layout() const override { return Part::kColumns; }
 
   std::vector<ParameterShard> own_parameters() const override;
 };

@@ -37,7 +37,7 @@ class LanguageModelEmbeddingImpl : public ParallelModule {
   std::vector<ParameterShard> own_parameters() const override { return {}; }
 
   /// Of partial().
-  PartialLayout layout() const { return word_embeddings->layout(); }
+  Part layout() const { return word_embeddings->layout(); }
   /// The group of the word embedding.
   const parallel::GroupPtr& tp() const { return word_embeddings->tp(); }
   /// Whether reduce() gives a rank its rows of the sequence only.

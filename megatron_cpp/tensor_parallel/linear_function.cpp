@@ -83,75 +83,6 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
   }
 };
 
-/// The inputs are the function's first arguments, then weight and bias.
-struct LinearOfRows : torch::autograd::Function<LinearOfRows> {
-  static at::Tensor forward(AutogradContext* context, at::TensorList inputs, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias, bool replicated, bool accumulate_into_grad,
-                            const parallel::GroupPtr& group) {
-    variable_list saved = inputs.vec();
-    saved.push_back(weight);
-    saved.push_back(bias.value_or(at::Tensor()));
-    context->save_for_backward(std::move(saved));
-    context->saved_data["replicated"] = replicated;
-    context->saved_data["accumulate_into_grad"] = accumulate_into_grad;
-    context->saved_data["group"] = group;
-    const auto output = at::empty({total_rows(inputs), weight.size(0)}, weight.options().requires_grad(false));
-    product_of_rows(output, inputs, weight.t());
-    if (bias.has_value()) output.add_(*bias);
-    return output;
-  }
-
-  static variable_list backward(AutogradContext* context, variable_list gradients) {
-    TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled(), "double backward through a tensor-parallel linear layer");
-    auto inputs = context->get_saved_variables();
-    const auto bias = inputs.back();
-    inputs.pop_back();
-    const auto weight = inputs.back();
-    inputs.pop_back();
-    const bool accumulate = context->saved_data["accumulate_into_grad"].toBool();
-    const auto group = context->saved_data["group"].toCustomClass<c10d::ProcessGroup>();
-    const auto gradient = gradients[0].contiguous();
-    const size_t num_inputs = inputs.size();
-    bool needs_inputs = false;
-    for (size_t i = 0; i < num_inputs; ++i) needs_inputs = needs_inputs || context->needs_input_grad(i);
-
-    // One buffer for the gradients of all inputs, so that one collective completes them. It is issued before the
-    // products that can hide it on NCCL.
-    at::Tensor input_gradient;
-    std::optional<parallel::PendingTensor> reduced;
-    if (needs_inputs) {
-      input_gradient = matrix_product(gradient, weight);
-      if (context->saved_data["replicated"].toBool()) {
-        reduced = parallel::start_all_reduce_in_place(input_gradient, group);
-      }
-    }
-    variable_list result(num_inputs + 5);
-    if (context->needs_input_grad(num_inputs)) {
-      const bool in_place = accumulate && weight.grad().defined();
-      if (!in_place) result[num_inputs] = at::zeros_like(weight);
-      add_product_of_rows(in_place ? weight.grad() : result[num_inputs], gradient, inputs);
-    }
-    if (bias.defined() && context->needs_input_grad(num_inputs + 1)) {
-      result[num_inputs + 1] = bias_gradient(bias, gradient, accumulate);
-    }
-    if (reduced) input_gradient = reduced->wait();
-    int64_t begin = 0;
-    for (size_t i = 0; i < num_inputs; ++i) {
-      const int64_t rows = inputs[i].size(0);
-      if (context->needs_input_grad(i)) result[i] = input_gradient.narrow(0, begin, rows);
-      begin += rows;
-    }
-    return result;
-  }
-
- private:
-  static int64_t total_rows(at::TensorList inputs) {
-    int64_t rows = 0;
-    for (const auto& input : inputs) rows += input.size(0);
-    return rows;
-  }
-};
-
 }  // namespace
 
 at::Tensor linear_with_communication(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
@@ -163,19 +94,6 @@ at::Tensor linear_with_communication(const at::Tensor& input, const at::Tensor& 
   const auto given_bias = bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt;
   return LinearFunction::apply(input, weight, given_bias, static_cast<int64_t>(input_kind), accumulate_into_grad,
                                group);
-}
-
-at::Tensor linear_of_rows(const std::vector<at::Tensor>& inputs, const at::Tensor& weight, const at::Tensor& bias,
-                          LinearInput input_kind, bool accumulate_into_grad, const parallel::GroupPtr& group) {
-  TORCH_INTERNAL_ASSERT(!inputs.empty() && input_kind != LinearInput::kSequenceParallel);
-  for (const auto& input : inputs) {
-    TORCH_CHECK_VALUE(input.dim() == 2 && input.size(1) == weight.size(1), "linear layer: input ", input.sizes(),
-                      " does not have the ", weight.size(1), " columns that the weight ", weight.sizes(), " takes");
-  }
-  const auto given_bias = bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt;
-  // Only a TensorList's tensors are inputs of the node.
-  return LinearOfRows::apply(at::TensorList(inputs), weight, given_bias, input_kind == LinearInput::kReplicated,
-                             accumulate_into_grad, group);
 }
 
 }  // namespace megatron::internal

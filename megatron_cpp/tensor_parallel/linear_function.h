@@ -3,8 +3,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <vector>
-
 #include "parallel/group.h"
 
 namespace megatron::internal {
@@ -26,11 +24,5 @@ enum class LinearInput {
 at::Tensor linear_with_communication(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
                                      LinearInput input_kind, bool accumulate_into_grad,
                                      const parallel::GroupPtr& group);
-
-/// The same of the rows of several matrices [R_i, C], one below the other, -> [sum of R_i, F], without putting them
-/// together first: that would copy every row. LinearInput::kOwn or kReplicated; the gradients of all are reduced in one
-/// collective. Each matrix costs a product of its own, which reads the weight once: few large ones, please.
-at::Tensor linear_of_rows(const std::vector<at::Tensor>& inputs, const at::Tensor& weight, const at::Tensor& bias,
-                          LinearInput input_kind, bool accumulate_into_grad, const parallel::GroupPtr& group);
 
 }  // namespace megatron::internal

@@ -61,20 +61,6 @@ void add_product_through_float(const at::Tensor& sum, const at::Tensor& a, const
   }
 }
 
-/// All rows in one float32 matrix: the conversion copies them anyway.
-at::Tensor in_float(at::TensorList inputs) {
-  if (inputs.size() == 1) return inputs.front().to(at::kFloat);
-  int64_t rows = 0;
-  for (const auto& input : inputs) rows += input.size(0);
-  const auto result = at::empty({rows, inputs.front().size(1)}, inputs.front().options().dtype(at::kFloat));
-  int64_t begin = 0;
-  for (const auto& input : inputs) {
-    result.narrow(0, begin, input.size(0)).copy_(input);
-    begin += input.size(0);
-  }
-  return result;
-}
-
 at::Tensor new_result(const at::Tensor& a, int64_t columns) {
   auto shape = a.sizes().vec();
   shape.back() = columns;
@@ -109,33 +95,6 @@ void add_matrix_product(const at::Tensor& sum, const at::Tensor& a, const at::Te
     add_product_through_float(sum, a, b);
   } else {
     sum.addmm_(a, b);
-  }
-}
-
-void product_of_rows(const at::Tensor& result, at::TensorList inputs, const at::Tensor& b) {
-  RECORD_FUNCTION(kName, c10::ArrayRef<const c10::IValue>());
-  if (goes_through_float(result)) {
-    product_through_float(result, in_float(inputs), b);
-    return;
-  }
-  int64_t begin = 0;
-  for (const auto& input : inputs) {
-    auto rows = result.narrow(0, begin, input.size(0));
-    at::mm_out(rows, input, b);
-    begin += input.size(0);
-  }
-}
-
-void add_product_of_rows(const at::Tensor& sum, const at::Tensor& gradient, at::TensorList inputs) {
-  RECORD_FUNCTION(kName, c10::ArrayRef<const c10::IValue>());
-  if (goes_through_float(sum)) {
-    add_product_through_float(sum, gradient.t(), in_float(inputs));
-    return;
-  }
-  int64_t begin = 0;
-  for (const auto& input : inputs) {
-    if (input.size(0) > 0) sum.addmm_(gradient.narrow(0, begin, input.size(0)).t(), input);
-    begin += input.size(0);
   }
 }
 

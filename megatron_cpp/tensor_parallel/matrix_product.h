@@ -23,11 +23,4 @@ at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b);
 /// sum [R, C] += a [R, K] · b [K, C], in place.
 void add_matrix_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b);
 
-/// result [R, C] = rows · b [K, C], rows being those of `inputs` [R_i, K] one below the other, which are not put
-/// together: that would copy them.
-void product_of_rows(const at::Tensor& result, at::TensorList inputs, const at::Tensor& b);
-
-/// sum [F, K] += gradientᵀ [F, R] · rows, rows as above.
-void add_product_of_rows(const at::Tensor& sum, const at::Tensor& gradient, at::TensorList inputs);
-
 }  // namespace megatron::internal

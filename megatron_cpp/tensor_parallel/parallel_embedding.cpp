@@ -13,7 +13,7 @@ ParallelEmbedding::ParallelEmbedding(ParallelEmbeddingOptions options, parallel:
 std::vector<int64_t> ParallelEmbedding::finders(const at::Tensor& /*input_ids*/) const { return {}; }
 
 at::Tensor ParallelEmbedding::reduce(const at::Tensor& partial) const {
-  const bool summand = layout() == PartialLayout::kSummand;
+  const bool summand = layout() == Part::kSummand;
   if (sequence_parallel()) {
     parallel::even_shard_size(partial.size(0), tp_->getSize(), "sequence length");
     return summand ? parallel::reduce_scatter_to_sequence_parallel_region(partial, tp_)

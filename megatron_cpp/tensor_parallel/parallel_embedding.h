@@ -12,12 +12,15 @@
 
 namespace megatron {
 
-/// What a rank's partial embedding [S, B, W] is of the whole [S, B, H], on rank r of t.
-enum class PartialLayout {
-  kSummand,  ///< W = H: the whole is the sum of the ranks' partials. Rows left out are zero, so that a rank may add to
+/// What rank r of t makes of rows [.., H] of an embedding.
+enum class Part {
+  kSummand,  ///< [.., H]: the row is the sum of what the ranks make. Rows left out are zero, so that a rank may add to
              ///< them by writing: any columns, or on one rank only.
-  kColumns,  ///< W = H/t: columns [r·H/t, (r+1)·H/t) of the whole. Rows left out hold nothing in particular.
+  kColumns,  ///< [.., H/t]: columns [r·H/t, (r+1)·H/t) of the row. Rows left out hold nothing in particular.
+  kWhole,    ///< [.., H]: the row, on one rank. Of rows that are inserted; a word embedding's partial is never whole.
 };
+/// The name until 0.1.
+using PartialLayout = Part;
 
 /// How the table [V, H] of one of this library's word embeddings lies on the ranks.
 enum class EmbeddingSharding {
@@ -61,14 +64,16 @@ class ParallelEmbedding : public ParallelModule {
   /// @return               [S, B, W] as layout() says, contiguous, a tensor of its own that the caller may write to. It
   ///                       needs a gradient whenever the weight does, also on a rank that finds nothing: it would miss
   ///                       the backward collective otherwise, and the others would wait for it. Its backward adds to
-  ///                       the weight's gradient where that lies (it may be a view of a GradientBuffer), and reads no
-  ///                       row that was left out, nor one that finders() gives to another rank.
+  ///                       the weight's gradient where that lies (it may be a view of a GradientBuffer). Rows of the
+  ///                       gradient that were left out, or that finders() gives to another rank, are finite but mean
+  ///                       nothing, and count for nothing.
   /// @throws c10::ValueError, on every rank alike, naming an id outside [0, V) and its place, or a row to leave out
   ///         that isn't there.
   virtual at::Tensor partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out = {}) = 0;
 
-  /// What a partial is of the whole; the same on every rank, and for good.
-  virtual PartialLayout layout() const = 0;
+  /// What a partial [S, B, W] is of the whole [S, B, H]: kSummand (W = H) or kColumns (W = H/t); the same on every
+  /// rank, and for good.
+  virtual Part layout() const = 0;
 
   /// The rank that finds each flat row s*B + b of a kSummand partial, [S*B], for ids [B, S] on the CPU; equal on every
   /// rank. Where only the words train, a row's gradient goes to that rank alone. Empty, as here: every rank gets every

@@ -58,14 +58,6 @@ at::Tensor RowParallelLinearImpl::forward(const at::Tensor& input) {
   return options_.bias() ? output + bias : output;
 }
 
-at::Tensor RowParallelLinearImpl::summand_of_rows(const std::vector<at::Tensor>& inputs) {
-  TORCH_CHECK_VALUE(!options_.reduce_output() && options_.input_is_parallel(),
-                    "summand_of_rows needs reduce_output(false) and input_is_parallel(true)");
-  const auto output =
-      internal::linear_of_rows(inputs, weight, {}, internal::LinearInput::kOwn, options_.accumulate_into_grad(), tp_);
-  return options_.bias() ? AddToSum::apply(output, bias, tp_->getRank() == 0) : output;
-}
-
 std::vector<ParameterShard> RowParallelLinearImpl::own_parameters() const {
   const auto range = parallel::even_shard(options_.in_features(), tp_->getSize(), tp_->getRank(), "in_features");
   std::vector<ParameterShard> result{sharded_parameter("weight", weight,

@@ -48,10 +48,6 @@ class RowParallelLinearImpl : public ParallelModule {
   /// sequence_parallel).
   at::Tensor forward(const at::Tensor& input);
 
-  /// The summand of the rows of several matrices [R_i, C/t], one below the other, without putting them together first:
-  /// [sum of R_i, F]. For reduce_output(false) and input_is_parallel(true). No communication.
-  at::Tensor summand_of_rows(const std::vector<at::Tensor>& inputs);
-
   std::vector<ParameterShard> own_parameters() const override;
 
   at::Tensor weight;  ///< [F, C/t]

@@ -26,7 +26,7 @@ class VocabParallelEmbeddingImpl : public ParallelEmbedding {
   at::Tensor partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out = {}) override;
 
   /// kSummand.
-  PartialLayout layout() const override { return PartialLayout::kSummand; }
+  Part layout() const override { return Part::kSummand; }
   std::vector<int64_t> finders(const at::Tensor& input_ids) const override;
 
   std::vector<ParameterShard> own_parameters() const override;

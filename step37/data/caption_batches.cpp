@@ -139,8 +139,8 @@ ImageForInsert group_of(int64_t token, int64_t side, const std::vector<at::Tenso
   ImageForInsert group;
   group.insert_start_token = token;
   group.images = views.empty() ? at::empty({0, 3, side, side}, at::kByte) : at::cat(views);
-  group.holders = at::tensor(at::ArrayRef<int64_t>(holders), at::kLong);
-  group.rows = at::full({static_cast<int64_t>(holders.size())}, rows, at::kLong);
+  group.held = HeldImages{at::full({static_cast<int64_t>(holders.size())}, rows, at::kLong),
+                          at::tensor(at::ArrayRef<int64_t>(holders), at::kLong)};
   return group;
 }
 

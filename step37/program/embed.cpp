@@ -20,7 +20,7 @@
 #include "parallel/recording_backend.h"
 #include "parallel/runtime.h"
 #include "parallel/shard.h"
-#include "step37/image_insert_embedding.h"
+#include "step37/insert/image_insert_embedding.h"
 #include "step37/program/full_buffer_watch.h"
 #include "step37/program/shell_text.h"
 

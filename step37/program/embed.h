@@ -4,7 +4,7 @@
 #include <filesystem>
 #include <string>
 
-#include "step37/image_insert_embedding.h"
+#include "step37/insert/image_insert_embedding.h"
 
 namespace parallel {
 class Runtime;
@@ -25,7 +25,7 @@ struct EmbedArguments {
   bool frozen_embedding = false;
   std::string on_mismatch = "error";
   std::string dtype = "float32";
-  bool checked = kCheckedByDefault;
+  bool checked = checked_by_default();
   std::filesystem::path stats;  ///< empty: none
 };
 

@@ -12,7 +12,7 @@
 #include "megatron_cpp/training/learning_rate.h"
 #include "parallel/rank_grid.h"
 #include "step37/data/crop_plan.h"
-#include "step37/image_insert_embedding.h"
+#include "step37/insert/image_insert_embedding.h"
 #include "step37/step37_model.h"
 
 namespace step37 {
@@ -21,13 +21,13 @@ namespace step37 {
 // every run, the file or an override has to give one.
 
 struct RunSection {
-  std::string directory;             ///< where results go; default: runs/<the configuration file's stem>
-  bool fresh = false;                ///< start over instead of resuming from the latest checkpoint
-  std::string device = "auto";       ///< auto, cpu or cuda
-  bool share_gpus = false;           ///< ranks may compute on the same GPU
-  int64_t timeout_seconds = 600;     ///< how long a collective may wait for its peers
-  std::string master_address;        ///< NCCL: an address of rank 0's host that all hosts reach; empty: its name
-  bool checked = kCheckedByDefault;  ///< ranks compare what must be equal before they exchange embeddings
+  std::string directory;                ///< where results go; default: runs/<the configuration file's stem>
+  bool fresh = false;                   ///< start over instead of resuming from the latest checkpoint
+  std::string device = "auto";          ///< auto, cpu or cuda
+  bool share_gpus = false;              ///< ranks may compute on the same GPU
+  int64_t timeout_seconds = 600;        ///< how long a collective may wait for its peers
+  std::string master_address;           ///< NCCL: an address of rank 0's host that all hosts reach; empty: its name
+  bool checked = checked_by_default();  ///< ranks compare what must be equal before they exchange embeddings
 };
 
 struct ParallelSection {

@@ -5,7 +5,7 @@
 #include <limits>
 #include <vector>
 
-#include "step37/insert_plan.h"
+#include "step37/insert/plan.h"
 #include "tests/fuzz/fuzz.h"
 
 namespace {

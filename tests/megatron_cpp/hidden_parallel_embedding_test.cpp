@@ -140,8 +140,8 @@ TEST(HiddenParallelEmbedding, IsAPartOfTheSameTableAsTheVocabularyParallelOne) {
     EXPECT_EQ(hidden_shards[0].segments.at(0).name, vocab_shards.at(0).segments.at(0).name);
     EXPECT_EQ(hidden_shards[0].segments[0].global_shape, vocab_shards[0].segments[0].global_shape);
     EXPECT_EQ(hidden_shards[0].segments[0].box, (megatron::Box{{0, 3 * tp->getRank()}, {kV, 3}}));
-    EXPECT_EQ(hidden->layout(), megatron::PartialLayout::kColumns);
-    EXPECT_EQ(vocab->layout(), megatron::PartialLayout::kSummand);
+    EXPECT_EQ(hidden->layout(), megatron::Part::kColumns);
+    EXPECT_EQ(vocab->layout(), megatron::Part::kSummand);
     // The same initial values, wherever they lie.
     megatron::initialize_parameters(hidden_shards, 1);
     megatron::initialize_parameters(vocab_shards, 1);

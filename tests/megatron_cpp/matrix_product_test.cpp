@@ -6,19 +6,13 @@
 
 #include <vector>
 
-#include "megatron_cpp/tensor_parallel/linear_function.h"
 #include "megatron_cpp/tensor_parallel/rows.h"
-#include "parallel/collectives.h"
-#include "parallel/recording_backend.h"
 #include "tests/support/test_world.h"
 
 namespace {
 
-using megatron::internal::LinearInput;
 using test_support::exact_values;
 using test_support::on_device;
-
-at::Tensor leaf(const at::Tensor& values) { return on_device(values).clone().requires_grad_(); }
 
 }  // namespace
 
@@ -35,19 +29,11 @@ TEST(MatrixProduct, OfEveryDtypeIsRoundedOnce) {
       EXPECT_TRUE(test_support::equal(megatron::internal::linear_product(a, weight, {}), expected));
       EXPECT_TRUE(test_support::equal(megatron::internal::matrix_product(a, wide),
                                       a.to(at::kDouble).mm(wide.to(at::kDouble)).to(dtype)));
-      const std::vector<at::Tensor> pieces{a.narrow(0, 0, 2), a.narrow(0, 2, 0), a.narrow(0, 2, 3)};
-      const auto result = on_device(at::empty({9, size}, dtype)).narrow(0, 2, 5);
-      megatron::internal::product_of_rows(result, pieces, weight.t());
-      EXPECT_TRUE(test_support::equal(result, expected));
       const auto sum = on_device(exact_values({size, 7}, 4, dtype));
       const auto gradient = on_device(exact_values({5, size}, 5, dtype));
       const auto added = sum.to(at::kDouble).addmm(gradient.to(at::kDouble).t(), a.to(at::kDouble)).to(dtype);
-      const auto by_pieces = sum.clone();
       megatron::internal::add_matrix_product(sum, gradient.t(), a);
       EXPECT_TRUE(test_support::equal(sum, added));
-      // Pieces are rounded after each but in float32.
-      megatron::internal::add_product_of_rows(by_pieces, gradient, pieces);
-      EXPECT_TRUE(test_support::near(by_pieces, added, dtype == at::kFloat ? 0.0 : 1e-2));
     }
   }
 }
@@ -65,56 +51,6 @@ TEST(MatrixProduct, TakesShapesOfLayers) {
               (std::vector<int64_t>{0, 3, 5}));
     EXPECT_EQ(megatron::internal::matrix_product(input.transpose(0, 1), weight.t()).sizes(),
               (std::vector<int64_t>{3, 4, 5}));
-  }
-}
-
-// Several matrices give what one of all their rows gives, in every gradient and with one collective.
-TEST(LinearOfRows, EqualsTheProductOfAllRowsTogether) {
-  for (const int t : test_support::divisors_of_world()) {
-    for (const auto kind : {LinearInput::kOwn, LinearInput::kReplicated}) {
-      for (const bool accumulate : {false, true}) {
-        const auto recorded = parallel::record(test_support::groups(t).tp);
-        const auto& tp = recorded.group;
-        const auto seed = kind == LinearInput::kOwn ? 0 : tp->getRank();
-        std::vector<at::Tensor> inputs{leaf(exact_values({3, 4}, 1)), leaf(exact_values({0, 4}, 2)),
-                                       on_device(exact_values({2, 4}, 3)), leaf(exact_values({5, 4}, 4))};
-        const auto weight = leaf(exact_values({6, 4}, 5 + seed));
-        const auto bias = leaf(exact_values({6}, 6 + seed));
-        if (accumulate) weight.mutable_grad() = at::ones_like(weight);
-        const auto loss_weights = on_device(exact_values({10, 6}, 7 + seed));
-        const auto whole = leaf(at::cat(inputs).detach());
-        const auto dense_weight = leaf(weight.detach());
-        const auto dense_bias = leaf(bias.detach());
-        const auto dense = at::linear(whole, dense_weight, dense_bias);
-        (dense * loss_weights).sum().backward();
-
-        const auto output = megatron::internal::linear_of_rows(inputs, weight, bias, kind, accumulate, tp);
-        EXPECT_TRUE(test_support::equal(output, dense));
-        EXPECT_EQ(recorded.count->total(), 0);
-        (output * loss_weights).sum().backward();
-        EXPECT_EQ(recorded.count->total(), kind == LinearInput::kReplicated && t > 1 ? 1 : 0);
-        EXPECT_TRUE(test_support::equal(weight.grad(), accumulate ? dense_weight.grad() + 1 : dense_weight.grad()));
-        EXPECT_TRUE(test_support::equal(bias.grad(), dense_bias.grad()));
-        const auto expected = kind == LinearInput::kReplicated
-                                  ? parallel::all_reduce(whole.grad(), test_support::groups(t).tp)
-                                  : whole.grad();
-        EXPECT_TRUE(test_support::equal(inputs[0].grad(), expected.narrow(0, 0, 3)));
-        EXPECT_EQ(inputs[1].grad().numel(), 0);
-        EXPECT_FALSE(inputs[2].grad().defined());
-        EXPECT_TRUE(test_support::equal(inputs[3].grad(), expected.narrow(0, 5, 5)));
-      }
-    }
-  }
-}
-
-TEST(LinearOfRows, WithoutRowsTheWeightsGradientIsZero) {
-  for (const bool accumulate : {false, true}) {
-    const auto weight = leaf(exact_values({6, 4}, 5));
-    const auto output = megatron::internal::linear_of_rows({on_device(at::empty({0, 4}))}, weight, {},
-                                                           LinearInput::kOwn, accumulate, test_support::single());
-    EXPECT_EQ(output.sizes(), (std::vector<int64_t>{0, 6}));
-    output.sum().backward();
-    EXPECT_TRUE(test_support::equal(weight.grad(), at::zeros({6, 4})));
   }
 }
 

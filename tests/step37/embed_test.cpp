@@ -506,7 +506,7 @@ TEST_F(Embed, RefusesUnknownOptionValues) {
   refused([](auto& a) { a.on_mismatch = ""; }, "--on-mismatch : expected one of error, truncate");
   refused([](auto& a) { a.projector_sharding = "rows"; },
           "--projector-sharding rows: expected one of column, replicated, row");
-  refused([](auto& a) { a.embedding_sharding = "x"; }, "--embedding-sharding x: expected one of hidden, vocab");
+  refused([](auto& a) { a.embedding_sharding = "rows"; }, "--embedding-sharding rows: expected one of hidden, vocab");
   if (runtime().size() == 3) return;  // which doesn't divide H = 8
   refused(
       [](auto& a) {

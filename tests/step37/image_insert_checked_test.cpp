@@ -78,9 +78,8 @@ std::vector<Disagreement> disagreements() {
        }},
       {"rows on one rank only", "the hash of the images' holders is ",
        [](Arguments& own) {
-         own.images[0].rows = at::tensor({3, 3, 3}, at::kLong);
-         own.images[0].image_features = std::vector<at::Tensor>{};
-         own.images[0].holders = at::zeros({3}, at::kLong);  // its own are none: it is not rank 0
+         own.images[0].image_features = std::vector<at::Tensor>{};  // its own are none: it is not rank 0
+         own.images[0].held = step37::HeldImages{at::tensor({3, 3, 3}, at::kLong), at::zeros({3}, at::kLong)};
        }},
       {"a frozen embedding", "whether the word embedding is trained is 1 on rank 0 and 0 on rank ",
        [](Arguments& own) { own.trainable.embedding = false; }},
@@ -159,7 +158,7 @@ TEST(ImageInsertChecked, NamesTheRankWhoseOwnFeaturesDoNotFit) {
     refused(layer.leaves(scenario.images, moved), "on rank " + std::to_string(other));
 
     auto longer = layer.leaves(scenario.images, on_first);
-    if (layer.rank() == other) longer[1].rows[1] = 10;
+    if (layer.rank() == other) longer[1].held->num_rows[1] = 10;
     refused(longer, "the hash of the images' row numbers is ");
   });
 }

@@ -4,12 +4,14 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "megatron_cpp/tensor_parallel/language_model_embedding.h"
+#include "megatron_cpp/tensor_parallel/vocab_parallel_embedding.h"
 #include "parallel/collectives.h"
-#include "step37/image_insert_embedding.h"
+#include "step37/insert/image_insert_embedding.h"
 #include "tests/step37/image_insert_world.h"
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
@@ -90,6 +92,97 @@ TEST(ImageInsertEmbedding, EqualsTheDenseOne) {
         EXPECT_TRUE(test_support::equal(layer.words().grad(), layer.own_words(expected.words_gradient)));
         EXPECT_FALSE(layer.weight().grad().defined());
       });
+    }
+  }
+}
+
+// The user's own projector, alike on every rank; its gradients are parts, which the ranks add.
+TEST(ImageInsertEmbedding, TakesRowsThatAreProjectedAlready) {
+  const Parameters parameters(1);
+  const auto scenario = two_groups();
+  const auto loss_weights = exact_values({kS, 2, kH}, 5);
+  const auto expected = dense(scenario, parameters, true, loss_weights);
+  for_each_variant([&](const Variant& variant) {
+    if (!variant.replicated()) return;
+    const auto layer = make_layer(variant, parameters);
+    ImageInsertEmbedding insert(
+        layer.embedding,
+        ImageInsertEmbeddingOptions(kH, kH).projector_sharding(ProjectorSharding::kNone).exchange(variant.exchange));
+    EXPECT_TRUE(megatron::parameter_shards(*insert).empty());
+    const auto weight = on_device(parameters.weight).clone().requires_grad_();
+    const auto bias = on_device(parameters.bias).clone().requires_grad_();
+    const auto projected =
+        changed(scenario.images, [&](const at::Tensor& tensor) { return at::linear(on_device(tensor), weight, bias); });
+    const auto output = insert->forward(scenario.ids, projected);
+    EXPECT_TRUE(test_support::equal(output, layer.own_sequence(expected.output)));
+    layer.backward(output, loss_weights);
+    EXPECT_TRUE(test_support::equal(layer.words().grad(), layer.own_words(expected.words_gradient)));
+    const auto& tp = groups(variant.t).tp;
+    EXPECT_TRUE(test_support::equal(parallel::all_reduce(weight.grad(), tp), expected.weight_gradient));
+    EXPECT_TRUE(test_support::equal(parallel::all_reduce(bias.grad(), tp), expected.bias_gradient));
+  });
+}
+
+TEST(ImageInsertEmbedding, TakesPlaceholdersInsteadOfStartTokens) {
+  const Parameters parameters(1);
+  const auto ids = make_ids(2, {{kImage, 0, 3}, {kImage, 0, 4}, {kImage, 0, 5}, {kImage, 0, 23}, {kImage, 1, 0}});
+  const auto rows = features(1, {5});
+  const auto loss_weights = exact_values({kS, 2, kH}, 5);
+  const auto words = parameters.words.clone().requires_grad_();
+  const auto weight = parameters.weight.clone().requires_grad_();
+  // In the order of ids [B, S]; the output is [S, B, H].
+  const auto places = ids.eq(kImage).view(-1).nonzero().view(-1);
+  const auto dense = at::embedding(words, ids)
+                         .view({-1, kH})
+                         .index_copy(0, places, at::linear(rows, weight))
+                         .view({2, kS, kH})
+                         .transpose(0, 1);
+  (dense * loss_weights).sum().backward();
+  for_each_variant([&](const Variant& variant) {
+    const auto layer = make_layer(variant, parameters, {.bias = false});
+    ImageForInsert images{.image_features =
+                              std::vector<at::Tensor>{on_device(rows.slice(0, 0, 2)), on_device(rows.slice(0, 2, 5))}};
+    const auto plan = step37::InsertPlan::from_placeholders(
+        {ids.const_data_ptr<int64_t>(), static_cast<size_t>(ids.numel())}, 2, kS, kImage, {2, 3});
+    const auto output = layer.forward(ids, {images}, plan);
+    EXPECT_TRUE(test_support::equal(output, layer.own_sequence(dense)));
+    layer.backward(output, loss_weights);
+    EXPECT_TRUE(test_support::equal(layer.words().grad(), layer.own_words(words.grad())));
+    EXPECT_TRUE(insert_world::projector_gradient_is(layer, layer.weight(), weight.grad()));
+  });
+}
+
+namespace {
+
+/// An embedding that looks at the whole gradient it gets.
+struct Watched : megatron::VocabParallelEmbeddingImpl {
+  using VocabParallelEmbeddingImpl::VocabParallelEmbeddingImpl;
+  at::Tensor partial(const at::Tensor& ids, const at::Tensor& left_out) override {
+    auto result = VocabParallelEmbeddingImpl::partial(ids, left_out);
+    result.register_hook([this](const at::Tensor& gradient) { is_finite = gradient.isfinite().all().item<bool>(); });
+    return result;
+  }
+  bool is_finite = false;
+};
+
+}  // namespace
+
+// Also where the rows of text alone travel: what is in memory that nobody wrote would be anything.
+TEST(ImageInsertEmbedding, GivesTheEmbeddingAFiniteGradient) {
+  const auto scenario = two_groups();
+  for (const int t : test_support::divisors_of_world()) {
+    for (const bool projector_trains : {false, true}) {
+      const auto& tp = groups(t).tp;
+      const auto words = std::make_shared<Watched>(ParallelEmbeddingOptions(kV, kH).sequence_parallel(true), tp);
+      words->to(test_support::runtime().device());
+      ImageInsertEmbedding insert(LanguageModelEmbedding(words), ImageInsertEmbeddingOptions(kC, kH));
+      insert->to(test_support::runtime().device());
+      insert->align_projector->weight.requires_grad_(projector_trains);
+      const auto output = insert->forward(scenario.ids, scenario.images);
+      // The memory that a buffer of this size gets next holds NaN.
+      for (int i = 0; i < 8; ++i) at::full({kS, 2, kH}, std::nan(""), output.options().requires_grad(false));
+      output.sum().backward();
+      EXPECT_TRUE(words->is_finite);
     }
   }
 }
@@ -334,7 +427,7 @@ TEST(ImageInsertEmbedding, HasTheReferencesConstructor) {
   EXPECT_EQ(with_bias->options().projector_sharding(), ProjectorSharding::kColumn);
   EXPECT_EQ(with_bias->options().exchange(), InsertExchange::kFused);
   EXPECT_EQ(with_bias->options().on_mismatch(), MismatchPolicy::kError);
-  EXPECT_EQ(with_bias->options().checked(), step37::kCheckedByDefault);
+  EXPECT_EQ(with_bias->options().checked(), step37::checked_by_default());
 }
 
 TEST(ImageInsertEmbedding, RefusesWhatDoesNotFitOnEveryRank) {
@@ -408,22 +501,22 @@ TEST(ImageInsertEmbedding, RefusesFeaturesOfSingleRanksThatDoNotFit) {
     };
     const auto local = layer.own_images(good.images, {Placement::kOnHolders, std::vector<int64_t>(5, 0), true});
     auto wrong = local;
-    wrong[0].holders = at::zeros({2}, at::kLong);
+    wrong[0].held->holders = at::zeros({2}, at::kLong);
     refused(wrong, "2 holders for 3 images of start token 17");
-    wrong[0].holders = at::full({3}, variant.t, at::kLong);
+    wrong[0].held->holders = at::full({3}, variant.t, at::kLong);
     refused(wrong, "is no rank of a group of " + std::to_string(variant.t));
-    wrong[0].holders = at::full({3}, -1, at::kLong);
+    wrong[0].held->holders = at::full({3}, -1, at::kLong);
     refused(wrong, "holder -1 of an image of start token 17 is no rank");
-    wrong[0].holders = at::zeros({3}, at::kInt);
+    wrong[0].held->holders = at::zeros({3}, at::kInt);
     refused(wrong, "holders of start token 17 must be [N] int64 on the CPU, got [3] Int");
     wrong = local;
-    wrong[1].rows = wrong[1].rows.to(at::kInt);
-    refused(wrong, "rows of start token 18 must be [N] int64 on the CPU, got [2] Int");
-    wrong[1].rows = at::zeros({2, 1}, at::kLong);
-    refused(wrong, "rows of start token 18 must be [N] int64 on the CPU, got [2, 1]");
+    wrong[1].held->num_rows = wrong[1].held->num_rows.to(at::kInt);
+    refused(wrong, "num_rows of start token 18 must be [N] int64 on the CPU, got [2] Int");
+    wrong[1].held->num_rows = at::zeros({2, 1}, at::kLong);
+    refused(wrong, "num_rows of start token 18 must be [N] int64 on the CPU, got [2, 1]");
     // Every rank has an image too many, or one too few.
     wrong = good.images;
-    for (auto& group : wrong) group.rows = at::tensor(rows_of({group}), at::kLong);
+    for (auto& group : wrong) group.held = step37::HeldImages{at::tensor(rows_of({group}), at::kLong), {}};
     wrong[1].image_features = std::vector<at::Tensor>{features(1, {11}), features(2, {9}), features(3, {1})};
     refused(wrong, variant.t == 1 ? "more images than the 2" : "images");
     wrong[0].image_features = features(1, {0, 3});

@@ -12,7 +12,7 @@ namespace insert_world {
 namespace {
 
 using megatron::LanguageModelEmbedding;
-using megatron::PartialLayout;
+using megatron::Part;
 using step37::FeatureList;
 using step37::ImageForInsert;
 using step37::ImageInsertEmbedding;
@@ -50,8 +50,8 @@ std::vector<ImageForInsert> held_by(int64_t rank, std::vector<ImageForInsert> im
       own.push_back(static_cast<int64_t>(i));
       own_blocks.push_back(blocks[i]);
     }
-    group.rows = at::tensor(rows, at::kLong);
-    if (placed.give_holders) group.holders = at::tensor(group_holders, at::kLong);
+    group.held = step37::HeldImages{at::tensor(rows, at::kLong), {}};
+    if (placed.give_holders) group.held->holders = at::tensor(group_holders, at::kLong);
     if (const auto* tensor = std::get_if<at::Tensor>(&*group.image_features)) {
       group.image_features = tensor->index_select(0, at::tensor(own, at::kLong).to(tensor->device()));
     } else if (own_blocks.empty()) {
@@ -205,7 +205,7 @@ std::string Variant::name() const {
 
 std::vector<Variant> variants(int t) {
   std::vector<Variant> result;
-  for (const auto embedding : {PartialLayout::kSummand, PartialLayout::kColumns}) {
+  for (const auto embedding : {Part::kSummand, Part::kColumns}) {
     for (const auto sharding : {ProjectorSharding::kColumn, ProjectorSharding::kRow, ProjectorSharding::kReplicated}) {
       for (const auto exchange : {InsertExchange::kFused, InsertExchange::kAllGather}) {
         for (const bool sequence_parallel : {false, true}) {

@@ -14,7 +14,7 @@
 #include "megatron_cpp/tensor_parallel/language_model_embedding.h"
 #include "parallel/group.h"
 #include "parallel/recording_backend.h"
-#include "step37/image_insert_embedding.h"
+#include "step37/insert/image_insert_embedding.h"
 
 namespace insert_world {
 
@@ -106,12 +106,12 @@ Results dense(const Scenario& scenario, const Parameters& parameters, bool with_
 
 struct Variant {
   int t = 1;
-  megatron::PartialLayout embedding = megatron::PartialLayout::kSummand;
+  megatron::Part embedding = megatron::Part::kSummand;
   step37::ProjectorSharding sharding = step37::ProjectorSharding::kColumn;
   step37::InsertExchange exchange = step37::InsertExchange::kFused;
   bool sequence_parallel = false;
 
-  bool hidden() const { return embedding == megatron::PartialLayout::kColumns; }
+  bool hidden() const { return embedding == megatron::Part::kColumns; }
   bool column() const { return sharding == step37::ProjectorSharding::kColumn; }
   bool row() const { return sharding == step37::ProjectorSharding::kRow; }
   bool replicated() const { return sharding == step37::ProjectorSharding::kReplicated; }

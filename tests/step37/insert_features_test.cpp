@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "step37/image_insert_embedding.h"
+#include "step37/insert/image_insert_embedding.h"
 #include "tests/step37/image_insert_world.h"
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"

@@ -1,6 +1,4 @@
 // InsertPlan against a painter that writes image rows one by one, in the order of writing.
-#include "step37/insert_plan.h"
-
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 #include <gtest/gtest.h>
@@ -11,9 +9,11 @@
 #include <random>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "megatron_cpp/checkpoint/safetensors.h"
+#include "step37/insert/plan.h"
 #include "tests/support/environment.h"
 #include "tests/support/errors.h"
 
@@ -298,6 +298,52 @@ TEST(InsertPlan, RefusesSizesThatDoNotFit) {
               }),
               "0 input ids are not [4294967296, 4294967296]");
   }
+}
+
+TEST(InsertPlan, FromItsOwnRunsIsTheSame) {
+  for (uint64_t seed = 0; seed < 200; ++seed) {
+    SCOPED_TRACE(testing::Message() << "seed " << seed);
+    const auto [ids, groups] = random_case(seed, /*matching=*/false);
+    const auto plan = build(ids, groups, MismatchPolicy::kTruncate);
+    auto runs = plan.runs();
+    std::reverse(runs.begin(), runs.end());
+    const auto again = InsertPlan::from_runs(runs, ids.B, ids.S, plan.image_rows());
+    EXPECT_EQ(again.runs(), plan.runs());
+    EXPECT_EQ(again.embedding_rows(), step37::row_indices(plan.runs(), ids.B).embedding_rows);
+    EXPECT_EQ(again.image_begins(), plan.image_begins());
+    EXPECT_EQ(again.owned_by(1, ids.S), plan.owned_by(1, ids.S));
+  }
+}
+
+TEST(InsertPlan, RefusesRunsThatDoNotFit) {
+  const auto refusal = [](std::vector<InsertRun> runs, std::vector<int64_t> image_rows = {3, 4}) {
+    return value_error([&] { InsertPlan::from_runs(std::move(runs), 2, 6, image_rows); });
+  };
+  EXPECT_EQ(refusal({{2, 0, 0, 0, 1}}), "a run of image 2 of 2");
+  EXPECT_EQ(refusal({{0, 0, 2, 0, 1}}), "a run of 1 rows at batch row 2, position 0 is not inside [2, 6]");
+  EXPECT_EQ(refusal({{0, 0, 1, 4, 3}}), "a run of 3 rows at batch row 1, position 4 is not inside [2, 6]");
+  EXPECT_EQ(refusal({{0, 0, 1, 4, 0}}), "a run of 0 rows at batch row 1, position 4 is not inside [2, 6]");
+  EXPECT_EQ(refusal({{0, 1, 0, 0, 3}}), "a run of 3 feature rows from 1 on is not inside image 0");
+  EXPECT_EQ(refusal({{1, 2, 0, 0, 3}}), "a run of 3 feature rows from 2 on is not inside image 1");
+  EXPECT_EQ(refusal({{1, 3, 0, 2, 4}, {0, 0, 0, 0, 3}}), "two runs overlap in batch row 0 at position 2");
+  EXPECT_EQ(refusal({}, {1, -1}), "image 1 has -1 feature rows behind 1");
+  EXPECT_EQ(refusal({}, {1, std::numeric_limits<int64_t>::max()}),
+            "image 1 has 9223372036854775807 feature rows behind 1");
+}
+
+// Placeholders of two images that touch, and of one that goes on in the next batch row.
+TEST(InsertPlan, OfPlaceholdersTakesOneRowEach) {
+  const std::vector<int64_t> ids{9, 9, 9, 1, 9, 9, 2, 9};
+  const auto plan = InsertPlan::from_placeholders(ids, 2, 4, 9, {2, 0, 1, 3});
+  const std::vector<InsertRun> expected{{0, 0, 0, 0, 2}, {2, 2, 0, 2, 1}, {3, 3, 1, 0, 2}, {3, 5, 1, 3, 1}};
+  EXPECT_EQ(plan.runs(), expected);
+  EXPECT_EQ(plan.num_feature_rows(), 6);
+  EXPECT_EQ(value_error([&] {
+              InsertPlan::from_placeholders(ids, 2, 4, 9, {2, 3});
+            }),
+            "5 feature rows for 6 placeholders 9");
+  EXPECT_EQ(value_error([&] { InsertPlan::from_placeholders(ids, 2, 3, 9, {2}); }), "8 input ids are not [2, 3]");
+  EXPECT_TRUE(InsertPlan::from_placeholders(ids, 2, 4, 7, {}).runs().empty());
 }
 
 TEST(InsertPlan, EqualsTheGoldenCases) {

@@ -74,8 +74,8 @@ std::vector<ImageForInsert> pictures_held_by(const std::vector<int64_t>& holders
     for (int64_t i = 0; i < count; ++i) {
       if (next[i] == tp->getRank()) own.push_back(i);
     }
-    group.rows = at::full({count}, group.insert_start_token == kImStart ? 4 : 1, at::kLong);
-    group.holders = at::tensor(at::ArrayRef<int64_t>(&*next, static_cast<size_t>(count)), at::kLong);
+    group.held = step37::HeldImages{at::full({count}, group.insert_start_token == kImStart ? 4 : 1, at::kLong),
+                                    at::tensor(at::ArrayRef<int64_t>(&*next, static_cast<size_t>(count)), at::kLong)};
     group.images = group.images.index_select(0, at::tensor(at::ArrayRef<int64_t>(own), at::kLong));
     next += count;
   }

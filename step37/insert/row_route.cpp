@@ -1,4 +1,4 @@
-#include "step37/row_route.h"
+#include "step37/insert/row_route.h"
 
 #include <ATen/ATen.h>
 
@@ -17,7 +17,7 @@ int64_t sum(const std::vector<int64_t>& values) { return std::accumulate(values.
 
 }  // namespace
 
-RowRoute::RowRoute(const RouteRows& rows, int64_t rows_per_rank, int64_t hidden_size, const c10::Device& device,
+RowRoute::RowRoute(const TravellingRows& rows, int64_t rows_per_rank, int64_t hidden_size, const c10::Device& device,
                    parallel::GroupPtr tp)
     : tp_(std::move(tp)), hidden_size_(hidden_size), piece_width_(hidden_size / tp_->getSize()) {
   const auto t = static_cast<size_t>(tp_->getSize());
@@ -26,7 +26,7 @@ RowRoute::RowRoute(const RouteRows& rows, int64_t rows_per_rank, int64_t hidden_
   std::vector<int64_t> made_piece_rows;
   std::vector<int64_t> owned_piece_rows;
   std::vector<int64_t> made_whole_rows;
-  std::vector<std::vector<int64_t>> owned_by_maker(t);
+  std::vector<std::vector<int64_t>> owned_by_holder(t);
   for (size_t owner = 0; owner < t; ++owner) {
     pieces_made_.push_back(static_cast<int64_t>(rows.pieces[owner].size()));
     for (const auto& piece : rows.pieces[owner]) {
@@ -35,16 +35,16 @@ RowRoute::RowRoute(const RouteRows& rows, int64_t rows_per_rank, int64_t hidden_
     }
     int64_t made = 0;
     for (const auto& whole : rows.whole[owner]) {
-      if (whole.maker == tp_->getRank()) {
+      if (whole.holder == tp_->getRank()) {
         made_whole_rows.push_back(whole.made_row);
         ++made;
       }
-      if (owner == own) owned_by_maker[static_cast<size_t>(whole.maker)].push_back(whole.row - own_begin);
+      if (owner == own) owned_by_holder[static_cast<size_t>(whole.holder)].push_back(whole.row - own_begin);
     }
     whole_made_.push_back(made);
   }
   std::vector<int64_t> owned_whole_rows;
-  for (const auto& owned : owned_by_maker) {
+  for (const auto& owned : owned_by_holder) {
     whole_owned_.push_back(static_cast<int64_t>(owned.size()));
     owned_whole_rows.insert(owned_whole_rows.end(), owned.begin(), owned.end());
   }
@@ -96,25 +96,25 @@ void RowRoute::to_owners(const at::Tensor& pieces, const at::Tensor& whole, cons
                 });
   const auto arrived = parallel::all_to_all(send, received, sent, tp_);
   for_each_peer(arrived, pieces_owned_, whole_owned_,
-                [&](size_t maker, const at::Tensor& piece_part, const at::Tensor& whole_part) {
-                  const auto columns = owned.narrow(1, static_cast<int64_t>(maker) * piece_width_, piece_width_);
+                [&](size_t holder, const at::Tensor& piece_part, const at::Tensor& whole_part) {
+                  const auto columns = owned.narrow(1, static_cast<int64_t>(holder) * piece_width_, piece_width_);
                   if (piece_part.numel() > 0) copy_rows(columns, owned_piece_rows_, piece_part, {});
                   if (whole_part.numel() > 0) {
-                    copy_rows(owned, list(owned_whole_rows_, whole_owned_, maker), whole_part, {});
+                    copy_rows(owned, list(owned_whole_rows_, whole_owned_, holder), whole_part, {});
                   }
                 });
 }
 
-void RowRoute::to_makers(const at::Tensor& owned, const at::Tensor& pieces, const at::Tensor& whole) const {
+void RowRoute::send_back(const at::Tensor& owned, const at::Tensor& pieces, const at::Tensor& whole) const {
   const auto sent = elements(pieces_owned_, whole_owned_);
   const auto received = elements(pieces_made_, whole_made_);
   const auto send = at::empty({sum(sent)}, owned.options());
   for_each_peer(send, pieces_owned_, whole_owned_,
-                [&](size_t maker, const at::Tensor& piece_part, const at::Tensor& whole_part) {
-                  const auto columns = owned.narrow(1, static_cast<int64_t>(maker) * piece_width_, piece_width_);
+                [&](size_t holder, const at::Tensor& piece_part, const at::Tensor& whole_part) {
+                  const auto columns = owned.narrow(1, static_cast<int64_t>(holder) * piece_width_, piece_width_);
                   if (piece_part.numel() > 0) copy_rows(piece_part, {}, columns, owned_piece_rows_);
                   if (whole_part.numel() > 0) {
-                    copy_rows(whole_part, {}, owned, list(owned_whole_rows_, whole_owned_, maker));
+                    copy_rows(whole_part, {}, owned, list(owned_whole_rows_, whole_owned_, holder));
                   }
                 });
   const auto arrived = parallel::all_to_all(send, received, sent, tp_);

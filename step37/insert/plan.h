@@ -47,10 +47,26 @@ class InsertPlan {
   static InsertPlan build(std::span<const int64_t> input_ids, int64_t B, int64_t S, std::span<const InsertGroup> groups,
                           MismatchPolicy policy);
 
+  /// The plan of runs that the caller worked out, in any order.
+  /// @param image_rows  feature rows of each image, which InsertRun::feature_row counts through.
+  /// @throws c10::ValueError naming the place of a run that isn't inside [B, S] or inside its image, or overlaps
+  /// another.
+  static InsertPlan from_runs(std::vector<InsertRun> runs, int64_t B, int64_t S,
+                              const std::vector<int64_t>& image_rows);
+
+  /// The plan for sequences with one placeholder token per feature row, as Hugging Face's processors write them
+  /// (transformers, Qwen2-VL): the k-th placeholder, batch row by batch row, takes the k-th feature row of all images.
+  /// @param input_ids  [B, S], row by row.
+  /// @throws c10::ValueError naming both numbers if there are not as many placeholders as rows.
+  static InsertPlan from_placeholders(std::span<const int64_t> input_ids, int64_t B, int64_t S, int64_t placeholder,
+                                      const std::vector<int64_t>& image_rows);
+
   int64_t B() const { return B_; }  ///< batch rows
   int64_t S() const { return S_; }  ///< positions of each
   /// All runs, by batch row and position; no two overlap.
   const std::vector<InsertRun>& runs() const { return runs_; }
+  /// The rows s*B + b that images overwrite, in the order of the runs.
+  const std::vector<int64_t>& embedding_rows() const { return embedding_rows_; }
   /// Feature rows of each image of all groups in order, and the first row of each (one more entry: the total).
   const std::vector<int64_t>& image_rows() const { return image_rows_; }      ///< one per image
   const std::vector<int64_t>& image_begins() const { return image_begins_; }  ///< prefix sums, from 0
@@ -66,9 +82,12 @@ class InsertPlan {
   std::vector<InsertRun> owned_by(int64_t begin, int64_t end) const;
 
  private:
+  void set_runs(std::vector<InsertRun> runs);
+
   int64_t B_ = 0;
   int64_t S_ = 0;
   std::vector<InsertRun> runs_;
+  std::vector<int64_t> embedding_rows_;
   std::vector<size_t> batch_begins_;  ///< of each batch row the first of its runs; one more entry: their number
   std::vector<int64_t> image_rows_;
   std::vector<int64_t> image_begins_{0};

@@ -1,10 +1,11 @@
-#include "step37/insert_plan.h"
+#include "step37/insert/plan.h"
 
 #include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <cstddef>
 #include <map>
+#include <utility>
 
 namespace step37 {
 namespace {
@@ -111,14 +112,30 @@ std::vector<InsertRun> what_remains(const std::vector<InsertRun>& writes, int64_
   return runs;
 }
 
-}  // namespace
-
-InsertPlan InsertPlan::build(std::span<const int64_t> input_ids, int64_t B, int64_t S,
-                             std::span<const InsertGroup> groups, MismatchPolicy policy) {
+void check_sizes(std::span<const int64_t> input_ids, int64_t B, int64_t S) {
   int64_t num_ids = 0;
   TORCH_CHECK_VALUE(
       B >= 0 && S >= 0 && !__builtin_mul_overflow(B, S, &num_ids) && static_cast<int64_t>(input_ids.size()) == num_ids,
       input_ids.size(), " input ids are not [", B, ", ", S, "]");
+}
+
+/// Prefix sums of the images' rows, from 0.
+std::vector<int64_t> begins_of(const std::vector<int64_t>& image_rows) {
+  std::vector<int64_t> begins{0};
+  for (const int64_t rows : image_rows) {
+    int64_t end = 0;
+    TORCH_CHECK_VALUE(rows >= 0 && !__builtin_add_overflow(begins.back(), rows, &end), "image ", begins.size() - 1,
+                      " has ", rows, " feature rows behind ", begins.back());
+    begins.push_back(end);
+  }
+  return begins;
+}
+
+}  // namespace
+
+InsertPlan InsertPlan::build(std::span<const int64_t> input_ids, int64_t B, int64_t S,
+                             std::span<const InsertGroup> groups, MismatchPolicy policy) {
+  check_sizes(input_ids, B, S);
   InsertPlan plan;
   plan.B_ = B;
   plan.S_ = S;
@@ -149,15 +166,73 @@ InsertPlan InsertPlan::build(std::span<const int64_t> input_ids, int64_t B, int6
       plan.image_begins_.push_back(end);
     }
   }
-  plan.runs_ = what_remains(writes, B);
-  // Without ids B may be any number, and batch rows that nothing is inserted in needn't be told apart.
-  if (plan.runs_.empty()) return plan;
-  for (int64_t batch = 0; batch <= B; ++batch) {
-    const auto first = std::lower_bound(plan.runs_.begin(), plan.runs_.end(), batch,
-                                        [](const InsertRun& run, int64_t row) { return run.batch < row; });
-    plan.batch_begins_.push_back(static_cast<size_t>(first - plan.runs_.begin()));
-  }
+  plan.set_runs(what_remains(writes, B));
   return plan;
+}
+
+InsertPlan InsertPlan::from_runs(std::vector<InsertRun> runs, int64_t B, int64_t S,
+                                 const std::vector<int64_t>& image_rows) {
+  InsertPlan plan;
+  plan.B_ = B;
+  plan.S_ = S;
+  plan.image_rows_ = image_rows;
+  plan.image_begins_ = begins_of(image_rows);
+  std::sort(runs.begin(), runs.end(), comes_before);
+  const InsertRun* before = nullptr;
+  for (const auto& run : runs) {
+    TORCH_CHECK_VALUE(run.image >= 0 && run.image < plan.num_images(), "a run of image ", run.image, " of ",
+                      plan.num_images());
+    const auto image = static_cast<size_t>(run.image);
+    TORCH_CHECK_VALUE(run.batch >= 0 && run.batch < B && run.position >= 0 && run.length > 0 && run.position < S &&
+                          run.length <= S - run.position,
+                      "a run of ", run.length, " rows at batch row ", run.batch, ", position ", run.position,
+                      " is not inside [", B, ", ", S, "]");
+    TORCH_CHECK_VALUE(
+        run.feature_row >= plan.image_begins_[image] && run.length <= plan.image_begins_[image + 1] - run.feature_row,
+        "a run of ", run.length, " feature rows from ", run.feature_row, " on is not inside image ", run.image);
+    TORCH_CHECK_VALUE(
+        before == nullptr || before->batch != run.batch || before->position + before->length <= run.position,
+        "two runs overlap in batch row ", run.batch, " at position ", run.position);
+    before = &run;
+  }
+  plan.set_runs(std::move(runs));
+  return plan;
+}
+
+InsertPlan InsertPlan::from_placeholders(std::span<const int64_t> input_ids, int64_t B, int64_t S, int64_t placeholder,
+                                         const std::vector<int64_t>& image_rows) {
+  check_sizes(input_ids, B, S);
+  const auto places = occurrences_of(placeholder, input_ids, S);
+  const int64_t num_rows = begins_of(image_rows).back();
+  TORCH_CHECK_VALUE(static_cast<int64_t>(places.size()) == num_rows, num_rows, " feature rows for ", places.size(),
+                    " placeholders ", placeholder);
+  std::vector<InsertRun> runs;
+  size_t next = 0;
+  for (size_t image = 0; image < image_rows.size(); ++image) {
+    for (int64_t row = 0; row < image_rows[image]; ++row, ++next) {
+      const auto& [batch, position] = places[next];
+      const bool goes_on =
+          row > 0 && runs.back().batch == batch && runs.back().position + runs.back().length == position;
+      if (goes_on) {
+        ++runs.back().length;
+      } else {
+        runs.push_back({static_cast<int64_t>(image), static_cast<int64_t>(next), batch, position, 1});
+      }
+    }
+  }
+  return from_runs(std::move(runs), B, S, image_rows);
+}
+
+void InsertPlan::set_runs(std::vector<InsertRun> runs) {
+  runs_ = std::move(runs);
+  embedding_rows_ = row_indices(runs_, B_).embedding_rows;
+  // Without ids B may be any number, and batch rows that nothing is inserted in needn't be told apart.
+  if (runs_.empty()) return;
+  for (int64_t batch = 0; batch <= B_; ++batch) {
+    const auto first = std::lower_bound(runs_.begin(), runs_.end(), batch,
+                                        [](const InsertRun& run, int64_t row) { return run.batch < row; });
+    batch_begins_.push_back(static_cast<size_t>(first - runs_.begin()));
+  }
 }
 
 std::vector<InsertRun> InsertPlan::owned_by(int64_t begin, int64_t end) const {
