@@ -241,6 +241,8 @@ Comparison vocab_parallel_cross_entropy(const Sizes& sizes, const Tensors& make,
           })};
 }
 
+constexpr megatron::TransformerExecution kExecution{.sequence_parallel = true, .accumulate_into_grad = true};
+
 megatron::TransformerConfig transformer_config(const Sizes& sizes) {
   megatron::TransformerConfig config;
   config.vocabulary_size = sizes.vocabulary;
@@ -248,8 +250,6 @@ megatron::TransformerConfig transformer_config(const Sizes& sizes) {
   config.head_dim = sizes.head_dim();
   config.num_query_groups = sizes.groups;
   config.ffn_hidden_size = sizes.ffn;
-  config.sequence_parallel = true;
-  config.accumulate_into_grad = true;
   config.layers.resize(1);
   config.layers[0].num_attention_heads = sizes.heads;
   return config;
@@ -267,7 +267,7 @@ Comparison on_rows(const std::string& name, const Layer& layer, const Dense& den
 }
 
 Comparison mlp(const Sizes& sizes, const Tensors& make, const parallel::GroupPtr& tp) {
-  auto layer = make.ready(megatron::MLP(transformer_config(sizes), 0.0, tp));
+  auto layer = make.ready(megatron::MLP(transformer_config(sizes), 0.0, kExecution, tp));
   return on_rows(
       "MLP", [layer](const at::Tensor& x) mutable { return layer->forward(x); },
       std::make_shared<DenseMLP>(sizes, tp->getSize(), make), sizes.sequence, sizes, make, tp);
@@ -281,7 +281,7 @@ megatron::AttentionBatch batch_of(const Sizes& sizes, const megatron::RotaryEmbe
 
 Comparison self_attention(const Sizes& sizes, const Tensors& make, const parallel::GroupPtr& tp) {
   const auto config = transformer_config(sizes);
-  auto layer = make.ready(megatron::SelfAttention(config, config.layers[0], tp));
+  auto layer = make.ready(megatron::SelfAttention(config, config.layers[0], kExecution, tp));
   return on_rows(
       "SelfAttention",
       [=](const at::Tensor& x) mutable { return layer->forward(x, batch_of(sizes, layer->rotary(), x.device())); },
@@ -289,7 +289,7 @@ Comparison self_attention(const Sizes& sizes, const Tensors& make, const paralle
 }
 
 Comparison transformer_layer(const Sizes& sizes, const Tensors& make, const parallel::GroupPtr& tp) {
-  auto layer = make.ready(megatron::TransformerLayer(transformer_config(sizes), 0, tp));
+  auto layer = make.ready(megatron::TransformerLayer(transformer_config(sizes), 0, kExecution, tp));
   return on_rows(
       "TransformerLayer",
       [=](const at::Tensor& x) mutable {

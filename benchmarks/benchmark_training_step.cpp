@@ -51,8 +51,8 @@ step37::Step37Config model_config(const Arguments& arguments) {
   config.text.head_dim = 64;
   config.text.num_query_groups = 4;
   config.text.ffn_hidden_size = 3 * arguments.hidden;
-  config.text.sequence_parallel = true;
-  config.text.accumulate_into_grad = true;
+  config.execution.sequence_parallel = true;
+  config.execution.accumulate_into_grad = true;
   config.text.layers.resize(static_cast<size_t>(arguments.layers));
   for (auto& layer : config.text.layers) layer.num_attention_heads = 8;
   config.checked = false;

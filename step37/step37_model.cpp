@@ -29,20 +29,20 @@ void Step37Config::validate(int tensor_parallel_size) const {
   if (projector_sharding == ProjectorSharding::kRow) {
     parallel::even_shard_size(vision.output_dim(), tensor_parallel_size, "the vision tower's output width");
   }
-  TORCH_CHECK_VALUE(text.embedding_sharding == megatron::EmbeddingSharding::kVocab ||
+  TORCH_CHECK_VALUE(execution.embedding_sharding == megatron::EmbeddingSharding::kVocab ||
                         (projector_sharding != ProjectorSharding::kRow && exchange == InsertExchange::kFused),
                     "a hidden-parallel embedding goes with a column-sharded or a replicated projector and the fused "
                     "exchange");
 }
 
-Step37ModelImpl::Step37ModelImpl(const Step37Config& config, parallel::GroupPtr tp)
-    : config_(config), tp_(std::move(tp)) {
+Step37ModelImpl::Step37ModelImpl(const Step37Config& config, const megatron::ModelGroups& groups)
+    : config_(config), tp_(groups.tp) {
   config_.validate(tp_->getSize());
   // The tower of each rank sees its own pictures only.
   const auto domain =
       tp_->getSize() > 1 ? megatron::GradientDomain::kReplicatedPartial : megatron::GradientDomain::kReplicated;
   vision_model = register_module("vision_model", VisionTower(config_.vision, domain));
-  language_model = register_module("language_model", megatron::GPTModel(config_.text, tp_));
+  language_model = register_module("language_model", megatron::GPTModel(config_.text, config_.execution, groups));
   image_insert_embedding = register_module(
       "image_insert_embedding",
       ImageInsertEmbedding(language_model->embedding,
@@ -51,7 +51,7 @@ Step37ModelImpl::Step37ModelImpl(const Step37Config& config, parallel::GroupPtr 
                                .projector_sharding(config_.projector_sharding)
                                .exchange(config_.exchange)
                                .checked(config_.checked)
-                               .accumulate_into_grad(config_.text.accumulate_into_grad)));
+                               .accumulate_into_grad(config_.execution.accumulate_into_grad)));
   if (config_.freeze_vision_model) freeze(*vision_model);
   if (config_.freeze_projector) freeze(*image_insert_embedding);
   if (config_.freeze_language_model) freeze(*language_model);

@@ -7,6 +7,7 @@
 
 #include <vector>
 
+#include "megatron_cpp/transformer/execution.h"
 #include "megatron_cpp/transformer/gpt_model.h"
 #include "megatron_cpp/transformer/transformer_config.h"
 #include "parallel/group.h"
@@ -19,9 +20,10 @@ namespace step37 {
 
 /// Sizes of the parts, how the insert is laid out, and what is trained.
 struct Step37Config {
-  megatron::TransformerConfig text;  ///< the decoder and its embedding
-  VisionConfig vision;               ///< the tower; its output_dim() is the projector's C
-  bool projector_bias = false;       ///< whether projected rows get one, [H]
+  megatron::TransformerConfig text;          ///< the decoder and its embedding
+  megatron::TransformerExecution execution;  ///< how they run
+  VisionConfig vision;                       ///< the tower; its output_dim() is the projector's C
+  bool projector_bias = false;               ///< whether projected rows get one, [H]
   ProjectorSharding projector_sharding = ProjectorSharding::kReplicated;  ///< features are where the tower ran
   InsertExchange exchange = InsertExchange::kFused;                       ///< see InsertExchange
   /// See ImageInsertEmbeddingOptions::checked.
@@ -48,7 +50,7 @@ struct Step37Batch {
 class Step37ModelImpl : public torch::nn::Module {
  public:
   /// Parameters have no values yet: load them, or call megatron::initialize_parameters. Not collective.
-  Step37ModelImpl(const Step37Config& config, parallel::GroupPtr tp);
+  Step37ModelImpl(const Step37Config& config, const megatron::ModelGroups& groups);
 
   /// @return  logits [S, B, V'/t], this rank's columns of the padded vocabulary.
   /// The tower runs on whole pictures, spread over the ranks: on those this rank has, whose number may differ between

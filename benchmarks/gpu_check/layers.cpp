@@ -42,8 +42,6 @@ ModelSizes model_sizes(const Target& target) {
   config.head_dim = target.pick<int64_t>(128, 32);
   config.num_query_groups = 8;
   config.ffn_hidden_size = target.pick<int64_t>(11264, 512);
-  config.sequence_parallel = true;
-  config.accumulate_into_grad = true;
   megatron::AttentionLayerConfig full;
   full.num_attention_heads = target.pick<int64_t>(64, 16);
   full.rope_theta = 5e6;
@@ -84,7 +82,11 @@ class Pieces {
     const megatron::AttentionInput positions{at::arange(S).view({1, S}), {}};
     const auto gradient = random_values(target, hidden_.sizes(), at::kBFloat16, 1e-3);
     for (int64_t layer = 0; layer < sizes.config.num_layers(); ++layer) {
-      auto module = ready(megatron::TransformerLayer(sizes.config, layer, tp), target);
+      auto module =
+          ready(megatron::TransformerLayer(
+                    sizes.config, layer,
+                    megatron::TransformerExecution{.sequence_parallel = true, .accumulate_into_grad = true}, tp),
+                target);
       // Once a forward pass of all layers: no part of a layer's time.
       const megatron::AttentionBatch batch(positions, S, 1, {module->self_attention->rotary()}, target.device());
       const bool is_full = sizes.config.layers[static_cast<size_t>(layer)].sliding_window == 0;

@@ -83,12 +83,12 @@ at::Tensor core_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
 }
 
 SelfAttentionImpl::SelfAttentionImpl(const TransformerConfig& config, const AttentionLayerConfig& layer,
-                                     const parallel::GroupPtr& tp)
+                                     const TransformerExecution& execution, const parallel::GroupPtr& tp)
     : num_heads_(parallel::even_shard_size(layer.num_attention_heads, tp->getSize(), "num_attention_heads")),
       num_groups_(parallel::even_shard_size(config.num_query_groups, tp->getSize(), "num_query_groups")),
       head_dim_(config.head_dim),
       sliding_window_(layer.sliding_window),
-      sequence_parallel_(config.sequence_parallel),
+      sequence_parallel_(execution.sequence_parallel),
       rotary_(layer.rotary_dim(config.head_dim), layer.rope_theta, layer.rope_scaling),
       tp_(tp) {
   TORCH_CHECK_VALUE(num_groups_ > 0 && num_heads_ % num_groups_ == 0, "num_attention_heads ", layer.num_attention_heads,
@@ -97,20 +97,13 @@ SelfAttentionImpl::SelfAttentionImpl(const TransformerConfig& config, const Atte
   const int64_t kv_features = config.num_query_groups * head_dim_;
   const std::vector<OutputPart> parts{
       {"q_proj", q_features}, {"k_proj", kv_features}, {"v_proj", kv_features}, {"g_proj", layer.num_attention_heads}};
-  linear_qkv = register_module("linear_qkv", ColumnParallelLinear(ColumnParallelLinearOptions(config.hidden_size, parts)
-                                                                      .sequence_parallel(config.sequence_parallel)
-                                                                      .accumulate_into_grad(config.accumulate_into_grad)
-                                                                      .init_std(config.init_std),
-                                                                  tp));
+  const auto qkv_options = ColumnParallelLinearOptions(config.hidden_size, parts).init_std(config.init_std);
+  linear_qkv = register_module("linear_qkv", ColumnParallelLinear(execution.apply_to(qkv_options), tp));
   const auto domain = tp->getSize() > 1 ? GradientDomain::kReplicatedPartial : GradientDomain::kReplicated;
   q_norm = register_module("q_norm", RMSNorm(head_dim_, config.rms_norm_eps, domain));
   k_norm = register_module("k_norm", RMSNorm(head_dim_, config.rms_norm_eps, domain));
-  linear_proj =
-      register_module("linear_proj", RowParallelLinear(RowParallelLinearOptions(q_features, config.hidden_size)
-                                                           .sequence_parallel(config.sequence_parallel)
-                                                           .accumulate_into_grad(config.accumulate_into_grad)
-                                                           .init_std(config.init_std),
-                                                       tp));
+  const auto proj_options = RowParallelLinearOptions(q_features, config.hidden_size).init_std(config.init_std);
+  linear_proj = register_module("linear_proj", RowParallelLinear(execution.apply_to(proj_options), tp));
 }
 
 at::Tensor SelfAttentionImpl::forward(const at::Tensor& input, const AttentionBatch& attention) {

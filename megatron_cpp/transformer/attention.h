@@ -10,6 +10,7 @@
 #include "megatron_cpp/tensor_parallel/column_parallel_linear.h"
 #include "megatron_cpp/tensor_parallel/row_parallel_linear.h"
 #include "megatron_cpp/transformer/attention_batch.h"
+#include "megatron_cpp/transformer/execution.h"
 #include "megatron_cpp/transformer/rms_norm.h"
 #include "megatron_cpp/transformer/rotary_embedding.h"
 #include "megatron_cpp/transformer/transformer_config.h"
@@ -40,7 +41,8 @@ class SelfAttentionImpl : public torch::nn::Module {
  public:
   /// @throws c10::ValueError if layer.num_attention_heads or config.num_query_groups is not divisible by t, or
   ///         the heads by the groups.
-  SelfAttentionImpl(const TransformerConfig& config, const AttentionLayerConfig& layer, const parallel::GroupPtr& tp);
+  SelfAttentionImpl(const TransformerConfig& config, const AttentionLayerConfig& layer,
+                    const TransformerExecution& execution, const parallel::GroupPtr& tp);
 
   /// @param input      [S, B, H], equal on every rank; with sequence_parallel [S/t, B, H], this rank's rows.
   /// @param attention  of the whole sequence, equal on every rank; made with rotary() among others.

@@ -12,7 +12,6 @@
 #include "megatron_cpp/transformer/attention.h"
 #include "megatron_cpp/transformer/transformer_block.h"
 #include "megatron_cpp/transformer/transformer_config.h"
-#include "parallel/group.h"
 
 namespace megatron {
 
@@ -20,7 +19,7 @@ namespace megatron {
 class GPTModelImpl : public torch::nn::Module {
  public:
   /// @throws c10::ValueError as TransformerConfig::validate(t) does.
-  GPTModelImpl(const TransformerConfig& config, const parallel::GroupPtr& tp);
+  GPTModelImpl(const TransformerConfig& config, const TransformerExecution& execution, const ModelGroups& groups);
 
   /// @param input_ids      [B, S] int64, equal on every rank; not read when decoder_input is given.
   /// @param attention      of the whole sequence, equal on every rank.

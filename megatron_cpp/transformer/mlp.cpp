@@ -54,20 +54,15 @@ at::Tensor clamped_swiglu(const at::Tensor& gate_up, double limit) {
   return SwiGLUFunction::apply(gate_up, limit);
 }
 
-MLPImpl::MLPImpl(const TransformerConfig& config, double swiglu_limit, const parallel::GroupPtr& tp)
+MLPImpl::MLPImpl(const TransformerConfig& config, double swiglu_limit, const TransformerExecution& execution,
+                 const parallel::GroupPtr& tp)
     : swiglu_limit_(swiglu_limit) {
   const std::vector<OutputPart> parts{{"gate_proj", config.ffn_hidden_size}, {"up_proj", config.ffn_hidden_size}};
-  linear_fc1 = register_module("linear_fc1", ColumnParallelLinear(ColumnParallelLinearOptions(config.hidden_size, parts)
-                                                                      .sequence_parallel(config.sequence_parallel)
-                                                                      .accumulate_into_grad(config.accumulate_into_grad)
-                                                                      .init_std(config.init_std),
-                                                                  tp));
-  linear_fc2 = register_module("linear_fc2",
-                               RowParallelLinear(RowParallelLinearOptions(config.ffn_hidden_size, config.hidden_size)
-                                                     .sequence_parallel(config.sequence_parallel)
-                                                     .accumulate_into_grad(config.accumulate_into_grad)
-                                                     .init_std(config.init_std),
-                                                 tp));
+  const auto fc1_options = ColumnParallelLinearOptions(config.hidden_size, parts).init_std(config.init_std);
+  linear_fc1 = register_module("linear_fc1", ColumnParallelLinear(execution.apply_to(fc1_options), tp));
+  const auto fc2_options =
+      RowParallelLinearOptions(config.ffn_hidden_size, config.hidden_size).init_std(config.init_std);
+  linear_fc2 = register_module("linear_fc2", RowParallelLinear(execution.apply_to(fc2_options), tp));
 }
 
 at::Tensor MLPImpl::forward(const at::Tensor& input) {

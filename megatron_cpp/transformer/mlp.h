@@ -9,6 +9,7 @@
 
 #include "megatron_cpp/tensor_parallel/column_parallel_linear.h"
 #include "megatron_cpp/tensor_parallel/row_parallel_linear.h"
+#include "megatron_cpp/transformer/execution.h"
 #include "megatron_cpp/transformer/transformer_config.h"
 #include "parallel/group.h"
 
@@ -26,7 +27,8 @@ class MLPImpl : public torch::nn::Module {
  public:
   /// @param swiglu_limit  0: no clamp.
   /// @throws c10::ValueError if ffn_hidden_size is not divisible by t.
-  MLPImpl(const TransformerConfig& config, double swiglu_limit, const parallel::GroupPtr& tp);
+  MLPImpl(const TransformerConfig& config, double swiglu_limit, const TransformerExecution& execution,
+          const parallel::GroupPtr& tp);
 
   /// @param input  [S, B, H], equal on every rank; with sequence_parallel [S/t, B, H], this rank's rows.
   /// @return       the same shape.

@@ -2,28 +2,35 @@
 
 #include <c10/util/Exception.h>
 
-#include "megatron_cpp/transformer/transformer_layer.h"
+#include <memory>
+#include <string>
 
 namespace megatron {
 
-TransformerBlockImpl::TransformerBlockImpl(const TransformerConfig& config, const parallel::GroupPtr& tp)
-    : sequence_ranks_(config.sequence_parallel ? tp->getSize() : 1) {
-  config.validate(tp->getSize());
-  layers = register_module("layers", torch::nn::ModuleList());
-  for (int64_t number = 0; number < config.num_layers(); ++number) {
-    TransformerLayer layer(config, number, tp);
-    rotaries_.push_back(layer->self_attention->rotary());
-    layers->push_back(layer);
+TransformerBlockImpl::TransformerBlockImpl(const TransformerConfig& config, const TransformerExecution& execution,
+                                           const ModelGroups& groups, std::optional<parallel::Range> range)
+    : sequence_ranks_(execution.sequence_parallel ? groups.tp->getSize() : 1) {
+  config.validate(groups.tp->getSize());
+  const auto own = range.value_or(parallel::Range{0, config.num_layers()});
+  TORCH_CHECK_VALUE(own.begin >= 0 && own.begin <= own.end && own.end <= config.num_layers(), "layers [", own.begin,
+                    ", ", own.end, ") of a decoder with ", config.num_layers());
+  const auto by_number = register_module("layers", std::make_shared<torch::nn::Module>());
+  for (int64_t number = own.begin; number < own.end; ++number) {
+    layers.push_back(
+        by_number->register_module(std::to_string(number), TransformerLayer(config, number, execution, groups)));
+    rotaries_.push_back(layers.back()->self_attention->rotary());
   }
-  final_layernorm = register_module("final_layernorm", RMSNorm(config.hidden_size, config.rms_norm_eps,
-                                                               hidden_norm_domain(config.sequence_parallel, tp)));
+  if (own.end == config.num_layers()) {
+    const auto domain = hidden_norm_domain(execution.sequence_parallel, groups.tp);
+    final_layernorm = register_module("final_layernorm", RMSNorm(config.hidden_size, config.rms_norm_eps, domain));
+  }
 }
 
 at::Tensor TransformerBlockImpl::forward(const at::Tensor& hidden_states, const AttentionInput& attention) {
   const auto batch = attention_batch(hidden_states, attention);
   auto hidden = hidden_states;
-  for (const auto& layer : *layers) hidden = layer->as<TransformerLayer>()->forward(hidden, batch);
-  return final_layernorm->forward(hidden);
+  for (auto& layer : layers) hidden = layer->forward(hidden, batch);
+  return final_layernorm ? final_layernorm->forward(hidden) : hidden;
 }
 
 AttentionBatch TransformerBlockImpl::attention_batch(const at::Tensor& hidden_states,

@@ -3,24 +3,29 @@
 
 #include <ATen/core/Tensor.h>
 #include <torch/nn/module.h>
-#include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/pimpl.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "megatron_cpp/transformer/attention.h"
 #include "megatron_cpp/transformer/rms_norm.h"
 #include "megatron_cpp/transformer/transformer_config.h"
-#include "parallel/group.h"
+#include "megatron_cpp/transformer/transformer_layer.h"
+#include "parallel/shard.h"
 
 namespace megatron {
 
-/// final_layernorm(layer L-1(... layer 0(x))), one TransformerLayer per entry of config.layers.
+/// final_layernorm(layer L-1(... layer 0(x))), one TransformerLayer per entry of config.layers, or some of these layers
+/// in a row: what one stage of a pipeline has. Modules are named by the number of the layer in the model
+/// ("layers.7.mlp..."), so that a parameter has the same name in whichever block it is.
 class TransformerBlockImpl : public torch::nn::Module {
  public:
-  /// @throws c10::ValueError as TransformerConfig::validate(t) does.
-  TransformerBlockImpl(const TransformerConfig& config, const parallel::GroupPtr& tp);
+  /// @param range  the layers [begin, end) of config.layers; all unless given. The norm comes with the last layer.
+  /// @throws c10::ValueError as TransformerConfig::validate(t) does, or if there are no such layers.
+  TransformerBlockImpl(const TransformerConfig& config, const TransformerExecution& execution,
+                       const ModelGroups& groups, std::optional<parallel::Range> range = std::nullopt);
 
   /// @param hidden_states  [S, B, H], equal on every rank; with sequence_parallel [S/t, B, H], this rank's rows.
   /// @param attention      of the whole sequence, equal on every rank.
@@ -33,8 +38,8 @@ class TransformerBlockImpl : public torch::nn::Module {
   /// @throws c10::ValueError as forward does.
   AttentionBatch attention_batch(const at::Tensor& hidden_states, const AttentionInput& attention) const;
 
-  torch::nn::ModuleList layers{nullptr};  ///< of TransformerLayer
-  RMSNorm final_layernorm{nullptr};       ///< of the hidden states, [H]
+  std::vector<TransformerLayer> layers;  ///< those of the range, in their order
+  RMSNorm final_layernorm{nullptr};      ///< of the hidden states, [H]; none without the last layer
 
  private:
   std::vector<RotaryEmbedding> rotaries_;  ///< of each layer

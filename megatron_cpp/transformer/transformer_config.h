@@ -1,11 +1,9 @@
-// Sizes and options of a decoder.
+// The shape of a decoder.
 #pragma once
 
 #include <cstdint>
 #include <optional>
 #include <vector>
-
-#include "megatron_cpp/tensor_parallel/parallel_embedding.h"
 
 namespace megatron {
 
@@ -34,18 +32,16 @@ struct AttentionLayerConfig {
   int64_t rotary_dim(int64_t head_dim) const;
 };
 
-/// A decoder with grouped-query attention, norms of q and k, a gate per head, and SwiGLU feed-forwards.
+/// The shape of a decoder with grouped-query attention, norms of q and k, a gate per head, and SwiGLU feed-forwards.
+/// How it runs is in TransformerExecution, over which ranks in ModelGroups.
 struct TransformerConfig {
-  int64_t vocabulary_size = 0;   ///< V, without padding; any number
-  int64_t hidden_size = 0;       ///< H, divisible by t
-  int64_t head_dim = 0;          ///< D, elements of a query, key or value head; heads * D need not be H
-  int64_t num_query_groups = 0;  ///< key/value heads, the same in every layer
-  int64_t ffn_hidden_size = 0;   ///< F, divisible by t
-  double rms_norm_eps = 1e-5;    ///< added to the mean square in every norm
-  double init_std = 0.02;        ///< standard deviation of the initial weights of matrices
-  EmbeddingSharding embedding_sharding = EmbeddingSharding::kVocab;  ///< not of the output layer
-  bool sequence_parallel = false;     ///< between the tensor-parallel parts a rank holds its rows of the sequence
-  bool accumulate_into_grad = false;  ///< backward adds into existing gradients, see the layers' options
+  int64_t vocabulary_size = 0;               ///< V, without padding; any number
+  int64_t hidden_size = 0;                   ///< H, divisible by t
+  int64_t head_dim = 0;                      ///< D, elements of a query, key or value head; heads * D need not be H
+  int64_t num_query_groups = 0;              ///< key/value heads, the same in every layer
+  int64_t ffn_hidden_size = 0;               ///< F, divisible by t
+  double rms_norm_eps = 1e-5;                ///< added to the mean square in every norm
+  double init_std = 0.02;                    ///< standard deviation of the initial weights of matrices
   std::vector<AttentionLayerConfig> layers;  ///< one entry per layer
 
   /// Entries of `layers`.

@@ -5,15 +5,16 @@
 namespace megatron {
 
 TransformerLayerImpl::TransformerLayerImpl(const TransformerConfig& config, int64_t layer_number,
-                                           const parallel::GroupPtr& tp) {
+                                           const TransformerExecution& execution, const ModelGroups& groups) {
+  const auto& tp = groups.tp;
   const auto& layer = config.layers.at(static_cast<size_t>(layer_number));
   const auto norm = [&] {
-    return RMSNorm(config.hidden_size, config.rms_norm_eps, hidden_norm_domain(config.sequence_parallel, tp));
+    return RMSNorm(config.hidden_size, config.rms_norm_eps, hidden_norm_domain(execution.sequence_parallel, tp));
   };
   input_layernorm = register_module("input_layernorm", norm());
-  self_attention = register_module("self_attention", SelfAttention(config, layer, tp));
+  self_attention = register_module("self_attention", SelfAttention(config, layer, execution, tp));
   pre_mlp_layernorm = register_module("pre_mlp_layernorm", norm());
-  mlp = register_module("mlp", MLP(config, layer.swiglu_limit, tp));
+  mlp = register_module("mlp", MLP(config, layer.swiglu_limit, execution, tp));
 }
 
 at::Tensor TransformerLayerImpl::feed_forward(const at::Tensor& normed) { return mlp->forward(normed); }

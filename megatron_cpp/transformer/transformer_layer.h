@@ -20,7 +20,8 @@ class TransformerLayerImpl : public torch::nn::Module {
  public:
   /// @param layer_number  index into config.layers.
   /// @throws c10::ValueError as the parts' constructors do.
-  TransformerLayerImpl(const TransformerConfig& config, int64_t layer_number, const parallel::GroupPtr& tp);
+  TransformerLayerImpl(const TransformerConfig& config, int64_t layer_number, const TransformerExecution& execution,
+                       const ModelGroups& groups);
 
   /// @param hidden_states  [S, B, H], equal on every rank; with sequence_parallel [S/t, B, H], this rank's rows.
   /// @param attention      of the whole sequence, equal on every rank; made with self_attention->rotary().

@@ -450,9 +450,9 @@ Step37Config model_config(const RunConfig& config, int64_t vocabulary_size) {
   result.text.ffn_hidden_size = model.ffn_hidden_size;
   result.text.rms_norm_eps = model.rms_norm_eps;
   result.text.init_std = model.init_std;
-  result.text.embedding_sharding = config.parallel.embedding_sharding;
-  result.text.sequence_parallel = config.parallel.sequence_parallel;
-  result.text.accumulate_into_grad = true;
+  result.execution.embedding_sharding = config.parallel.embedding_sharding;
+  result.execution.sequence_parallel = config.parallel.sequence_parallel;
+  result.execution.accumulate_into_grad = true;
   for (int64_t layer = 0; layer < model.num_layers; ++layer) {
     megatron::AttentionLayerConfig attention;
     const bool full = layer % model.full_attention_interval == 0;

@@ -154,7 +154,7 @@ void validate(const RunConfig& config, int num_ranks);
 parallel::RankGrid rank_grid(const RunConfig& config, int num_ranks);
 
 /// The model, with a vocabulary of `vocabulary_size` pieces (the tokenizer's, which may be below data.vocabulary_size).
-/// Gradients accumulate into their buffers (TransformerConfig::accumulate_into_grad).
+/// Gradients accumulate into their buffers (TransformerExecution::accumulate_into_grad).
 Step37Config model_config(const RunConfig& config, int64_t vocabulary_size);
 
 megatron::LearningRateSchedule learning_rate_schedule(const RunConfig& config);

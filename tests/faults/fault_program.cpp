@@ -48,8 +48,8 @@ step37::Step37Config model_config() {
   config.text.head_dim = 16;
   config.text.num_query_groups = 4;
   config.text.ffn_hidden_size = 64;
-  config.text.sequence_parallel = true;
-  config.text.accumulate_into_grad = true;
+  config.execution.sequence_parallel = true;
+  config.execution.accumulate_into_grad = true;
   config.text.layers.resize(1);
   config.text.layers[0].num_attention_heads = 4;
   config.checked = true;

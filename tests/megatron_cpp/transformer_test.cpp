@@ -121,7 +121,7 @@ void compare_gradients(const std::vector<ParameterShard>& shards, const std::map
 }
 
 template <class Module>
-using Make = std::function<Module(const TransformerConfig&, const GroupPtr&)>;
+using Make = std::function<Module(const TransformerConfig&, const TransformerExecution&, const GroupPtr&)>;
 template <class Module>
 using Forward = std::function<at::Tensor(Module&, const at::Tensor&)>;
 
@@ -132,7 +132,7 @@ void expect_like_single(const Make<Module>& make, const Forward<Module>& forward
                         const Compare& compare) {
   const auto whole_input = normal_values({kSequence, batch, kHidden}, 1);
   const auto whole_gradient = normal_values({kSequence, batch, kHidden}, 2);
-  auto reference = make(small_config(), test_support::single());
+  auto reference = make(small_config(), {}, test_support::single());
   const auto reference_shards = start(reference);
   const auto reference_input = leaf(whole_input);
   const auto expected = forward(reference, reference_input);
@@ -145,9 +145,7 @@ void expect_like_single(const Make<Module>& make, const Forward<Module>& forward
       const Compare compare_here = [&](const at::Tensor& actual, const at::Tensor& want, const std::string& what) {
         compare(actual, want, what + where);
       };
-      auto config = small_config();
-      config.sequence_parallel = sequence_parallel;
-      auto module = make(config, tp);
+      auto module = make(small_config(), {.sequence_parallel = sequence_parallel}, tp);
       const auto shards = start(module);
       const auto input = leaf(own_rows(whole_input, sequence_parallel, tp));
       const auto output = forward(module, input);
@@ -160,7 +158,7 @@ void expect_like_single(const Make<Module>& make, const Forward<Module>& forward
 }
 
 TEST_F(TransformerTest, PackedSequencesDoNotSeeEachOther) {
-  GPTModel model(small_config(), test_support::world_tp());
+  GPTModel model(small_config(), TransformerExecution{}, test_support::world_tp());
   start(model);
   const auto ids = at::arange(kSequence, at::kLong).mul(5).remainder(37).unsqueeze(0);
   const auto whole = model->forward(ids, packed());
@@ -177,8 +175,8 @@ TEST_F(TransformerTest, SelfAttentionIsTheSameAtEverySize) {
   for (const size_t layer : {0U, 1U}) {
     for (const auto& input : {unpacked(), packed()}) {
       expect_like_single<SelfAttention>(
-          [&](const TransformerConfig& config, const GroupPtr& tp) {
-            return SelfAttention(config, config.layers[layer], tp);
+          [&](const TransformerConfig& config, const TransformerExecution& execution, const GroupPtr& tp) {
+            return SelfAttention(config, config.layers[layer], execution, tp);
           },
           [&](SelfAttention& module, const at::Tensor& x) {
             return module->forward(x, batch_of(module->rotary(), input, x.size(1)));
@@ -192,7 +190,9 @@ TEST_F(TransformerTest, SelfAttentionIsTheSameAtEverySize) {
 TEST_F(TransformerTest, MLPIsTheSameAtEverySize) {
   for (const double limit : {0.0, 0.3}) {
     expect_like_single<MLP>(
-        [&](const TransformerConfig& config, const GroupPtr& tp) { return MLP(config, limit, tp); },
+        [&](const TransformerConfig& config, const TransformerExecution& execution, const GroupPtr& tp) {
+          return MLP(config, limit, execution, tp);
+        },
         [](MLP& module, const at::Tensor& x) { return module->forward(x); }, kBatch,
         [&](const at::Tensor& a, const at::Tensor& b, const std::string& what) { compare(a, b, what); });
   }
@@ -201,7 +201,9 @@ TEST_F(TransformerTest, MLPIsTheSameAtEverySize) {
 TEST_F(TransformerTest, LayersAreTheSameAtEverySize) {
   for (const int64_t number : {0, 1}) {
     expect_like_single<TransformerLayer>(
-        [&](const TransformerConfig& config, const GroupPtr& tp) { return TransformerLayer(config, number, tp); },
+        [&](const TransformerConfig& config, const TransformerExecution& execution, const GroupPtr& tp) {
+          return TransformerLayer(config, number, execution, tp);
+        },
         [](TransformerLayer& module, const at::Tensor& x) {
           return module->forward(x, batch_of(module->self_attention->rotary(), unpacked(), kBatch));
         },
@@ -212,11 +214,38 @@ TEST_F(TransformerTest, LayersAreTheSameAtEverySize) {
 TEST_F(TransformerTest, TheBlockIsTheSameAtEverySize) {
   for (const auto& input : {unpacked(), packed()}) {
     expect_like_single<TransformerBlock>(
-        [](const TransformerConfig& config, const GroupPtr& tp) { return TransformerBlock(config, tp); },
+        [](const TransformerConfig& config, const TransformerExecution& execution, const GroupPtr& tp) {
+          return TransformerBlock(config, execution, tp);
+        },
         [&](TransformerBlock& module, const at::Tensor& x) { return module->forward(x, input); },
         input.cu_seqlens.defined() ? 1 : kBatch,
         [&](const at::Tensor& a, const at::Tensor& b, const std::string& what) { compare(a, b, what); });
   }
+}
+
+// Two blocks one after the other are the whole one, and their parameters have the names of the whole one's.
+TEST_F(TransformerTest, BlocksOfSomeLayersMakeUpTheWhole) {
+  const auto& tp = test_support::world_tp();
+  const auto config = small_config();
+  TransformerBlock whole(config, TransformerExecution{.sequence_parallel = true}, tp);
+  TransformerBlock first(config, TransformerExecution{.sequence_parallel = true}, tp, Range{0, 1});
+  TransformerBlock second(config, TransformerExecution{.sequence_parallel = true}, tp, Range{1, 3});
+  std::vector<std::string> expected;
+  for (const auto& shard : start(whole)) expected.push_back(shard.name);
+  std::vector<std::string> names;
+  for (auto* block : {&first, &second}) {
+    for (const auto& shard : start(*block)) names.push_back(shard.name);
+  }
+  EXPECT_EQ(names, expected);
+  const auto input = own_rows(normal_values({kSequence, 1, kHidden}, 1), true, tp);
+  EXPECT_TRUE(
+      test_support::equal(second->forward(first->forward(input, packed()), packed()), whole->forward(input, packed())));
+  EXPECT_FALSE(first->final_layernorm);
+  for (const auto& range : {Range{-1, 1}, Range{2, 1}, Range{0, 4}}) {
+    EXPECT_TRUE(throws([&] { TransformerBlock(config, TransformerExecution{}, tp, range); }, "of a decoder with 3"));
+  }
+  const TransformerBlock none(config, TransformerExecution{}, tp, Range{1, 1});
+  EXPECT_TRUE(megatron::parameter_shards(*none).empty());
 }
 
 /// The columns [r V'/t, (r+1) V'/t) of a tensor with V columns, zeros beyond V.
@@ -228,7 +257,7 @@ at::Tensor own_columns(const at::Tensor& whole, int64_t columns, const GroupPtr&
 TEST_F(TransformerTest, TheModelIsTheSameAtEverySize) {
   const auto ids = at::arange(kBatch * kSequence, at::kLong).mul(11).remainder(37).view({kBatch, kSequence});
   const auto whole_gradient = normal_values({kSequence, kBatch, 37}, 3);
-  GPTModel reference(small_config(), test_support::single());
+  GPTModel reference(small_config(), TransformerExecution{}, test_support::single());
   const auto reference_shards = start(reference);
   const auto expected = reference->forward(ids, unpacked());
   expected.backward(whole_gradient);
@@ -237,10 +266,9 @@ TEST_F(TransformerTest, TheModelIsTheSameAtEverySize) {
     for (const bool sequence_parallel : {false, true}) {
       for (const bool accumulate : {false, true}) {
         const auto& tp = test_support::groups(t).tp;
-        auto config = small_config();
-        config.sequence_parallel = sequence_parallel;
-        config.accumulate_into_grad = accumulate;
-        GPTModel model(config, tp);
+        const TransformerExecution execution{.sequence_parallel = sequence_parallel,
+                                             .accumulate_into_grad = accumulate};
+        GPTModel model(small_config(), execution, tp);
         const auto shards = start(model);
         const int passes = accumulate ? 2 : 1;
         for (int pass = 0; pass < passes; ++pass) {
@@ -263,9 +291,8 @@ TEST_F(TransformerTest, TheModelTakesEmbeddingsComputedElsewhere) {
   const auto ids = at::arange(kSequence, at::kLong).mul(11).remainder(37).unsqueeze(0);
   const auto& tp = test_support::world_tp();
   for (const bool sequence_parallel : {false, true}) {
-    auto config = small_config();
-    config.sequence_parallel = sequence_parallel;
-    GPTModel model(config, tp);
+    const TransformerExecution execution{.sequence_parallel = sequence_parallel};
+    GPTModel model(small_config(), execution, tp);
     start(model);
     const auto expected = model->forward(ids, packed());
     const auto embeddings = model->embedding->forward(ids).detach();
@@ -275,7 +302,7 @@ TEST_F(TransformerTest, TheModelTakesEmbeddingsComputedElsewhere) {
 }
 
 TEST_F(TransformerTest, PaddedOutputRowsAreInNoCheckpoint) {
-  GPTModel model(small_config(), test_support::world_tp());
+  GPTModel model(small_config(), TransformerExecution{}, test_support::world_tp());
   int64_t rows = 0;
   for (const auto& shard : start(model)) {
     if (shard.name != "output_layer.weight") continue;
@@ -295,10 +322,9 @@ TEST_F(TransformerTest, PaddedOutputRowsAreInNoCheckpoint) {
 
 TEST_F(TransformerTest, BFloat16StaysNearFloat32) {
   for (const bool sequence_parallel : {false, true}) {
-    auto config = small_config();
-    config.sequence_parallel = sequence_parallel;
+    const TransformerExecution execution{.sequence_parallel = sequence_parallel};
     const auto& tp = test_support::world_tp();
-    TransformerBlock block(config, tp);
+    TransformerBlock block(small_config(), execution, tp);
     start(block);
     const auto input = own_rows(normal_values({kSequence, 1, kHidden}, 1), sequence_parallel, tp);
     const auto expected = block->forward(input, packed()).detach();
@@ -317,9 +343,8 @@ TEST_F(TransformerTest, ALayerCommunicatesAsItsHeadersSay) {
   const int64_t sent = tp->getSize() > 1 ? 1 : 0;
   for (const bool sequence_parallel : {false, true}) {
     const auto recorded = parallel::record(tp);
-    auto config = small_config();
-    config.sequence_parallel = sequence_parallel;
-    TransformerLayer layer(config, 0, recorded.group);
+    const TransformerExecution execution{.sequence_parallel = sequence_parallel};
+    TransformerLayer layer(small_config(), 0, execution, recorded.group);
     start(layer);
     const auto input = leaf(own_rows(normal_values({kSequence, kBatch, kHidden}, 1), sequence_parallel, tp));
     const auto output = layer->forward(input, batch_of(layer->self_attention->rotary(), unpacked(), kBatch));
@@ -346,9 +371,8 @@ TEST_F(TransformerTest, ALayerCommunicatesAsItsHeadersSay) {
 TEST_F(TransformerTest, GradientDomainsFollowFromTheLayersUse) {
   for (const int t : test_support::divisors_of_world()) {
     for (const bool sequence_parallel : {false, true}) {
-      auto config = small_config();
-      config.sequence_parallel = sequence_parallel;
-      TransformerBlock block(config, test_support::groups(t).tp);
+      const TransformerExecution execution{.sequence_parallel = sequence_parallel};
+      TransformerBlock block(small_config(), execution, test_support::groups(t).tp);
       for (const auto& shard : parameter_shards(*block)) {
         auto expected = GradientDomain::kSharded;
         if (shard.name.find("layernorm") != std::string::npos) {
@@ -431,13 +455,12 @@ TEST_F(TransformerTest, GoldenLayers) {
       }
       for (const bool sequence_parallel : {false, true}) {
         const auto& tp = test_support::groups(t).tp;
-        config.sequence_parallel = sequence_parallel;
-        TransformerBlock block(config, tp);
+        TransformerBlock block(config, TransformerExecution{.sequence_parallel = sequence_parallel}, tp);
         load(start(block), weights);
         auto hidden = own_rows(embeddings, sequence_parallel, tp);
         const auto batch = block->attention_batch(hidden, attention);
         for (size_t number = 0; number < 2; ++number) {
-          hidden = block->layers->ptr(number)->as<TransformerLayer>()->forward(hidden, batch);
+          hidden = block->layers[number]->forward(hidden, batch);
           const auto key = "text_layer_out." + std::to_string(number);
           compare(hidden, own_rows(sequence_first(key), sequence_parallel, tp), name + " " + key, kGoldenTolerance);
         }
@@ -475,11 +498,11 @@ TEST_F(TransformerTest, ConfigurationsThatCannotBeSplitAreRefused) {
   for (const int t : {1, 2, 4}) EXPECT_NO_THROW(small_config().validate(t));
   auto config = small_config();
   config.layers[1].num_attention_heads = 0;
-  EXPECT_THROW(GPTModel(config, test_support::world_tp()), c10::ValueError);
+  EXPECT_THROW(GPTModel(config, TransformerExecution{}, test_support::world_tp()), c10::ValueError);
 }
 
 TEST_F(TransformerTest, AttentionInputsThatDoNotFitAreRefusedBeforeAnythingIsSent) {
-  SelfAttention attention(small_config(), small_config().layers[0], test_support::world_tp());
+  SelfAttention attention(small_config(), small_config().layers[0], TransformerExecution{}, test_support::world_tp());
   start(attention);
   const auto input = normal_values({kSequence, 1, kHidden}, 1);
   const auto two_rows = normal_values({kSequence, 2, kHidden}, 1);
@@ -511,7 +534,7 @@ TEST_F(TransformerTest, AttentionInputsThatDoNotFitAreRefusedBeforeAnythingIsSen
         attention->forward(input, batch_of(RotaryEmbedding(8, 1.0), {ids, {}}, 1));
       },
       "made without this layer's rotary embedding"));
-  TransformerBlock block(small_config(), test_support::world_tp());
+  TransformerBlock block(small_config(), TransformerExecution{}, test_support::world_tp());
   start(block);
   EXPECT_TRUE(throws([&] { block->forward(input.squeeze(1), {ids, {}}); }, "not [sequence, batch, hidden]"));
 }
@@ -545,7 +568,7 @@ TEST_F(TransformerTest, LayersMakeNothingThatTheBatchHolds) {
     for (const size_t num_layers : {2U, 3U, 8U}) {
       auto config = small_config();
       config.layers.resize(num_layers, config.layers.front());
-      TransformerBlock block(config, test_support::single());
+      TransformerBlock block(config, TransformerExecution{}, test_support::single());
       start(block);
       const auto hidden = leaf(normal_values({kSequence, 1, kHidden}, 1));
       const test_support::OperatorWatch watch;

@@ -279,8 +279,8 @@ TEST_F(RunConfigTest, RanksAreSplitIntoTensorTimesData) {
 TEST_F(RunConfigTest, TheModelHasFullAttentionInEveryKthLayer) {
   const auto model = model_config(smallest({"model.full_attention_interval=3"}), 77);
   EXPECT_EQ(model.text.vocabulary_size, 77);
-  EXPECT_TRUE(model.text.accumulate_into_grad);
-  EXPECT_TRUE(model.text.sequence_parallel);
+  EXPECT_TRUE(model.execution.accumulate_into_grad);
+  EXPECT_TRUE(model.execution.sequence_parallel);
   ASSERT_EQ(model.text.num_layers(), 6);
   for (size_t layer = 0; layer < 6; ++layer) {
     const auto& attention = model.text.layers[layer];

@@ -1,0 +1,37 @@
+// How a model runs, and over which ranks.
+#pragma once
+
+#include <utility>
+
+#include "megatron_cpp/tensor_parallel/parallel_embedding.h"
+#include "parallel/group.h"
+#include "parallel/process_groups.h"
+
+namespace megatron {
+
+/// How a decoder runs. Results differ in rounding only. The same on every rank.
+struct TransformerExecution {
+  bool sequence_parallel = false;     ///< between the tensor-parallel parts a rank holds its rows of the sequence
+  bool accumulate_into_grad = false;  ///< backward adds into existing gradients, see the layers' options
+  EmbeddingSharding embedding_sharding = EmbeddingSharding::kVocab;  ///< not of the output layer
+
+  /// The options of a layer (ColumnParallelLinearOptions, ParallelEmbeddingOptions, ...) with the first two of these.
+  template <class Options>
+  Options apply_to(Options options) const {
+    return options.sequence_parallel(sequence_parallel).accumulate_into_grad(accumulate_into_grad);
+  }
+};
+
+/// The groups that the parts of a model are split over. Composites (block, model) take this struct and give each layer
+/// the one group that it needs.
+struct ModelGroups {
+  /// Tensor (and sequence) parallelism alone.
+  ModelGroups(parallel::GroupPtr tensor_parallel)
+      : tp(std::move(tensor_parallel)) {}  // NOLINT(google-explicit-constructor)
+  /// Those of a program that the model is split over.
+  ModelGroups(const parallel::ProcessGroups& groups) : tp(groups.tp) {}  // NOLINT(google-explicit-constructor)
+
+  parallel::GroupPtr tp;  ///< tensor and sequence parallel
+};
+
+}  // namespace megatron
