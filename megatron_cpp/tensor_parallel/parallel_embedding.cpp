@@ -3,7 +3,6 @@
 #include <utility>
 
 #include "parallel/mappings.h"
-#include "parallel/shard.h"
 
 namespace megatron {
 
@@ -12,10 +11,14 @@ ParallelEmbedding::ParallelEmbedding(ParallelEmbeddingOptions options, parallel:
 
 std::vector<int64_t> ParallelEmbedding::finders(const at::Tensor& /*input_ids*/) const { return {}; }
 
+parallel::SequenceLayout ParallelEmbedding::sequence_layout(int64_t sequence_length) const {
+  return parallel::SequenceLayout::contiguous(sequence_length, sequence_parallel() ? tp_->getSize() : 1);
+}
+
 at::Tensor ParallelEmbedding::reduce(const at::Tensor& partial) const {
   const bool summand = layout() == Part::kSummand;
   if (sequence_parallel()) {
-    parallel::even_shard_size(partial.size(0), tp_->getSize(), "sequence length");
+    sequence_layout(partial.size(0));  // checks
     return summand ? parallel::reduce_scatter_to_sequence_parallel_region(partial, tp_)
                    : parallel::all_to_all_hidden_to_sequence_parallel(partial, tp_);
   }

@@ -9,6 +9,7 @@
 
 #include "megatron_cpp/parameters/parameter_shard.h"
 #include "parallel/group.h"
+#include "parallel/sequence_layout.h"
 
 namespace megatron {
 
@@ -87,6 +88,11 @@ class ParallelEmbedding : public ParallelModule {
   /// 1 all-gather. Of kColumns: 1 all-gather, backward none; sequence_parallel: 1 all-to-all of S·B·H/t elements a
   /// rank, and backward the same.
   at::Tensor reduce(const at::Tensor& partial) const;
+
+  /// Which positions of a sequence of S each rank has of what reduce() returns; without sequence_parallel() a layout of
+  /// one rank, since every rank has all. Not collective.
+  /// @throws c10::ValueError if S % t != 0 with sequence_parallel().
+  parallel::SequenceLayout sequence_layout(int64_t sequence_length) const;
 
   /// As given to the constructor.
   const ParallelEmbeddingOptions& options() const { return options_; }

@@ -50,13 +50,15 @@ template <class Number>
 at::Tensor insert_own_rows(const at::Tensor& text, const at::Tensor& projected, const DeliverySetting& setting,
                            const Number& number_of) {
   const auto& words = *setting.words;
-  const int64_t begin = words.sequence_parallel() ? words.tp()->getRank() * text.size(0) * text.size(1) : 0;
-  const int64_t end = begin + text.size(0) * text.size(1);
+  const int64_t B = text.size(1);
+  const auto layout = words.sequence_layout(setting.input_ids.size(1));
+  const int own_rank = words.sequence_parallel() ? words.tp()->getRank() : 0;
   std::vector<int64_t> rows;
   std::vector<int64_t> projected_rows;
   for (const auto& inserted : setting.features.inserted) {
-    if (inserted.row < begin || inserted.row >= end) continue;
-    rows.push_back(inserted.row - begin);
+    const auto place = layout.place_of(inserted.row / B);
+    if (place.rank != own_rank) continue;
+    rows.push_back(place.position * B + inserted.row % B);
     projected_rows.push_back(number_of(inserted));
   }
   const auto indices = megatron::internal::index_tensors({rows, projected_rows}, text.device());

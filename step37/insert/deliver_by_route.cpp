@@ -18,11 +18,12 @@ class RouteDelivery final : public FusedDelivery {
 
   at::Tensor forward(const at::Tensor& text, const at::Tensor& projected) const override {
     if (!sequence_parallel()) return gather_all(text, projected);
-    auto owned = at::empty({rows_per_rank(), H()}, options_);
+    const int64_t own_positions = layout_.num_positions_of(tp()->getRank());
+    const auto own_rows = at::empty({own_positions * B_, H()}, options_);
     // Gradients of both come back by the same route.
     const bool is_same = way_back().wanted == Wanted{true, true};
-    (is_same ? *way_back().route : route_of({true, true})).to_owners(as_rows(text), projected, owned);
-    return owned.view({S_ / t(), B_, H()});
+    (is_same ? *way_back().route : route_of({true, true})).to_owners(as_rows(text), projected, own_rows);
+    return own_rows.view({own_positions, B_, H()});
   }
 
   Gradients backward(const at::Tensor& gradient, Wanted wanted) const override {

@@ -52,8 +52,9 @@ class SumDelivery final : public FusedDelivery {
         way.gather = make_gather(rows);
         return;
       }
-      for (const int64_t row : text_rows()) {
-        rows.whole[static_cast<size_t>(row / rows_per_rank())].push_back({row, row, finders[static_cast<size_t>(row)]});
+      for (const int64_t text_row : text_rows()) {
+        const auto [owner, row] = owned(text_row);
+        rows.whole[owner].push_back({row, text_row, finders[static_cast<size_t>(text_row)]});
       }
     } else {
       add_images(rows);

@@ -156,12 +156,12 @@ std::vector<InsertedRow> inserted_rows(const LocalFeatures& features, const Inse
 }
 
 /// Leaves this rank the feature rows that end in its part of the sequence, and numbers each owner's rows.
-void keep_owned(LocalFeatures& features, const InsertPlan& plan, const parallel::GroupPtr& tp) {
-  const int64_t rows_per_rank = plan.S() / tp->getSize() * plan.B();
+void keep_owned(LocalFeatures& features, const InsertPlan& plan, const FeatureRequest& request) {
+  const auto& tp = request.tp;
   features.rows_of_rank.assign(static_cast<size_t>(tp->getSize()), 0);
   std::vector<int64_t> own;
   for (auto& inserted : features.inserted) {
-    inserted.holder = inserted.row / rows_per_rank;
+    inserted.holder = request.layout.place_of(inserted.row / plan.B()).rank;
     if (inserted.holder == tp->getRank()) own.push_back(inserted.projected_row);
     inserted.projected_row = features.rows_of_rank[static_cast<size_t>(inserted.holder)]++;
   }
@@ -209,7 +209,7 @@ void bring_features(LocalFeatures& features, const InsertPlan& plan, const Featu
     }
   }
   features.inserted = inserted_rows(features, plan);
-  if (request.by_owners) keep_owned(features, plan, request.tp);
+  if (request.by_owners) keep_owned(features, plan, request);
 }
 
 bool need_gradient(const std::vector<ImageForInsert>& images) {

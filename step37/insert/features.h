@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "parallel/group.h"
+#include "parallel/sequence_layout.h"
 #include "step37/insert/image_for_insert.h"
 #include "step37/insert/options.h"
 #include "step37/insert/plan.h"
@@ -25,11 +26,12 @@ struct InsertedRow {
 
 /// Which features a projector takes.
 struct FeatureRequest {
-  ProjectorSharding sharding = ProjectorSharding::kColumn;
-  int64_t channels = 0;  ///< C
-  /// Each rank takes the rows that it owns in the sequence, of S/t positions, instead of whole images. For whole rows
+  ProjectorSharding sharding;
+  int64_t channels;  ///< C
+  /// Each rank takes the rows that it owns in the sequence, instead of whole images. For whole rows
   /// of features that every rank has and that need no gradient.
-  bool by_owners = false;
+  bool by_owners;
+  parallel::SequenceLayout layout;  ///< who owns which positions
   at::TensorOptions options;
   parallel::GroupPtr tp;
 };

@@ -40,9 +40,10 @@ struct DeliverFunction : torch::autograd::Function<DeliverFunction> {
 }  // namespace
 
 FusedDelivery::FusedDelivery(const at::Tensor& text, const at::Tensor& projected, const DeliverySetting& setting)
-    : S_(text.size(0)),
+    : words_(setting.words),
+      S_(text.size(0)),
       B_(text.size(1)),
-      words_(setting.words),
+      layout_(words_->sequence_layout(S_)),
       projected_part_(setting.projected_part),
       inserted_(setting.features.inserted),
       projected_shape_(projected.sizes().vec()),
@@ -65,6 +66,11 @@ void FusedDelivery::prepare_backward(Wanted wanted) {
   choose_way_back(way_back_);
 }
 
+FusedDelivery::OwnedRow FusedDelivery::owned(int64_t row) const {
+  const auto place = layout_.place_of(row / B_);
+  return {static_cast<size_t>(place.rank), place.position * B_ + row % B_};
+}
+
 void FusedDelivery::write_projected(const at::Tensor& embeddings, const at::Tensor& projected) const {
   copy_rows(embeddings, rows_, projected, projected_rows_);
 }
@@ -82,17 +88,20 @@ at::Tensor FusedDelivery::read_projected(const at::Tensor& columns) const {
 
 void FusedDelivery::add_images(TravellingRows& rows) const {
   for (const auto& inserted : inserted_) {
-    const auto owner = static_cast<size_t>(inserted.row / rows_per_rank());
+    const auto [owner, row] = owned(inserted.row);
     if (inserted.holder == kEveryRank) {
-      rows.pieces[owner].push_back({inserted.row, inserted.projected_row});
+      rows.pieces[owner].push_back({row, inserted.projected_row});
     } else {
-      rows.whole[owner].push_back({inserted.row, inserted.projected_row, inserted.holder});
+      rows.whole[owner].push_back({row, inserted.projected_row, inserted.holder});
     }
   }
 }
 
 void FusedDelivery::add_text(TravellingRows& rows) const {
-  for (const int64_t row : text_rows()) rows.pieces[static_cast<size_t>(row / rows_per_rank())].push_back({row, row});
+  for (const int64_t text_row : text_rows()) {
+    const auto [owner, row] = owned(text_row);
+    rows.pieces[owner].push_back({row, text_row});
+  }
 }
 
 std::vector<int64_t> FusedDelivery::text_rows() const {
@@ -105,19 +114,17 @@ std::vector<int64_t> FusedDelivery::text_rows() const {
   return rows;
 }
 
-RowRoute FusedDelivery::make_route(const TravellingRows& rows) const {
-  return {rows, rows_per_rank(), H(), options_.device(), tp()};
-}
+RowRoute FusedDelivery::make_route(const TravellingRows& rows) const { return {rows, H(), options_.device(), tp()}; }
 
 FusedDelivery::GatheredRows FusedDelivery::make_gather(const TravellingRows& rows) const {
   GatheredRows gather;
   std::vector<int64_t> own_rows;
   std::vector<int64_t> target_rows;
-  for (const auto& owned : rows.pieces) {
+  for (const auto& pieces : rows.pieces) {
     const bool is_own = static_cast<int64_t>(gather.counts.size()) == rank();
-    gather.counts.push_back(static_cast<int64_t>(owned.size()));
-    for (const auto& piece : owned) {
-      if (is_own) own_rows.push_back(piece.row - rows_per_rank() * rank());
+    gather.counts.push_back(static_cast<int64_t>(pieces.size()));
+    for (const auto& piece : pieces) {
+      if (is_own) own_rows.push_back(piece.row);
       target_rows.push_back(piece.made_row);
     }
   }

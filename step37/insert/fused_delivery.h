@@ -62,7 +62,12 @@ class FusedDelivery : public torch::CustomClassHolder {
   bool sequence_parallel() const { return words_->sequence_parallel(); }
   /// Whether each rank has gradients of its own rows only.
   bool sends_back() const { return sequence_parallel() && t() > 1; }
-  int64_t rows_per_rank() const { return S_ / t() * B_; }
+  /// Where a row of the embedding is: its owner, and its number among the owner's rows.
+  struct OwnedRow {
+    size_t owner;
+    int64_t row;
+  };
+  OwnedRow owned(int64_t row) const;
 
   /// Writes what this rank projected into `embeddings` [S*B, W].
   void write_projected(const at::Tensor& embeddings, const at::Tensor& projected) const;
@@ -81,9 +86,10 @@ class FusedDelivery : public torch::CustomClassHolder {
   /// Gradients of what is wanted by way_back().route; text has `text_width` columns.
   Gradients gradients_by_route(const at::Tensor& gradient, Wanted wanted, int64_t text_width) const;
 
+  std::shared_ptr<const megatron::ParallelEmbedding> words_;
   int64_t S_;
   int64_t B_;
-  std::shared_ptr<const megatron::ParallelEmbedding> words_;
+  parallel::SequenceLayout layout_;
   megatron::Part projected_part_;
   std::vector<InsertedRow> inserted_;
   std::vector<int64_t> projected_shape_;

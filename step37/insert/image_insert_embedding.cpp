@@ -5,10 +5,10 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "parallel/agree.h"
-#include "parallel/shard.h"
 #include "step37/insert/agreement.h"
 #include "step37/insert/delivery.h"
 #include "step37/insert/features.h"
@@ -55,17 +55,18 @@ at::Tensor ImageInsertEmbeddingImpl::forward(const at::Tensor& input_ids, const 
                                              const InsertPlan& plan, const at::Tensor& position_ids) {
   const auto& tp = words_->tp();
   const auto& weight = align_projector->weight.defined() ? align_projector->weight : words_->word_embeddings->weight;
-  internal::FeatureRequest request{.sharding = options_.projector_sharding(),
-                                   .channels = options_.encoder_output_dim(),
-                                   .options = weight.options().requires_grad(false),
-                                   .tp = tp};
+  std::optional<internal::FeatureRequest> request;
   internal::LocalFeatures features;
   const auto take = [&] {
     TORCH_CHECK_VALUE(input_ids.dim() == 2 && input_ids.size(0) == plan.B() && input_ids.size(1) == plan.S(),
                       "input_ids ", input_ids.sizes(), " do not fit a plan for [", plan.B(), ", ", plan.S(), "]");
-    if (words_->sequence_parallel()) parallel::even_shard_size(plan.S(), tp->getSize(), "sequence length");
-    request.by_owners = owners_project(images);
-    features = internal::take_features(images, plan, request);
+    request.emplace(internal::FeatureRequest{.sharding = options_.projector_sharding(),
+                                             .channels = options_.encoder_output_dim(),
+                                             .by_owners = owners_project(images),
+                                             .layout = words_->word_embeddings->sequence_layout(plan.S()),
+                                             .options = weight.options().requires_grad(false),
+                                             .tp = tp});
+    features = internal::take_features(images, plan, *request);
   };
   options_.checked() ? parallel::agree_on(take, tp) : take();
   if (options_.checked()) {
@@ -78,12 +79,12 @@ at::Tensor ImageInsertEmbeddingImpl::forward(const at::Tensor& input_ids, const 
 
   // The text first: it refuses ids before anything is sent.
   const auto text = words_->partial(input_ids, at::tensor(at::ArrayRef<int64_t>(plan.embedding_rows()), at::kLong));
-  internal::bring_features(features, plan, request);
+  internal::bring_features(features, plan, *request);
   const auto projected = align_projector->forward(features.rows, features.were_gathered).to(text.scalar_type());
 
   const auto part = projected_part(options_.projector_sharding());
-  const auto deliver = request.by_owners ? internal::deliver_in_place
-                                         : internal::choose_delivery(options_.exchange(), words_->layout(), part);
+  const auto deliver = request->by_owners ? internal::deliver_in_place
+                                          : internal::choose_delivery(options_.exchange(), words_->layout(), part);
   const internal::DeliverySetting setting{words_->word_embeddings, input_ids, part, features};
   return words_->finish(deliver(text, projected, setting), position_ids);
 }

@@ -17,12 +17,10 @@ int64_t sum(const std::vector<int64_t>& values) { return std::accumulate(values.
 
 }  // namespace
 
-RowRoute::RowRoute(const TravellingRows& rows, int64_t rows_per_rank, int64_t hidden_size, const c10::Device& device,
-                   parallel::GroupPtr tp)
+RowRoute::RowRoute(const TravellingRows& rows, int64_t hidden_size, const c10::Device& device, parallel::GroupPtr tp)
     : tp_(std::move(tp)), hidden_size_(hidden_size), piece_width_(hidden_size / tp_->getSize()) {
   const auto t = static_cast<size_t>(tp_->getSize());
   const auto own = static_cast<size_t>(tp_->getRank());
-  const int64_t own_begin = rows_per_rank * tp_->getRank();
   std::vector<int64_t> made_piece_rows;
   std::vector<int64_t> owned_piece_rows;
   std::vector<int64_t> made_whole_rows;
@@ -31,7 +29,7 @@ RowRoute::RowRoute(const TravellingRows& rows, int64_t rows_per_rank, int64_t hi
     pieces_made_.push_back(static_cast<int64_t>(rows.pieces[owner].size()));
     for (const auto& piece : rows.pieces[owner]) {
       made_piece_rows.push_back(piece.made_row);
-      if (owner == own) owned_piece_rows.push_back(piece.row - own_begin);
+      if (owner == own) owned_piece_rows.push_back(piece.row);
     }
     int64_t made = 0;
     for (const auto& whole : rows.whole[owner]) {
@@ -39,7 +37,7 @@ RowRoute::RowRoute(const TravellingRows& rows, int64_t rows_per_rank, int64_t hi
         made_whole_rows.push_back(whole.made_row);
         ++made;
       }
-      if (owner == own) owned_by_holder[static_cast<size_t>(whole.holder)].push_back(whole.row - own_begin);
+      if (owner == own) owned_by_holder[static_cast<size_t>(whole.holder)].push_back(whole.row);
     }
     whole_made_.push_back(made);
   }

@@ -10,12 +10,11 @@
 
 namespace step37::internal {
 
-/// Which rows travel, under sequence parallelism: rank q of t owns rows [q·S·B/t, (q+1)·S·B/t) of the rows s*B + b of
-/// the embedding. One list per owner; the lists are equal on every rank.
+/// Which rows of the embedding travel: one list per owner, equal on every rank.
 struct TravellingRows {
   explicit TravellingRows(int t) : pieces(static_cast<size_t>(t)), whole(static_cast<size_t>(t)) {}
 
-  /// A row of which every rank makes its H/t columns: its number in the embedding, and among what a rank made.
+  /// A row of which every rank makes its H/t columns: its number among the owner's rows, and among what a rank made.
   struct Piece {
     int64_t row;
     int64_t made_row;
@@ -34,8 +33,7 @@ struct TravellingRows {
 /// to the device in one copy.
 class RowRoute {
  public:
-  RowRoute(const TravellingRows& rows, int64_t rows_per_rank, int64_t hidden_size, const c10::Device& device,
-           parallel::GroupPtr tp);
+  RowRoute(const TravellingRows& rows, int64_t hidden_size, const c10::Device& device, parallel::GroupPtr tp);
 
   /// From the ranks that made the rows to their owners, forward.
   /// @param pieces  [.., H/t], this rank's columns; rows that don't travel aren't read. Undefined if none do.
