@@ -1,5 +1,5 @@
-// A pretraining loop of one's own around the image insert: tensor- and sequence-parallel in pairs of ranks,
-// data-parallel beyond. The task: name what is in a (made-up) picture.
+// A model of one's own around the image insert, and the library's training loop: tensor- and sequence-parallel in pairs
+// of ranks, data-parallel beyond. The task: name what is in a (made-up) picture.
 //
 //   cmake -S examples/pretraining_loop -B build_loop -DCMAKE_PREFIX_PATH=PREFIX && cmake --build build_loop
 //   mpirun -np 2 --bind-to none build_loop/pretraining_loop
@@ -11,10 +11,11 @@
 #include <cmath>
 #include <cstdio>
 
-#include "megatron_cpp/optimizer/adamw.h"
-#include "megatron_cpp/optimizer/gradient_buffer.h"
+#include "megatron_cpp/tensor_parallel/column_parallel_linear.h"
+#include "megatron_cpp/tensor_parallel/row_parallel_linear.h"
 #include "megatron_cpp/tensor_parallel/vocab_parallel_cross_entropy.h"
-#include "parallel/collectives.h"
+#include "megatron_cpp/training/trainer.h"
+#include "megatron_cpp/training/training_loop.h"
 #include "parallel/process_groups.h"
 #include "parallel/runtime.h"
 #include "step37/insert/image_insert_embedding.h"
@@ -85,30 +86,33 @@ int run(parallel::Runtime& runtime) {
   const auto insert = model.register_module("insert", step37::ImageInsertEmbedding(embedding, C, H));
   const auto decoder = model.register_module("decoder", Decoder(groups.tp));
 
-  // Every parameter says how its gradient is completed; the buffer does so once a step, with two collectives.
+  // Every parameter says how its gradient is completed; the trainer does so once a step, with two collectives.
   const auto parameters = megatron::parameter_shards(model);
   megatron::initialize_parameters(parameters, /*seed=*/1);
-  megatron::GradientBuffer gradients(parameters, groups);
-  megatron::AdamW optimizer(parameters, {});
+  constexpr int64_t kSteps = 61;
+  megatron::TrainerOptions options;
+  options.learning_rate = {.peak = 0.01, .floor = 0.01, .warmup_steps = 0, .total_steps = kSteps};
+  megatron::Trainer trainer(parameters, groups, options);
 
   const auto patterns = at::randn({kNumWords, kImageRows, C}, at::detail::createCPUGenerator(7));
   double first = 0, loss = 0;
-  for (int64_t step = 0; step <= 60; ++step) {
-    const auto batch = make_batch(step, patterns, groups.grid.dp, groups.dp->getRank());
-    step37::ImageForInsert images{.insert_start_token = kImageStart, .image_features = batch.features};
-    gradients.zero();
-    const auto logits = decoder->forward(insert->forward(batch.ids, {images}));
-    const auto losses =
-        megatron::vocab_parallel_cross_entropy(logits, batch.targets, {.vocabulary_size = V}, groups.tp);
-    const auto mean = losses.sum() / (2 * kBatch);  // over the global batch: gradients are summed, not averaged
-    mean.backward();
-    gradients.reduce();
-    gradients.clip_grad_norm(1.0);
-    optimizer.step(/*learning_rate=*/0.01);
-    loss = parallel::all_reduce(mean.detach(), groups.dp).item<double>();
-    if (step == 0) first = loss;
-    if (runtime.rank() == 0 && step % 10 == 0) std::printf("step %2ld  loss %.4f\n", step, loss);
-  }
+  int64_t step = 0;  // of the next batch
+  megatron::TrainingLoopCallbacks callbacks;
+  callbacks.next_batch = [&] {
+    const auto batch = make_batch(step++, patterns, groups.grid.dp, groups.dp->getRank());
+    const auto loss_sum = [=](int64_t /*micro_batch*/) mutable {
+      step37::ImageForInsert images{.insert_start_token = kImageStart, .image_features = batch.features};
+      const auto logits = decoder->forward(insert->forward(batch.ids, {images}));
+      return megatron::vocab_parallel_cross_entropy(logits, batch.targets, {.vocabulary_size = V}, groups.tp).sum();
+    };
+    return megatron::StepBatch{.num_micro_batches = 1, .num_loss_tokens = 2 * kBatch, .loss_sum = loss_sum};
+  };
+  callbacks.report = [&](const megatron::StepMetrics& metrics) {
+    loss = metrics.result.loss;
+    if (metrics.step == 1) first = loss;
+    if (runtime.rank() == 0 && metrics.step % 10 == 1) std::printf("step %2ld  loss %.4f\n", metrics.step - 1, loss);
+  };
+  megatron::run_training_loop(trainer, {.steps = kSteps}, callbacks);
   TORCH_CHECK(std::abs(first - kFirstLoss) < 1e-3 && loss < 0.05, "the loss went from ", first, " to ", loss);
   if (runtime.rank() == 0) std::printf("learned: loss %.2f -> %.2f\n", first, loss);
   return 0;

@@ -14,8 +14,6 @@
 #include <system_error>
 #include <utility>
 
-#include "megatron_cpp/checkpoint/safetensors.h"
-
 namespace megatron {
 namespace internal {
 namespace {

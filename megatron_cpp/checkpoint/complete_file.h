@@ -4,17 +4,28 @@
 #include <cstddef>
 #include <filesystem>
 #include <string>
+#include <string_view>
 
-namespace megatron::internal {
+namespace megatron {
+
+/// Writes `text` as the file `path`, complete or not at all: it is written beside it, under a name of its own that ends
+/// in .partial, flushed to disk and renamed. Of a link it is the file that the link leads to; a device or a pipe is
+/// written into, and so is a file that the file system can't replace.
+/// @throws c10::Error naming the file and the system's reason if it can't be written; a folder, a disk and a pipe that
+///         nobody reads are refused.
+void write_file(const std::filesystem::path& path, std::string_view text);
+
+namespace internal {
 
 /// Owns an open file descriptor; a negative one is none.
 class FileDescriptor {
  public:
+  /// Owns `descriptor`.
   explicit FileDescriptor(int descriptor) : descriptor_(descriptor) {}
   ~FileDescriptor();
   FileDescriptor(const FileDescriptor&) = delete;
   FileDescriptor& operator=(const FileDescriptor&) = delete;
-  int get() const { return descriptor_; }
+  int get() const { return descriptor_; }  ///< still owned
   /// Owns `descriptor` from now on; the one before is closed.
   void reset(int descriptor);
   /// Closes it now. Returns what close(2) returns, with errno.
@@ -72,4 +83,6 @@ class CompleteFile {
   FileDescriptor file_;
 };
 
-}  // namespace megatron::internal
+}  // namespace internal
+
+}  // namespace megatron

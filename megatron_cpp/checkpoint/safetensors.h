@@ -79,11 +79,4 @@ std::string safetensors_dtype(at::ScalarType dtype, const std::string& tensor);
 void write_safetensors(const std::filesystem::path& path, const std::vector<NamedTensor>& tensors,
                        const std::map<std::string, std::string>& metadata = {});
 
-/// Writes `text` as the file `path`, complete or not at all: it is written beside it, under a name of its own that ends
-/// in .partial, flushed to disk and renamed. Of a link it is the file that the link leads to; a device or a pipe is
-/// written into, and so is a file that the file system can't replace.
-/// @throws c10::Error naming the file and the system's reason if it can't be written; a folder, a disk and a pipe that
-///         nobody reads are refused.
-void write_file(const std::filesystem::path& path, std::string_view text);
-
 }  // namespace megatron

@@ -4,7 +4,9 @@
 #include <c10/util/Exception.h>
 
 #include <cmath>
+#include <map>
 
+#include "megatron_cpp/training/schedule.h"
 #include "parallel/collectives.h"
 
 namespace megatron {
@@ -27,10 +29,15 @@ StepResult Trainer::step(const std::function<at::Tensor(int64_t)>& loss_sum, int
   // Of a rank without a micro-batch, too.
   auto loss =
       at::zeros({1}, gradients_.parameters().front().parameter.options().dtype(at::kDouble).requires_grad(false));
-  for (int64_t micro_batch = 0; micro_batch < num_micro_batches; ++micro_batch) {
-    const auto mean = loss_sum(micro_batch) / static_cast<double>(num_loss_tokens);
-    mean.backward();
-    loss.add_(mean.detach());
+  std::map<int64_t, at::Tensor> means;  // of micro-batches between their forward and backward pass
+  for (const auto& [kind, micro_batch] : one_after_the_other(num_micro_batches)) {
+    if (kind == Action::Kind::kForward) {
+      means[micro_batch] = loss_sum(micro_batch) / static_cast<double>(num_loss_tokens);
+    } else {
+      const auto mean = means.extract(micro_batch).mapped();
+      mean.backward();
+      loss.add_(mean.detach());
+    }
   }
   gradients_.reduce();
   // The only wait for the device in a step, after everything up to the norm is on its way.

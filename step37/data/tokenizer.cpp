@@ -12,7 +12,7 @@
 #include <unordered_set>
 #include <utility>
 
-#include "megatron_cpp/checkpoint/safetensors.h"
+#include "megatron_cpp/checkpoint/complete_file.h"
 
 namespace step37 {
 namespace {

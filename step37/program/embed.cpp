@@ -13,6 +13,7 @@
 #include <variant>
 #include <vector>
 
+#include "megatron_cpp/checkpoint/complete_file.h"
 #include "megatron_cpp/checkpoint/safetensors.h"
 #include "parallel/agree.h"
 #include "parallel/collectives.h"

@@ -12,8 +12,10 @@
 #include <utility>
 #include <vector>
 
-#include "megatron_cpp/checkpoint/safetensors.h"
+#include "megatron_cpp/checkpoint/complete_file.h"
+#include "megatron_cpp/training/metrics_file.h"
 #include "megatron_cpp/training/trainer.h"
+#include "megatron_cpp/training/training_loop.h"
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
 #include "parallel/runtime.h"
@@ -28,10 +30,6 @@
 
 namespace step37 {
 namespace {
-
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 /// This program, as a shell in the working directory starts it.
 std::string this_program() {
@@ -277,9 +275,7 @@ class PretrainRun {
 
   /// Trains what is left. Returns the signal that stopped it, after a checkpoint; 0: all steps are done.
   int train(const RunState& state) {
-    const int64_t first_step = state.optimizer_steps + 1;
-    const int64_t last_step = config_.training.steps;
-    std::optional<MetricsFile> metrics;
+    std::optional<megatron::MetricsFile> metrics;
     parallel::agree_on(
         [&] {
           if (is_main()) metrics.emplace(files_.metrics(), state.optimizer_steps);
@@ -287,47 +283,53 @@ class PretrainRun {
         groups_.world);
     const auto validation = pack_once(pictures_.held_out, config_.validation.packs, loader_options_, groups_);
     CaptionLoader loader(loader_options_, pictures_.training, groups_, state.sampler, faults_);
-    Progress progress(first_step, last_step, progress_style_);
-    const StopSignals signals;  // from here on there is something to save
-    for (int64_t step = first_step; step <= last_step; ++step) {
-      const auto start = Clock::now();
-      auto loaded = loader.next();
-      const auto result = trainer_->step(
-          [&](int64_t micro_batch) {
-            const auto i = static_cast<size_t>(micro_batch);
-            return model_->loss_sum(
-                to_model_batch(loaded.step.packs[i], std::move(loaded.images[i]), runtime_.device()));
-          },
-          static_cast<int64_t>(loaded.step.packs.size()), loaded.step.num_loss_tokens);
-      StepMetrics line{step,
-                       result.loss,
-                       result.grad_norm,
-                       result.learning_rate,
-                       loaded.step.num_tokens,
-                       loaded.step.num_pictures,
-                       seconds_since(start),
-                       std::nullopt};
-      if (is_due(step, config_.validation.interval)) line.validation_loss = validation_loss(validation);
-      if (is_main()) {
-        metrics->write(line);
-        progress.show(line);
-      }
-      const bool saves = is_due(step, config_.checkpoint.interval);
-      if (saves) save_checkpoint(step, loaded.step.next);
-      // Signals reach the ranks at different steps, or one rank alone.
-      if (const int signal = agreed_stop_signal(); signal != 0) {
-        if (!saves) save_checkpoint(step, loaded.step.next);
-        say(std::string("\nstopped by SIG") + sigabbrev_np(signal) + " after step " + std::to_string(step) + " of " +
-            std::to_string(last_step) + ", which is saved: start the same command again, and it goes on");
-        return signal;
-      }
+    Progress progress(state.optimizer_steps + 1, config_.training.steps, progress_style_);
+    const StopSignals signals;       // from here on there is something to save
+    megatron::SamplerState sampler;  // after the step
+    int signal = 0;
+    const int64_t last_step =
+        megatron::run_training_loop(*trainer_,
+                                    {.steps = config_.training.steps,
+                                     .validation_interval = config_.validation.interval,
+                                     .checkpoint_interval = config_.checkpoint.interval},
+                                    {.next_batch =
+                                         [&] {
+                                           auto loaded = std::make_shared<CaptionLoader::LoadedStep>(loader.next());
+                                           sampler = loaded->step.next;
+                                           return step_batch(loaded);
+                                         },
+                                     .validation_loss = [&] { return validation_loss(validation); },
+                                     .report =
+                                         [&](const megatron::StepMetrics& line) {
+                                           if (!is_main()) return;
+                                           metrics->write(line);
+                                           progress.show(line);
+                                         },
+                                     .save = [&](int64_t step) { save_checkpoint(step, sampler); },
+                                     // Signals reach the ranks at different steps, or one rank alone.
+                                     .stops =
+                                         [&] {
+                                           signal = agreed_stop_signal();
+                                           return signal != 0;
+                                         }});
+    if (signal != 0) {
+      say(std::string("\nstopped by SIG") + sigabbrev_np(signal) + " after step " + std::to_string(last_step) + " of " +
+          std::to_string(config_.training.steps) + ", which is saved: start the same command again, and it goes on");
     }
-    return 0;
+    return signal;
   }
 
-  /// Every `interval` steps, and at the end.
-  bool is_due(int64_t step, int64_t interval) const {
-    return step == config_.training.steps || (interval > 0 && step % interval == 0);
+  megatron::StepBatch step_batch(const std::shared_ptr<CaptionLoader::LoadedStep>& loaded) {
+    const auto& step = loaded->step;
+    return {.num_micro_batches = static_cast<int64_t>(step.packs.size()),
+            .num_loss_tokens = step.num_loss_tokens,
+            .loss_sum =
+                [this, loaded](int64_t micro_batch) {
+                  const auto i = static_cast<size_t>(micro_batch);
+                  auto images = std::move(loaded->images[i]);
+                  return model_->loss_sum(to_model_batch(loaded->step.packs[i], std::move(images), runtime_.device()));
+                },
+            .counts = {{"tokens", step.num_tokens}, {"images", step.num_pictures}}};
   }
 
   /// Mean over the loss tokens of the held-out packs; nothing if there are none.

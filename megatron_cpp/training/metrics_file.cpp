@@ -1,0 +1,51 @@
+#include "megatron_cpp/training/metrics_file.h"
+
+#include <c10/util/Exception.h>
+#include <fcntl.h>
+
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <string>
+
+namespace megatron {
+namespace {
+
+/// The lines of `path` whose step is at most `last_step`.
+std::string kept_lines(const std::filesystem::path& path, int64_t last_step) {
+  std::ifstream file(path);
+  TORCH_CHECK_VALUE(file.is_open(), "cannot read ", path.string(), ": ", std::strerror(errno));
+  std::string kept;
+  std::string line;
+  while (std::getline(file, line)) {
+    const auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
+    const bool whole = json.is_object() && json.contains("step") && json["step"].is_number_integer();
+    if (whole && json["step"].get<int64_t>() <= last_step) kept += line + "\n";
+  }
+  TORCH_CHECK_VALUE(!file.bad(), "cannot read ", path.string(), ": ", std::strerror(errno));
+  return kept;
+}
+
+}  // namespace
+
+MetricsFile::MetricsFile(const std::filesystem::path& path, int64_t last_step) : path_(path), file_(-1) {
+  write_file(path, std::filesystem::exists(path) ? kept_lines(path, last_step) : "");
+  file_.reset(::open(path.c_str(), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666));
+  TORCH_CHECK_VALUE(file_.get() >= 0, "cannot write ", path.string(), ": ", std::strerror(errno));
+}
+
+void MetricsFile::write(const StepMetrics& metrics) {
+  nlohmann::ordered_json json{{"step", metrics.step},
+                              {"loss", metrics.result.loss},
+                              {"grad_norm", metrics.result.grad_norm},
+                              {"learning_rate", metrics.result.learning_rate}};
+  for (const auto& [name, count] : metrics.counts) json[name] = count;
+  if (json.contains("tokens")) json["tokens_per_second"] = json["tokens"].get<double>() / metrics.seconds;
+  json["step_seconds"] = metrics.seconds;
+  if (metrics.validation_loss) json["validation_loss"] = *metrics.validation_loss;
+  const auto line = json.dump() + "\n";
+  internal::write_all(file_.get(), line.data(), line.size(), path_.string());
+}
+
+}  // namespace megatron

@@ -1,0 +1,31 @@
+// metrics.jsonl: one JSON object per step.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+
+#include "megatron_cpp/checkpoint/complete_file.h"
+#include "megatron_cpp/training/training_loop.h"
+
+namespace megatron {
+
+/// Appends one JSON object per optimizer step, each flushed when it is written: step, loss, grad_norm, learning_rate,
+/// the counts and tokens_per_second if "tokens" is among them, step_seconds, and validation_loss on steps that
+/// validate. One rank of a run writes it.
+class MetricsFile {
+ public:
+  /// Opens the file for a run that goes on after `last_step`: lines of later steps, and a line cut short by a kill, are
+  /// removed first, so that every step has exactly one.
+  /// @throws c10::Error naming the file and the system's reason if it can't be read or written.
+  MetricsFile(const std::filesystem::path& path, int64_t last_step);
+
+  /// Appends the line of a step.
+  /// @throws c10::Error naming the file and the system's reason.
+  void write(const StepMetrics& metrics);
+
+ private:
+  std::filesystem::path path_;
+  internal::FileDescriptor file_;
+};
+
+}  // namespace megatron

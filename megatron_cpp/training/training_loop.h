@@ -1,0 +1,63 @@
+// Step after step until the last: for any model, data and way of saving.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "megatron_cpp/training/trainer.h"
+
+namespace megatron {
+
+/// What one step trains on.
+struct StepBatch {
+  int64_t num_micro_batches = 0;  ///< of this data-parallel rank, equal over tp
+  int64_t num_loss_tokens = 0;    ///< of the global batch; equal on every rank
+  /// As Trainer::step takes it. Owns or refers to what it needs of the batch.
+  std::function<at::Tensor(int64_t)> loss_sum;
+  /// Numbers for the step's metrics, by name: tokens, images.
+  std::vector<std::pair<std::string, int64_t>> counts = {};
+};
+
+/// What a step did, and how long it took.
+struct StepMetrics {
+  int64_t step = 0;                                          ///< counted from 1 over the whole run
+  StepResult result = {};                                    ///< loss, gradient norm, learning rate
+  std::vector<std::pair<std::string, int64_t>> counts = {};  ///< StepBatch::counts
+  double seconds = 0.0;                                      ///< the batch's loading included; differs between ranks
+  std::optional<double> validation_loss = std::nullopt;      ///< on steps that validate
+};
+
+/// When a loop does what.
+struct TrainingLoopOptions {
+  int64_t steps = 0;                ///< of the whole run; a run that was resumed goes on up to here
+  int64_t validation_interval = 0;  ///< steps between validations; 0: at the end only
+  int64_t checkpoint_interval = 0;  ///< steps between checkpoints; 0: at the end only
+
+  /// Every `interval` steps, and at the last step.
+  bool is_due(int64_t step, int64_t interval) const;
+};
+
+/// What a loop calls, in this order in each step. Every rank calls each at the same step; those that aren't given are
+/// left out.
+struct TrainingLoopCallbacks {
+  std::function<StepBatch()> next_batch;                        ///< the next step's; needed
+  std::function<std::optional<double>()> validation_loss = {};  ///< on steps that validate
+  std::function<void(const StepMetrics&)> report = {};          ///< after each step: metrics file, progress
+  std::function<void(int64_t)> save = {};                       ///< a checkpoint after this many steps
+  /// Whether to stop after this step; equal on every rank (see parallel::all_reduce). The loop then saves.
+  std::function<bool()> stops = {};
+};
+
+/// Trains with `trainer` from the step after trainer.optimizer().num_steps() on, so that whoever restored the optimizer
+/// resumes. Collective over all ranks of the trainer's groups.
+/// @return  the last step done; below options.steps if it was asked to stop, after a checkpoint.
+/// @throws c10::ValueError if there is no next_batch; and as Trainer::step and the callbacks do.
+int64_t run_training_loop(Trainer& trainer, const TrainingLoopOptions& options, const TrainingLoopCallbacks& callbacks);
+
+}  // namespace megatron
