@@ -297,6 +297,12 @@ CheckpointManifest read_manifest(const fs::path& folder) {
   return manifest;
 }
 
+void check_part(const ShardedTensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.part.is_in(tensor.global_shape) && tensor.local.sizes() == tensor.part.shape(), "tensor ",
+                    tensor.id.text(), " of shape ", at::IntArrayRef(tensor.global_shape), " has no part ",
+                    tensor.part.text(), " of shape ", tensor.local.sizes());
+}
+
 void check_files(const fs::path& folder, const CheckpointManifest& manifest) {
   for (const auto& [name, bytes] : manifest.file_bytes) {
     const auto file = folder / name;
@@ -308,3 +314,7 @@ void check_files(const fs::path& folder, const CheckpointManifest& manifest) {
 }
 
 }  // namespace megatron::internal
+
+std::string megatron::TensorId::text() const {
+  return role == TensorRole::kParameter ? name : internal::role_text(role) + " of " + name;
+}

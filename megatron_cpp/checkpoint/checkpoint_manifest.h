@@ -40,6 +40,9 @@ struct CheckpointManifest {
 /// What manifests call a role: "exp_avg".
 std::string role_text(TensorRole role);
 
+/// @throws c10::ValueError naming a tensor whose part isn't in it, or isn't of the shape of `local`.
+void check_part(const ShardedTensor& tensor);
+
 /// The name under which a part of a tensor is stored: no tool takes it for the name of a whole tensor.
 std::string stored_name(const TensorId& id, const TensorPart& part);
 
