@@ -6,7 +6,7 @@
 #
 #   scripts/pretrain.sh                                      configs/tuxpaint.yaml on two ranks; one where there is one GPU
 #   scripts/pretrain.sh data.directory=my/pictures run.directory=runs/mine
-#   scripts/pretrain.sh --ranks 4 parallel.tensor=2          two replicas of two ranks
+#   scripts/pretrain.sh --ranks 4 parallel.tp=2              two replicas of two ranks
 #
 # Folders in settings and in FILE are relative to the folder you are in; those of configs/tuxpaint.yaml, which is taken
 # without --config, to the clone. The pictures are fetched if the configuration names data/tuxpaint and no setting another
@@ -54,6 +54,8 @@ if [[ -z $device ]] && ! grep -qE '(^|[{,[:blank:]])device:' "$config"; then
   overrides+=("run.device=$device")
 fi
 [[ -n $ranks ]] || ranks=$([[ $device == cuda && $gpus -eq 1 ]] && echo 1 || echo 2)
+# One rank has nobody to share the model with, whatever the configuration was written for.
+[[ $ranks -ne 1 || " ${overrides[*]}" =~ \ parallel\.(tp|tensor)= ]] || overrides+=(parallel.tp=1)
 
 # Cores are shared out among the ranks.
 cores=$(cores)

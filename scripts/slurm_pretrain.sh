@@ -3,7 +3,7 @@
 #
 #   sbatch [sbatch options] scripts/slurm_pretrain.sh [--config FILE] [section.key=value ...]
 #
-#   sbatch --nodes 2 --ntasks-per-node 4 --gpus-per-node 4 scripts/slurm_pretrain.sh parallel.tensor=4
+#   sbatch --nodes 2 --ntasks-per-node 4 --gpus-per-node 4 scripts/slurm_pretrain.sh parallel.tp=4
 #   sbatch --ntasks 2 --time 02:00:00 scripts/slurm_pretrain.sh run.directory=runs/mine
 #
 # Near its time limit the job finishes the step, saves it and puts itself back into the queue; after the failure of a node

@@ -214,8 +214,8 @@ class Context:
 
 
 def run_settings(bundle, run_directory, steps):
-    """Overrides for a short run on the bundle's pictures."""
-    return [f"run.directory={run_directory}", f"data.directory={bundle.folder / 'tuxpaint/pictures'}",
+    """Overrides for a short run on the bundle's pictures, all ranks sharing one model."""
+    return ["parallel.tp=0", f"run.directory={run_directory}", f"data.directory={bundle.folder / 'tuxpaint/pictures'}",
             f"training.steps={steps}", "validation.interval=0", "checkpoint.interval=0", "report.pictures=0"]
 
 

@@ -17,6 +17,27 @@ void PackingOptions::validate() const {
   TORCH_CHECK_VALUE(pad_to > 0, "pad_to ", pad_to, " isn't positive");
 }
 
+PackedBatch concatenate(const std::vector<PackedBatch>& batches) {
+  TORCH_CHECK_VALUE(!batches.empty(), "no sequence to concatenate");
+  std::vector<at::Tensor> tokens;
+  std::vector<at::Tensor> labels;
+  std::vector<at::Tensor> loss_mask;
+  std::vector<at::Tensor> position_ids;
+  std::vector<at::Tensor> cu_seqlens{at::zeros({1}, at::kInt)};
+  int64_t begin = 0;
+  for (const auto& batch : batches) {
+    tokens.push_back(batch.tokens);
+    labels.push_back(batch.labels);
+    loss_mask.push_back(batch.loss_mask);
+    position_ids.push_back(batch.position_ids);
+    cu_seqlens.push_back(batch.cu_seqlens.slice(0, 1) + begin);
+    begin += batch.tokens.size(1);
+    TORCH_CHECK_VALUE(begin <= std::numeric_limits<int32_t>::max(), "sequences of ", begin,
+                      " positions together are too long for cu_seqlens in int32");
+  }
+  return {at::cat(tokens, 1), at::cat(labels, 1), at::cat(loss_mask, 1), at::cat(position_ids, 1), at::cat(cu_seqlens)};
+}
+
 SamplePacker::SamplePacker(const PackingOptions& options) : options_(options) { options_.validate(); }
 
 SamplePacker::Result SamplePacker::add(const Sample& sample) {

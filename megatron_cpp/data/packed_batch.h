@@ -43,6 +43,10 @@ struct PackedBatch {
   at::Tensor cu_seqlens;    ///< [k + 1] int32: 0, then the end of each of the k sub-sequences; the last is S
 };
 
+/// One sequence of several, one behind the other: their sub-sequences stay apart, and so do their paddings.
+/// @throws c10::ValueError if there is none, or S doesn't fit in int32.
+PackedBatch concatenate(const std::vector<PackedBatch>& batches);
+
 /// Fills one sequence after the other with samples in the order given.
 ///
 /// A caller that draws from a resumable sampler needs no other state to resume exactly: at kFull it finishes the

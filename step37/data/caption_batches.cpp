@@ -70,7 +70,7 @@ CaptionStep broadcast_step(const CaptionStep& step, const parallel::GroupPtr& tp
   std::string bytes;
   if (tp->getRank() == 0) {
     auto packs = Json::array();
-    for (const auto& pack : step.packs) packs.push_back(to_json(pack));
+    for (const auto& pack : step.micro_batches) packs.push_back(to_json(pack));
     const Json json{{"packs", std::move(packs)},
                     {"counts", {step.num_loss_tokens, step.num_tokens, step.num_pictures}},
                     {"next", {step.next.epoch, step.next.position}}};
@@ -79,7 +79,7 @@ CaptionStep broadcast_step(const CaptionStep& step, const parallel::GroupPtr& tp
   bytes = parallel::broadcast_text(bytes, 0, tp);
   const auto json = Json::from_cbor(bytes);
   CaptionStep result;
-  for (const auto& pack : json.at("packs")) result.packs.push_back(pack_from_json(pack));
+  for (const auto& pack : json.at("packs")) result.micro_batches.push_back(pack_from_json(pack));
   result.num_loss_tokens = json.at("counts")[0];
   result.num_tokens = json.at("counts")[1];
   result.num_pictures = json.at("counts")[2];
@@ -87,14 +87,30 @@ CaptionStep broadcast_step(const CaptionStep& step, const parallel::GroupPtr& tp
   return result;
 }
 
-/// Adds a pack to a step's counts, and to its packs if it is this data-parallel rank's.
+/// Adds a pack to a step's counts, and as a micro-batch if it is this data-parallel rank's.
 void add_pack(CaptionStep& step, CaptionPack pack, bool own) {
   step.num_loss_tokens += pack.packed.loss_mask.sum().item<int64_t>();
   // The padding is a sub-sequence of its own, the last one; without padding there is none.
   const auto ends = values_of<int32_t>(pack.packed.cu_seqlens);
   step.num_tokens += ends[pack.pictures.size()];
   step.num_pictures += static_cast<int64_t>(pack.pictures.size());
-  if (own) step.packs.push_back(std::move(pack));
+  if (own) step.micro_batches.push_back(std::move(pack));
+}
+
+/// Every `size` of `packs` as one. Their number is a multiple of it.
+std::vector<CaptionPack> concatenated(std::vector<CaptionPack> packs, int64_t size) {
+  if (size == 1) return packs;
+  std::vector<CaptionPack> result;
+  for (auto pack = packs.begin(); pack != packs.end();) {
+    std::vector<megatron::PackedBatch> sequences;
+    std::vector<PictureReference> pictures;
+    for (int64_t i = 0; i < size; ++i, ++pack) {
+      sequences.push_back(pack->packed);
+      pictures.insert(pictures.end(), pack->pictures.begin(), pack->pictures.end());
+    }
+    result.push_back({megatron::concatenate(sequences), std::move(pictures)});
+  }
+  return result;
 }
 
 /// Whether the picture's file or its caption's isn't what it was when the folder was searched.
@@ -234,7 +250,10 @@ CaptionLoader::CaptionLoader(Options options, Source source, const parallel::Pro
                options_.seed),
       packer_(options_.packing),
       faults_(faults) {
-  parallel::even_shard_size(options_.global_batch, groups_.dp->getSize(), "global batch", "data-parallel");
+  const int64_t packs = parallel::even_shard_size(options_.global_batch_size, groups_.dp->getSize(),
+                                                  "global batch size", "data-parallel");
+  TORCH_CHECK_VALUE(options_.micro_batch_size >= 1 && packs % options_.micro_batch_size == 0, "a data-parallel rank's ",
+                    packs, " packs a step are not divisible by micro-batch size ", options_.micro_batch_size);
   parallel::agree_on(
       [&] {
         if (groups_.tp->getRank() != 0) return;
@@ -250,12 +269,12 @@ CaptionLoader::~CaptionLoader() {
 }
 
 CaptionStep CaptionLoader::make_step() {
-  const auto own = parallel::even_shard(options_.global_batch, groups_.dp->getSize(), groups_.dp->getRank(),
-                                        "global batch", "data-parallel");
+  const auto own = parallel::even_shard(options_.global_batch_size, groups_.dp->getSize(), groups_.dp->getRank(),
+                                        "global batch size", "data-parallel");
   CaptionStep step;
   int64_t pack_number = 0;
   int64_t dropped_in_a_row = 0;
-  while (pack_number < options_.global_batch) {
+  while (pack_number < options_.global_batch_size) {
     const auto before = sampler_.state();
     const auto index = static_cast<size_t>(sampler_.next());
     const auto& picture = source_.pictures[index];
@@ -273,6 +292,7 @@ CaptionStep CaptionLoader::make_step() {
                         options_.packing.max_length, " positions");
     }
   }
+  step.micro_batches = concatenated(std::move(step.micro_batches), options_.micro_batch_size);
   step.next = sampler_.state();
   return step;
 }
@@ -289,7 +309,7 @@ void CaptionLoader::prefetch() {
   const int size = groups_.tp->getSize();
   ahead_ = std::async(std::launch::async, [step = std::move(step), this, rank, size]() mutable {
     LoadedStep loaded;
-    for (const auto& pack : step.packs) {
+    for (const auto& pack : step.micro_batches) {
       auto images = load_pictures(pack, options_.format, options_.folder, rank, size, faults_);
       if (options_.device.is_cuda()) {
         for (auto& group : images) group.images = group.images.pin_memory();

@@ -32,15 +32,15 @@ struct PictureReference {
   int64_t modified = 0;  ///< as CaptionedPicture's
 };
 
-/// One packed sequence and the pictures in it, in the order of their tokens.
+/// A packed sequence, or several concatenated, and the pictures in it, in the order of their tokens.
 struct CaptionPack {
   megatron::PackedBatch packed;
   std::vector<PictureReference> pictures;
 };
 
-/// The packs of a data-parallel rank for one step, and what the step's loss is divided by.
+/// The micro-batches of a data-parallel rank for one step, and what the step's loss is divided by.
 struct CaptionStep {
-  std::vector<CaptionPack> packs;
+  std::vector<CaptionPack> micro_batches;
   int64_t num_loss_tokens = 0;  ///< of the global batch
   int64_t num_tokens = 0;       ///< of the global batch, padding left out
   int64_t num_pictures = 0;     ///< of the global batch
@@ -87,7 +87,8 @@ class CaptionLoader {
     std::filesystem::path folder;
     CaptionFormat format;
     megatron::PackingOptions packing;
-    int64_t global_batch = 1;  ///< packs a step, over all data-parallel ranks; divisible by their number
+    int64_t global_batch_size = 1;  ///< packs a step, over all data-parallel ranks
+    int64_t micro_batch_size = 1;   ///< packs of a micro-batch; times the ranks a divisor of global_batch_size
     uint64_t seed = 0;
     c10::Device device = c10::Device(c10::kCPU);  ///< that pictures will go to: for a GPU they wait in pinned memory
     /// Pictures that may turn out to be unreadable; one more ends the run.
@@ -109,8 +110,8 @@ class CaptionLoader {
   CaptionLoader(const CaptionLoader&) = delete;
   CaptionLoader& operator=(const CaptionLoader&) = delete;
 
-  /// A step's packs with this rank's decoded pictures, one entry a pack. Collective over the world: it sends the step
-  /// after this one on its way, over tp, and shares what was wrong with pictures.
+  /// A step's micro-batches with this rank's decoded pictures, one entry each. Collective over the world: it sends the
+  /// step after this one on its way, over tp, and shares what was wrong with pictures.
   /// @throws c10::ValueError on every rank if more than max_unreadable pictures were unreadable.
   struct LoadedStep {
     CaptionStep step;
@@ -133,7 +134,8 @@ class CaptionLoader {
 };
 
 /// Packs `source` once, in order, up to `max_packs` packs: for validation. Tensor-parallel rank 0 packs; collective
-/// over tp. Pack i belongs to data-parallel rank i modulo their number; the counts are of all packs.
+/// over tp. A micro-batch is one pack. Pack i belongs to data-parallel rank i modulo their number; the counts are of
+/// all packs.
 CaptionStep pack_once(const CaptionLoader::Source& source, const std::optional<int64_t>& max_packs,
                       const CaptionLoader::Options& options, const parallel::ProcessGroups& groups);
 

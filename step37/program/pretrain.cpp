@@ -172,7 +172,8 @@ class PretrainRun {
     loader_options_.packing.max_length = config_.training.sequence_length;
     loader_options_.packing.pad_to = padding_multiple(groups_.grid.tp);
     loader_options_.packing.pad_token = tokenizer_->pad_id();
-    loader_options_.global_batch = config_.training.global_batch;
+    loader_options_.global_batch_size = config_.training.global_batch_size;
+    loader_options_.micro_batch_size = config_.training.micro_batch_size;
     loader_options_.seed = static_cast<uint64_t>(config_.training.seed);
   }
 
@@ -212,8 +213,8 @@ class PretrainRun {
     options.learning_rate = learning_rate_schedule(config_);
     options.clip_grad_norm = config_.training.clip_grad_norm;
     trainer_ = std::make_unique<megatron::Trainer>(parameters_, groups_, options);
-    say(std::to_string(num_parameters()) + " parameters on " + std::to_string(runtime_.size()) + " ranks: tensor " +
-        std::to_string(groups_.grid.tp) + ", data " + std::to_string(groups_.grid.dp) +
+    say(std::to_string(num_parameters()) + " parameters on " + std::to_string(runtime_.size()) + " ranks: tp " +
+        std::to_string(groups_.grid.tp) + ", dp " + std::to_string(groups_.grid.dp) +
         (config_.parallel.sequence_parallel ? ", sequence parallel" : ""));
   }
 
@@ -284,34 +285,32 @@ class PretrainRun {
     const auto validation = pack_once(pictures_.held_out, config_.validation.packs, loader_options_, groups_);
     CaptionLoader loader(loader_options_, pictures_.training, groups_, state.sampler, faults_);
     Progress progress(state.optimizer_steps + 1, config_.training.steps, progress_style_);
-    const StopSignals signals;       // from here on there is something to save
-    megatron::SamplerState sampler;  // after the step
+    const StopSignals signals;  // from here on there is something to save
     int signal = 0;
-    const int64_t last_step =
-        megatron::run_training_loop(*trainer_,
-                                    {.steps = config_.training.steps,
-                                     .validation_interval = config_.validation.interval,
-                                     .checkpoint_interval = config_.checkpoint.interval},
-                                    {.next_batch =
-                                         [&] {
-                                           auto loaded = std::make_shared<CaptionLoader::LoadedStep>(loader.next());
-                                           sampler = loaded->step.next;
-                                           return step_batch(loaded);
-                                         },
-                                     .validation_loss = [&] { return validation_loss(validation); },
-                                     .report =
-                                         [&](const megatron::StepMetrics& line) {
-                                           if (!is_main()) return;
-                                           metrics->write(line);
-                                           progress.show(line);
-                                         },
-                                     .save = [&](int64_t step) { save_checkpoint(step, sampler); },
-                                     // Signals reach the ranks at different steps, or one rank alone.
-                                     .stops =
-                                         [&] {
-                                           signal = agreed_stop_signal();
-                                           return signal != 0;
-                                         }});
+    megatron::SamplerState sampler;  // after the step
+    megatron::TrainingLoopCallbacks callbacks;
+    callbacks.next_batch = [&] {
+      auto loaded = std::make_shared<CaptionLoader::LoadedStep>(loader.next());
+      sampler = loaded->step.next;
+      return step_batch(loaded);
+    };
+    callbacks.validation_loss = [&] { return validation_loss(validation); };
+    callbacks.report = [&](const megatron::StepMetrics& line) {
+      if (!is_main()) return;
+      metrics->write(line);
+      progress.show(line);
+    };
+    callbacks.save = [&](int64_t step) { save_checkpoint(step, sampler); };
+    // Signals reach the ranks at different steps, or one rank alone.
+    callbacks.stops = [&] {
+      signal = agreed_stop_signal();
+      return signal != 0;
+    };
+    megatron::TrainingLoopOptions options;
+    options.steps = config_.training.steps;
+    options.validation_interval = config_.validation.interval;
+    options.checkpoint_interval = config_.checkpoint.interval;
+    const int64_t last_step = megatron::run_training_loop(*trainer_, options, callbacks);
     if (signal != 0) {
       say(std::string("\nstopped by SIG") + sigabbrev_np(signal) + " after step " + std::to_string(last_step) + " of " +
           std::to_string(config_.training.steps) + ", which is saved: start the same command again, and it goes on");
@@ -321,13 +320,14 @@ class PretrainRun {
 
   megatron::StepBatch step_batch(const std::shared_ptr<CaptionLoader::LoadedStep>& loaded) {
     const auto& step = loaded->step;
-    return {.num_micro_batches = static_cast<int64_t>(step.packs.size()),
+    return {.num_micro_batches = static_cast<int64_t>(step.micro_batches.size()),
             .num_loss_tokens = step.num_loss_tokens,
             .loss_sum =
                 [this, loaded](int64_t micro_batch) {
                   const auto i = static_cast<size_t>(micro_batch);
                   auto images = std::move(loaded->images[i]);
-                  return model_->loss_sum(to_model_batch(loaded->step.packs[i], std::move(images), runtime_.device()));
+                  return model_->loss_sum(
+                      to_model_batch(loaded->step.micro_batches[i], std::move(images), runtime_.device()));
                 },
             .counts = {{"tokens", step.num_tokens}, {"images", step.num_pictures}}};
   }
@@ -337,7 +337,7 @@ class PretrainRun {
     if (validation.num_loss_tokens == 0) return std::nullopt;
     const at::NoGradGuard no_grad;
     auto sum = at::zeros({1}, at::TensorOptions().device(runtime_.device()).dtype(at::kDouble));
-    for (const auto& pack : validation.packs) {
+    for (const auto& pack : validation.micro_batches) {
       auto images = load_pictures(pack, loader_options_.format, loader_options_.folder, groups_.tp->getRank(),
                                   groups_.tp->getSize(), faults_);
       sum.add_(model_->loss_sum(to_model_batch(pack, std::move(images), runtime_.device())));
@@ -415,6 +415,9 @@ class PretrainRun {
 int pretrain(parallel::Runtime& runtime, const PretrainArguments& arguments) {
   check_no_tilde("--config", arguments.config);
   const auto config = load_run_config(arguments.config, arguments.overrides);
+  for (const auto& warning : config.warnings) {
+    if (runtime.rank() == 0) std::fprintf(stderr, "warning: %s\n", warning.c_str());
+  }
   validate(config, runtime.size());
   runtime.choose_device({.device = config.run.device, .share_devices = config.run.share_gpus});
   parallel::ProcessGroupsOptions options;

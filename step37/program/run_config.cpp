@@ -1,6 +1,7 @@
 #include "step37/program/run_config.h"
 
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 #include <yaml-cpp/yaml.h>
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include <map>
 #include <numeric>
 #include <string_view>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -37,8 +39,12 @@ void visit_keys(Config& config, const Visit& visit) {
   visit("run.timeout_seconds", config.run.timeout_seconds, kOptional);
   visit("run.master_address", config.run.master_address, kOptional);
   visit("run.checked", config.run.checked, kOptional);
-  visit("parallel.tensor", config.parallel.tensor, kOptional);
-  visit("parallel.data", config.parallel.data, kOptional);
+  visit("parallel.tp", config.parallel.tp, kOptional);
+  visit("parallel.cp", config.parallel.cp, kOptional);
+  visit("parallel.dp", config.parallel.dp, kOptional);
+  visit("parallel.pp", config.parallel.pp, kOptional);
+  visit("parallel.ep", config.parallel.ep, kOptional);
+  visit("parallel.etp", config.parallel.etp, kOptional);
   visit("parallel.sequence_parallel", config.parallel.sequence_parallel, kOptional);
   visit("parallel.embedding_sharding", config.parallel.embedding_sharding, kOptional);
   visit("parallel.projector_sharding", config.parallel.projector_sharding, kOptional);
@@ -76,7 +82,8 @@ void visit_keys(Config& config, const Visit& visit) {
   visit("vision.freeze", config.vision.freeze, kOptional);
   visit("training.steps", config.training.steps, kRequired);
   visit("training.seed", config.training.seed, kOptional);
-  visit("training.global_batch", config.training.global_batch, kOptional);
+  visit("training.global_batch_size", config.training.global_batch_size, kOptional);
+  visit("training.micro_batch_size", config.training.micro_batch_size, kOptional);
   visit("training.sequence_length", config.training.sequence_length, kOptional);
   visit("training.learning_rate", config.training.learning_rate, kOptional);
   visit("training.min_learning_rate", config.training.min_learning_rate, kOptional);
@@ -92,6 +99,20 @@ void visit_keys(Config& config, const Visit& visit) {
   visit("checkpoint.keep", config.checkpoint.keep, kOptional);
   visit("report.pictures", config.report.pictures, kOptional);
   visit("report.max_new_tokens", config.report.max_new_tokens, kOptional);
+}
+
+/// Old names of keys, which files, command lines and checkpoints may still have, with today's.
+constexpr std::array<std::pair<std::string_view, std::string_view>, 3> kOldNames{
+    {{"parallel.tensor", "parallel.tp"},
+     {"parallel.data", "parallel.dp"},
+     {"training.global_batch", "training.global_batch_size"}}};
+
+/// The name a key has today.
+std::string todays_name(const std::string& key) {
+  for (const auto& [old_name, name] : kOldNames) {
+    if (key == old_name) return std::string(name);
+  }
+  return key;
 }
 
 std::string section_of(std::string_view key) { return std::string(key.substr(0, key.find('.'))); }
@@ -238,6 +259,7 @@ void check_known(const char* kind, const std::string& name, const std::vector<st
 // What a file or the overrides give: text by key.
 
 struct Given {
+  std::string key;                   ///< as it is written there; it may be an old name
   std::optional<std::string> value;  ///< none: what stands there is no single value
   std::string shown;                 ///< for messages
   std::string where;                 ///< file:line or the override
@@ -252,9 +274,20 @@ std::string name_of(const YAML::Node& key, const std::filesystem::path& path) {
   return key.Scalar();
 }
 
-Given given_value(const YAML::Node& value, const std::string& where) {
-  if (value.IsScalar()) return {value.Scalar(), value.Scalar(), where};
-  return {std::nullopt, value.IsNull() ? "no value" : value.IsMap() ? "a section" : "a list", where};
+Given given_value(const std::string& key, const YAML::Node& value, const std::string& where) {
+  if (value.IsScalar()) return {key, value.Scalar(), value.Scalar(), where};
+  return {key, std::nullopt, value.IsNull() ? "no value" : value.IsMap() ? "a section" : "a list", where};
+}
+
+/// Adds a value under today's name of its key. Returns the earlier one of that key, if there is one, and leaves it.
+Given* add_value(GivenValues& values, const Given& given) {
+  const auto name = todays_name(given.key);
+  check_known("key", name, key_names(), given.where);
+  const auto [earlier, is_new] = values.emplace(name, given);
+  if (is_new) return nullptr;
+  TORCH_CHECK_VALUE(earlier->second.key == given.key, earlier->second.key, " in ", earlier->second.where, " and ",
+                    given.key, " in ", given.where, " are two names of one key: give ", name, " alone");
+  return &earlier->second;
 }
 
 GivenValues values_of_file(const std::filesystem::path& path) {
@@ -272,11 +305,10 @@ GivenValues values_of_file(const std::filesystem::path& path) {
     TORCH_CHECK_VALUE(section.second.IsMap() || section.second.IsNull(), "section ", section_name, " in ", where,
                       " must hold keys, as ", section_name, ": and a line ", "key: value below it");
     for (const auto& entry : section.second) {
-      const auto key = section_name + "." + name_of(entry.first, path);
-      auto value = given_value(entry.second, location(path, entry.first.Mark()));
-      check_known("key", key, key_names(), value.where);
-      const auto [first, inserted] = values.emplace(key, value);
-      TORCH_CHECK_VALUE(inserted, key, " in ", value.where, " is already in ", first->second.where);
+      const auto value = given_value(section_name + "." + name_of(entry.first, path), entry.second,
+                                     location(path, entry.first.Mark()));
+      const auto* before = add_value(values, value);
+      TORCH_CHECK_VALUE(before == nullptr, value.key, " in ", value.where, " is already in ", before->where);
     }
   }
   return values;
@@ -287,11 +319,9 @@ GivenValues values_of_overrides(const std::vector<std::string>& overrides) {
   for (const auto& text : overrides) {
     const auto equals = text.find('=');
     TORCH_CHECK_VALUE(equals != std::string::npos, "the override ", text, " has no '=': expected section.key=value");
-    const auto key = text.substr(0, equals);
     const auto value = text.substr(equals + 1);
-    const auto where = "the override " + text;
-    check_known("key", key, key_names(), where);
-    values.insert_or_assign(key, Given{value, value.empty() ? "nothing" : value, where});
+    const Given given{text.substr(0, equals), value, value.empty() ? "nothing" : value, "the override " + text};
+    if (auto* earlier = add_value(values, given)) *earlier = given;
   }
   return values;
 }
@@ -301,6 +331,9 @@ void set_values(const GivenValues& values, RunConfig& config) {
     const auto found = values.find(key);
     if (found == values.end()) return;
     const auto& given = found->second;
+    if (given.key != key) {
+      config.warnings.push_back(fmt::format("{} in {} is now called {}", given.key, given.where, key));
+    }
     auto value = member;
     TORCH_CHECK_VALUE(given.value.has_value() && read_value(*given.value, value), key, " in ", given.where, " must be ",
                       expected(member), ", got ", given.shown);
@@ -357,7 +390,8 @@ void check_counts(const RunConfig& config) {
                           {"model.sliding_window", config.model.sliding_window, 1},
                           {"training.steps", config.training.steps, 1},
                           {"training.seed", config.training.seed, 0},
-                          {"training.global_batch", config.training.global_batch, 1},
+                          {"training.global_batch_size", config.training.global_batch_size, 1},
+                          {"training.micro_batch_size", config.training.micro_batch_size, 1},
                           {"training.sequence_length", config.training.sequence_length, 1},
                           {"training.warmup_steps", config.training.warmup_steps, 0},
                           {"validation.interval", config.validation.interval, 0},
@@ -398,8 +432,11 @@ void check_run_and_data(const RunConfig& config) {
 
 /// The sizes of one step against the ranks that share it.
 void check_batch(const RunConfig& config, const parallel::RankGrid& grid) {
-  TORCH_CHECK_VALUE(config.training.global_batch % grid.dp == 0, "training.global_batch ", config.training.global_batch,
-                    " is not divisible by data-parallel size ", grid.dp);
+  const auto& training = config.training;
+  TORCH_CHECK_VALUE(training.global_batch_size % (training.micro_batch_size * grid.dp) == 0,
+                    "training.global_batch_size ", training.global_batch_size,
+                    " is not divisible by training.micro_batch_size ", training.micro_batch_size,
+                    " x data-parallel size ", grid.dp);
   const int64_t S = config.training.sequence_length;
   if (config.parallel.sequence_parallel) parallel::even_shard_size(S, grid.tp, "training.sequence_length");
   // The begin symbol, <im_start>, the picture's rows, <im_end>, and a caption of one token at least.
@@ -423,16 +460,24 @@ void validate(const RunConfig& config, int num_ranks) {
 }
 
 parallel::RankGrid rank_grid(const RunConfig& config, int num_ranks) {
-  int64_t tensor = config.parallel.tensor;
-  int64_t data = config.parallel.data;
-  TORCH_CHECK_VALUE(tensor >= 0 && data >= 0, "parallel.tensor ", tensor, " or parallel.data ", data, " is negative");
-  if (data == 0) data = tensor == 0 ? 1 : std::max<int64_t>(num_ranks / tensor, 1);
-  if (tensor == 0) tensor = std::max<int64_t>(num_ranks / data, 1);
+  const auto& sizes = config.parallel;
+  const std::tuple<const char*, int64_t, const char*> missing[] = {{"cp", sizes.cp, "context"},
+                                                                   {"pp", sizes.pp, "pipeline"},
+                                                                   {"ep", sizes.ep, "expert"},
+                                                                   {"etp", sizes.etp, "expert-tensor"}};
+  for (const auto& [key, size, kind] : missing) {
+    TORCH_CHECK_VALUE(size == 1, "parallel.", key, " ", size, ": ", kind, " parallelism is not there yet");
+  }
+  int64_t tp = sizes.tp;
+  int64_t dp = sizes.dp;
+  TORCH_CHECK_VALUE(tp >= 0 && dp >= 0, "parallel.tp ", tp, " or parallel.dp ", dp, " is negative");
+  if (dp == 0) dp = tp == 0 ? 1 : std::max<int64_t>(num_ranks / tp, 1);
+  if (tp == 0) tp = std::max<int64_t>(num_ranks / dp, 1);
   // Bounded first, so that the product can't overflow.
-  TORCH_CHECK_VALUE(tensor <= num_ranks && data <= num_ranks && tensor * data == num_ranks, num_ranks,
-                    num_ranks == 1 ? " rank is" : " ranks are", " not parallel.tensor ", tensor, " x parallel.data ",
-                    data);
-  return {.tp = static_cast<int>(tensor), .dp = static_cast<int>(data)};
+  TORCH_CHECK_VALUE(tp <= num_ranks && dp <= num_ranks && tp * dp == num_ranks, num_ranks,
+                    num_ranks == 1 ? " rank is" : " ranks are", " not parallel.tp ", tp, " x parallel.dp ", dp,
+                    ": start as many, or set parallel.tp=", std::gcd(tp, num_ranks), " and leave parallel.dp out");
+  return {.tp = static_cast<int>(tp), .dp = static_cast<int>(dp)};
 }
 
 Step37Config model_config(const RunConfig& config, int64_t vocabulary_size) {

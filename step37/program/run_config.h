@@ -31,8 +31,12 @@ struct RunSection {
 };
 
 struct ParallelSection {
-  int64_t tensor = 0;  ///< ranks of a tensor-parallel group; 0: all ranks / data
-  int64_t data = 0;    ///< replicas of the model; 0: all ranks / tensor
+  int64_t tp = 1;   ///< tensor parallel: ranks that share a copy of the model; 0: all ranks / dp
+  int64_t cp = 1;   ///< context parallel; this and the following: others than 1 are refused
+  int64_t dp = 0;   ///< data parallel: copies of the model; 0: all ranks / tp, or 1 if that is 0, too
+  int64_t pp = 1;   ///< pipeline parallel
+  int64_t ep = 1;   ///< expert parallel
+  int64_t etp = 1;  ///< expert-tensor parallel
   bool sequence_parallel = true;
   megatron::EmbeddingSharding embedding_sharding = megatron::EmbeddingSharding::kVocab;  ///< vocab or hidden
   ProjectorSharding projector_sharding = ProjectorSharding::kReplicated;                 ///< replicated, column or row
@@ -82,7 +86,8 @@ struct VisionSection {
 struct TrainingSection {
   int64_t steps = 0;  ///< required: optimizer steps of the whole run
   int64_t seed = 1234;
-  int64_t global_batch = 1;        ///< packs a step, over all replicas
+  int64_t global_batch_size = 1;   ///< packs a step, over all replicas
+  int64_t micro_batch_size = 1;    ///< packs in one forward and backward pass
   int64_t sequence_length = 2048;  ///< positions of a pack
   double learning_rate = 1e-3;     ///< at the end of the warm-up
   double min_learning_rate = 0.0;  ///< at the last step
@@ -119,15 +124,16 @@ struct RunConfig {
   ValidationSection validation;
   CheckpointSection checkpoint;
   ReportSection report;
+  std::vector<std::string> warnings;  ///< one for each key that was given under its old name; no setting
 };
 
 /// Reads a YAML file of sections, then applies `overrides`, "section.key=value" each, in order; the last one holds.
 /// The text after the first '=' is the value as it is, without YAML's quotes or escapes. Values are checked for their
-/// type only: call validate(). Not collective.
+/// type only: call validate(). Old names of keys are taken, too (RunConfig::warnings). Not collective.
 /// @throws c10::ValueError naming the key, and the file and line or the override it stands in:
-///         a file that can't be read or isn't YAML; a section or key that doesn't exist (with the nearest that does) or
-///         is given twice in the file; a value of another type; an override without '='; a required key that neither
-///         gives.
+///         a file that can't be read or isn't YAML; a section or key that doesn't exist (with the nearest that does),
+///         is given twice in the file, or under both its names in the file or the overrides; a value of another type;
+///         an override without '='; a required key that neither gives.
 RunConfig load_run_config(const std::filesystem::path& path, const std::vector<std::string>& overrides = {});
 
 /// The configuration that `key_values`, "section.key=value" each, give by themselves: what settings() returned, out of
@@ -141,16 +147,16 @@ std::vector<std::pair<std::string, std::string>> settings(const RunConfig& confi
 
 /// Checks everything that can be checked before the data are read. Not collective.
 /// @throws c10::ValueError naming the key and the numbers:
-///         ranks that tensor * data doesn't give; a device that isn't one; counts below what makes sense; global_batch
-///         not divisible by the replicas; sequence_length not divisible by the tensor-parallel size under sequence
+///         ranks that the parallel sizes don't give; a device that isn't one; counts below what makes sense;
+///         global_batch_size not divisible by micro_batch_size * dp; sequence_length not divisible by tp under sequence
 ///         parallelism, or too short for one picture; a directory that starts with ~; held_out outside [0, 1); pictures
 ///         that don't fit the tower; and whatever the schedule's, AdamW's, the crops' and the model's own validate()
 ///         find.
 void validate(const RunConfig& config, int num_ranks);
 
-/// How `num_ranks` ranks are split: the zeros of ParallelSection filled in. With both 0 all ranks are one
-/// tensor-parallel group.
-/// @throws c10::ValueError with the numbers if they don't multiply to num_ranks.
+/// How `num_ranks` ranks are split: the zeros of ParallelSection filled in.
+/// @throws c10::ValueError with the numbers if a kind of parallelism is asked for that isn't there, or tp * dp isn't
+///         num_ranks.
 parallel::RankGrid rank_grid(const RunConfig& config, int num_ranks);
 
 /// The model, with a vocabulary of `vocabulary_size` pieces (the tokenizer's, which may be below data.vocabulary_size).

@@ -91,7 +91,7 @@ def in_full_and_small(command, test):
     """With all ranks up to where the pictures are read, so that the configuration fits them; then two steps on two."""
     no_pictures = "picture folder nowhere isn't a folder"
     small = re.sub(r"(-np |SLURM_NTASKS=)\d+ ", r"\g<1>2 ", command)
-    small = re.sub(r" parallel\.tensor=\d+", " parallel.tensor=2", small)
+    small = re.sub(r" parallel\.tp=\d+", " parallel.tp=2", small)
     if small == command:
         return as_small_run(command, test)
     return (f"output=$({command} run.directory=runs/full data.directory=nowhere 2>&1); "

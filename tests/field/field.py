@@ -23,11 +23,12 @@ EMBED_CASE = CASES / "embed/34_template_small.safetensors"
 
 TINY = """\
 run: {device: cpu, timeout_seconds: 60}
+parallel: {tp: 0}
 data: {directory: p, held_out: 0.0, vocabulary_size: 300}
 model: {hidden_size: 32, num_layers: 2, head_dim: 8, num_attention_heads: 4, num_sliding_attention_heads: 4, \
 num_query_groups: 4, ffn_hidden_size: 64, sliding_window: 16, full_attention_interval: 2}
 vision: {image_size: 56, width: 16, layers: 1, heads: 2, mlp_width: 32}
-training: {steps: 3, global_batch: 2, sequence_length: 128, learning_rate: 1e-3, warmup_steps: 1}
+training: {steps: 3, global_batch_size: 2, sequence_length: 128, learning_rate: 1e-3, warmup_steps: 1}
 checkpoint: {interval: 1}
 report: {pictures: 2, max_new_tokens: 4}
 """

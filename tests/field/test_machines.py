@@ -223,14 +223,17 @@ class DeviceTest(MachineTest):
             choice = {"environment": {"CUDA_VISIBLE_DEVICES": visible}}
         outcome = self.script("pretrain.sh", "--config", "mine.yaml", *words, **choice)
         self.assertSucceeds(outcome)
-        return (re.search(r"<-np>\n<(\d+)>", outcome.stdout)[1], *re.findall(r"<run\.device=(\w+)>", outcome.stdout))
+        return (re.search(r"<-np>\n<(\d+)>", outcome.stdout)[1], *re.findall(r"<run\.device=(\w+)>", outcome.stdout),
+                *re.findall(r"<(parallel\..*)>", outcome.stdout))
 
     def test_pretrain_sh_says_which_device_it_means(self):
         self.assertEqual(self.started(0), ("2", "cpu"))
-        self.assertEqual(self.started(1), ("1", "cuda"))
+        self.assertEqual(self.started(1), ("1", "cuda", "parallel.tp=1"))
         self.assertEqual(self.started(4), ("2", "cuda"))
         self.assertEqual(self.started(1, "--ranks", "2"), ("2", "cuda"))  # which the program refuses, and says why
-        self.assertEqual(self.started(4, visible="2"), ("1", "cuda"))
+        self.assertEqual(self.started(4, visible="2"), ("1", "cuda", "parallel.tp=1"))
+        for setting in "parallel.tp=0", "parallel.tensor=0":
+            self.assertEqual(self.started(0, "--ranks", "1", setting), ("1", "cpu", setting))
         for nothing in "", "-1", "-1,0":
             self.assertEqual(self.started(4, visible=nothing), ("2", "cpu"))
         self.assertEqual(self.started(1, nccl="OFF"), ("2", "cpu"))

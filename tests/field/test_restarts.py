@@ -106,7 +106,7 @@ class Signals(FieldTest):
         self.assertGoesOnAsIfNothingHadBeen(2)
 
     def test_a_signal_to_one_rank_stops_all_after_the_same_step(self):
-        layout = ("parallel.tensor=2", "parallel.data=2")
+        layout = ("parallel.tp=2", "parallel.dp=2")
         run = self.start(4, "run.directory=r", *layout)
         run.wait_for("step 2/")
         os.kill(run.children()[-1], signal.SIGTERM)
@@ -157,7 +157,7 @@ class Settings(FieldTest):
                          "training.seed 7 (was 1")
         self.assertEqual(sorted((p, p.stat().st_mtime_ns) for p in (self.folder / "r").rglob("*")), before)
         outcome = self.pretrain("run.directory=r", "training.steps=2", "training.learning_rate=1e-2", "data.crops=true",
-                                "training.global_batch=4", "parallel.data=2", "parallel.tensor=1", "run.fresh=False")
+                                "training.global_batch_size=4", "parallel.dp=2", "parallel.tp=1", "run.fresh=False")
         self.assertSucceeds(outcome)
         self.assertIn("resuming after step 1", outcome.stdout)
 
@@ -180,6 +180,15 @@ class FormatVersion1(FieldTest):
             for step, version in ((2, 1), (4, 2)):
                 manifest = json.loads((self.folder / f"run/checkpoints/step-{step:08}/manifest.json").read_text())
                 self.assertEqual(manifest["format_version"], version)
+
+    def test_old_names_of_keys_are_named_once(self):
+        outcome = self.pretrain("parallel.data=1", "training.steps=3")
+        self.assertSucceeds(outcome)
+        for warning in ("parallel.tensor in tiny.yaml:3 is now called parallel.tp",
+                        "training.global_batch in tiny.yaml:6 is now called training.global_batch_size",
+                        "parallel.data in the override parallel.data=1 is now called parallel.dp"):
+            self.assertEqual(outcome.stdout.count(f"warning: {warning}\n"), 1, outcome.stdout)
+        self.assertEqual(outcome.stdout.count("is now called"), 3, outcome.stdout)
 
     def test_its_model_captions(self):
         for ranks in (1, 2):

@@ -45,7 +45,7 @@ void check_settings(const step37::RunConfig& config) {
 void check_valid(const step37::RunConfig& config, int num_ranks) {
   const auto grid = step37::rank_grid(config, num_ranks);
   FUZZ_CHECK(grid.tp >= 1 && grid.dp >= 1 && grid.tp * grid.dp == num_ranks);
-  FUZZ_CHECK(config.training.global_batch % grid.dp == 0);
+  FUZZ_CHECK(config.training.global_batch_size % (config.training.micro_batch_size * grid.dp) == 0);
   const auto model = step37::model_config(config, config.data.vocabulary_size);
   FUZZ_CHECK(model.text.num_layers() == config.model.num_layers);
   FUZZ_CHECK(model.vision.output_dim() > 0);

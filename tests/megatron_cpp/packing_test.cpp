@@ -96,6 +96,20 @@ TEST(Packing, OversizeSamplesExtend) {
   EXPECT_EQ(values(packed.batches[1].tokens), (Row{100, 101, 102, 103, 104, 105, 106, 107, 108, 0, 0, 0}));
 }
 
+TEST(Packing, SequencesAreConcatenatedByHand) {
+  const auto packed = pack({sample(0, 2), sample(100, 1), sample(200, 4)}, {.max_length = 4, .pad_to = 4});
+  ASSERT_EQ(packed.batches.size(), 2U);
+  const auto both = concatenate(packed.batches);
+  constexpr int64_t kNone = kIgnoreIndex;
+  EXPECT_EQ(values(both.tokens), (Row{0, 1, 100, 0, 200, 201, 202, 203}));
+  EXPECT_EQ(values(both.labels), (Row{kNone, 2, 101, kNone, kNone, kNone, 203, 204}));
+  EXPECT_EQ(values(both.loss_mask), (Row{0, 1, 1, 0, 0, 0, 1, 1}));
+  EXPECT_EQ(values(both.position_ids), (Row{0, 1, 0, 0, 0, 1, 2, 3}));
+  EXPECT_EQ(ends(both), (std::vector<int32_t>{0, 2, 3, 4, 8}));
+  EXPECT_EQ(ends(concatenate({packed.batches[1]})), ends(packed.batches[1]));
+  EXPECT_TRUE(contains(value_error([] { concatenate({}); }), "no sequence to concatenate"));
+}
+
 TEST(Packing, NoSamples) {
   const auto packed = pack({}, {});
   EXPECT_TRUE(packed.batches.empty());

@@ -224,7 +224,9 @@ TEST_F(Pretrain, TrainsAlikeInEveryLayout) {
       {"all-gather", {"parallel.exchange=all-gather"}},
       {"column", {"parallel.projector_sharding=column", "run.checked=true"}},
       {"row", {"parallel.projector_sharding=row"}},
-      {"hidden", {"parallel.embedding_sharding=hidden"}}};
+      {"hidden", {"parallel.embedding_sharding=hidden"}},
+      {"micro-batches", {"training.micro_batch_size=2"}},
+      {"one-micro-batch", {"training.micro_batch_size=4"}}};
   for (const auto& [run, overrides] : others) {
     SCOPED_TRACE(run);
     pretrain(run, runtime().size(), overrides);
@@ -318,7 +320,7 @@ TEST_F(Pretrain, RefusesReplicasWithOtherPictures) {
   });
   const auto here = fs::current_path();
   fs::current_path(folder_.path() / (runtime().rank() == 1 ? "other" : "."));
-  const Overrides overrides = {"data.directory=pictures", "training.global_batch=4", "training.steps=1"};
+  const Overrides overrides = {"data.directory=pictures", "training.global_batch_size=4", "training.steps=1"};
   pretrain("alike", 1, overrides);
   on_main([&] { write_file(folder_.path() / "other/pictures/picture3.png", "another picture"); });
   const auto text = pretrain_error("run", 1, overrides);

@@ -94,7 +94,7 @@ TEST_F(Program, TellsWhichSettingDiffersBetweenRanks) {
 }
 
 TEST_F(Program, TellsWhenRanksAreLaidOutDifferently) {
-  const auto outcome = start_two(pretrain("parallel.tensor=1"), pretrain("parallel.tensor=2"));
+  const auto outcome = start_two(pretrain("parallel.tp=1"), pretrain("parallel.tp=2"));
   EXPECT_GT(outcome.status, 0);
   EXPECT_EQ(occurrences(outcome.output, "error: ranks disagree: the layout of the ranks is 'tp 1, "), 1)
       << outcome.output;

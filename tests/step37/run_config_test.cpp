@@ -58,7 +58,9 @@ class RunConfigTest : public ::testing::Test {
   }
   std::string override_error(const std::string& text) const { return load_error(kSmallest, {text}); }
   std::string validation_error(const std::vector<std::string>& overrides, int num_ranks = 2) const {
-    return error_of([&] { validate(smallest(overrides), num_ranks); });
+    std::vector<std::string> all{"parallel.tp=" + std::to_string(num_ranks)};
+    all.insert(all.end(), overrides.begin(), overrides.end());
+    return error_of([&] { validate(smallest(all), num_ranks); });
   }
 
   test_support::TemporaryFolder folder_;
@@ -82,7 +84,9 @@ TEST_F(RunConfigTest, KeysThatAreLeftOutHaveTheirDefaults) {
   EXPECT_EQ(config.model.rope_theta, 5e6);
   EXPECT_EQ(config.training.sequence_length, 2048);
   EXPECT_FALSE(config.validation.packs.has_value());
-  EXPECT_NO_THROW(validate(config, 2));
+  EXPECT_EQ(config.parallel.tp, 1);
+  EXPECT_EQ(config.training.micro_batch_size, 1);
+  EXPECT_NO_THROW(validate(config, 1));
 }
 
 TEST_F(RunConfigTest, ValuesAreReadInYamlsWaysOfWritingThem) {
@@ -189,7 +193,7 @@ TEST_F(RunConfigTest, UnknownNamesAreRefusedWithTheNearest) {
             "unknown key training.lerning_rate in the override training.lerning_rate=1; did you mean "
             "training.learning_rate?");
   EXPECT_EQ(override_error("steps=5"), "unknown key steps in the override steps=5; did you mean training.steps?");
-  EXPECT_EQ(override_error("=5"), "unknown key  in the override =5; did you mean training.eps?");
+  EXPECT_EQ(override_error("=5"), "unknown key  in the override =5; did you mean parallel.tp?");
 }
 
 TEST_F(RunConfigTest, ValuesOfAnotherTypeAreRefused) {
@@ -261,19 +265,61 @@ TEST_F(RunConfigTest, FilesThatArentConfigurationsAreRefused) {
 }
 
 TEST_F(RunConfigTest, RanksAreSplitIntoTensorTimesData) {
-  const auto grid = [&](int tensor, int data, int num_ranks) {
-    const auto result = rank_grid(
-        smallest({"parallel.tensor=" + std::to_string(tensor), "parallel.data=" + std::to_string(data)}), num_ranks);
+  const auto grid = [&](const std::vector<std::string>& sizes, int num_ranks) {
+    const auto result = rank_grid(smallest(sizes), num_ranks);
+    EXPECT_NO_THROW(result.validate(num_ranks));
     return std::pair(result.tp, result.dp);
   };
-  EXPECT_EQ(grid(0, 0, 4), std::pair(4, 1));
-  EXPECT_EQ(grid(2, 0, 4), std::pair(2, 2));
-  EXPECT_EQ(grid(0, 4, 4), std::pair(1, 4));
-  EXPECT_EQ(grid(1, 3, 3), std::pair(1, 3));
-  EXPECT_EQ(error_of([&] { grid(2, 3, 4); }), "4 ranks are not parallel.tensor 2 x parallel.data 3");
-  EXPECT_EQ(error_of([&] { grid(2, 0, 1); }), "1 rank is not parallel.tensor 2 x parallel.data 1");
-  EXPECT_EQ(error_of([&] { grid(3, 0, 4); }), "4 ranks are not parallel.tensor 3 x parallel.data 1");
-  EXPECT_EQ(error_of([&] { grid(-1, 0, 4); }), "parallel.tensor -1 or parallel.data 0 is negative");
+  EXPECT_EQ(grid({}, 4), std::pair(1, 4));
+  EXPECT_EQ(grid({"parallel.tp=0"}, 4), std::pair(4, 1));
+  EXPECT_EQ(grid({"parallel.tp=2"}, 4), std::pair(2, 2));
+  EXPECT_EQ(grid({"parallel.tp=0", "parallel.dp=4"}, 4), std::pair(1, 4));
+  EXPECT_EQ(grid({"parallel.tp=1", "parallel.dp=3"}, 3), std::pair(1, 3));
+  const auto error = [&](const std::vector<std::string>& sizes, int num_ranks) {
+    return error_of([&] { grid(sizes, num_ranks); });
+  };
+  EXPECT_EQ(error({"parallel.tp=2", "parallel.dp=3"}, 4),
+            "4 ranks are not parallel.tp 2 x parallel.dp 3: start as many, or set parallel.tp=2 and leave parallel.dp "
+            "out");
+  EXPECT_EQ(error({"parallel.tp=2"}, 1),
+            "1 rank is not parallel.tp 2 x parallel.dp 1: start as many, or set parallel.tp=1 and leave parallel.dp "
+            "out");
+  EXPECT_EQ(error({"parallel.tp=6"}, 4),
+            "4 ranks are not parallel.tp 6 x parallel.dp 1: start as many, or set parallel.tp=2 and leave parallel.dp "
+            "out");
+  EXPECT_EQ(error({"parallel.tp=-1"}, 4), "parallel.tp -1 or parallel.dp 0 is negative");
+  EXPECT_EQ(error({"parallel.cp=2"}, 4), "parallel.cp 2: context parallelism is not there yet");
+  EXPECT_EQ(error({"parallel.pp=2"}, 4), "parallel.pp 2: pipeline parallelism is not there yet");
+  EXPECT_EQ(error({"parallel.ep=4"}, 4), "parallel.ep 4: expert parallelism is not there yet");
+  EXPECT_EQ(error({"parallel.etp=2"}, 4), "parallel.etp 2: expert-tensor parallelism is not there yet");
+}
+
+TEST_F(RunConfigTest, OldNamesOfKeysAreTakenWithAWarning) {
+  const auto config = load(std::string(kSmallest) + "parallel: {tensor: 2, data: 3}\n",
+                           {"training.global_batch=5", "training.global_batch=6"});
+  EXPECT_EQ(config.parallel.tp, 2);
+  EXPECT_EQ(config.parallel.dp, 3);
+  EXPECT_EQ(config.training.global_batch_size, 6);
+  ASSERT_EQ(config.warnings.size(), 3U);
+  EXPECT_TRUE(config.warnings[0].ends_with("x.yaml:7 is now called parallel.tp")) << config.warnings[0];
+  EXPECT_TRUE(config.warnings[1].starts_with("parallel.data in /")) << config.warnings[1];
+  EXPECT_EQ(config.warnings[2],
+            "training.global_batch in the override training.global_batch=6 is now called training.global_batch_size");
+  EXPECT_TRUE(smallest({"parallel.tp=2"}).warnings.empty());
+  EXPECT_EQ(run_config_from_settings({"parallel.tensor=2", "parallel.data=0"}).parallel.tp, 2);
+  EXPECT_EQ(override_error("parallel.tensor=x"),
+            "parallel.tp in the override parallel.tensor=x must be an integer, got x");
+}
+
+TEST_F(RunConfigTest, OneKeyUnderTwoNamesIsRefusedInOnePlace) {
+  EXPECT_EQ(load_error("parallel:\n  tp: 2\n  tensor: 2\n"),
+            "parallel.tp in x.yaml:2 and parallel.tensor in x.yaml:3 are two names of one key: give parallel.tp alone");
+  EXPECT_EQ(load_error(kSmallest, {"parallel.data=2", "parallel.dp=2"}),
+            "parallel.data in the override parallel.data=2 and parallel.dp in the override parallel.dp=2 are two names "
+            "of one key: give parallel.dp alone");
+  const auto text = std::string(kSmallest);
+  EXPECT_EQ(load(text + "parallel: {tp: 2}\n", {"parallel.tensor=1"}).parallel.tp, 1);
+  EXPECT_EQ(load(text + "parallel: {tensor: 2}\n", {"parallel.tp=1"}).parallel.tp, 1);
 }
 
 TEST_F(RunConfigTest, TheModelHasFullAttentionInEveryKthLayer) {
@@ -314,7 +360,9 @@ TEST_F(RunConfigTest, OptionsOfTheOtherPartsAreTheConfigurations) {
 
 TEST_F(RunConfigTest, WhatDoesntFitIsRefusedWithTheNumbers) {
   EXPECT_EQ(validation_error({}), "no error");
-  EXPECT_EQ(validation_error({"parallel.tensor=3"}), "2 ranks are not parallel.tensor 3 x parallel.data 1");
+  EXPECT_EQ(validation_error({"parallel.tp=3"}),
+            "2 ranks are not parallel.tp 3 x parallel.dp 1: start as many, or set parallel.tp=1 and leave parallel.dp "
+            "out");
   for (const char* sharding : {"replicated", "column", "row"}) {
     EXPECT_EQ(validation_error({std::string("parallel.projector_sharding=") + sharding}), "no error");
   }
@@ -324,8 +372,11 @@ TEST_F(RunConfigTest, WhatDoesntFitIsRefusedWithTheNumbers) {
         validation_error({"parallel.embedding_sharding=hidden", other}),
         "a hidden-parallel embedding goes with a column-sharded or a replicated projector and the fused exchange");
   }
-  EXPECT_EQ(validation_error({"parallel.data=2", "training.global_batch=3"}),
-            "training.global_batch 3 is not divisible by data-parallel size 2");
+  EXPECT_EQ(validation_error({"parallel.tp=1", "training.global_batch_size=3"}),
+            "training.global_batch_size 3 is not divisible by training.micro_batch_size 1 x data-parallel size 2");
+  EXPECT_EQ(validation_error({"training.global_batch_size=6", "training.micro_batch_size=4"}),
+            "training.global_batch_size 6 is not divisible by training.micro_batch_size 4 x data-parallel size 1");
+  EXPECT_EQ(validation_error({"training.micro_batch_size=0"}), "training.micro_batch_size 0 is below 1");
   EXPECT_EQ(validation_error({"data.held_out=1"}), "data.held_out 1 is not in [0, 1)");
   EXPECT_EQ(validation_error({"data.directory="}), "data.directory is empty");
   EXPECT_EQ(validation_error({"training.steps=0"}), "training.steps 0 is below 1");
@@ -356,9 +407,13 @@ TEST_F(RunConfigTest, WhatDoesntFitIsRefusedWithTheNumbers) {
 }
 
 TEST(ShippedConfigurations, AreValidForTheRanksTheyAreWrittenFor) {
-  const auto tuxpaint = load_run_config(test_support::cases() / "../../configs/tuxpaint.yaml");
+  const auto file = test_support::cases() / "../../configs/tuxpaint.yaml";
+  const auto tuxpaint = load_run_config(file);
   EXPECT_EQ(tuxpaint.run.directory, "runs/tuxpaint");
-  for (const int num_ranks : {1, 2, 4}) EXPECT_NO_THROW(validate(tuxpaint, num_ranks)) << num_ranks;
+  for (const int num_ranks : {2, 4}) EXPECT_NO_THROW(validate(tuxpaint, num_ranks)) << num_ranks;
+  for (const int tp : {1, 2, 4}) {
+    EXPECT_NO_THROW(validate(load_run_config(file, {"parallel.tp=" + std::to_string(tp)}), tp)) << tp;
+  }
 }
 
 }  // namespace

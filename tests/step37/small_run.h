@@ -43,7 +43,7 @@ vision:
   mlp_width: 32
 training:
   steps: 3
-  global_batch: 4
+  global_batch_size: 4
   sequence_length: 128
   learning_rate: 1e-2
   warmup_steps: 1
@@ -81,7 +81,7 @@ class SmallRun : public testing::Test {
 
   Overrides overrides_of(const std::string& run, int tp, const Overrides& more) const {
     Overrides overrides = {"run.directory=" + files(run).directory.string(), "data.directory=" + pictures().string(),
-                           "parallel.tensor=" + std::to_string(tp)};
+                           "parallel.tp=" + std::to_string(tp)};
     overrides.insert(overrides.end(), more.begin(), more.end());
     return overrides;
   }

@@ -93,8 +93,8 @@ TEST(Resuming, WhatARunCannotChangeIsNamed) {
     EXPECT_TRUE(contains(error(fixed), "the run can't go on from step-7 with " + key + " ")) << fixed;
   }
   for (const std::string free :
-       {"model.init_std=3", "training.steps=3", "training.learning_rate=3", "training.global_batch=3",
-        "training.sequence_length=3", "parallel.tensor=3", "parallel.projector_sharding=row", "data.directory=d",
+       {"model.init_std=3", "training.steps=3", "training.learning_rate=3", "training.global_batch_size=3",
+        "training.sequence_length=3", "parallel.tp=3", "parallel.projector_sharding=row", "data.directory=d",
         "data.held_out=0.5", "data.crops=true", "run.directory=d", "run.fresh=true", "checkpoint.keep=3"}) {
     EXPECT_EQ(error(free), "nothing thrown") << free;
   }
