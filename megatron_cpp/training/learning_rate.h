@@ -5,18 +5,29 @@
 
 namespace megatron {
 
-/// Linear warm-up, then half a cosine down to a floor. Pure.
+/// How the learning rate goes down after the warm-up; Megatron-Core's lr_decay_style.
+enum class LearningRateDecay {
+  kCosine,    ///< along half a cosine
+  kLinear,    ///< along a straight line
+  kConstant,  ///< not at all
+  kWsd,       ///< warm-up-stable-decay: only in the last decay_steps, along 2 * 0.5^progress - 1
+};
+
+/// Linear warm-up, then down to a floor, as Megatron-Core's OptimizerParamScheduler does. Pure.
 struct LearningRateSchedule {
   double peak = 1e-3;        ///< at the end of the warm-up, above 0
-  double floor = 0.0;        ///< at total_steps and after, in [0, peak]
+  double floor = 0.0;        ///< at total_steps and after, in [0, peak]; kConstant doesn't look at it
   int64_t warmup_steps = 0;  ///< 0: none
-  int64_t total_steps = 1;   ///< where the cosine ends
+  int64_t total_steps = 1;   ///< where the decay ends
+  LearningRateDecay decay = LearningRateDecay::kCosine;  ///< after the warm-up
+  int64_t decay_steps = 0;  ///< of kWsd, at least 1 and not in the warm-up; of the others 0
 
   /// @throws c10::ValueError naming the value that is out of range.
   void validate() const;
 
   /// The rate of step `step`, counted from 1: peak * step / warmup_steps up to warmup_steps, then
-  /// floor + (peak - floor) * (1 + cos(pi * progress)) / 2, progress going from 0 to 1 at total_steps.
+  /// floor + (peak - floor) * share. Progress goes from 0 at the end of the warm-up, or decay_steps before total_steps,
+  /// to 1 at total_steps, and with it share from 1 to 0: (1 + cos(pi * progress)) / 2, 1 - progress, or as kWsd says.
   double at(int64_t step) const;
 };
 

@@ -88,6 +88,8 @@ void visit_keys(Config& config, const Visit& visit) {
   visit("training.learning_rate", config.training.learning_rate, kOptional);
   visit("training.min_learning_rate", config.training.min_learning_rate, kOptional);
   visit("training.warmup_steps", config.training.warmup_steps, kOptional);
+  visit("training.learning_rate_decay", config.training.learning_rate_decay, kOptional);
+  visit("training.decay_steps", config.training.decay_steps, kOptional);
   visit("training.weight_decay", config.training.weight_decay, kOptional);
   visit("training.beta1", config.training.beta1, kOptional);
   visit("training.beta2", config.training.beta2, kOptional);
@@ -148,11 +150,17 @@ constexpr std::array<std::pair<const char*, ProjectorSharding>, 3> kProjectorSha
      {"row", ProjectorSharding::kRow}}};
 constexpr std::array<std::pair<const char*, InsertExchange>, 2> kExchanges{
     {{"fused", InsertExchange::kFused}, {"all-gather", InsertExchange::kAllGather}}};
+constexpr std::array<std::pair<const char*, megatron::LearningRateDecay>, 4> kDecays{
+    {{"cosine", megatron::LearningRateDecay::kCosine},
+     {"linear", megatron::LearningRateDecay::kLinear},
+     {"constant", megatron::LearningRateDecay::kConstant},
+     {"wsd", megatron::LearningRateDecay::kWsd}}};
 constexpr std::array<std::pair<const char*, bool>, 2> kTruths{{{"true", true}, {"false", false}}};
 
 const auto& names_of(megatron::EmbeddingSharding /*type*/) { return kEmbeddingShardings; }
 const auto& names_of(ProjectorSharding /*type*/) { return kProjectorShardings; }
 const auto& names_of(InsertExchange /*type*/) { return kExchanges; }
+const auto& names_of(megatron::LearningRateDecay /*type*/) { return kDecays; }
 const auto& names_of(bool /*type*/) { return kTruths; }
 /// All spellings of YAML 1.2's core schema.
 constexpr std::array<std::pair<const char*, bool>, 6> kReadTruths{
@@ -394,6 +402,7 @@ void check_counts(const RunConfig& config) {
                           {"training.micro_batch_size", config.training.micro_batch_size, 1},
                           {"training.sequence_length", config.training.sequence_length, 1},
                           {"training.warmup_steps", config.training.warmup_steps, 0},
+                          {"training.decay_steps", config.training.decay_steps, 0},
                           {"validation.interval", config.validation.interval, 0},
                           {"validation.packs", config.validation.packs.value_or(1), 1},
                           {"checkpoint.interval", config.checkpoint.interval, 0},
@@ -529,6 +538,8 @@ megatron::LearningRateSchedule learning_rate_schedule(const RunConfig& config) {
   schedule.floor = config.training.min_learning_rate;
   schedule.warmup_steps = config.training.warmup_steps;
   schedule.total_steps = config.training.steps;
+  schedule.decay = config.training.learning_rate_decay;
+  schedule.decay_steps = config.training.decay_steps;
   return schedule;
 }
 

@@ -92,6 +92,8 @@ struct TrainingSection {
   double learning_rate = 1e-3;     ///< at the end of the warm-up
   double min_learning_rate = 0.0;  ///< at the last step
   int64_t warmup_steps = 0;
+  megatron::LearningRateDecay learning_rate_decay = megatron::LearningRateDecay::kCosine;  ///< or linear, constant, wsd
+  int64_t decay_steps = 0;  ///< of wsd: the last steps, in which the rate goes down
   double weight_decay = 0.1;
   double beta1 = 0.9;
   double beta2 = 0.95;

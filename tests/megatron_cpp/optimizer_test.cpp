@@ -1,4 +1,4 @@
-// From gradients to new parameters: GradientBuffer, AdamW, LearningRateSchedule, Trainer.
+// From gradients to new parameters: GradientBuffer, AdamW, Trainer.
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 #include <gtest/gtest.h>
@@ -13,7 +13,6 @@
 #include "megatron_cpp/optimizer/adamw.h"
 #include "megatron_cpp/optimizer/gradient_buffer.h"
 #include "megatron_cpp/parameters/parameter_shard.h"
-#include "megatron_cpp/training/learning_rate.h"
 #include "megatron_cpp/training/trainer.h"
 #include "tests/support/errors.h"
 #include "tests/support/operator_watch.h"
@@ -25,7 +24,6 @@ using megatron::AdamW;
 using megatron::AdamWOptions;
 using megatron::GradientBuffer;
 using megatron::GradientDomain;
-using megatron::LearningRateSchedule;
 using megatron::ParameterShard;
 using megatron::Trainer;
 using megatron::TrainerOptions;
@@ -336,40 +334,6 @@ TEST(AdamW, RefusesValuesOutOfRange) {
   EXPECT_TRUE(contains(value_error([] { AdamW({}, {.beta2 = -0.5}); }), "beta2 -0.5 is not in [0, 1)"));
   EXPECT_TRUE(contains(value_error([] { AdamW({}, {.eps = 0.0}); }), "eps 0 is not above 0"));
   EXPECT_TRUE(contains(value_error([] { AdamW({}, {.weight_decay = -1.0}); }), "weight decay -1 is below 0"));
-}
-
-// ---- LearningRateSchedule ----
-
-TEST(LearningRate, ValuesByHand) {
-  const LearningRateSchedule schedule{.peak = 1.0, .floor = 0.2, .warmup_steps = 4, .total_steps = 12};
-  EXPECT_DOUBLE_EQ(schedule.at(1), 0.25);
-  EXPECT_DOUBLE_EQ(schedule.at(3), 0.75);
-  EXPECT_DOUBLE_EQ(schedule.at(4), 1.0);
-  EXPECT_NEAR(schedule.at(6), 0.2 + 0.4 * (1 + std::sqrt(0.5)), 1e-15);
-  EXPECT_NEAR(schedule.at(8), 0.6, 1e-15);
-  EXPECT_NEAR(schedule.at(10), 0.2 + 0.4 * (1 - std::sqrt(0.5)), 1e-15);
-  EXPECT_NEAR(schedule.at(12), 0.2, 1e-15);
-  EXPECT_NEAR(schedule.at(100), 0.2, 1e-15);
-}
-
-TEST(LearningRate, WithoutWarmUpOrWithNothingElse) {
-  const LearningRateSchedule straight_down{.peak = 1.0, .floor = 0.0, .warmup_steps = 0, .total_steps = 2};
-  EXPECT_NEAR(straight_down.at(1), 0.5, 1e-15);
-  EXPECT_NEAR(straight_down.at(2), 0.0, 1e-15);
-  const LearningRateSchedule all_warm_up{.peak = 1.0, .floor = 0.5, .warmup_steps = 8, .total_steps = 4};
-  EXPECT_DOUBLE_EQ(all_warm_up.at(4), 0.5);
-  EXPECT_DOUBLE_EQ(all_warm_up.at(8), 1.0);
-}
-
-TEST(LearningRate, RefusesValuesOutOfRange) {
-  EXPECT_TRUE(
-      contains(value_error([] { LearningRateSchedule{.peak = 0.0}.validate(); }), "learning rate 0 is not above 0"));
-  EXPECT_TRUE(contains(value_error([] { LearningRateSchedule{.peak = 1.0, .floor = 2.0}.validate(); }),
-                       "minimum learning rate 2 is not in [0, 1]"));
-  EXPECT_TRUE(
-      contains(value_error([] { LearningRateSchedule{.total_steps = 0}.validate(); }), "number of steps 0 is below 1"));
-  EXPECT_TRUE(contains(value_error([] { LearningRateSchedule{.warmup_steps = -1}.validate(); }),
-                       "warm-up steps -1 are below 0"));
 }
 
 // ---- Trainer ----

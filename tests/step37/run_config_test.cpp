@@ -223,6 +223,9 @@ TEST_F(RunConfigTest, ValuesOfAnotherTypeAreRefused) {
   EXPECT_EQ(override_error("parallel.embedding_sharding=rows"),
             "parallel.embedding_sharding in the override parallel.embedding_sharding=rows must be vocab or hidden, got "
             "rows");
+  EXPECT_EQ(override_error("training.learning_rate_decay=step"),
+            "training.learning_rate_decay in the override training.learning_rate_decay=step must be cosine, linear, "
+            "constant or wsd, got step");
   EXPECT_EQ(override_error("validation.packs=some"),
             "validation.packs in the override validation.packs=some must be an integer or all, got some");
 }
@@ -352,6 +355,10 @@ TEST_F(RunConfigTest, OptionsOfTheOtherPartsAreTheConfigurations) {
                 "training.beta2=0.75", "data.crops=true", "data.crop_side=28"});
   EXPECT_EQ(learning_rate_schedule(config).at(4), 0.5);
   EXPECT_EQ(learning_rate_schedule(config).at(10), 0.25);
+  const auto wsd = learning_rate_schedule(smallest({"training.learning_rate_decay=wsd", "training.decay_steps=3"}));
+  EXPECT_EQ(wsd.decay, megatron::LearningRateDecay::kWsd);
+  EXPECT_EQ(wsd.at(7), 1e-3);
+  EXPECT_LT(wsd.at(8), 1e-3);
   EXPECT_EQ(adamw_options(config).beta2, 0.75);
   EXPECT_EQ(crop_options(config).global_side, 56);
   EXPECT_EQ(crop_options(config).crop_side, 28);
@@ -403,6 +410,10 @@ TEST_F(RunConfigTest, WhatDoesntFitIsRefusedWithTheNumbers) {
             "crop_side 30 isn't a positive multiple of vision_patch_size 14");
   EXPECT_EQ(validation_error({"data.crop_side=30"}), "no error");
   EXPECT_EQ(validation_error({"training.min_learning_rate=1"}), "minimum learning rate 1 is not in [0, 0.001]");
+  EXPECT_EQ(validation_error({"training.learning_rate_decay=wsd"}),
+            "decay_steps 0 is not in [1, 10], the steps after the warm-up");
+  EXPECT_EQ(validation_error({"training.decay_steps=4"}), "decay_steps 4 is of the decay wsd only");
+  EXPECT_EQ(validation_error({"training.decay_steps=-1"}), "training.decay_steps -1 is below 0");
   EXPECT_EQ(validation_error({"training.beta1=1"}), "beta1 1 is not in [0, 1)");
 }
 
