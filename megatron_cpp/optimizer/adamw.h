@@ -4,21 +4,35 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <map>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "megatron_cpp/parameters/parameter_shard.h"
 
 namespace megatron {
 
+/// Factors by prefix of a parameter's name: "decoder.layers.1" is for all names that are it or go on after a dot, as
+/// "decoder.layers.1.mlp.weight" does. Of several the longest counts for a parameter; without any its factor is 1.
+using ParameterScales = std::map<std::string, double>;
+
 /// AdamW's constants; the defaults are usual for pretraining decoders.
 struct AdamWOptions {
-  double beta1 = 0.9;         ///< decay of the first moment (exp_avg), in [0, 1)
-  double beta2 = 0.95;        ///< decay of the second moment (exp_avg_sq), in [0, 1)
-  double eps = 1e-8;          ///< added to the root of the second moment, above 0
-  double weight_decay = 0.1;  ///< not applied where ParameterShard::weight_decay is false
+  double beta1 = 0.9;                         ///< decay of the first moment (exp_avg), in [0, 1)
+  double beta2 = 0.95;                        ///< decay of the second moment (exp_avg_sq), in [0, 1)
+  double eps = 1e-8;                          ///< added to the root of the second moment, above 0
+  double weight_decay = 0.1;                  ///< not applied where ParameterShard::weight_decay is false
+  ParameterScales learning_rate_scales = {};  ///< each at least 0; of weight decay, too, as PyTorch's groups have it
+  ParameterScales weight_decay_scales = {};   ///< each at least 0; on top of that
 
   /// @throws c10::ValueError naming the value that is out of range.
   void validate() const;
+  /// Refuses a prefix that is no parameter's, most likely a typing error. Not called by AdamW, which knows the
+  /// parameters of its rank only.
+  /// @param names  of all the model's parameters, on whatever rank they are; at least one.
+  /// @throws c10::ValueError naming the prefix and some of `names`.
+  void check_prefixes(const std::vector<std::string>& names) const;
 };
 
 /// Decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), by LibTorch's fused kernel. Each rank updates its
@@ -51,6 +65,8 @@ class AdamW {
   std::vector<ParameterShard> parameters_;
   std::vector<Moments> moments_;
   AdamWOptions options_;
+  /// Indices of parameters that are not empty, by scale of the learning rate and weight decay.
+  std::map<std::pair<double, double>, std::vector<size_t>> parameter_groups_;
   int64_t num_steps_ = 0;
 };
 

@@ -58,6 +58,7 @@ class PretrainRun {
         faults_(/*watch_changes=*/groups_.dp->getRank() == 0) {}
 
   int run() {
+    check_scales();
     read_pictures();
     prepare_directory();
     if (!config_.run.fresh) resume_from_ = find_checkpoint();
@@ -99,6 +100,16 @@ class PretrainRun {
     say("To caption a picture, one of these or your own:\n  " + this_program() + " generate --checkpoint " +
         shell_quoted_path(std::filesystem::exists(latest) ? latest : files_.checkpoints()) + " --image " +
         shell_quoted_path(picture));
+  }
+
+  /// Before anything is read or removed. Names don't depend on the size of the vocabulary, and every rank has all.
+  void check_scales() const {
+    const auto options = adamw_options(config_);
+    if (options.learning_rate_scales.empty() && options.weight_decay_scales.empty()) return;
+    const Step37Model model(model_config(config_, config_.data.vocabulary_size), groups_.tp);
+    std::vector<std::string> names;
+    for (const auto& shard : megatron::parameter_shards(*model)) names.push_back(shard.name);
+    options.check_prefixes(names);
   }
 
   void prepare_directory() {

@@ -12,6 +12,7 @@
 #include <limits>
 #include <map>
 #include <numeric>
+#include <sstream>
 #include <string_view>
 #include <tuple>
 #include <type_traits>
@@ -91,6 +92,8 @@ void visit_keys(Config& config, const Visit& visit) {
   visit("training.learning_rate_decay", config.training.learning_rate_decay, kOptional);
   visit("training.decay_steps", config.training.decay_steps, kOptional);
   visit("training.weight_decay", config.training.weight_decay, kOptional);
+  visit("training.learning_rate_scales", config.training.learning_rate_scales, kOptional);
+  visit("training.weight_decay_scales", config.training.weight_decay_scales, kOptional);
   visit("training.beta1", config.training.beta1, kOptional);
   visit("training.beta2", config.training.beta2, kOptional);
   visit("training.eps", config.training.eps, kOptional);
@@ -187,6 +190,13 @@ std::string write_value(double value) {
   return {digits.data(), end};
 }
 std::string write_value(const std::optional<int64_t>& value) { return value ? std::to_string(*value) : "all"; }
+std::string write_value(const megatron::ParameterScales& value) {
+  std::string text;
+  for (const auto& [prefix, scale] : value) {
+    text += fmt::format("{}{}: {}", text.empty() ? "" : ", ", prefix, write_value(scale));
+  }
+  return text;
+}
 
 template <class Number>
 bool read_number(std::string_view text, Number& value) {
@@ -214,6 +224,19 @@ bool read_value(const std::string& text, std::optional<int64_t>& value) {
   if (text == "all") value.reset();
   return text == "all" || read_number(text, value.emplace());
 }
+bool read_value(const std::string& text, megatron::ParameterScales& value) {
+  value.clear();
+  std::istringstream entries(text);
+  for (std::string entry; std::getline(entries, entry, ',');) {
+    std::istringstream parts(entry);
+    std::string prefix;
+    std::string number;
+    double scale = 0.0;
+    if (!std::getline(parts >> std::ws, prefix, ':') || !(parts >> number) || !(parts >> std::ws).eof()) return false;
+    if (!read_value(number, scale) || !value.emplace(prefix, scale).second) return false;
+  }
+  return is_utf8(text);
+}
 
 template <class Named>
 std::string expected(Named type) {
@@ -226,6 +249,9 @@ std::string expected(const std::string& /*type*/) { return "text in UTF-8"; }
 std::string expected(int64_t /*type*/) { return "an integer"; }
 std::string expected(double /*type*/) { return "a number"; }
 std::string expected(const std::optional<int64_t>& /*type*/) { return "an integer or all"; }
+std::string expected(const megatron::ParameterScales& /*type*/) {
+  return "names with a factor each, as a: 0.1, b.c: 2";
+}
 
 // Names that are nearly right.
 
@@ -268,9 +294,10 @@ void check_known(const char* kind, const std::string& name, const std::vector<st
 
 struct Given {
   std::string key;                   ///< as it is written there; it may be an old name
-  std::optional<std::string> value;  ///< none: what stands there is no single value
+  std::optional<std::string> value;  ///< none: what stands there is no single value, nor a map of such
   std::string shown;                 ///< for messages
   std::string where;                 ///< file:line or the override
+  bool is_map = false;               ///< `value` is that of ParameterScales
 };
 using GivenValues = std::map<std::string, Given, std::less<>>;
 
@@ -284,7 +311,12 @@ std::string name_of(const YAML::Node& key, const std::filesystem::path& path) {
 
 Given given_value(const std::string& key, const YAML::Node& value, const std::string& where) {
   if (value.IsScalar()) return {key, value.Scalar(), value.Scalar(), where};
-  return {key, std::nullopt, value.IsNull() ? "no value" : value.IsMap() ? "a section" : "a list", where};
+  if (value.IsMap()) {
+    std::string text;
+    for (const auto& entry : value) text += entry.first.Scalar() + ": " + entry.second.Scalar() + ",";
+    return {key, text, "a section", where, /*is_map=*/true};
+  }
+  return {key, std::nullopt, value.IsNull() ? "no value" : "a list", where};
 }
 
 /// Adds a value under today's name of its key. Returns the earlier one of that key, if there is one, and leaves it.
@@ -343,7 +375,9 @@ void set_values(const GivenValues& values, RunConfig& config) {
       config.warnings.push_back(fmt::format("{} in {} is now called {}", given.key, given.where, key));
     }
     auto value = member;
-    TORCH_CHECK_VALUE(given.value.has_value() && read_value(*given.value, value), key, " in ", given.where, " must be ",
+    const bool has_form =
+        given.is_map ? std::is_same_v<decltype(value), megatron::ParameterScales> : given.value.has_value();
+    TORCH_CHECK_VALUE(has_form && read_value(*given.value, value), key, " in ", given.where, " must be ",
                       expected(member), ", got ", given.shown);
     member = std::move(value);
   });
@@ -549,6 +583,8 @@ megatron::AdamWOptions adamw_options(const RunConfig& config) {
   options.beta2 = config.training.beta2;
   options.eps = config.training.eps;
   options.weight_decay = config.training.weight_decay;
+  options.learning_rate_scales = config.training.learning_rate_scales;
+  options.weight_decay_scales = config.training.weight_decay_scales;
   return options;
 }
 

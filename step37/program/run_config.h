@@ -95,6 +95,8 @@ struct TrainingSection {
   megatron::LearningRateDecay learning_rate_decay = megatron::LearningRateDecay::kCosine;  ///< or linear, constant, wsd
   int64_t decay_steps = 0;  ///< of wsd: the last steps, in which the rate goes down
   double weight_decay = 0.1;
+  megatron::ParameterScales learning_rate_scales;  ///< written as "vision_model: 0.1, language_model.embedding: 2"
+  megatron::ParameterScales weight_decay_scales;   ///< likewise
   double beta1 = 0.9;
   double beta2 = 0.95;
   double eps = 1e-8;

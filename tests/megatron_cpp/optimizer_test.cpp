@@ -2,10 +2,12 @@
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 #include <gtest/gtest.h>
+#include <torch/optim/adamw.h>
 
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -291,6 +293,54 @@ TEST(AdamW, EqualsTheFormulas) {
   }
 }
 
+/// LibTorch's own optimizer, with a group for each parameter.
+TEST(AdamW, ScalesAreParameterGroups) {
+  struct Expected {
+    std::string name;
+    bool decays;
+    double learning_rate_scale, weight_decay_scale;
+  };
+  const std::vector<Expected> expected{{"vision.a.weight", true, 0.1, 2.0}, {"vision.a.bias", false, 0.1, 0.0},
+                                       {"vision.b.weight", true, 3.0, 2.0}, {"visionary.weight", true, 1.0, 1.0},
+                                       {"text.weight", true, 0.0, 0.5},     {"text.norm", false, 1.0, 0.0}};
+  const AdamWOptions options{.weight_decay = 0.3,
+                             .learning_rate_scales = {{"vision", 0.1}, {"vision.b", 3.0}, {"text.weight", 0.0}},
+                             .weight_decay_scales = {{"vision", 2.0}, {"text", 0.5}}};
+  std::vector<ParameterShard> shards;
+  std::vector<torch::optim::OptimizerParamGroup> groups;
+  for (const auto& [name, decays, learning_rate_scale, weight_decay_scale] : expected) {
+    const auto start = on_device(exact_values({5, 7}, static_cast<int64_t>(shards.size()) + 1)).to(at::kDouble);
+    shards.push_back(shard_of(name, start.clone().requires_grad_(true), GradientRule::kReplicated, decays));
+    auto own = std::make_unique<torch::optim::AdamWOptions>(0.01 * learning_rate_scale);
+    own->betas({options.beta1, options.beta2}).eps(options.eps).weight_decay(0.3 * weight_decay_scale);
+    groups.emplace_back(std::vector<at::Tensor>{start.clone().requires_grad_(true)}, std::move(own));
+  }
+  AdamW optimizer(shards, options);
+  torch::optim::AdamW reference(groups);
+  for (int64_t step = 1; step <= 3; ++step) {
+    for (size_t i = 0; i < shards.size(); ++i) {
+      const auto gradient = gradient_for(shards[i], step).to(at::kDouble);
+      shards[i].parameter.mutable_grad() = gradient;
+      reference.param_groups()[i].params()[0].mutable_grad() = gradient;
+    }
+    optimizer.step(0.01);
+    reference.step();
+  }
+  for (size_t i = 0; i < shards.size(); ++i) {
+    EXPECT_TRUE(near(shards[i].parameter, reference.param_groups()[i].params()[0], 1e-12)) << shards[i].name;
+  }
+}
+
+TEST(AdamW, RefusesAPrefixOfNoParameter) {
+  const std::vector<std::string> names{"vision.a", "vision.b", "text.c"};
+  const auto error = [&](const AdamWOptions& options) { return value_error([&] { options.check_prefixes(names); }); };
+  EXPECT_EQ(error({.learning_rate_scales = {{"vision", 1.0}, {"text.c", 2.0}}}), "nothing thrown");
+  EXPECT_TRUE(contains(error({.weight_decay_scales = {{"text", 1.0}, {"visio", 2.0}}}),
+                       "a scale is given for visio, but no parameter is called so or visio.*; there are vision.a, "
+                       "vision.b, text.c, ..."));
+  EXPECT_TRUE(contains(error({.learning_rate_scales = {{"vision.a.", 1.0}}}), "a scale is given for vision.a., but"));
+}
+
 TEST(AdamW, GoesOnBitForBit) {
   AdamW whole(parameters_for_adamw(), {});
   AdamW first(parameters_for_adamw(), {});
@@ -334,6 +384,10 @@ TEST(AdamW, RefusesValuesOutOfRange) {
   EXPECT_TRUE(contains(value_error([] { AdamW({}, {.beta2 = -0.5}); }), "beta2 -0.5 is not in [0, 1)"));
   EXPECT_TRUE(contains(value_error([] { AdamW({}, {.eps = 0.0}); }), "eps 0 is not above 0"));
   EXPECT_TRUE(contains(value_error([] { AdamW({}, {.weight_decay = -1.0}); }), "weight decay -1 is below 0"));
+  EXPECT_TRUE(contains(value_error([] {
+                         AdamW({}, {.learning_rate_scales = {{"a", -2.0}}});
+                       }),
+                       "scale -2 of a is below 0"));
 }
 
 // ---- Trainer ----

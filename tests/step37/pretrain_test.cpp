@@ -260,6 +260,23 @@ TEST_F(Pretrain, GoesOnAsIfItHadNotBeenInterrupted) {
   expect_same_run(files("wider"), files("whole1"), 1e-4);
 }
 
+TEST_F(Pretrain, ScalesTheLearningRateByName) {
+  const int tp = runtime().size();
+  pretrain("run", tp,
+           {"training.steps=2", "checkpoint.interval=1", "training.learning_rate_decay=constant",
+            "training.learning_rate_scales=vision_model: 0"});
+  if (runtime().rank() == 0) {
+    const auto before = tensors_of(files("run").checkpoints() / step_name(1));
+    const auto after = tensors_of(files("run").checkpoints() / step_name(2));
+    for (const std::string still : {"vision_model.conv1.weight", "vision_model.ln_pre.bias"}) {
+      EXPECT_TRUE(test_support::equal(after.at(still), before.at(still))) << still;
+    }
+    EXPECT_FALSE(at::equal(after.at("vit_large_projector.weight"), before.at("vit_large_projector.weight")));
+  }
+  EXPECT_TRUE(contains(pretrain_error("typo", tp, {"training.weight_decay_scales=visoin_model: 0"}),
+                       "a scale is given for visoin_model, but no parameter is called so"));
+}
+
 TEST_F(Pretrain, LeavesAFinishedRunAlone) {
   const Overrides overrides = {"training.steps=2", "report.pictures=2"};
   pretrain("run", runtime().size(), overrides);
@@ -281,8 +298,9 @@ TEST_F(Pretrain, StartingOverLosesNothingIfTheNewRunCannotBegin) {
   const int tp = runtime().size();
   pretrain("run", tp, {"training.steps=1"});
   const auto before = contents_of(files("run").directory);
-  for (const std::string wrong : {"data.directory=missing", "data.vocabulary_size=267"}) {
-    pretrain_error("run", tp, {"run.fresh=true", wrong});
+  for (const std::string wrong :
+       {"data.directory=missing", "data.vocabulary_size=267", "training.weight_decay_scales=visoin_model: 0"}) {
+    EXPECT_NE(pretrain_error("run", tp, {"run.fresh=true", wrong}), "nothing thrown");
     EXPECT_EQ(contents_of(files("run").directory), before) << wrong;
   }
 }

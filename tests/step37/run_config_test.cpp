@@ -184,6 +184,29 @@ TEST_F(RunConfigTest, SettingsAreInOrderAndReadable) {
   EXPECT_TRUE(has("run.fresh", "false"));
 }
 
+TEST_F(RunConfigTest, ScalesAreATextOrAMap) {
+  const megatron::ParameterScales scales{{"vision_model", 0.1}, {"language_model.decoder", 2.0}};
+  const std::string key = "training.learning_rate_scales";
+  const auto of_override = smallest({key + "=vision_model: 0.1, language_model.decoder: 2"});
+  EXPECT_EQ(adamw_options(of_override).learning_rate_scales, scales);
+  EXPECT_TRUE(adamw_options(of_override).weight_decay_scales.empty());
+  EXPECT_EQ(settings(load(kSmallest, as_overrides(of_override))), settings(of_override));
+  EXPECT_TRUE(adamw_options(smallest({key + "=a: 1", key + "="})).learning_rate_scales.empty());
+  auto text = std::string(kSmallest);
+  text.replace(text.find("steps: 10"), 9,
+               "steps: 10, weight_decay_scales: {language_model.decoder: 2, vision_model: 0.1}");
+  EXPECT_EQ(adamw_options(load(text)).weight_decay_scales, scales);
+
+  for (const std::string wrong : {"a", "a:", "a: b", "a: 1 2", "a: 1, a: 2", ", a: 1", "a: nan", "\xe9: 1", " "}) {
+    EXPECT_EQ(override_error(key + "=" + wrong), key + " in the override " + key + "=" + wrong +
+                                                     " must be names with a factor each, as a: 0.1, b.c: 2, got " +
+                                                     wrong);
+  }
+  EXPECT_EQ(load_error("training:\n  learning_rate_scales: {a: [1]}\n"),
+            key + " in x.yaml:2 must be names with a factor each, as a: 0.1, b.c: 2, got a section");
+  EXPECT_EQ(validation_error({key + "=a: -1"}), "the scale -1 of a is below 0");
+}
+
 TEST_F(RunConfigTest, UnknownNamesAreRefusedWithTheNearest) {
   EXPECT_EQ(load_error("data:\n  directory: d\ntraining:\n  step: 5\n"),
             "unknown key training.step in x.yaml:4; did you mean training.steps?");
