@@ -104,7 +104,7 @@ class PretrainRun {
 
   /// Before anything is read or removed. Names don't depend on the size of the vocabulary, and every rank has all.
   void check_scales() const {
-    const auto options = adamw_options(config_);
+    const auto& options = config_.training;
     if (options.learning_rate_scales.empty() && options.weight_decay_scales.empty()) return;
     const Step37Model model(model_config(config_, config_.data.vocabulary_size), groups_.tp);
     std::vector<std::string> names;
@@ -220,7 +220,7 @@ class PretrainRun {
     megatron::initialize_parameters(parameters_, static_cast<uint64_t>(config_.training.seed));
     model_->to(runtime_.device());
     megatron::TrainerOptions options;
-    options.adamw = adamw_options(config_);
+    options.adamw = config_.training;
     options.learning_rate = learning_rate_schedule(config_);
     options.clip_grad_norm = config_.training.clip_grad_norm;
     trainer_ = std::make_unique<megatron::Trainer>(parameters_, groups_, options);

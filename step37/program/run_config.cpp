@@ -8,7 +8,6 @@
 #include <array>
 #include <charconv>
 #include <cmath>
-#include <functional>
 #include <limits>
 #include <map>
 #include <numeric>
@@ -26,168 +25,122 @@
 namespace step37 {
 namespace {
 
-enum class Need { kOptional, kRequired };
+/// What is asked of a key's value beside its type.
+struct Rule {
+  bool required = false;  ///< a file or an override has to give it
+  int64_t least = std::numeric_limits<int64_t>::min();
+  int64_t most = std::numeric_limits<int32_t>::max();  ///< so that no arithmetic overflows
+};
 
-/// The one list of keys: calls visit("section.key", member, Need) for each, in the order of the structs.
+// A macro, so that each key is named once: as text and as a member.
+#define KEY(section, name) \
+  std::pair<const char*, decltype((config.section.name))>(#section "." #name, config.section.name)
+
+/// The one list of keys: calls visit("section.key", member, Rule) for each, section by section.
 template <class Config, class Visit>
 void visit_keys(Config& config, const Visit& visit) {
-  constexpr auto kOptional = Need::kOptional;
-  constexpr auto kRequired = Need::kRequired;
-  visit("run.directory", config.run.directory, kOptional);
-  visit("run.fresh", config.run.fresh, kOptional);
-  visit("run.device", config.run.device, kOptional);
-  visit("run.share_gpus", config.run.share_gpus, kOptional);
-  visit("run.timeout_seconds", config.run.timeout_seconds, kOptional);
-  visit("run.master_address", config.run.master_address, kOptional);
-  visit("run.checked", config.run.checked, kOptional);
-  visit("parallel.tp", config.parallel.tp, kOptional);
-  visit("parallel.cp", config.parallel.cp, kOptional);
-  visit("parallel.dp", config.parallel.dp, kOptional);
-  visit("parallel.pp", config.parallel.pp, kOptional);
-  visit("parallel.ep", config.parallel.ep, kOptional);
-  visit("parallel.etp", config.parallel.etp, kOptional);
-  visit("parallel.sequence_parallel", config.parallel.sequence_parallel, kOptional);
-  visit("parallel.embedding_sharding", config.parallel.embedding_sharding, kOptional);
-  visit("parallel.projector_sharding", config.parallel.projector_sharding, kOptional);
-  visit("parallel.exchange", config.parallel.exchange, kOptional);
-  visit("data.directory", config.data.directory, kRequired);
-  visit("data.held_out", config.data.held_out, kOptional);
-  visit("data.max_unreadable", config.data.max_unreadable, kOptional);
-  visit("data.vocabulary_size", config.data.vocabulary_size, kOptional);
-  visit("data.crops", config.data.crops, kOptional);
-  visit("data.crop_side", config.data.crop_side, kOptional);
-  visit("data.max_side", config.data.max_side, kOptional);
-  visit("model.hidden_size", config.model.hidden_size, kRequired);
-  visit("model.num_layers", config.model.num_layers, kRequired);
-  visit("model.head_dim", config.model.head_dim, kRequired);
-  visit("model.num_attention_heads", config.model.num_attention_heads, kRequired);
-  visit("model.num_sliding_attention_heads", config.model.num_sliding_attention_heads, kRequired);
-  visit("model.num_query_groups", config.model.num_query_groups, kRequired);
-  visit("model.ffn_hidden_size", config.model.ffn_hidden_size, kRequired);
-  visit("model.sliding_window", config.model.sliding_window, kRequired);
-  visit("model.full_attention_interval", config.model.full_attention_interval, kOptional);
-  visit("model.rope_theta", config.model.rope_theta, kOptional);
-  visit("model.partial_rotary_factor", config.model.partial_rotary_factor, kOptional);
-  visit("model.sliding_rope_theta", config.model.sliding_rope_theta, kOptional);
-  visit("model.rms_norm_eps", config.model.rms_norm_eps, kOptional);
-  visit("model.init_std", config.model.init_std, kOptional);
-  visit("model.projector_bias", config.model.projector_bias, kOptional);
-  visit("model.freeze_language_model", config.model.freeze_language_model, kOptional);
-  visit("model.freeze_projector", config.model.freeze_projector, kOptional);
-  visit("vision.image_size", config.vision.image_size, kRequired);
-  visit("vision.patch_size", config.vision.patch_size, kOptional);
-  visit("vision.width", config.vision.width, kRequired);
-  visit("vision.layers", config.vision.layers, kRequired);
-  visit("vision.heads", config.vision.heads, kRequired);
-  visit("vision.mlp_width", config.vision.mlp_width, kRequired);
-  visit("vision.freeze", config.vision.freeze, kOptional);
-  visit("training.steps", config.training.steps, kRequired);
-  visit("training.seed", config.training.seed, kOptional);
-  visit("training.global_batch_size", config.training.global_batch_size, kOptional);
-  visit("training.micro_batch_size", config.training.micro_batch_size, kOptional);
-  visit("training.sequence_length", config.training.sequence_length, kOptional);
-  visit("training.learning_rate", config.training.learning_rate, kOptional);
-  visit("training.min_learning_rate", config.training.min_learning_rate, kOptional);
-  visit("training.warmup_steps", config.training.warmup_steps, kOptional);
-  visit("training.learning_rate_decay", config.training.learning_rate_decay, kOptional);
-  visit("training.decay_steps", config.training.decay_steps, kOptional);
-  visit("training.weight_decay", config.training.weight_decay, kOptional);
-  visit("training.learning_rate_scales", config.training.learning_rate_scales, kOptional);
-  visit("training.weight_decay_scales", config.training.weight_decay_scales, kOptional);
-  visit("training.beta1", config.training.beta1, kOptional);
-  visit("training.beta2", config.training.beta2, kOptional);
-  visit("training.eps", config.training.eps, kOptional);
-  visit("training.clip_grad_norm", config.training.clip_grad_norm, kOptional);
-  visit("validation.interval", config.validation.interval, kOptional);
-  visit("validation.packs", config.validation.packs, kOptional);
-  visit("checkpoint.interval", config.checkpoint.interval, kOptional);
-  visit("checkpoint.keep", config.checkpoint.keep, kOptional);
-  visit("report.pictures", config.report.pictures, kOptional);
-  visit("report.max_new_tokens", config.report.max_new_tokens, kOptional);
+  const auto each = [&](const Rule& rule, auto... keys) { (visit(keys.first, keys.second, rule), ...); };
+  constexpr Rule kAny;
+  constexpr Rule kRequired{.required = true};
+  constexpr Rule kAtLeast0{.least = 0};
+  constexpr Rule kAtLeast1{.least = 1};
+  constexpr int64_t kMaxLayers = 10000;  // far beyond any model: a slip of the pen mustn't take all memory
+  each(kAny, KEY(run, directory), KEY(run, fresh), KEY(run, device), KEY(run, share_gpus), KEY(run, master_address),
+       KEY(run, checked));
+  each(kAtLeast1, KEY(run, timeout_seconds));
+  each(kAtLeast0, KEY(parallel, tp), KEY(parallel, dp));
+  each(kAtLeast1, KEY(parallel, cp), KEY(parallel, pp), KEY(parallel, ep), KEY(parallel, etp));
+  each(kAny, KEY(parallel, sequence_parallel), KEY(parallel, embedding_sharding), KEY(parallel, projector_sharding),
+       KEY(parallel, exchange));
+  each(kRequired, KEY(data, directory));
+  each(kAny, KEY(data, held_out), KEY(data, max_unreadable), KEY(data, crops), KEY(data, crop_side));
+  each(kAtLeast1, KEY(data, max_side), KEY(data, vocabulary_size));
+  each(kRequired, KEY(model, hidden_size), KEY(model, head_dim), KEY(model, num_attention_heads),
+       KEY(model, num_sliding_attention_heads), KEY(model, num_query_groups), KEY(model, ffn_hidden_size));
+  each({.required = true, .least = 1, .most = kMaxLayers}, KEY(model, num_layers));
+  each({.required = true, .least = 1}, KEY(model, sliding_window));
+  each(kAtLeast1, KEY(model, full_attention_interval));
+  each(kAny, KEY(model, rope_theta), KEY(model, partial_rotary_factor), KEY(model, sliding_rope_theta),
+       KEY(model, rms_norm_eps), KEY(model, init_std), KEY(model, projector_bias), KEY(model, freeze_language_model),
+       KEY(model, freeze_projector));
+  each(kRequired, KEY(vision, image_size), KEY(vision, width), KEY(vision, layers), KEY(vision, heads),
+       KEY(vision, mlp_width));
+  each(kAny, KEY(vision, patch_size), KEY(vision, freeze));
+  each({.required = true, .least = 1}, KEY(training, steps));
+  each({.least = 0, .most = std::numeric_limits<int64_t>::max()}, KEY(training, seed));  // a pattern of bits
+  each(kAtLeast1, KEY(training, global_batch_size), KEY(training, micro_batch_size), KEY(training, sequence_length));
+  each(kAtLeast0, KEY(training, warmup_steps), KEY(training, decay_steps));
+  each(kAny, KEY(training, learning_rate), KEY(training, min_learning_rate), KEY(training, learning_rate_decay),
+       KEY(training, learning_rate_scales), KEY(training, weight_decay), KEY(training, weight_decay_scales),
+       KEY(training, beta1), KEY(training, beta2), KEY(training, eps), KEY(training, clip_grad_norm));
+  each(kAtLeast0, KEY(validation, interval));
+  each(kAtLeast1, KEY(validation, packs));
+  each(kAtLeast0, KEY(checkpoint, interval));
+  each(kAtLeast1, KEY(checkpoint, keep));
+  each(kAtLeast0, KEY(report, pictures));
+  each(kAtLeast1, KEY(report, max_new_tokens));
 }
+#undef KEY
 
-/// Old names of keys, which files, command lines and checkpoints may still have, with today's.
-constexpr std::array<std::pair<std::string_view, std::string_view>, 3> kOldNames{
-    {{"parallel.tensor", "parallel.tp"},
-     {"parallel.data", "parallel.dp"},
-     {"training.global_batch", "training.global_batch_size"}}};
-
-/// The name a key has today.
+/// The name a key has today: files, command lines and checkpoints may have an old one.
 std::string todays_name(const std::string& key) {
-  for (const auto& [old_name, name] : kOldNames) {
-    if (key == old_name) return std::string(name);
-  }
-  return key;
+  static const std::map<std::string, std::string> names{{"parallel.tensor", "parallel.tp"},
+                                                        {"parallel.data", "parallel.dp"},
+                                                        {"training.global_batch", "training.global_batch_size"}};
+  const auto found = names.find(key);
+  return found == names.end() ? key : found->second;
 }
 
-std::string section_of(std::string_view key) { return std::string(key.substr(0, key.find('.'))); }
-
-const std::vector<std::string>& key_names() {
-  static const auto names = [] {
-    std::vector<std::string> keys;
-    const RunConfig config;
-    visit_keys(config, [&](const char* key, const auto& /*member*/, Need /*need*/) { keys.emplace_back(key); });
-    return keys;
-  }();
+std::vector<std::string> key_names() {
+  std::vector<std::string> names;
+  const RunConfig config;
+  visit_keys(config, [&](const char* key, const auto&, const Rule&) { names.emplace_back(key); });
   return names;
 }
 
-const std::vector<std::string>& section_names() {
-  static const auto names = [] {
-    std::vector<std::string> sections;
-    for (const auto& key : key_names()) {
-      if (sections.empty() || sections.back() != section_of(key)) sections.push_back(section_of(key));
-    }
-    return sections;
-  }();
+std::vector<std::string> section_names() {
+  auto names = key_names();
+  for (auto& name : names) name.resize(name.find('.'));
+  names.erase(std::unique(names.begin(), names.end()), names.end());
   return names;
 }
 
-// Values as text. Each type of the list has write_value, read_value (false: not one of this type) and a description.
+// Values as text. Each type of the list has write_value and read_value, which returns what the text has to be, or
+// nothing if it is that.
 
-constexpr std::array<std::pair<const char*, megatron::EmbeddingSharding>, 2> kEmbeddingShardings{
-    {{"vocab", megatron::EmbeddingSharding::kVocab}, {"hidden", megatron::EmbeddingSharding::kHidden}}};
-constexpr std::array<std::pair<const char*, ProjectorSharding>, 3> kProjectorShardings{
-    {{"replicated", ProjectorSharding::kReplicated},
-     {"column", ProjectorSharding::kColumn},
-     {"row", ProjectorSharding::kRow}}};
-constexpr std::array<std::pair<const char*, InsertExchange>, 2> kExchanges{
-    {{"fused", InsertExchange::kFused}, {"all-gather", InsertExchange::kAllGather}}};
-constexpr std::array<std::pair<const char*, megatron::LearningRateDecay>, 4> kDecays{
-    {{"cosine", megatron::LearningRateDecay::kCosine},
-     {"linear", megatron::LearningRateDecay::kLinear},
-     {"constant", megatron::LearningRateDecay::kConstant},
-     {"wsd", megatron::LearningRateDecay::kWsd}}};
-constexpr std::array<std::pair<const char*, bool>, 2> kTruths{{{"true", true}, {"false", false}}};
+template <class Value>
+using Names = std::vector<std::pair<std::string, Value>>;
 
-const auto& names_of(megatron::EmbeddingSharding /*type*/) { return kEmbeddingShardings; }
-const auto& names_of(ProjectorSharding /*type*/) { return kProjectorShardings; }
-const auto& names_of(InsertExchange /*type*/) { return kExchanges; }
-const auto& names_of(megatron::LearningRateDecay /*type*/) { return kDecays; }
-const auto& names_of(bool /*type*/) { return kTruths; }
-/// All spellings of YAML 1.2's core schema.
-constexpr std::array<std::pair<const char*, bool>, 6> kReadTruths{
-    {{"true", true}, {"True", true}, {"TRUE", true}, {"false", false}, {"False", false}, {"FALSE", false}}};
-template <class Named>
-const auto& read_names_of(Named type) {
-  return names_of(type);
+Names<megatron::EmbeddingSharding> names_of(megatron::EmbeddingSharding /*type*/) {
+  return {{"vocab", megatron::EmbeddingSharding::kVocab}, {"hidden", megatron::EmbeddingSharding::kHidden}};
 }
-const auto& read_names_of(bool /*type*/) { return kReadTruths; }
+Names<ProjectorSharding> names_of(ProjectorSharding /*type*/) {
+  using enum ProjectorSharding;
+  return {{"replicated", kReplicated}, {"column", kColumn}, {"row", kRow}};
+}
+Names<InsertExchange> names_of(InsertExchange /*type*/) {
+  return {{"fused", InsertExchange::kFused}, {"all-gather", InsertExchange::kAllGather}};
+}
+Names<megatron::LearningRateDecay> names_of(megatron::LearningRateDecay /*type*/) {
+  using enum megatron::LearningRateDecay;
+  return {{"cosine", kCosine}, {"linear", kLinear}, {"constant", kConstant}, {"wsd", kWsd}};
+}
+/// All spellings of YAML 1.2's core schema; the first of each is written.
+Names<bool> names_of(bool /*type*/) {
+  return {{"true", true}, {"false", false}, {"True", true}, {"False", false}, {"TRUE", true}, {"FALSE", false}};
+}
 
 template <class Named>
 std::string write_value(Named value) {
-  for (const auto& [name, named] : names_of(value)) {
-    if (named == value) return name;
-  }
-  TORCH_INTERNAL_ASSERT(false, "a value without a name");
+  const auto names = names_of(value);
+  return std::find_if(names.begin(), names.end(), [&](const auto& entry) { return entry.second == value; })->first;
 }
 std::string write_value(const std::string& value) { return value; }
 std::string write_value(int64_t value) { return std::to_string(value); }
 /// The shortest digits that read back as the same number.
 std::string write_value(double value) {
   std::array<char, 32> digits{};
-  const auto end = std::to_chars(digits.data(), digits.data() + digits.size(), value).ptr;
-  return {digits.data(), end};
+  return {digits.data(), std::to_chars(digits.data(), digits.data() + digits.size(), value).ptr};
 }
 std::string write_value(const std::optional<int64_t>& value) { return value ? std::to_string(*value) : "all"; }
 std::string write_value(const megatron::ParameterScales& value) {
@@ -206,51 +159,39 @@ bool read_number(std::string_view text, Number& value) {
 }
 
 template <class Named>
-bool read_value(const std::string& text, Named& value) {
-  for (const auto& [name, named] : read_names_of(value)) {
-    if (text != name) continue;
-    value = named;
-    return true;
+std::string read_value(const std::string& text, Named& value) {
+  std::string names;
+  for (const auto& [name, named] : names_of(value)) {
+    if (text == name) return value = named, "";
+    names.append(names.empty() ? "one of " : ", ").append(name);
   }
-  return false;
+  return names;
 }
-bool read_value(const std::string& text, std::string& value) {
+std::string read_value(const std::string& text, std::string& value) {
   value = text;
-  return is_utf8(text);  // checkpoints keep settings as JSON
+  return is_utf8(text) ? "" : "text in UTF-8";  // checkpoints keep settings as JSON
 }
-bool read_value(const std::string& text, int64_t& value) { return read_number(text, value); }
-bool read_value(const std::string& text, double& value) { return read_number(text, value) && std::isfinite(value); }
-bool read_value(const std::string& text, std::optional<int64_t>& value) {
-  if (text == "all") value.reset();
-  return text == "all" || read_number(text, value.emplace());
+std::string read_value(const std::string& text, int64_t& value) { return read_number(text, value) ? "" : "an integer"; }
+std::string read_value(const std::string& text, double& value) {
+  return read_number(text, value) && std::isfinite(value) ? "" : "a number";
 }
-bool read_value(const std::string& text, megatron::ParameterScales& value) {
+std::string read_value(const std::string& text, std::optional<int64_t>& value) {
+  if (text == "all") return value.reset(), "";
+  return read_number(text, value.emplace()) ? "" : "an integer or all";
+}
+std::string read_value(const std::string& text, megatron::ParameterScales& value) {
   value.clear();
   std::istringstream entries(text);
-  for (std::string entry; std::getline(entries, entry, ',');) {
+  bool is_read = is_utf8(text);
+  for (std::string entry; is_read && std::getline(entries, entry, ',');) {
     std::istringstream parts(entry);
     std::string prefix;
     std::string number;
     double scale = 0.0;
-    if (!std::getline(parts >> std::ws, prefix, ':') || !(parts >> number) || !(parts >> std::ws).eof()) return false;
-    if (!read_value(number, scale) || !value.emplace(prefix, scale).second) return false;
+    is_read = std::getline(parts >> std::ws, prefix, ':') && parts >> number && (parts >> std::ws).eof() &&
+              read_value(number, scale).empty() && value.emplace(prefix, scale).second;
   }
-  return is_utf8(text);
-}
-
-template <class Named>
-std::string expected(Named type) {
-  const auto& names = names_of(type);
-  std::string text = names.front().first;
-  for (size_t i = 1; i < names.size(); ++i) text.append(i + 1 < names.size() ? ", " : " or ").append(names[i].first);
-  return text;
-}
-std::string expected(const std::string& /*type*/) { return "text in UTF-8"; }
-std::string expected(int64_t /*type*/) { return "an integer"; }
-std::string expected(double /*type*/) { return "a number"; }
-std::string expected(const std::optional<int64_t>& /*type*/) { return "an integer or all"; }
-std::string expected(const megatron::ParameterScales& /*type*/) {
-  return "names with a factor each, as a: 0.1, b.c: 2";
+  return is_read ? "" : "names with a factor each, as a: 0.1, b.c: 2";
 }
 
 // Names that are nearly right.
@@ -272,16 +213,11 @@ size_t edit_distance(std::string_view a, std::string_view b) {
 
 /// The nearest of `names`, the first of equals. A name without a section is compared with keys without theirs too.
 std::string nearest(const std::string& wrong, const std::vector<std::string>& names) {
-  const auto distance = [&](const std::string& name) {
+  return *std::ranges::min_element(names, {}, [&](const std::string& name) {
     const auto whole = edit_distance(wrong, name);
     if (wrong.find('.') != std::string::npos) return whole;
     return std::min(whole, edit_distance(wrong, std::string_view(name).substr(name.find('.') + 1)));
-  };
-  std::vector<size_t> distances;
-  distances.reserve(names.size());
-  for (const auto& name : names) distances.push_back(distance(name));
-  const auto least = std::min_element(distances.begin(), distances.end());
-  return names[static_cast<size_t>(least - distances.begin())];
+  });
 }
 
 void check_known(const char* kind, const std::string& name, const std::vector<std::string>& names,
@@ -293,13 +229,12 @@ void check_known(const char* kind, const std::string& name, const std::vector<st
 // What a file or the overrides give: text by key.
 
 struct Given {
-  std::string key;                   ///< as it is written there; it may be an old name
-  std::optional<std::string> value;  ///< none: what stands there is no single value, nor a map of such
-  std::string shown;                 ///< for messages
-  std::string where;                 ///< file:line or the override
-  bool is_map = false;               ///< `value` is that of ParameterScales
+  std::string key;        ///< as it is written there; it may be an old name
+  std::string text;       ///< of a value, or of a map of such, as of ParameterScales
+  std::string where;      ///< file:line or the override
+  std::string form = {};  ///< what stands there if it is no single value
 };
-using GivenValues = std::map<std::string, Given, std::less<>>;
+using GivenValues = std::map<std::string, Given>;
 
 /// The name on the left of a colon.
 std::string name_of(const YAML::Node& key, const std::filesystem::path& path) {
@@ -310,24 +245,24 @@ std::string name_of(const YAML::Node& key, const std::filesystem::path& path) {
 }
 
 Given given_value(const std::string& key, const YAML::Node& value, const std::string& where) {
-  if (value.IsScalar()) return {key, value.Scalar(), value.Scalar(), where};
-  if (value.IsMap()) {
-    std::string text;
-    for (const auto& entry : value) text += entry.first.Scalar() + ": " + entry.second.Scalar() + ",";
-    return {key, text, "a section", where, /*is_map=*/true};
-  }
-  return {key, std::nullopt, value.IsNull() ? "no value" : "a list", where};
+  if (value.IsScalar()) return {key, value.Scalar(), where};
+  if (!value.IsMap()) return {key, "", where, value.IsNull() ? "no value" : "a list"};
+  std::string text;
+  for (const auto& entry : value) text += entry.first.Scalar() + ": " + entry.second.Scalar() + ",";
+  return {key, text, where, "a section"};
 }
 
-/// Adds a value under today's name of its key. Returns the earlier one of that key, if there is one, and leaves it.
-Given* add_value(GivenValues& values, const Given& given) {
+/// Adds a value under today's name of its key.
+void add_value(GivenValues& values, const Given& given, bool may_replace) {
   const auto name = todays_name(given.key);
   check_known("key", name, key_names(), given.where);
   const auto [earlier, is_new] = values.emplace(name, given);
-  if (is_new) return nullptr;
-  TORCH_CHECK_VALUE(earlier->second.key == given.key, earlier->second.key, " in ", earlier->second.where, " and ",
-                    given.key, " in ", given.where, " are two names of one key: give ", name, " alone");
-  return &earlier->second;
+  if (is_new) return;
+  auto& before = earlier->second;
+  TORCH_CHECK_VALUE(before.key == given.key, before.key, " in ", before.where, " and ", given.key, " in ", given.where,
+                    " are two names of one key: give ", name, " alone");
+  TORCH_CHECK_VALUE(may_replace, given.key, " in ", given.where, " is already in ", before.where);
+  before = given;
 }
 
 GivenValues values_of_file(const std::filesystem::path& path) {
@@ -345,10 +280,8 @@ GivenValues values_of_file(const std::filesystem::path& path) {
     TORCH_CHECK_VALUE(section.second.IsMap() || section.second.IsNull(), "section ", section_name, " in ", where,
                       " must hold keys, as ", section_name, ": and a line ", "key: value below it");
     for (const auto& entry : section.second) {
-      const auto value = given_value(section_name + "." + name_of(entry.first, path), entry.second,
-                                     location(path, entry.first.Mark()));
-      const auto* before = add_value(values, value);
-      TORCH_CHECK_VALUE(before == nullptr, value.key, " in ", value.where, " is already in ", before->where);
+      const auto key = section_name + "." + name_of(entry.first, path);
+      add_value(values, given_value(key, entry.second, location(path, entry.first.Mark())), /*may_replace=*/false);
     }
   }
   return values;
@@ -359,15 +292,14 @@ GivenValues values_of_overrides(const std::vector<std::string>& overrides) {
   for (const auto& text : overrides) {
     const auto equals = text.find('=');
     TORCH_CHECK_VALUE(equals != std::string::npos, "the override ", text, " has no '=': expected section.key=value");
-    const auto value = text.substr(equals + 1);
-    const Given given{text.substr(0, equals), value, value.empty() ? "nothing" : value, "the override " + text};
-    if (auto* earlier = add_value(values, given)) *earlier = given;
+    const Given given{text.substr(0, equals), text.substr(equals + 1), "the override " + text};
+    add_value(values, given, /*may_replace=*/true);
   }
   return values;
 }
 
 void set_values(const GivenValues& values, RunConfig& config) {
-  visit_keys(config, [&](const char* key, auto& member, Need /*need*/) {
+  visit_keys(config, [&](const char* key, auto& member, const Rule&) {
     const auto found = values.find(key);
     if (found == values.end()) return;
     const auto& given = found->second;
@@ -375,10 +307,11 @@ void set_values(const GivenValues& values, RunConfig& config) {
       config.warnings.push_back(fmt::format("{} in {} is now called {}", given.key, given.where, key));
     }
     auto value = member;
-    const bool has_form =
-        given.is_map ? std::is_same_v<decltype(value), megatron::ParameterScales> : given.value.has_value();
-    TORCH_CHECK_VALUE(has_form && read_value(*given.value, value), key, " in ", given.where, " must be ",
-                      expected(member), ", got ", given.shown);
+    const bool is_right_map = given.form == "a section" && std::is_same_v<decltype(value), megatron::ParameterScales>;
+    // Text that isn't UTF-8 is no value of any type.
+    const auto must_be = read_value(given.form.empty() || is_right_map ? given.text : "\xff", value);
+    const std::string shown = !given.form.empty() ? given.form : given.text.empty() ? "nothing" : given.text;
+    TORCH_CHECK_VALUE(must_be.empty(), key, " in ", given.where, " must be ", must_be, ", got ", shown);
     member = std::move(value);
   });
 }
@@ -391,9 +324,9 @@ RunConfig load_run_config(const std::filesystem::path& path, const std::vector<s
   RunConfig config;
   set_values(from_file, config);
   set_values(from_overrides, config);
-  visit_keys(config, [&](const char* key, const auto& /*member*/, Need need) {
-    const bool given = from_file.count(key) > 0 || from_overrides.count(key) > 0;
-    TORCH_CHECK_VALUE(given || need == Need::kOptional, path.string(), " lacks ", key, ", which has no default");
+  visit_keys(config, [&](const char* key, const auto&, const Rule& rule) {
+    const bool given = from_file.contains(key) || from_overrides.contains(key);
+    TORCH_CHECK_VALUE(given || !rule.required, path.string(), " lacks ", key, ", which has no default");
   });
   if (config.run.directory.empty()) {
     config.run.directory = "runs/" + path.stem().string();
@@ -411,95 +344,56 @@ RunConfig run_config_from_settings(const std::vector<std::string>& key_values) {
 
 std::vector<std::pair<std::string, std::string>> settings(const RunConfig& config) {
   std::vector<std::pair<std::string, std::string>> result;
-  visit_keys(config, [&](const char* key, const auto& member, Need /*need*/) {
-    result.emplace_back(key, write_value(member));
-  });
+  visit_keys(config,
+             [&](const char* key, const auto& member, const Rule&) { result.emplace_back(key, write_value(member)); });
   return result;
 }
 
 namespace {
 
-struct Bound {
-  const char* key;
-  int64_t value;
-  int64_t least;
-};
-
-void check_counts(const RunConfig& config) {
-  const Bound bounds[] = {{"run.timeout_seconds", config.run.timeout_seconds, 1},
-                          {"data.vocabulary_size", config.data.vocabulary_size, 1},
-                          {"data.max_side", config.data.max_side, 1},
-                          {"model.sliding_window", config.model.sliding_window, 1},
-                          {"training.steps", config.training.steps, 1},
-                          {"training.seed", config.training.seed, 0},
-                          {"training.global_batch_size", config.training.global_batch_size, 1},
-                          {"training.micro_batch_size", config.training.micro_batch_size, 1},
-                          {"training.sequence_length", config.training.sequence_length, 1},
-                          {"training.warmup_steps", config.training.warmup_steps, 0},
-                          {"training.decay_steps", config.training.decay_steps, 0},
-                          {"validation.interval", config.validation.interval, 0},
-                          {"validation.packs", config.validation.packs.value_or(1), 1},
-                          {"checkpoint.interval", config.checkpoint.interval, 0},
-                          {"checkpoint.keep", config.checkpoint.keep, 1},
-                          {"report.pictures", config.report.pictures, 0},
-                          {"report.max_new_tokens", config.report.max_new_tokens, 1}};
-  for (const auto& [key, value, least] : bounds) {
-    TORCH_CHECK_VALUE(value >= least, key, " ", value, " is below ", least);
-  }
-}
-
-/// No number is so large that arithmetic with it overflows. A seed is but a pattern of bits.
-void check_no_overflow(const RunConfig& config) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  visit_keys(config, [&](const char* key, const auto& member, Need /*need*/) {
-    if constexpr (std::is_same_v<decltype(member), const int64_t&>) {
-      TORCH_CHECK_VALUE(member <= kMost || &member == &config.training.seed, key, " ", member, " is above ", kMost);
+void check_bounds(const RunConfig& config) {
+  visit_keys(config, [](const char* key, const auto& member, const Rule& rule) {
+    using Member = std::decay_t<decltype(member)>;
+    if constexpr (std::is_same_v<Member, int64_t> || std::is_same_v<Member, std::optional<int64_t>>) {
+      const int64_t value = std::optional<int64_t>(member).value_or(rule.least);
+      TORCH_CHECK_VALUE(value >= rule.least, key, " ", value, " is below ", rule.least);
+      TORCH_CHECK_VALUE(value <= rule.most, key, " ", value, " is above ", rule.most);
     }
   });
-}
-
-void check_run_and_data(const RunConfig& config) {
-  const auto& device = config.run.device;
-  TORCH_CHECK_VALUE(device == "auto" || device == "cpu" || device == "cuda", "run.device ", device,
-                    " is not one of auto, cpu, cuda");
-  TORCH_CHECK_VALUE(!config.data.directory.empty(), "data.directory is empty");
-  check_no_tilde("data.directory", config.data.directory);
-  check_no_tilde("run.directory", config.run.directory);
-  TORCH_CHECK_VALUE(config.data.held_out >= 0.0 && config.data.held_out < 1.0, "data.held_out ", config.data.held_out,
-                    " is not in [0, 1)");
-  TORCH_CHECK_VALUE(config.data.max_unreadable >= 0.0 && config.data.max_unreadable <= 1.0, "data.max_unreadable ",
-                    config.data.max_unreadable, " is not in [0, 1]");
-  TORCH_CHECK_VALUE(config.training.clip_grad_norm >= 0.0, "training.clip_grad_norm ", config.training.clip_grad_norm,
-                    " is negative");
-}
-
-/// The sizes of one step against the ranks that share it.
-void check_batch(const RunConfig& config, const parallel::RankGrid& grid) {
-  const auto& training = config.training;
-  TORCH_CHECK_VALUE(training.global_batch_size % (training.micro_batch_size * grid.dp) == 0,
-                    "training.global_batch_size ", training.global_batch_size,
-                    " is not divisible by training.micro_batch_size ", training.micro_batch_size,
-                    " x data-parallel size ", grid.dp);
-  const int64_t S = config.training.sequence_length;
-  if (config.parallel.sequence_parallel) parallel::even_shard_size(S, grid.tp, "training.sequence_length");
-  // The begin symbol, <im_start>, the picture's rows, <im_end>, and a caption of one token at least.
-  const int64_t picture_tokens = crop_options(config).global_tokens() + 3;
-  TORCH_CHECK_VALUE(S > picture_tokens, "training.sequence_length ", S, " has no room for a caption: a picture of ",
-                    config.vision.image_size, " pixels takes ", picture_tokens, " positions");
 }
 
 }  // namespace
 
 void validate(const RunConfig& config, int num_ranks) {
+  check_bounds(config);
   const auto grid = rank_grid(config, num_ranks);
-  check_counts(config);
-  check_no_overflow(config);
-  check_run_and_data(config);
-  model_config(config, config.data.vocabulary_size).validate(grid.tp);
+  const auto& device = config.run.device;
+  TORCH_CHECK_VALUE(device == "auto" || device == "cpu" || device == "cuda", "run.device ", device,
+                    " is not one of auto, cpu, cuda");
+  check_no_tilde("run.directory", config.run.directory);
+  const auto& data = config.data;
+  TORCH_CHECK_VALUE(!data.directory.empty(), "data.directory is empty");
+  check_no_tilde("data.directory", data.directory);
+  TORCH_CHECK_VALUE(data.held_out >= 0.0 && data.held_out < 1.0, "data.held_out ", data.held_out, " is not in [0, 1)");
+  TORCH_CHECK_VALUE(data.max_unreadable >= 0.0 && data.max_unreadable <= 1.0, "data.max_unreadable ",
+                    data.max_unreadable, " is not in [0, 1]");
+  model_config(config, data.vocabulary_size).validate(grid.tp);
   crop_options(config).validate();
-  check_batch(config, grid);
+  const auto& training = config.training;
+  training.AdamWOptions::validate();
   learning_rate_schedule(config).validate();
-  adamw_options(config).validate();
+  TORCH_CHECK_VALUE(training.clip_grad_norm >= 0.0, "training.clip_grad_norm ", training.clip_grad_norm,
+                    " is negative");
+  TORCH_CHECK_VALUE(training.global_batch_size % (training.micro_batch_size * grid.dp) == 0,
+                    "training.global_batch_size ", training.global_batch_size,
+                    " is not divisible by training.micro_batch_size ", training.micro_batch_size,
+                    " x data-parallel size ", grid.dp);
+  const int64_t S = training.sequence_length;
+  if (config.parallel.sequence_parallel) parallel::even_shard_size(S, grid.tp, "training.sequence_length");
+  // The begin symbol, <im_start>, the picture's rows, <im_end>, and a caption of one token at least.
+  const int64_t picture_tokens = crop_options(config).global_tokens() + 3;
+  TORCH_CHECK_VALUE(S > picture_tokens, "training.sequence_length ", S, " has no room for a caption: a picture of ",
+                    config.vision.image_size, " pixels takes ", picture_tokens, " positions");
 }
 
 parallel::RankGrid rank_grid(const RunConfig& config, int num_ranks) {
@@ -513,7 +407,6 @@ parallel::RankGrid rank_grid(const RunConfig& config, int num_ranks) {
   }
   int64_t tp = sizes.tp;
   int64_t dp = sizes.dp;
-  TORCH_CHECK_VALUE(tp >= 0 && dp >= 0, "parallel.tp ", tp, " or parallel.dp ", dp, " is negative");
   if (dp == 0) dp = tp == 0 ? 1 : std::max<int64_t>(num_ranks / tp, 1);
   if (tp == 0) tp = std::max<int64_t>(num_ranks / dp, 1);
   // Bounded first, so that the product can't overflow.
@@ -524,38 +417,30 @@ parallel::RankGrid rank_grid(const RunConfig& config, int num_ranks) {
 }
 
 Step37Config model_config(const RunConfig& config, int64_t vocabulary_size) {
+  check_bounds(config);  // of a checkpoint's, too
   const auto& model = config.model;
-  constexpr int64_t kMaxLayers = 10000;  // far beyond any model: a slip of the pen mustn't take all memory
-  TORCH_CHECK_VALUE(model.num_layers >= 1 && model.num_layers <= kMaxLayers, "model.num_layers ", model.num_layers,
-                    " is not in [1, ", kMaxLayers, "]");
-  TORCH_CHECK_VALUE(model.full_attention_interval >= 1, "model.full_attention_interval ", model.full_attention_interval,
-                    " is below 1");
   Step37Config result;
-  result.text.vocabulary_size = vocabulary_size;
-  result.text.hidden_size = model.hidden_size;
-  result.text.head_dim = model.head_dim;
-  result.text.num_query_groups = model.num_query_groups;
-  result.text.ffn_hidden_size = model.ffn_hidden_size;
-  result.text.rms_norm_eps = model.rms_norm_eps;
-  result.text.init_std = model.init_std;
-  result.execution.embedding_sharding = config.parallel.embedding_sharding;
-  result.execution.sequence_parallel = config.parallel.sequence_parallel;
-  result.execution.accumulate_into_grad = true;
+  result.text = {.vocabulary_size = vocabulary_size,
+                 .hidden_size = model.hidden_size,
+                 .head_dim = model.head_dim,
+                 .num_query_groups = model.num_query_groups,
+                 .ffn_hidden_size = model.ffn_hidden_size,
+                 .rms_norm_eps = model.rms_norm_eps,
+                 .init_std = model.init_std,
+                 .layers = {}};
+  result.execution = {.sequence_parallel = config.parallel.sequence_parallel,
+                      .accumulate_into_grad = true,
+                      .embedding_sharding = config.parallel.embedding_sharding};
   for (int64_t layer = 0; layer < model.num_layers; ++layer) {
-    megatron::AttentionLayerConfig attention;
     const bool full = layer % model.full_attention_interval == 0;
+    megatron::AttentionLayerConfig attention;
     attention.num_attention_heads = full ? model.num_attention_heads : model.num_sliding_attention_heads;
     attention.sliding_window = full ? 0 : model.sliding_window;
     attention.rope_theta = full ? model.rope_theta : model.sliding_rope_theta;
     attention.partial_rotary_factor = full ? model.partial_rotary_factor : 1.0;
     result.text.layers.push_back(attention);
   }
-  result.vision.image_size = config.vision.image_size;
-  result.vision.patch_size = config.vision.patch_size;
-  result.vision.width = config.vision.width;
-  result.vision.layers = config.vision.layers;
-  result.vision.heads = config.vision.heads;
-  result.vision.mlp_width = config.vision.mlp_width;
+  result.vision = config.vision;
   result.projector_bias = model.projector_bias;
   result.projector_sharding = config.parallel.projector_sharding;
   result.exchange = config.parallel.exchange;
@@ -567,35 +452,21 @@ Step37Config model_config(const RunConfig& config, int64_t vocabulary_size) {
 }
 
 megatron::LearningRateSchedule learning_rate_schedule(const RunConfig& config) {
-  megatron::LearningRateSchedule schedule;
-  schedule.peak = config.training.learning_rate;
-  schedule.floor = config.training.min_learning_rate;
-  schedule.warmup_steps = config.training.warmup_steps;
-  schedule.total_steps = config.training.steps;
-  schedule.decay = config.training.learning_rate_decay;
-  schedule.decay_steps = config.training.decay_steps;
-  return schedule;
-}
-
-megatron::AdamWOptions adamw_options(const RunConfig& config) {
-  megatron::AdamWOptions options;
-  options.beta1 = config.training.beta1;
-  options.beta2 = config.training.beta2;
-  options.eps = config.training.eps;
-  options.weight_decay = config.training.weight_decay;
-  options.learning_rate_scales = config.training.learning_rate_scales;
-  options.weight_decay_scales = config.training.weight_decay_scales;
-  return options;
+  const auto& training = config.training;
+  return {.peak = training.learning_rate,
+          .floor = training.min_learning_rate,
+          .warmup_steps = training.warmup_steps,
+          .total_steps = training.steps,
+          .decay = training.learning_rate_decay,
+          .decay_steps = training.decay_steps};
 }
 
 CropOptions crop_options(const RunConfig& config) {
-  CropOptions options;
-  options.global_side = config.vision.image_size;
-  options.crop_side = config.data.crops ? config.data.crop_side : config.vision.image_size;
-  options.max_side = config.data.max_side;
-  options.vision_patch_size = config.vision.patch_size;
-  options.with_crops = config.data.crops;
-  return options;
+  return {.global_side = config.vision.image_size,
+          .crop_side = config.data.crops ? config.data.crop_side : config.vision.image_size,
+          .max_side = config.data.max_side,
+          .vision_patch_size = config.vision.patch_size,
+          .with_crops = config.data.crops};
 }
 
 }  // namespace step37

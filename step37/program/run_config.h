@@ -32,8 +32,8 @@ struct RunSection {
 
 struct ParallelSection {
   int64_t tp = 1;   ///< tensor parallel: ranks that share a copy of the model; 0: all ranks / dp
-  int64_t cp = 1;   ///< context parallel; this and the following: others than 1 are refused
   int64_t dp = 0;   ///< data parallel: copies of the model; 0: all ranks / tp, or 1 if that is 0, too
+  int64_t cp = 1;   ///< context parallel; this and the following: others than 1 are refused
   int64_t pp = 1;   ///< pipeline parallel
   int64_t ep = 1;   ///< expert parallel
   int64_t etp = 1;  ///< expert-tensor parallel
@@ -73,17 +73,13 @@ struct ModelSection {
   bool freeze_projector = false;
 };
 
-struct VisionSection {
-  int64_t image_size = 0;  ///< required: side of the global view, pixels
-  int64_t patch_size = 14;
-  int64_t width = 0;      ///< required
-  int64_t layers = 0;     ///< required
-  int64_t heads = 0;      ///< required
-  int64_t mlp_width = 0;  ///< required
+/// VisionConfig's own keys are image_size, width, layers, heads and mlp_width, all required, and patch_size.
+struct VisionSection : VisionConfig {
   bool freeze = false;
 };
 
-struct TrainingSection {
+/// All of AdamWOptions are keys, too; scales are written as "vision_model: 0.1, language_model.embedding: 2".
+struct TrainingSection : megatron::AdamWOptions {
   int64_t steps = 0;  ///< required: optimizer steps of the whole run
   int64_t seed = 1234;
   int64_t global_batch_size = 1;   ///< packs a step, over all replicas
@@ -93,13 +89,7 @@ struct TrainingSection {
   double min_learning_rate = 0.0;  ///< at the last step
   int64_t warmup_steps = 0;
   megatron::LearningRateDecay learning_rate_decay = megatron::LearningRateDecay::kCosine;  ///< or linear, constant, wsd
-  int64_t decay_steps = 0;  ///< of wsd: the last steps, in which the rate goes down
-  double weight_decay = 0.1;
-  megatron::ParameterScales learning_rate_scales;  ///< written as "vision_model: 0.1, language_model.embedding: 2"
-  megatron::ParameterScales weight_decay_scales;   ///< likewise
-  double beta1 = 0.9;
-  double beta2 = 0.95;
-  double eps = 1e-8;
+  int64_t decay_steps = 0;      ///< of wsd: the last steps, in which the rate goes down
   double clip_grad_norm = 1.0;  ///< 0: no clipping
 };
 
@@ -145,7 +135,7 @@ RunConfig load_run_config(const std::filesystem::path& path, const std::vector<s
 /// @throws c10::ValueError as load_run_config does for overrides.
 RunConfig run_config_from_settings(const std::vector<std::string>& key_values);
 
-/// Every key, "section.key", with its value, in the order of the structs. "key=value" of each, given to
+/// Every key, "section.key", with its value, section by section. "key=value" of each, given to
 /// load_run_config as overrides of any file, makes the same configuration again.
 std::vector<std::pair<std::string, std::string>> settings(const RunConfig& config);
 
@@ -168,7 +158,6 @@ parallel::RankGrid rank_grid(const RunConfig& config, int num_ranks);
 Step37Config model_config(const RunConfig& config, int64_t vocabulary_size);
 
 megatron::LearningRateSchedule learning_rate_schedule(const RunConfig& config);
-megatron::AdamWOptions adamw_options(const RunConfig& config);
 
 /// How pictures are cut. Without data.crops crop_side is the global view's, so that it always fits the patches.
 CropOptions crop_options(const RunConfig& config);
