@@ -1,13 +1,11 @@
-// From gradients to new parameters: GradientBuffer, AdamW, Trainer.
+// From gradients to new parameters: GradientBuffer, Trainer; AdamW in between is in adamw_test.cpp.
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 #include <gtest/gtest.h>
-#include <torch/optim/adamw.h>
 
 #include <cmath>
 #include <functional>
 #include <limits>
-#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -226,168 +224,6 @@ TEST(GradientBuffer, TakesFloat64) {
   GradientBuffer buffer({shard}, group);
   (shard.parameter * 1e30).sum().backward();
   EXPECT_NEAR(buffer.norm(), std::sqrt(7.0) * 1e30, 1e18);  // no float32 holds its square
-}
-
-// ---- AdamW ----
-
-namespace {
-
-/// The update of Loshchilov and Hutter's algorithm 2, by the letter, in double precision.
-struct NaiveAdamW {
-  at::Tensor value, exp_avg, exp_avg_sq;
-
-  explicit NaiveAdamW(const at::Tensor& start)
-      : value(start.detach().cpu().to(at::kDouble).clone()),
-        exp_avg(at::zeros_like(value)),
-        exp_avg_sq(at::zeros_like(value)) {}
-
-  void step(const at::Tensor& gradient, int64_t number, double rate, double decay, const AdamWOptions& options) {
-    const auto g = gradient.cpu().to(at::kDouble);
-    exp_avg = exp_avg * options.beta1 + g * (1 - options.beta1);
-    exp_avg_sq = exp_avg_sq * options.beta2 + g * g * (1 - options.beta2);
-    const auto mean = exp_avg / (1 - std::pow(options.beta1, static_cast<double>(number)));
-    const auto square = exp_avg_sq / (1 - std::pow(options.beta2, static_cast<double>(number)));
-    value = value - rate * decay * value - rate * mean / (square.sqrt() + options.eps);
-  }
-};
-
-std::vector<ParameterShard> parameters_for_adamw() {
-  std::vector<ParameterShard> shards;
-  int64_t seed = 0;
-  for (const bool decays : {true, false}) {
-    for (const auto& shape : std::vector<std::vector<int64_t>>{{5, 37}, {3}, {0, 4}}) {
-      auto tensor = on_device(exact_values(shape, ++seed)).requires_grad_(true);
-      shards.push_back(shard_of(std::to_string(seed), tensor, GradientDomain::kReplicated, decays));
-    }
-  }
-  return shards;
-}
-
-at::Tensor gradient_for(const ParameterShard& shard, int64_t step) {
-  return on_device(exact_values(shard.parameter.sizes(), 17 * step + static_cast<int64_t>(shard.name.back()))) * 0.1;
-}
-
-void step_with_gradients(AdamW& optimizer, int64_t step, double rate) {
-  for (const auto& shard : optimizer.parameters()) shard.parameter.mutable_grad() = gradient_for(shard, step);
-  optimizer.step(rate);
-}
-
-}  // namespace
-
-TEST(AdamW, EqualsTheFormulas) {
-  const AdamWOptions options{.beta1 = 0.8, .beta2 = 0.9, .eps = 1e-3, .weight_decay = 0.3};
-  AdamW optimizer(parameters_for_adamw(), options);
-  std::vector<NaiveAdamW> naive;
-  for (const auto& shard : optimizer.parameters()) naive.emplace_back(shard.parameter);
-  for (int64_t step = 1; step <= 5; ++step) {
-    const double rate = 0.1 / static_cast<double>(step);
-    step_with_gradients(optimizer, step, rate);
-    EXPECT_EQ(optimizer.num_steps(), step);
-    for (size_t i = 0; i < naive.size(); ++i) {
-      const auto& shard = optimizer.parameters()[i];
-      naive[i].step(gradient_for(shard, step), step, rate, shard.weight_decay ? 0.3 : 0.0, options);
-      EXPECT_TRUE(near(shard.parameter, naive[i].value, 1e-6)) << shard.name << ", step " << step;
-      EXPECT_TRUE(near(optimizer.moments()[i].exp_avg, naive[i].exp_avg, 1e-6)) << shard.name;
-      EXPECT_TRUE(near(optimizer.moments()[i].exp_avg_sq, naive[i].exp_avg_sq, 1e-6)) << shard.name;
-    }
-  }
-}
-
-/// LibTorch's own optimizer, with a group for each parameter.
-TEST(AdamW, ScalesAreParameterGroups) {
-  struct Expected {
-    std::string name;
-    bool decays;
-    double learning_rate_scale, weight_decay_scale;
-  };
-  const std::vector<Expected> expected{{"vision.a.weight", true, 0.1, 2.0}, {"vision.a.bias", false, 0.1, 0.0},
-                                       {"vision.b.weight", true, 3.0, 2.0}, {"visionary.weight", true, 1.0, 1.0},
-                                       {"text.weight", true, 0.0, 0.5},     {"text.norm", false, 1.0, 0.0}};
-  const AdamWOptions options{.weight_decay = 0.3,
-                             .learning_rate_scales = {{"vision", 0.1}, {"vision.b", 3.0}, {"text.weight", 0.0}},
-                             .weight_decay_scales = {{"vision", 2.0}, {"text", 0.5}}};
-  std::vector<ParameterShard> shards;
-  std::vector<torch::optim::OptimizerParamGroup> groups;
-  for (const auto& [name, decays, learning_rate_scale, weight_decay_scale] : expected) {
-    const auto start = on_device(exact_values({5, 7}, static_cast<int64_t>(shards.size()) + 1)).to(at::kDouble);
-    shards.push_back(shard_of(name, start.clone().requires_grad_(true), GradientRule::kReplicated, decays));
-    auto own = std::make_unique<torch::optim::AdamWOptions>(0.01 * learning_rate_scale);
-    own->betas({options.beta1, options.beta2}).eps(options.eps).weight_decay(0.3 * weight_decay_scale);
-    groups.emplace_back(std::vector<at::Tensor>{start.clone().requires_grad_(true)}, std::move(own));
-  }
-  AdamW optimizer(shards, options);
-  torch::optim::AdamW reference(groups);
-  for (int64_t step = 1; step <= 3; ++step) {
-    for (size_t i = 0; i < shards.size(); ++i) {
-      const auto gradient = gradient_for(shards[i], step).to(at::kDouble);
-      shards[i].parameter.mutable_grad() = gradient;
-      reference.param_groups()[i].params()[0].mutable_grad() = gradient;
-    }
-    optimizer.step(0.01);
-    reference.step();
-  }
-  for (size_t i = 0; i < shards.size(); ++i) {
-    EXPECT_TRUE(near(shards[i].parameter, reference.param_groups()[i].params()[0], 1e-12)) << shards[i].name;
-  }
-}
-
-TEST(AdamW, RefusesAPrefixOfNoParameter) {
-  const std::vector<std::string> names{"vision.a", "vision.b", "text.c"};
-  const auto error = [&](const AdamWOptions& options) { return value_error([&] { options.check_prefixes(names); }); };
-  EXPECT_EQ(error({.learning_rate_scales = {{"vision", 1.0}, {"text.c", 2.0}}}), "nothing thrown");
-  EXPECT_TRUE(contains(error({.weight_decay_scales = {{"text", 1.0}, {"visio", 2.0}}}),
-                       "a scale is given for visio, but no parameter is called so or visio.*; there are vision.a, "
-                       "vision.b, text.c, ..."));
-  EXPECT_TRUE(contains(error({.learning_rate_scales = {{"vision.a.", 1.0}}}), "a scale is given for vision.a., but"));
-}
-
-TEST(AdamW, GoesOnBitForBit) {
-  AdamW whole(parameters_for_adamw(), {});
-  AdamW first(parameters_for_adamw(), {});
-  for (int64_t step = 1; step <= 4; ++step) step_with_gradients(whole, step, 0.01);
-  for (int64_t step = 1; step <= 2; ++step) step_with_gradients(first, step, 0.01);
-  AdamW second(first.parameters(), {});
-  for (size_t i = 0; i < first.moments().size(); ++i) {
-    second.moments()[i].exp_avg.copy_(first.moments()[i].exp_avg);
-    second.moments()[i].exp_avg_sq.copy_(first.moments()[i].exp_avg_sq);
-  }
-  second.set_num_steps(2);
-  for (int64_t step = 3; step <= 4; ++step) step_with_gradients(second, step, 0.01);
-  for (size_t i = 0; i < whole.parameters().size(); ++i) {
-    EXPECT_TRUE(test_support::equal(second.parameters()[i].parameter, whole.parameters()[i].parameter));
-  }
-}
-
-TEST(AdamW, LeavesFrozenParametersAlone) {
-  auto shards = parameters_for_adamw();
-  shards[1].parameter.set_requires_grad(false);
-  const auto frozen = shards[1].parameter.clone();
-  AdamW optimizer(shards, {});
-  EXPECT_EQ(optimizer.parameters().size(), shards.size() - 1);
-  EXPECT_EQ(optimizer.moments().size(), shards.size() - 1);
-  step_with_gradients(optimizer, 1, 0.1);
-  EXPECT_TRUE(test_support::equal(shards[1].parameter, frozen));
-}
-
-TEST(AdamW, RefusesAParameterWithoutGradient) {
-  AdamW optimizer(parameters_for_adamw(), {});
-  const auto before = optimizer.parameters()[0].parameter.detach().clone();
-  for (const auto& shard : optimizer.parameters()) shard.parameter.mutable_grad() = gradient_for(shard, 1);
-  optimizer.parameters()[3].parameter.mutable_grad().reset();
-  EXPECT_TRUE(contains(value_error([&] { optimizer.step(0.1); }), "parameter 4 has no gradient"));
-  EXPECT_EQ(optimizer.num_steps(), 0);
-  EXPECT_TRUE(test_support::equal(optimizer.parameters()[0].parameter, before));
-}
-
-TEST(AdamW, RefusesValuesOutOfRange) {
-  EXPECT_TRUE(contains(value_error([] { AdamW({}, {.beta1 = 1.0}); }), "beta1 1 is not in [0, 1)"));
-  EXPECT_TRUE(contains(value_error([] { AdamW({}, {.beta2 = -0.5}); }), "beta2 -0.5 is not in [0, 1)"));
-  EXPECT_TRUE(contains(value_error([] { AdamW({}, {.eps = 0.0}); }), "eps 0 is not above 0"));
-  EXPECT_TRUE(contains(value_error([] { AdamW({}, {.weight_decay = -1.0}); }), "weight decay -1 is below 0"));
-  EXPECT_TRUE(contains(value_error([] {
-                         AdamW({}, {.learning_rate_scales = {{"a", -2.0}}});
-                       }),
-                       "scale -2 of a is below 0"));
 }
 
 // ---- Trainer ----
