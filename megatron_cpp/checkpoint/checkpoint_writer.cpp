@@ -115,11 +115,13 @@ std::vector<ShardedTensor> sharded_tensors(const std::vector<ParameterShard>& pa
 std::vector<ShardedTensor> sharded_tensors(const AdamW& optimizer, const CheckpointName& published_name,
                                            const parallel::ProcessGroups& groups) {
   std::vector<ShardedTensor> result;
-  for (size_t i = 0; i < optimizer.parameters().size(); ++i) {
-    const auto& shard = optimizer.parameters()[i];
-    const auto& moments = optimizer.moments()[i];
-    append_segments(result, shard, moments.exp_avg, TensorRole::kExpAvg, published_name, groups);
-    append_segments(result, shard, moments.exp_avg_sq, TensorRole::kExpAvgSq, published_name, groups);
+  for (const auto& slice : optimizer.slices()) {
+    const auto& shard = slice.shard;
+    TORCH_CHECK_VALUE(slice.elements.length() == shard.parameter.numel(), "the optimizer has a part of ", shard.name,
+                      " only: such moments are not saved yet");
+    const auto shape = shard.parameter.sizes();
+    append_segments(result, shard, slice.exp_avg.view(shape), TensorRole::kExpAvg, published_name, groups);
+    append_segments(result, shard, slice.exp_avg_sq.view(shape), TensorRole::kExpAvgSq, published_name, groups);
   }
   return result;
 }

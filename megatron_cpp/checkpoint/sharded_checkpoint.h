@@ -70,7 +70,7 @@ std::vector<ShardedTensor> sharded_tensors(const std::vector<ParameterShard>& pa
                                            const CheckpointName& published_name, const parallel::ProcessGroups& groups);
 
 /// The same segments of the optimizer's moments. (num_steps() is a number: it belongs in CheckpointContents::state.)
-/// Not collective.
+/// @throws c10::ValueError for an optimizer that has a part of a parameter only. Not collective.
 std::vector<ShardedTensor> sharded_tensors(const AdamW& optimizer, const CheckpointName& published_name,
                                            const parallel::ProcessGroups& groups);
 

@@ -46,45 +46,59 @@ void AdamWOptions::check_prefixes(const std::vector<std::string>& names) const {
   }
 }
 
-AdamW::AdamW(std::vector<ParameterShard> parameters, const AdamWOptions& options)
-    : parameters_(std::move(parameters)), options_(options) {
+at::Tensor ParameterSlice::gradient() const {
+  const auto& gradient = shard.parameter.grad();
+  TORCH_CHECK_VALUE(gradient.defined(), "parameter ", shard.name, " has no gradient to step with");
+  return gradient.reshape({-1}).narrow(0, elements.begin, elements.length());
+}
+
+std::vector<ParameterSlice> whole_slices(const std::vector<ParameterShard>& parameters) {
+  std::vector<ParameterSlice> slices;
+  for (const auto& shard : parameters) {
+    if (!shard.parameter.requires_grad()) continue;
+    const auto main = shard.parameter.detach().view({-1});
+    slices.push_back({shard, {0, main.numel()}, main, at::zeros_like(main), at::zeros_like(main)});
+  }
+  return slices;
+}
+
+AdamW::AdamW(const std::vector<ParameterShard>& parameters, const AdamWOptions& options)
+    : AdamW(whole_slices(parameters), options) {}
+
+AdamW::AdamW(std::vector<ParameterSlice> slices, const AdamWOptions& options)
+    : slices_(std::move(slices)), options_(options) {
   options_.validate();
-  std::erase_if(parameters_, [](const ParameterShard& shard) { return !shard.parameter.requires_grad(); });
-  moments_.reserve(parameters_.size());
-  for (size_t i = 0; i < parameters_.size(); ++i) {
-    const auto& shard = parameters_[i];
-    const auto like = shard.parameter.detach();
-    moments_.push_back({at::zeros_like(like), at::zeros_like(like)});
+  for (size_t i = 0; i < slices_.size(); ++i) {
+    const auto& shard = slices_[i].shard;
     const double decay =
         shard.weight_decay ? options_.weight_decay * scale_of(shard.name, options_.weight_decay_scales) : 0.0;
-    if (like.numel() > 0) parameter_groups_[{scale_of(shard.name, options_.learning_rate_scales), decay}].push_back(i);
+    if (slices_[i].elements.length() == 0) continue;
+    parameter_groups_[{scale_of(shard.name, options_.learning_rate_scales), decay}].push_back(i);
   }
 }
 
 void AdamW::step(double learning_rate) {
   const at::NoGradGuard no_grad;
-  for (const auto& shard : parameters_) {
-    TORCH_CHECK_VALUE(shard.parameter.grad().defined(), "parameter ", shard.name, " has no gradient to step with");
-  }
+  std::vector<at::Tensor> all_gradients;
+  all_gradients.reserve(slices_.size());
+  for (const auto& slice : slices_) all_gradients.push_back(slice.gradient());
   ++num_steps_;
   for (const auto& [factors, members] : parameter_groups_) {
     const auto& [scale, decay] = factors;
-    std::vector<at::Tensor> parameters;
+    std::vector<at::Tensor> mains;
     std::vector<at::Tensor> gradients;
     std::vector<at::Tensor> exp_avgs;
     std::vector<at::Tensor> exp_avg_sqs;
     for (const size_t i : members) {
-      parameters.push_back(parameters_[i].parameter);
-      gradients.push_back(parameters_[i].parameter.grad());
-      exp_avgs.push_back(moments_[i].exp_avg);
-      exp_avg_sqs.push_back(moments_[i].exp_avg_sq);
+      mains.push_back(slices_[i].main);
+      gradients.push_back(all_gradients[i]);
+      exp_avgs.push_back(slices_[i].exp_avg);
+      exp_avg_sqs.push_back(slices_[i].exp_avg_sq);
     }
-    const auto step_count =
-        at::full({}, static_cast<double>(num_steps_), parameters.front().options().dtype(at::kFloat));
-    const std::vector<at::Tensor> steps(parameters.size(), step_count);
-    at::_fused_adamw_(parameters, gradients, exp_avgs, exp_avg_sqs, /*max_exp_avg_sqs=*/{}, steps,
-                      learning_rate * scale, options_.beta1, options_.beta2, decay, options_.eps,
-                      /*amsgrad=*/false, /*maximize=*/false);
+    const auto step_count = at::full({}, static_cast<double>(num_steps_), mains.front().options().dtype(at::kFloat));
+    const std::vector<at::Tensor> steps(mains.size(), step_count);
+    at::_fused_adamw_(mains, gradients, exp_avgs, exp_avg_sqs, /*max_exp_avg_sqs=*/{}, steps, learning_rate * scale,
+                      options_.beta1, options_.beta2, decay, options_.eps, /*amsgrad=*/false, /*maximize=*/false);
   }
 }
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "megatron_cpp/parameters/parameter_shard.h"
+#include "parallel/shard.h"
 
 namespace megatron {
 
@@ -35,37 +36,48 @@ struct AdamWOptions {
   void check_prefixes(const std::vector<std::string>& names) const;
 };
 
+/// Elements of a rank's parameter that its optimizer updates, and what it keeps of them. Float32 main parameters and a
+/// distributed optimizer are other ways to make slices; AdamW takes them as they are.
+struct ParameterSlice {
+  ParameterShard shard;      ///< the parameter
+  parallel::Range elements;  ///< of the rank's tensor, numbered row-major
+  at::Tensor main;           ///< [elements], what is updated: a view of the parameter, or a copy of its own
+  at::Tensor exp_avg;        ///< [elements], decaying mean of the gradient
+  at::Tensor exp_avg_sq;     ///< [elements], decaying mean of its square
+
+  /// [elements], a view of the parameter's .grad.
+  /// @throws c10::ValueError naming the parameter if it has none.
+  at::Tensor gradient() const;
+};
+
+/// One slice for each parameter that needs a gradient, all its elements, updated in place; moments of its dtype, 0.
+std::vector<ParameterSlice> whole_slices(const std::vector<ParameterShard>& parameters);
+
 /// Decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), by LibTorch's fused kernel. Each rank updates its
-/// own parameters from their .grad; equal replicas stay equal because their gradients are.
+/// own slices from their gradients; equal replicas stay equal because their gradients are.
 class AdamW {
  public:
-  /// Moments start at 0, beside the parameters. Those that need no gradient are left alone.
+  /// @param slices  of one dtype and device, gradients included.
   /// @throws c10::ValueError as AdamWOptions::validate does.
-  AdamW(std::vector<ParameterShard> parameters, const AdamWOptions& options);
+  AdamW(std::vector<ParameterSlice> slices, const AdamWOptions& options);
+  /// Of whole_slices(parameters).
+  AdamW(const std::vector<ParameterShard>& parameters, const AdamWOptions& options);
 
   /// One update. Not collective.
   /// @throws c10::ValueError, before anything is changed, naming a parameter that has no .grad.
   void step(double learning_rate);
 
-  /// The moments of one parameter; of its shape, dtype and device.
-  struct Moments {
-    at::Tensor exp_avg;     ///< decaying mean of the gradient
-    at::Tensor exp_avg_sq;  ///< decaying mean of its square
-  };
-  /// As given, without those that need no gradient.
-  const std::vector<ParameterShard>& parameters() const { return parameters_; }
-  /// One per parameter, in the order of parameters().
-  const std::vector<Moments>& moments() const { return moments_; }
+  /// As given.
+  const std::vector<ParameterSlice>& slices() const { return slices_; }
   /// Updates so far.
   int64_t num_steps() const { return num_steps_; }
   /// For resuming: continues as if this many updates had been made. The moments are restored in place.
   void set_num_steps(int64_t num_steps) { num_steps_ = num_steps; }
 
  private:
-  std::vector<ParameterShard> parameters_;
-  std::vector<Moments> moments_;
+  std::vector<ParameterSlice> slices_;
   AdamWOptions options_;
-  /// Indices of parameters that are not empty, by scale of the learning rate and weight decay.
+  /// Indices of slices that are not empty, by scale of the learning rate and weight decay.
   std::map<std::pair<double, double>, std::vector<size_t>> parameter_groups_;
   int64_t num_steps_ = 0;
 };

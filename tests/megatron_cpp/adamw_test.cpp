@@ -7,6 +7,7 @@
 #include <cmath>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -19,6 +20,7 @@ namespace {
 using megatron::AdamW;
 using megatron::AdamWOptions;
 using megatron::ParameterShard;
+using megatron::ParameterSlice;
 using test_support::contains;
 using test_support::exact_values;
 using test_support::near;
@@ -66,7 +68,9 @@ at::Tensor gradient_for(const ParameterShard& shard, int64_t step) {
 }
 
 void step_with_gradients(AdamW& optimizer, int64_t step, double rate) {
-  for (const auto& shard : optimizer.parameters()) shard.parameter.mutable_grad() = gradient_for(shard, step);
+  for (const auto& slice : optimizer.slices()) {
+    slice.shard.parameter.mutable_grad() = gradient_for(slice.shard, step);
+  }
   optimizer.step(rate);
 }
 
@@ -76,17 +80,18 @@ TEST(AdamW, EqualsTheFormulas) {
   const AdamWOptions options{.beta1 = 0.8, .beta2 = 0.9, .eps = 1e-3, .weight_decay = 0.3};
   AdamW optimizer(parameters_for_adamw(), options);
   std::vector<NaiveAdamW> naive;
-  for (const auto& shard : optimizer.parameters()) naive.emplace_back(shard.parameter);
+  for (const auto& slice : optimizer.slices()) naive.emplace_back(slice.shard.parameter);
   for (int64_t step = 1; step <= 5; ++step) {
     const double rate = 0.1 / static_cast<double>(step);
     step_with_gradients(optimizer, step, rate);
     EXPECT_EQ(optimizer.num_steps(), step);
     for (size_t i = 0; i < naive.size(); ++i) {
-      const auto& shard = optimizer.parameters()[i];
+      const auto& slice = optimizer.slices()[i];
+      const auto& shard = slice.shard;
       naive[i].step(gradient_for(shard, step), step, rate, shard.weight_decay ? 0.3 : 0.0, options);
       EXPECT_TRUE(near(shard.parameter, naive[i].value, 1e-6)) << shard.name << ", step " << step;
-      EXPECT_TRUE(near(optimizer.moments()[i].exp_avg, naive[i].exp_avg, 1e-6)) << shard.name;
-      EXPECT_TRUE(near(optimizer.moments()[i].exp_avg_sq, naive[i].exp_avg_sq, 1e-6)) << shard.name;
+      EXPECT_TRUE(near(slice.exp_avg, naive[i].exp_avg.view(-1), 1e-6)) << shard.name;
+      EXPECT_TRUE(near(slice.exp_avg_sq, naive[i].exp_avg_sq.view(-1), 1e-6)) << shard.name;
     }
   }
 }
@@ -141,18 +146,42 @@ TEST(AdamW, RefusesAPrefixOfNoParameter) {
 
 TEST(AdamW, GoesOnBitForBit) {
   AdamW whole(parameters_for_adamw(), {});
-  AdamW first(parameters_for_adamw(), {});
+  const auto shards = parameters_for_adamw();
+  AdamW first(shards, {});
   for (int64_t step = 1; step <= 4; ++step) step_with_gradients(whole, step, 0.01);
   for (int64_t step = 1; step <= 2; ++step) step_with_gradients(first, step, 0.01);
-  AdamW second(first.parameters(), {});
-  for (size_t i = 0; i < first.moments().size(); ++i) {
-    second.moments()[i].exp_avg.copy_(first.moments()[i].exp_avg);
-    second.moments()[i].exp_avg_sq.copy_(first.moments()[i].exp_avg_sq);
+  AdamW second(shards, {});
+  for (size_t i = 0; i < first.slices().size(); ++i) {
+    second.slices()[i].exp_avg.copy_(first.slices()[i].exp_avg);
+    second.slices()[i].exp_avg_sq.copy_(first.slices()[i].exp_avg_sq);
   }
   second.set_num_steps(2);
   for (int64_t step = 3; step <= 4; ++step) step_with_gradients(second, step, 0.01);
-  for (size_t i = 0; i < whole.parameters().size(); ++i) {
-    EXPECT_TRUE(test_support::equal(second.parameters()[i].parameter, whole.parameters()[i].parameter));
+  for (size_t i = 0; i < shards.size(); ++i) {
+    EXPECT_TRUE(test_support::equal(shards[i].parameter, whole.slices()[i].shard.parameter));
+  }
+}
+
+// As two ranks of a distributed optimizer would: each updates its part of every parameter.
+TEST(AdamW, OfSlicesIsThatOfTheWhole) {
+  AdamW whole(parameters_for_adamw(), {});
+  const auto shards = parameters_for_adamw();
+  std::vector<ParameterSlice> first;
+  std::vector<ParameterSlice> second;
+  for (const auto& slice : megatron::whole_slices(shards)) {
+    const auto numel = slice.elements.end;
+    for (const auto& [begin, end, part] : {std::tuple{int64_t{0}, numel / 3, &first}, {numel / 3, numel, &second}}) {
+      const auto main = slice.main.narrow(0, begin, end - begin);
+      part->push_back({slice.shard, {begin, end}, main, at::zeros_like(main), at::zeros_like(main)});
+    }
+  }
+  AdamW optimizers[] = {AdamW(first, {}), AdamW(second, {})};
+  for (int64_t step = 1; step <= 3; ++step) {
+    step_with_gradients(whole, step, 0.01);
+    for (auto& optimizer : optimizers) step_with_gradients(optimizer, step, 0.01);
+  }
+  for (size_t i = 0; i < shards.size(); ++i) {
+    EXPECT_TRUE(test_support::equal(shards[i].parameter, whole.slices()[i].shard.parameter));
   }
 }
 
@@ -161,29 +190,33 @@ TEST(AdamW, LeavesFrozenParametersAlone) {
   shards[1].parameter.set_requires_grad(false);
   const auto frozen = shards[1].parameter.clone();
   AdamW optimizer(shards, {});
-  EXPECT_EQ(optimizer.parameters().size(), shards.size() - 1);
-  EXPECT_EQ(optimizer.moments().size(), shards.size() - 1);
+  EXPECT_EQ(optimizer.slices().size(), shards.size() - 1);
   step_with_gradients(optimizer, 1, 0.1);
   EXPECT_TRUE(test_support::equal(shards[1].parameter, frozen));
 }
 
 TEST(AdamW, RefusesAParameterWithoutGradient) {
-  AdamW optimizer(parameters_for_adamw(), {});
-  const auto before = optimizer.parameters()[0].parameter.detach().clone();
-  for (const auto& shard : optimizer.parameters()) shard.parameter.mutable_grad() = gradient_for(shard, 1);
-  optimizer.parameters()[3].parameter.mutable_grad().reset();
+  const auto shards = parameters_for_adamw();
+  AdamW optimizer(shards, {});
+  const auto before = shards[0].parameter.detach().clone();
+  for (const auto& shard : shards) shard.parameter.mutable_grad() = gradient_for(shard, 1);
+  shards[3].parameter.mutable_grad().reset();
   EXPECT_TRUE(contains(value_error([&] { optimizer.step(0.1); }), "parameter 4 has no gradient"));
   EXPECT_EQ(optimizer.num_steps(), 0);
-  EXPECT_TRUE(test_support::equal(optimizer.parameters()[0].parameter, before));
+  EXPECT_TRUE(test_support::equal(shards[0].parameter, before));
 }
 
 TEST(AdamW, RefusesValuesOutOfRange) {
-  EXPECT_TRUE(contains(value_error([] { AdamW({}, {.beta1 = 1.0}); }), "beta1 1 is not in [0, 1)"));
-  EXPECT_TRUE(contains(value_error([] { AdamW({}, {.beta2 = -0.5}); }), "beta2 -0.5 is not in [0, 1)"));
-  EXPECT_TRUE(contains(value_error([] { AdamW({}, {.eps = 0.0}); }), "eps 0 is not above 0"));
-  EXPECT_TRUE(contains(value_error([] { AdamW({}, {.weight_decay = -1.0}); }), "weight decay -1 is below 0"));
+  EXPECT_TRUE(
+      contains(value_error([] { AdamW(std::vector<ParameterShard>(), {.beta1 = 1.0}); }), "beta1 1 is not in [0, 1)"));
+  EXPECT_TRUE(contains(value_error([] { AdamW(std::vector<ParameterShard>(), {.beta2 = -0.5}); }),
+                       "beta2 -0.5 is not in [0, 1)"));
+  EXPECT_TRUE(
+      contains(value_error([] { AdamW(std::vector<ParameterShard>(), {.eps = 0.0}); }), "eps 0 is not above 0"));
+  EXPECT_TRUE(contains(value_error([] { AdamW(std::vector<ParameterShard>(), {.weight_decay = -1.0}); }),
+                       "weight decay -1 is below 0"));
   EXPECT_TRUE(contains(value_error([] {
-                         AdamW({}, {.learning_rate_scales = {{"a", -2.0}}});
+                         AdamW(std::vector<ParameterShard>(), {.learning_rate_scales = {{"a", -2.0}}});
                        }),
                        "scale -2 of a is below 0"));
 }

@@ -106,16 +106,18 @@ struct Training {
     return megatron::parameter_shards(*model);
   }
   static std::vector<ShardedTensor> all(const megatron::AdamW& optimizer, const parallel::ProcessGroups& layout) {
-    auto result = megatron::sharded_tensors(optimizer.parameters(), published, layout);
+    std::vector<megatron::ParameterShard> trained;
+    for (const auto& slice : optimizer.slices()) trained.push_back(slice.shard);
+    auto result = megatron::sharded_tensors(trained, published, layout);
     for (auto& moment : megatron::sharded_tensors(optimizer, published, layout)) result.push_back(std::move(moment));
     return result;
   }
   void zero() {
     const at::NoGradGuard no_grad;
     for (auto& parameter : model->parameters()) parameter.zero_();
-    for (const auto& [exp_avg, exp_avg_sq] : optimizer.moments()) {
-      exp_avg.zero_();
-      exp_avg_sq.zero_();
+    for (const auto& slice : optimizer.slices()) {
+      slice.exp_avg.zero_();
+      slice.exp_avg_sq.zero_();
     }
   }
   /// What is in no segment: the rows of the vocabulary's padding.

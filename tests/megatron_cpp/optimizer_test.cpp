@@ -326,8 +326,8 @@ TEST(Trainer, ClipsTheGradientOnly) {
     EXPECT_GT(result.grad_norm, 0.5);
     EXPECT_EQ(result.grad_norm, unclipped);  // reported as it was
     double square = 0.0;
-    for (const auto& moments : trainer.optimizer().moments()) {
-      square += (moments.exp_avg / (1 - AdamWOptions().beta1)).square().sum().item<double>();
+    for (const auto& slice : trainer.optimizer().slices()) {
+      square += (slice.exp_avg / (1 - AdamWOptions().beta1)).square().sum().item<double>();
     }
     const double taken = clip == 0.5 ? 0.5 : unclipped;
     EXPECT_NEAR(std::sqrt(square), taken, 1e-5 * taken);
@@ -365,7 +365,7 @@ TEST(Trainer, LossesThatAreNotFiniteChangeNothing) {
       Trainer trainer(model.shards(), group, trainer_options(1.0));
       step(trainer, model, group, 1);
       const auto weight = model.weight.detach().clone();
-      const auto exp_avg = trainer.optimizer().moments()[0].exp_avg.clone();
+      const auto exp_avg = trainer.optimizer().slices()[0].exp_avg.clone();
       // On the last replica only; the error is everybody's.
       const bool broken = group.dp->getRank() == group.dp->getSize() - 1;
       const auto text = value_error([&] {
@@ -374,7 +374,7 @@ TEST(Trainer, LossesThatAreNotFiniteChangeNothing) {
       EXPECT_TRUE(contains(text, "step 2: loss "));
       EXPECT_TRUE(contains(text, "are not both finite"));
       EXPECT_TRUE(test_support::equal(model.weight, weight));
-      EXPECT_TRUE(test_support::equal(trainer.optimizer().moments()[0].exp_avg, exp_avg));
+      EXPECT_TRUE(test_support::equal(trainer.optimizer().slices()[0].exp_avg, exp_avg));
       EXPECT_EQ(trainer.optimizer().num_steps(), 1);
       EXPECT_TRUE(std::isfinite(step(trainer, model, group, 1).grad_norm));  // and the next batch is taken
     }
