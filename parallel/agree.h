@@ -16,7 +16,7 @@ namespace parallel {
 /// broadcasts.
 void agree(bool ok, const std::string& message, const GroupPtr& group);
 
-/// Runs `action` on every rank; if it throws on any, all throw as agree() does.
+/// Runs `action` on every rank; if it throws anything on any, all throw as agree() does.
 template <class Action>
 void agree_on(const Action& action, const GroupPtr& group) {
   bool ok = true;
@@ -26,6 +26,9 @@ void agree_on(const Action& action, const GroupPtr& group) {
   } catch (const std::exception& error) {
     ok = false;
     message = error_text(error);
+  } catch (...) {
+    ok = false;
+    message = "what was thrown is no std::exception";
   }
   agree(ok, message, group);
 }

@@ -82,14 +82,18 @@ TEST(Agree, KeepsToItsGroup) {
 TEST(AgreeOn, TurnsAnExceptionOfOneRankIntoOneOfAll) {
   const auto& tp = test_support::world_tp();
   const int last = tp->getSize() - 1;
-  const auto text = agreed_error([&] {
-    parallel::agree_on(
-        [&] {
-          if (tp->getRank() == last) throw std::invalid_argument("cannot open shard");
-        },
-        tp);
-  });
+  const auto text_of = [&](const auto& exception) {
+    return agreed_error([&] {
+      parallel::agree_on(
+          [&] {
+            if (tp->getRank() == last) throw exception;  // NOLINT(bugprone-std-exception-baseclass): an int is none
+          },
+          tp);
+    });
+  };
+  const auto text = text_of(std::invalid_argument("cannot open shard"));
   EXPECT_TRUE(contains(text, "cannot open shard")) << text;
+  EXPECT_TRUE(contains(text_of(1), "what was thrown is no std::exception"));
   bool ran = false;
   EXPECT_NO_THROW(parallel::agree_on([&] { ran = true; }, tp));
   EXPECT_TRUE(ran);
