@@ -50,7 +50,7 @@ struct ParallelEmbeddingOptions {
 /// Whoever inserts rows (image features) writes them into the partial, or makes an exchange of its own of it.
 ///
 /// To put an embedding of your own under an insert, derive from this class, set `weight` and give it to
-/// LanguageModelEmbedding. check_parallel_embedding (embedding_conformance.h) tells whether it keeps what is written
+/// LanguageModelEmbedding. check_parallel_embedding (megatron_cpp/testing/) tells whether it keeps what is written
 /// here.
 class ParallelEmbedding : public ParallelModule {
  public:
@@ -65,9 +65,10 @@ class ParallelEmbedding : public ParallelModule {
   /// @return               [S, B, W] as layout() says, contiguous, a tensor of its own that the caller may write to. It
   ///                       needs a gradient whenever the weight does, also on a rank that finds nothing: it would miss
   ///                       the backward collective otherwise, and the others would wait for it. Its backward adds to
-  ///                       the weight's gradient where that lies (it may be a view of a GradientBuffer). Rows of the
-  ///                       gradient that were left out, or that finders() gives to another rank, are finite but mean
-  ///                       nothing, and count for nothing.
+  ///                       the weight's gradient where that lies (it may be a view of a GradientBuffer). The gradient
+  ///                       that it gets is finite everywhere. In rows left out and in rows that finders() gives to
+  ///                       another rank it may be zero or not (reduce() gives every rank all rows), and must not
+  ///                       count; masking by multiplication is enough.
   /// @throws c10::ValueError, on every rank alike, naming an id outside [0, V) and its place, or a row to leave out
   ///         that isn't there.
   virtual at::Tensor partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out = {}) = 0;
