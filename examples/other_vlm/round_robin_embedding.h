@@ -38,7 +38,7 @@ class RoundRobinEmbedding : public megatron::ParallelEmbedding {
         .view({input_ids.size(1), input_ids.size(0), hidden_size()});
   }
 
-  std::vector<int64_t> finders(const at::Tensor& input_ids) const override {
+  std::vector<int64_t> holders(const at::Tensor& input_ids) const override {
     const auto ranks = input_ids.t().remainder(t_).contiguous();
     return {ranks.const_data_ptr<int64_t>(), ranks.const_data_ptr<int64_t>() + ranks.numel()};
   }

@@ -9,7 +9,7 @@ namespace megatron {
 ParallelEmbedding::ParallelEmbedding(ParallelEmbeddingOptions options, parallel::GroupPtr tp)
     : options_(std::move(options)), tp_(std::move(tp)) {}
 
-std::vector<int64_t> ParallelEmbedding::finders(const at::Tensor& /*input_ids*/) const { return {}; }
+std::vector<int64_t> ParallelEmbedding::holders(const at::Tensor& /*input_ids*/) const { return {}; }
 
 parallel::SequenceLayout ParallelEmbedding::sequence_layout(int64_t sequence_length) const {
   return parallel::SequenceLayout::contiguous(sequence_length, sequence_parallel() ? tp_->getSize() : 1);

@@ -66,7 +66,7 @@ class ParallelEmbedding : public ParallelModule {
   ///                       needs a gradient whenever the weight does, also on a rank that finds nothing: it would miss
   ///                       the backward collective otherwise, and the others would wait for it. Its backward adds to
   ///                       the weight's gradient where that lies (it may be a view of a GradientBuffer). The gradient
-  ///                       that it gets is finite everywhere. In rows left out and in rows that finders() gives to
+  ///                       that it gets is finite everywhere. In rows left out and in rows that holders() gives to
   ///                       another rank it may be zero or not (reduce() gives every rank all rows), and must not
   ///                       count; masking by multiplication is enough.
   /// @throws c10::ValueError, on every rank alike, naming an id outside [0, V) and its place, or a row to leave out
@@ -77,10 +77,10 @@ class ParallelEmbedding : public ParallelModule {
   /// rank, and for good.
   virtual Part layout() const = 0;
 
-  /// The rank that finds each flat row s*B + b of a kSummand partial, [S*B], for ids [B, S] on the CPU; equal on every
-  /// rank. Where only the words train, a row's gradient goes to that rank alone. Empty, as here: every rank gets every
-  /// text row's. Not collective.
-  virtual std::vector<int64_t> finders(const at::Tensor& input_ids) const;
+  /// Of each row s*B + b of a kSummand partial the rank that holds its id's row of the table, [S*B], for ids [B, S] on
+  /// the CPU; equal on every rank. Where only the words train, the gradient of a row goes to that rank alone. Empty, as
+  /// here: every rank gets the gradient of every text row. Not collective.
+  virtual std::vector<int64_t> holders(const at::Tensor& input_ids) const;
 
   /// The second step: partials to [S, B, H], or with sequence_parallel() this rank's rows of it, [S/t, B, H].
   /// Collective over tp, forward and backward. Throws c10::ValueError if S % t != 0 with sequence_parallel().

@@ -49,9 +49,9 @@ at::Tensor VocabParallelEmbeddingImpl::partial(const at::Tensor& input_ids, cons
                                 options().accumulate_into_grad());
 }
 
-std::vector<int64_t> VocabParallelEmbeddingImpl::finders(const at::Tensor& input_ids) const {
+std::vector<int64_t> VocabParallelEmbeddingImpl::holders(const at::Tensor& input_ids) const {
   internal::check_ids(input_ids);
-  TORCH_CHECK_VALUE(input_ids.is_cpu(), "finders of ids on ", input_ids.device(), ": they must be on the CPU");
+  TORCH_CHECK_VALUE(input_ids.is_cpu(), "holders of ids on ", input_ids.device(), ": they must be on the CPU");
   const auto by_row = input_ids.t().contiguous();  // [S, B]
   const auto* id = by_row.const_data_ptr<int64_t>();
   std::vector<int64_t> ranks(static_cast<size_t>(by_row.numel()));

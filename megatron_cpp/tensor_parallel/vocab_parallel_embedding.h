@@ -27,7 +27,7 @@ class VocabParallelEmbeddingImpl : public ParallelEmbedding {
 
   /// kSummand.
   Part layout() const override { return Part::kSummand; }
-  std::vector<int64_t> finders(const at::Tensor& input_ids) const override;
+  std::vector<int64_t> holders(const at::Tensor& input_ids) const override;
 
   std::vector<ParameterShard> own_parameters() const override;
 

@@ -144,16 +144,16 @@ void check_case(Check& check) {
   const auto before = *check.recorded.count;
   auto& embedding = *check.embedding;
   at::Tensor partial;
-  std::vector<int64_t> finders;
+  std::vector<int64_t> holders;
   if (!check.holds("partial()", [&] { partial = check_partial(check); })) return;
-  check.holds("finders()", [&] {
-    finders = embedding.finders(check.ids);
-    if (finders.empty() || check.columns) return;
-    expect_equal("the list", at::tensor(finders).unsqueeze(1), check.owners.index_select(0, check.ids.t().flatten()));
+  check.holds("holders()", [&] {
+    holders = embedding.holders(check.ids);
+    if (holders.empty() || check.columns) return;
+    expect_equal("the list", at::tensor(holders).unsqueeze(1), check.owners.index_select(0, check.ids.t().flatten()));
   });
-  check.holds("reduce() or finders()", [&] {
+  check.holds("reduce() or holders()", [&] {
     const auto reduced = embedding.reduce(partial.to(embedding.weight.device())).cpu();
-    parallel::check_equal({{"the length of finders()", static_cast<int64_t>(finders.size())}}, check.tp);
+    parallel::check_equal({{"the length of holders()", static_cast<int64_t>(holders.size())}}, check.tp);
     expect_equal("reduce()", reduced, check.own(embedding.sequence_parallel(), 0, check.look_up(check.table)));
   });
   check.holds("backward", [&] { check_backward(check); });

@@ -46,15 +46,15 @@ class SumDelivery final : public FusedDelivery {
     TravellingRows rows(tp()->getSize());
     if (way.wanted.text) {
       // On a GPU the ids are not known here: text rows' gradients go to every rank.
-      const auto finders = input_ids_.is_cpu() ? words_->finders(input_ids_) : std::vector<int64_t>{};
-      if (finders.empty()) {
+      const auto holders = input_ids_.is_cpu() ? words_->holders(input_ids_) : std::vector<int64_t>{};
+      if (holders.empty()) {
         add_text(rows);
         way.gather = make_gather(rows);
         return;
       }
       for (const int64_t text_row : text_rows()) {
         const auto [owner, row] = owned(text_row);
-        rows.whole[owner].push_back({row, text_row, finders[static_cast<size_t>(text_row)]});
+        rows.whole[owner].push_back({row, text_row, holders[static_cast<size_t>(text_row)]});
       }
     } else {
       add_images(rows);

@@ -63,7 +63,7 @@ class Spoilt;
 /// What a Spoilt does instead of a right embedding, or to its answer.
 struct Spoiling {
   std::function<Tensor(Spoilt& self)> partial = {};
-  std::function<void(const Spoilt& self, std::vector<int64_t>& ranks)> finders = {};
+  std::function<void(const Spoilt& self, std::vector<int64_t>& ranks)> holders = {};
   std::function<void(const Spoilt& self, megatron::Box& box)> segment = {};
   std::function<Part(const Spoilt& self)> layout = {};
 };
@@ -94,7 +94,7 @@ class Spoilt : public VocabParallelEmbeddingImpl {
   /// [S, B, 1]: 1 in rows that other ranks find and that aren't left out.
   Tensor others() {
     right();  // for its checks
-    const auto flags = at::tensor(finders(ids)).ne(tp()->getRank()).view({ids.size(1), ids.size(0), 1});
+    const auto flags = at::tensor(holders(ids)).ne(tp()->getRank()).view({ids.size(1), ids.size(0), 1});
     return masked(flags.to(weight.options().requires_grad(false)));
   }
   bool is(int rank) const { return tp()->getRank() == rank; }
@@ -105,9 +105,9 @@ class Spoilt : public VocabParallelEmbeddingImpl {
     rows = rows_left_out;
     return spoiling_.partial ? spoiling_.partial(*this) : right();
   }
-  std::vector<int64_t> finders(const Tensor& input_ids) const override {
-    auto ranks = VocabParallelEmbeddingImpl::finders(input_ids);
-    if (spoiling_.finders) spoiling_.finders(*this, ranks);
+  std::vector<int64_t> holders(const Tensor& input_ids) const override {
+    auto ranks = VocabParallelEmbeddingImpl::holders(input_ids);
+    if (spoiling_.holders) spoiling_.holders(*this, ranks);
     return ranks;
   }
   Part layout() const override { return spoiling_.layout ? spoiling_.layout(*this) : Part::kSummand; }
@@ -190,15 +190,15 @@ TEST(CheckParallelEmbedding, NamesWrongPartials) {
 }
 
 TEST(CheckParallelEmbedding, NamesWrongFinders) {
-  expect_violation(2, {"finders(): the list is 1 in row 0, column 0, expected 0"},
-                   spoilt({.finders = [](auto& self, auto& ranks) {
+  expect_violation(2, {"holders(): the list is 1 in row 0, column 0, expected 0"},
+                   spoilt({.holders = [](auto& self, auto& ranks) {
                      for (auto& rank : ranks) rank = (rank + 1) % self.tp()->getSize();
                    }}));
-  expect_violation(1, {"ids [2, ", "finders(): the list has shape [", "expected ["},
-                   spoilt({.finders = [](auto& /*self*/, auto& ranks) { ranks.resize(ranks.size() / 2); }}));
+  expect_violation(1, {"ids [2, ", "holders(): the list has shape [", "expected ["},
+                   spoilt({.holders = [](auto& /*self*/, auto& ranks) { ranks.resize(ranks.size() / 2); }}));
   expect_violation(
-      2, {"ranks disagree: the length of finders() is 0 on rank 0"},
-      spoilt({.finders = [](auto& self, auto& ranks) { ranks.resize(self.is_last() ? ranks.size() : 0); }}));
+      2, {"ranks disagree: the length of holders() is 0 on rank 0"},
+      spoilt({.holders = [](auto& self, auto& ranks) { ranks.resize(self.is_last() ? ranks.size() : 0); }}));
 }
 
 TEST(CheckParallelEmbedding, NamesWrongGradients) {
