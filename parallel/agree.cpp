@@ -1,6 +1,7 @@
 #include "parallel/agree.h"
 
 #include <ATen/ATen.h>
+#include <fmt/format.h>
 
 #include <cstring>
 
@@ -22,9 +23,8 @@ void agree(bool ok, const std::string& message, const GroupPtr& group) {
   if (num_failed == 0) return;
   auto text = broadcast_text(message, first_failed, group);
   if (num_failed < t) {
-    text += " (rank " + std::to_string(first_failed) + " of " + std::to_string(t);
-    if (num_failed > 1) text += ", and " + std::to_string(num_failed - 1) + " more";
-    text += ")";
+    const auto more = num_failed > 1 ? fmt::format(", and {} more", num_failed - 1) : "";
+    text += fmt::format(" (rank {} of {}{})", first_failed, t, more);
   }
   throw AgreedError(text);
 }
@@ -41,9 +41,8 @@ void check_equal(const std::vector<NamedValue>& values, const GroupPtr& group) {
     for (int64_t rank = 1; rank < all.size(0); ++rank) {
       const int64_t other = value[rank * num_values + i];
       if (other == value[i]) continue;
-      throw AgreedError("ranks disagree: " + values[static_cast<size_t>(i)].name + " is " + std::to_string(value[i]) +
-                        " on rank 0 and " + std::to_string(other) + " on rank " + std::to_string(rank) + " of " +
-                        std::to_string(all.size(0)));
+      throw AgreedError(fmt::format("ranks disagree: {} is {} on rank 0 and {} on rank {} of {}",
+                                    values[static_cast<size_t>(i)].name, value[i], other, rank, all.size(0)));
     }
   }
 }
@@ -57,7 +56,7 @@ void check_equal_texts(const std::vector<NamedText>& texts, const GroupPtr& grou
   for (const auto& [name, text] : texts) {
     const std::string expected = begin < of_rank_0.size() ? of_rank_0.c_str() + begin : "";
     if (text != expected) {
-      message = "ranks disagree: " + name + " is '" + expected + "' on rank 0 and '" + text + "' elsewhere";
+      message = fmt::format("ranks disagree: {} is '{}' on rank 0 and '{}' elsewhere", name, expected, text);
       break;
     }
     begin += text.size() + 1;

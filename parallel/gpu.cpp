@@ -2,6 +2,7 @@
 
 #include <ATen/Context.h>
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 
 #include <algorithm>
 #include <map>
@@ -44,12 +45,13 @@ DeviceChoice choose_device_of_all(const DeviceOptions& options, std::span<const 
   if (none_sees) {
     obstacle = "no rank sees a GPU (nvidia-smi and CUDA_VISIBLE_DEVICES tell)";
   } else if (!all_see) {
-    obstacle = c10::str("rank ", blind,
-                        " sees no GPU while others do: give each rank one, or compute on the CPU (device=cpu)");
+    obstacle = fmt::format(
+        "rank {} sees no GPU while others do: give each rank one, or compute on the CPU (device=cpu)", blind);
   } else if (sharing.second >= 0 && !options.share_devices) {
-    obstacle = c10::str("ranks ", sharing.first, " and ", sharing.second,
-                        " would share a GPU: start at most one rank per GPU, let ranks share GPUs (share_gpus=true), "
-                        "or compute on the CPU (device=cpu)");
+    obstacle = fmt::format(
+        "ranks {} and {} would share a GPU: start at most one rank per GPU, let ranks share GPUs (share_gpus=true), or "
+        "compute on the CPU (device=cpu)",
+        sharing.first, sharing.second);
   }
   if (obstacle.empty()) return {.on_gpus = true, .shares_gpus = sharing.second >= 0, .warning = {}};
   if (!is_asked_for && options.may_leave_gpus) {

@@ -1,6 +1,7 @@
 #include "parallel/rank_grid.h"
 
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 
 #include <algorithm>
 #include <array>
@@ -111,7 +112,7 @@ int RankGrid::group_index_of(int rank, std::string_view dims) const {
 }
 
 std::string RankGrid::text() const {
-  return c10::str("tp ", tp, ", cp ", cp, ", dp ", dp, ", pp ", pp, ", ep ", ep, ", etp ", expert_tp());
+  return fmt::format("tp {}, cp {}, dp {}, pp {}, ep {}, etp {}", tp, cp, dp, pp, ep, expert_tp());
 }
 
 }  // namespace parallel

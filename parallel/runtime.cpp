@@ -2,6 +2,7 @@
 
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 #include <mpi.h>
 #include <unistd.h>
 
@@ -71,7 +72,8 @@ void Runtime::choose_device(const DeviceOptions& options) {
       has_nccl() && options.device != "cpu" ? at::detail::getCUDAHooks().deviceCount() : c10::DeviceIndex{0};
   const auto device = static_cast<c10::DeviceIndex>(num_devices == 0 ? 0 : local_rank_ % num_devices);
   const Sight own{.gpu = num_devices == 0 ? 0 : gpu_identity(device),
-                  .options = stable_hash(c10::str(options.device, " ", options.share_devices, options.may_leave_gpus))};
+                  .options = stable_hash(
+                      fmt::format("{} {:d}{:d}", options.device, options.share_devices, options.may_leave_gpus))};
   std::vector<Sight> all(static_cast<size_t>(size_));
   // NOLINTNEXTLINE(mpi-type-mismatch): the check doesn't know that MPI_UINT64_T is a uint64_t
   MCPP_MPI_CHECK(MPI_Allgather(&own, 2, MPI_UINT64_T, all.data(), 2, MPI_UINT64_T, world_->get()));
@@ -94,7 +96,7 @@ Runtime::~Runtime() {
     try {
       groups_.back()->shutdown();
     } catch (const std::exception& error) {
-      std::fprintf(stderr, "[rank %d] while shutting a group down: %s\n", rank_, error.what());
+      std::fputs(fmt::format("[rank {}] while shutting a group down: {}\n", rank_, error.what()).c_str(), stderr);
     }
     groups_.pop_back();
   }
@@ -156,7 +158,7 @@ bool Runtime::all_fail_alike(const std::string& message) const {
 void Runtime::abort(const std::string& message) const {
   std::array<char, 256> host{};
   gethostname(host.data(), host.size() - 1);
-  std::fprintf(stderr, "error: rank %d of %d on %s: %s\n", rank_, size_, host.data(), message.c_str());
+  std::fputs(fmt::format("error: rank {} of {} on {}: {}\n", rank_, size_, host.data(), message).c_str(), stderr);
   std::fflush(stderr);
   MPI_Abort(MPI_COMM_WORLD, 1);
   std::abort();
@@ -167,7 +169,7 @@ int Runtime::run(const std::function<int(Runtime&)>& body) {
   try {
     runtime = std::make_unique<Runtime>();
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "error: %s\n", error.what());
+    std::fputs(fmt::format("error: {}\n", error.what()).c_str(), stderr);
     return 1;
   }
   std::string message;
@@ -180,7 +182,7 @@ int Runtime::run(const std::function<int(Runtime&)>& body) {
   }
   std::fflush(stdout);
   if (!runtime->all_fail_alike(message)) runtime->abort(message);
-  if (runtime->rank() == 0) std::fprintf(stderr, "error: %s\n", message.c_str());
+  if (runtime->rank() == 0) std::fputs(fmt::format("error: {}\n", message).c_str(), stderr);
   return 1;
 }
 

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 
 #include <algorithm>
 #include <array>
@@ -77,14 +78,14 @@ class ManifestObject {
   }
   bool has(const std::string& name) const { return json_.contains(name); }
   /// "FILE: key PATH", for messages.
-  std::string where(const std::string& name) const { return file_.string() + ": key " + path_to(name); }
+  std::string where(const std::string& name) const { return fmt::format("{}: key {}", file_.string(), path_to(name)); }
   ManifestObject object(const std::string& name) const { return {at(name), file_, path_to(name)}; }
   std::vector<ManifestObject> objects(const std::string& name) const {
     std::vector<ManifestObject> result;
     const auto& array = at(name);
     TORCH_CHECK_VALUE(array.is_array(), file_.string(), ": key ", path_to(name), " is not a JSON array");
     for (const auto& element : array) {
-      result.emplace_back(element, file_, path_to(name) + "[" + std::to_string(result.size()) + "]");
+      result.emplace_back(element, file_, fmt::format("{}[{}]", path_to(name), result.size()));
     }
     return result;
   }
@@ -222,11 +223,11 @@ std::string role_text(TensorRole role) {
 }
 
 std::string stored_name(const TensorId& id, const TensorPart& part) {
-  return role_text(id.role) + "/" + id.name + part.text();
+  return fmt::format("{}/{}{}", role_text(id.role), id.name, part.text());
 }
 
 std::map<std::string, std::string> file_metadata(const CheckpointManifest& manifest) {
-  std::map<std::string, std::string> metadata = {{"format", c10::str("megatron_cpp checkpoint ", kFormatVersion)}};
+  std::map<std::string, std::string> metadata = {{"format", fmt::format("megatron_cpp checkpoint {}", kFormatVersion)}};
   for (const auto& [id, tensor] : manifest.tensors) {
     for (const auto& piece : tensor.pieces) {
       Json json = {{"name", id.name}, {"role", role_text(id.role)}, {"dtype", tensor.dtype}, {"shape", tensor.shape}};
@@ -243,7 +244,7 @@ CheckpointManifest merge_manifests(const std::vector<std::string>& parts) {
   CheckpointManifest manifest;
   for (size_t rank = 0; rank < parts.size(); ++rank) {
     const auto json = Json::parse(parts[rank]);
-    const fs::path origin = "the list of rank " + std::to_string(rank);
+    const fs::path origin = fmt::format("the list of rank {}", rank);
     const ManifestObject part(json, origin, "");
     const auto step = part.integer("step");
     if (rank == 0) manifest = {step, part.text("state"), part.text("model"), part.text("tokenizer"), {}, {}};

@@ -2,11 +2,11 @@
 
 #include <c10/util/Exception.h>
 #include <fcntl.h>
+#include <fmt/format.h>
 #include <signal.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <array>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -31,9 +31,7 @@ fs::path folder_of(const fs::path& path) { return path.has_parent_path() ? path.
 /// A name in the folder of `target` that nobody else has.
 fs::path name_beside(const fs::path& target) {
   std::random_device random;
-  std::array<char, 20> number{};
-  std::snprintf(number.data(), number.size(), "%08x%08x", random(), random());
-  const auto ending = std::string(number.data()) + ".partial";
+  const auto ending = fmt::format("{:08x}{:08x}.partial", random(), random());
   const auto name = target.filename().string();
   const bool fits = name.size() + 1 + ending.size() <= kLongestName;
   return target.parent_path() / (fits ? name + "." + ending : ending);
@@ -147,7 +145,7 @@ CompleteFile::CompleteFile(const fs::path& path) : name_(path.string()), file_(-
   const bool exists = ::stat(path.c_str(), &there) == 0;
   TORCH_CHECK(exists || errno == ENOENT, "cannot write ", name_, ": ", reason_text(errno));
   target_ = link_target(path);
-  if (target_ != path) name_ += " (a link to " + target_.string() + ")";
+  if (target_ != path) name_ += fmt::format(" (a link to {})", target_.string());
   if (exists && !(S_ISREG(there.st_mode) && is_same(there, target_))) {
     file_.reset(open_stream(path, there.st_mode));
     return;

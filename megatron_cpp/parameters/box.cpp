@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 
 #include <algorithm>
 #include <limits>
@@ -77,7 +78,7 @@ std::string Box::text() const {
   for (size_t d = 0; d < std::min(begin.size(), length.size()); ++d) {
     int64_t end = 0;
     if (__builtin_add_overflow(begin[d], length[d], &end)) end = std::numeric_limits<int64_t>::max();
-    result += c10::str(d == 0 ? "" : ", ", begin[d], ":", end);
+    result += fmt::format("{}{}:{}", d == 0 ? "" : ", ", begin[d], end);
   }
   return result + "]";
 }
@@ -146,7 +147,7 @@ std::vector<Box> TensorPart::boxes() const {
 }
 
 std::string TensorPart::text() const {
-  return elements ? c10::str(box.text(), " elements ", elements->begin, ":", elements->end) : box.text();
+  return elements ? fmt::format("{} elements {}:{}", box.text(), elements->begin, elements->end) : box.text();
 }
 
 std::optional<CoverFault> find_cover_fault(const std::vector<int64_t>& shape, const std::vector<Box>& boxes) {

@@ -1,6 +1,7 @@
 #include "megatron_cpp/transformer/transformer_config.h"
 
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 
 #include <string>
 
@@ -11,7 +12,7 @@ namespace {
 
 void validate_layer(const TransformerConfig& config, int64_t number, int t) {
   const auto& layer = config.layers[static_cast<size_t>(number)];
-  const std::string prefix = "layer " + std::to_string(number) + " ";
+  const auto prefix = fmt::format("layer {} ", number);
   TORCH_CHECK_VALUE(layer.num_attention_heads > 0, prefix, "num_attention_heads ", layer.num_attention_heads,
                     " is not positive");
   parallel::even_shard_size(layer.num_attention_heads, t, prefix + "num_attention_heads");

@@ -1,6 +1,7 @@
 #include "parallel/mpi/collective_call.h"
 
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 
 #include <cstdlib>
 
@@ -38,13 +39,12 @@ std::string silent_ranks(const std::vector<int>& ranks, MPI_Comm communicator) {
     const char* separator = i == 0 ? "" : i + 1 == ranks.size() ? " and " : ", ";
     const int in_world = world_rank(ranks[i], communicator);
     differs |= in_world != ranks[i];
-    names.append(separator).append(std::to_string(ranks[i]));
-    world_names.append(separator).append(std::to_string(in_world));
+    names += fmt::format("{}{}", separator, ranks[i]);
+    world_names += fmt::format("{}{}", separator, in_world);
   }
-  std::string text = ranks.size() == 1 ? "rank " : "ranks ";
-  text += names;
-  if (ranks.size() > kMostNamed) text += " and " + std::to_string(ranks.size() - kMostNamed) + " more";
-  if (differs) text += " (of the world: " + world_names + ")";
+  auto text = (ranks.size() == 1 ? "rank " : "ranks ") + names;
+  if (ranks.size() > kMostNamed) text += fmt::format(" and {} more", ranks.size() - kMostNamed);
+  if (differs) text += fmt::format(" (of the world: {})", world_names);
   return text + (ranks.size() == 1 ? " is silent" : " are silent");
 }
 

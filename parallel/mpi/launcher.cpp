@@ -1,5 +1,6 @@
 #include "parallel/mpi/launcher.h"
 
+#include <fmt/format.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -56,6 +57,7 @@ int launcher_rank(const Environment& environment) {
 
 std::string launcher_obstacle(const Environment& environment, int mpi_size, const std::string& mpi_library) {
   if (mpi_size != 1) return {};
+  const auto library = short_name(mpi_library);
   constexpr std::array kWorldSizes = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"};
   // A launcher that started one process, within what another one started: the inner one counts.
   for (const char* name : kWorldSizes) {
@@ -66,16 +68,20 @@ std::string launcher_obstacle(const Environment& environment, int mpi_size, cons
     const auto size = number(environment, name);
     if (!size || *size <= 1) continue;
     const bool is_slurm = std::string_view(name).starts_with("SLURM");
-    return "started as one of " + std::to_string(*size) + " processes (" + name + "=" + std::to_string(*size) +
-           "), but this program's MPI sees 1: start it with the mpirun of the MPI it was built with (" +
-           short_name(mpi_library) + (is_slurm ? "), or with srun --mpi=pmix" : ")");
+    return fmt::format(
+        "started as one of {0} processes ({1}={0}), but this program's MPI sees 1: start it with the mpirun of the MPI "
+        "it "
+        "was built with ({2}){3}",
+        *size, name, library, is_slurm ? ", or with srun --mpi=pmix" : "");
   }
   // PMIx says which of them a process is, but not how many they are.
   const auto rank = launcher_rank(environment);
   if (rank > 0 && environment.count("PMIX_RANK") != 0 && environment.count("OMPI_COMM_WORLD_RANK") == 0) {
-    return "started as process " + std::to_string(rank) + " of several (PMIX_RANK=" + std::to_string(rank) +
-           "), but this program's MPI sees 1: start it with the mpirun of the MPI it was built with (" +
-           short_name(mpi_library) + ")";
+    return fmt::format(
+        "started as process {0} of several (PMIX_RANK={0}), but this program's MPI sees 1: start it with the mpirun of "
+        "the "
+        "MPI it was built with ({1})",
+        rank, library);
   }
   return {};
 }

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 
 #include <algorithm>
 #include <limits>
@@ -90,7 +91,7 @@ MpiBackend::MpiBackend(MpiCommunicator communicator, const std::string& name, co
     : c10d::Backend(communicator.rank(), communicator.size()),
       communicator_(std::move(communicator)),
       roll_call_(std::make_unique<RollCall>(communicator_)),
-      where_("group " + name + ", rank " + std::to_string(rank_) + " of " + std::to_string(size_)),
+      where_(fmt::format("group {}, rank {} of {}", name, rank_, size_)),
       options_(options) {}
 
 MpiBackend::~MpiBackend() = default;

@@ -1,5 +1,6 @@
 #include "parallel/mpi/mpi_check.h"
 
+#include <fmt/format.h>
 #include <mpi.h>
 
 #include <cstdio>
@@ -14,8 +15,7 @@ std::string describe(int code, const char* call, const char* file, int line) {
   MPI_Error_string(code, reason, &length);
   int rank = -1;
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
-  return std::string(call) + " failed on rank " + std::to_string(rank) + ": " + reason + " (" + file + ":" +
-         std::to_string(line) + ")";
+  return fmt::format("{} failed on rank {}: {} ({}:{})", call, rank, reason, file, line);
 }
 
 }  // namespace
@@ -30,7 +30,7 @@ void check_mpi(int code, const char* call, const char* file, int line) {
 }
 
 void log_mpi(int code, const char* call, const char* file, int line) noexcept {
-  if (code != MPI_SUCCESS) std::fprintf(stderr, "%s\n", describe(code, call, file, line).c_str());
+  if (code != MPI_SUCCESS) std::fputs((describe(code, call, file, line) + '\n').c_str(), stderr);
 }
 
 }  // namespace internal

@@ -1,5 +1,6 @@
 #include "parallel/mpi/peer_process.h"
 
+#include <fmt/format.h>
 #include <mpi.h>
 #include <unistd.h>
 
@@ -29,7 +30,7 @@ std::string target_of(const char* link) {
 
 /// None if there is no such process any more.
 std::optional<ProcessLook> look_at(int64_t pid, int64_t start) {
-  const auto look = parse_process_stat(text_of("/proc/" + std::to_string(pid) + "/stat"), sysconf(_SC_CLK_TCK));
+  const auto look = parse_process_stat(text_of(fmt::format("/proc/{}/stat", pid)), sysconf(_SC_CLK_TCK));
   return look && look->start == start ? look : std::nullopt;
 }
 

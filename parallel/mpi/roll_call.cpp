@@ -1,5 +1,6 @@
 #include "parallel/mpi/roll_call.h"
 
+#include <fmt/format.h>
 #include <sched.h>
 
 #include <algorithm>
@@ -103,8 +104,7 @@ std::string RollCall::reason(const CollectiveCall& call) {
     if (rank == own_rank) continue;
     const bool is_here = heard->number == call.number && std::string_view(heard->operation.data()) == call.operation;
     if (is_here && heard->elements == call.elements) continue;
-    return "rank " + std::to_string(rank) + " waits in " + heard->operation.data() + " of " +
-           std::to_string(heard->elements) + " elements";
+    return fmt::format("rank {} waits in {} of {} elements", rank, heard->operation.data(), heard->elements);
   }
   return "every rank waits in it, so the messages between them are lost or too slow";
 }

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 #include <fcntl.h>
+#include <fmt/format.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -46,11 +47,7 @@ int64_t hash_of_host() {
 }
 
 /// A name that no other window on the host has: `tag` comes from rank 0.
-std::string segment_name(int64_t tag) {
-  std::array<char, 64> name{};
-  std::snprintf(name.data(), name.size(), "/megatron_cpp-%016llx", static_cast<unsigned long long>(tag));
-  return name.data();
-}
+std::string segment_name(int64_t tag) { return fmt::format("/megatron_cpp-{:016x}", static_cast<uint64_t>(tag)); }
 
 int64_t random_tag() {
   std::random_device random;
@@ -132,11 +129,11 @@ std::optional<SharedWindow> SharedWindow::make(int rank, int size, int64_t byte_
     const auto error = errors[peer].item<int64_t>();
     if (error == 0) continue;
     if (rank == 0) {
-      std::fprintf(stderr,
-                   "%s: large reductions go through MPI messages, which is slower: rank %d cannot have the %lld bytes "
-                   "of shared memory (/dev/shm) that a window takes: %s\n",
-                   where.c_str(), peer, static_cast<long long>(bytes),
-                   std::generic_category().message(static_cast<int>(error)).c_str());
+      const auto text = fmt::format(
+          "{}: large reductions go through MPI messages, which is slower: rank {} cannot have the {} bytes of shared "
+          "memory (/dev/shm) that a window takes: {}\n",
+          where, peer, bytes, std::generic_category().message(static_cast<int>(error)));
+      std::fputs(text.c_str(), stderr);
     }
     return std::nullopt;
   }

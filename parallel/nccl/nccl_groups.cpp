@@ -3,6 +3,7 @@
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/util/Exception.h>
 #include <cuda_runtime_api.h>
+#include <fmt/format.h>
 #include <nccl.h>
 #include <unistd.h>
 
@@ -81,7 +82,7 @@ std::string refusal_to_share() {
   int version = 0;
   ncclGetVersion(&version);
   if (version < 23000) {
-    return c10::str("NCCL ", version / 10000, ".", version / 100 % 100, " doesn't share GPUs, 2.30 does");
+    return fmt::format("NCCL {}.{} doesn't share GPUs, 2.30 does", version / 10000, version / 100 % 100);
   }
   setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1", /*overwrite=*/0);  // read at the first communicator
   return {};
@@ -121,7 +122,7 @@ std::string add_nccl_backends(const MpiCommunicator& world, const std::vector<Gp
       nccl_options->split_from = world_backend;
       nccl_options->split_color = index;
     }
-    const auto prefix = kind + "/" + std::to_string(index) + "/";
+    const auto prefix = fmt::format("{}/{}/", kind, index);
     auto group_store = c10::make_intrusive<c10d::PrefixStore>(prefix, store);
     auto backend = c10::make_intrusive<c10d::ProcessGroupNCCL>(group_store, group->getRank(), group->getSize(),
                                                                std::move(nccl_options));

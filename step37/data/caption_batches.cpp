@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
@@ -130,18 +131,17 @@ PictureViews views_of(const PictureReference& reference, const CaptionFormat& fo
   const auto file = folder / reference.path;
   const auto note = [&](Kind kind, const std::string& text) { faults.note(reference.path, kind, text); };
   if (faults.watches_changes() && has_changed(reference, file)) {
-    note(Kind::kChanged, "picture " + printable(file.string()) +
-                             " or its caption has changed since the run looked for pictures, and others may have: the "
-                             "next start looks at all of them again");
+    note(Kind::kChanged, fmt::format("picture {} or its caption has changed since the run looked for pictures, and "
+                                     "others may have: the next start looks at all of them again",
+                                     printable(file.string())));
   }
   const auto decoded = decode_picture(file);
   auto pixels = decoded.pixels;
   if (!decoded.ok()) {
     note(Kind::kUnreadable, decoded.error + ": a black picture takes its place");
   } else if (pixels.size(1) != reference.height || pixels.size(2) != reference.width) {
-    note(Kind::kUnreadable, "picture " + printable(file.string()) + " is not " + std::to_string(reference.width) +
-                                " x " + std::to_string(reference.height) +
-                                " as its header said: a black picture takes its place");
+    note(Kind::kUnreadable, fmt::format("picture {} is not {} x {} as its header said: a black picture takes its place",
+                                        printable(file.string()), reference.width, reference.height));
     pixels.reset();
   } else if (!decoded.damage.empty()) {
     note(Kind::kDamaged, decoded.damage + ": what is left of it is used");

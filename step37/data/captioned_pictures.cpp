@@ -1,6 +1,7 @@
 #include "step37/data/captioned_pictures.h"
 
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 #include <sys/stat.h>
 
 #include <algorithm>
@@ -519,12 +520,12 @@ std::vector<std::string> sentences(const CaptionedPictures& found) {
   std::vector<std::string> result;
   LeftOuts::visit(found.left_out, [&](const LeftOut& left_out, const char* what) {
     if (left_out.count == 0) return;
-    auto text = std::to_string(left_out.count) + " " + (left_out.count == 1 ? singular(what) : what);
+    auto text = fmt::format("{} {}", left_out.count, left_out.count == 1 ? singular(what) : what);
     if (&left_out == &found.left_out.unreadable_pictures) {
       const auto total = left_out.count + static_cast<int64_t>(found.pictures.size());
-      text = std::to_string(left_out.count) + " of " + std::to_string(total) + " pictures can't be read";
+      text = fmt::format("{} of {} pictures can't be read", left_out.count, total);
     }
-    result.push_back(text + " (first: " + left_out.first + ")");
+    result.push_back(fmt::format("{} (first: {})", text, left_out.first));
   });
   return result;
 }

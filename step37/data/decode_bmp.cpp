@@ -1,10 +1,11 @@
+#include <fmt/format.h>
+
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <stdexcept>
-#include <string>
 
 #include "step37/data/decoders.h"
 
@@ -53,7 +54,7 @@ StoredPicture decode_bmp(std::span<const uint8_t> bytes, int64_t max_pixels) {
   constexpr int64_t kMaxSide = 1 << 24;  // stb_image's
   const auto header = bmp_header(bytes);
   if (header.width <= 0 || header.height <= 0 || header.width > kMaxSide || header.height > kMaxSide) {
-    throw std::runtime_error("its sides are " + std::to_string(header.width) + " x " + std::to_string(header.height));
+    throw std::runtime_error(fmt::format("its sides are {} x {}", header.width, header.height));
   }
   StoredPicture picture;
   picture.width = header.width;

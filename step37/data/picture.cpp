@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 
 #include <algorithm>
 #include <array>
@@ -51,9 +52,8 @@ std::vector<uint8_t> read_bytes(const std::filesystem::path& path, int64_t limit
 void check_size(const PictureSize& size) {
   const auto [shorter, longer] = std::minmax(size.width, size.height);
   if ((shorter < 32 ? longer : shorter) * longer <= kMaxPixels) return;
-  throw std::runtime_error("it has " + std::to_string(size.width) + " x " + std::to_string(size.height) +
-                           " pixels; at most " + std::to_string(kMaxPixels) +
-                           " are read, where a sliver counts as a square");
+  throw std::runtime_error(fmt::format("it has {} x {} pixels; at most {} are read, where a sliver counts as a square",
+                                       size.width, size.height, kMaxPixels));
 }
 
 /// What the header says.

@@ -1,6 +1,7 @@
 #include "step37/data/picture_faults.h"
 
 #include <ATen/ATen.h>
+#include <fmt/format.h>
 
 #include <cstdio>
 #include <nlohmann/json.hpp>
@@ -43,7 +44,7 @@ void PictureFaults::learn(const std::string& news, bool print) {
     if (!told_.emplace(path, kind).second) continue;
     if (kind == Kind::kUnreadable && num_unreadable_++ == 0) first_unreadable_ = text;
     const bool repeated = kind == Kind::kChanged && std::exchange(any_changed_, true);
-    if (print && !repeated) std::fprintf(stderr, "warning: %s\n", text.c_str());
+    if (print && !repeated) std::fputs(fmt::format("warning: {}\n", text).c_str(), stderr);
   }
 }
 

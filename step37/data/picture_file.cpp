@@ -1,5 +1,7 @@
 #include "step37/data/picture_file.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -95,7 +97,7 @@ RgbaPicture decode_picture_file(std::span<const uint8_t> bytes, int64_t max_pixe
   if (decoder == nullptr) {
     const auto name = other_format(file);
     throw std::runtime_error(name.empty() ? "it is none of PNG, JPEG, WebP, GIF, BMP, TIFF"
-                                          : "it is " + std::string(name) + ", which isn't read");
+                                          : fmt::format("it is {}, which isn't read", name));
   }
   auto stored = decoder(bytes, max_pixels);
   if (stored.width <= 0 || stored.height <= 0) throw std::runtime_error("it has no pixels");

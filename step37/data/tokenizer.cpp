@@ -1,6 +1,7 @@
 #include "step37/data/tokenizer.h"
 
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 #include <sentencepiece_processor.h>
 #include <sentencepiece_trainer.h>
 
@@ -47,10 +48,10 @@ constexpr double kCoverage = 0.9995;  // SentencePiece's default, of the caption
 std::unordered_map<std::string, std::string> trainer_arguments(int64_t vocab_size) {
   return {
       {"model_type", "bpe"},
-      {"vocab_size", std::to_string(vocab_size)},
+      {"vocab_size", fmt::to_string(vocab_size)},
       {"hard_vocab_limit", "false"},
       {"byte_fallback", "true"},
-      {"character_coverage", std::to_string(kCoverage)},
+      {"character_coverage", fmt::to_string(kCoverage)},
       {"control_symbols", comma_separated_picture_symbols()},
       {"unk_id", "0"},
       {"bos_id", "1"},
@@ -132,7 +133,7 @@ std::string check_model(const SentencePieceProcessor& model) {
   for (const auto symbol : kPictureSymbols) {
     const int id = model.PieceToId(symbol);
     if (id == model.unk_id() || model.IsControl(id)) continue;
-    return "has " + std::string(symbol) + " as a piece of text, not as a control symbol: text could turn into it";
+    return fmt::format("has {} as a piece of text, not as a control symbol: text could turn into it", symbol);
   }
   return {};
 }
@@ -167,7 +168,7 @@ Tokenizer Tokenizer::train(const std::vector<std::string>& captions, int64_t voc
                     " captions: ", trained.ToString());
 
   auto impl = std::make_unique<Impl>();
-  impl->name = "tokenizer trained on " + std::to_string(captions.size()) + " captions";
+  impl->name = fmt::format("tokenizer trained on {} captions", captions.size());
   const auto loaded = impl->model.LoadFromSerializedProto(serialized);
   TORCH_INTERNAL_ASSERT(loaded.ok() && check_model(impl->model).empty(), impl->name, ": ", loaded.ToString());
   return Tokenizer(std::move(impl));

@@ -1,5 +1,7 @@
 #include "step37/data/utf8.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -126,7 +128,6 @@ std::string to_utf8(std::string_view text) {
 }
 
 std::string printable(std::string_view text) {
-  constexpr char kDigits[] = "0123456789abcdef";
   std::string result;
   while (!text.empty()) {
     const auto length = first_length(text);
@@ -134,10 +135,7 @@ std::string printable(std::string_view text) {
     if (length > 0 && !is_control(character) && !is_line_or_direction_mark(character)) {
       result += character;
     } else {
-      for (const char byte : character) {
-        const auto value = static_cast<unsigned char>(byte);
-        result.append("\\x").append({kDigits[value >> 4], kDigits[value & 0xf]});
-      }
+      for (const char byte : character) result += fmt::format("\\x{:02x}", static_cast<unsigned char>(byte));
     }
     text.remove_prefix(character.size());
   }

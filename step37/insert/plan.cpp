@@ -1,6 +1,7 @@
 #include "step37/insert/plan.h"
 
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 
 #include <algorithm>
 #include <cstddef>
@@ -41,8 +42,8 @@ std::vector<Occurrence> occurrences_of(int64_t token, std::span<const int64_t> i
 }
 
 std::string count_text(const InsertGroup& group, const std::vector<Occurrence>& occurrences) {
-  return std::to_string(group.rows.size()) + " images for " + std::to_string(occurrences.size()) +
-         " occurrences of start token " + std::to_string(group.start_token);
+  return fmt::format("{} images for {} occurrences of start token {}", group.rows.size(), occurrences.size(),
+                     group.start_token);
 }
 
 /// The batch row a user should look at: of the first occurrence that gets no image, else of the last occurrence.
@@ -50,10 +51,9 @@ std::string place_text(size_t num_images, const std::vector<Occurrence>& occurre
   if (occurrences.empty()) return "no batch row has the token";
   if (num_images < occurrences.size()) {
     const auto& first = occurrences[num_images];
-    return "the first without an image is in batch row " + std::to_string(first.batch) + " at position " +
-           std::to_string(first.position);
+    return fmt::format("the first without an image is in batch row {} at position {}", first.batch, first.position);
   }
-  return "the last occurrence is in batch row " + std::to_string(occurrences.back().batch);
+  return fmt::format("the last occurrence is in batch row {}", occurrences.back().batch);
 }
 
 /// Rows of one batch row that are taken already, by their first position. Runs are offered last writer first, so what

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <algorithm>
@@ -79,9 +80,8 @@ std::vector<std::string> feature_names(const megatron::SafetensorsFile& file, co
   const auto whole = group + ".image_features";
   if (file.contains(whole)) return {whole};
   std::vector<std::string> names;
-  while (file.contains(whole + "." + std::to_string(names.size()))) {
-    names.push_back(whole + "." + std::to_string(names.size()));
-  }
+  const auto next = [&] { return fmt::format("{}.{}", whole, names.size()); };
+  while (file.contains(next())) names.push_back(next());
   return names;
 }
 
@@ -128,7 +128,7 @@ Case read_case(const std::filesystem::path& path, at::ScalarType dtype, bool fro
   TORCH_CHECK_VALUE(!result.projector_bias.defined() || result.projector_bias.size(0) == result.H, path.string(), ": ",
                     kProjectorBias, " has shape ", result.projector_bias.sizes(), ", expected [", result.H, "]");
   for (int g = 0;; ++g) {
-    const auto name = "group" + std::to_string(g);
+    const auto name = fmt::format("group{}", g);
     const auto names = feature_names(file, name);
     if (!file.contains(name + ".insert_start_token")) {
       TORCH_CHECK_VALUE(names.empty(), path.string(), ": ", names.front(), " without ", name, ".insert_start_token");

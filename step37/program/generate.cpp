@@ -65,7 +65,7 @@ int generate(parallel::Runtime& runtime, const GenerateArguments& arguments) {
   const auto caption =
       caption_picture(model, *tokenizer, picture, tokenizer->encode(prompt), options, groups.tp, runtime.device());
   faults.share(groups.world);
-  if (runtime.rank() == 0) std::printf("%s\n", caption.c_str());
+  if (runtime.rank() == 0) std::puts(caption.c_str());
   parallel::destroy_process_groups(runtime, groups);
   return 0;
 }

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 
 #include <algorithm>
 #include <chrono>
@@ -70,8 +71,8 @@ class PretrainRun {
     if (resume_from_) load_checkpoint(state);
     const int64_t done = state.optimizer_steps;
     if (done >= config_.training.steps) {
-      say("this run has finished: step " + std::to_string(done) + " of " + std::to_string(config_.training.steps) +
-          " is in " + files_.checkpoints().string() + "; run.fresh=true starts over");
+      say(fmt::format("this run has finished: step {} of {} is in {}; run.fresh=true starts over", done,
+                      config_.training.steps, files_.checkpoints().string()));
     } else {
       keep_index();
       if (train(state) != 0) return kInterruptedStatus;
@@ -88,18 +89,18 @@ class PretrainRun {
 
   void say(const std::string& text) const {
     if (!is_main()) return;
-    std::printf("%s\n", text.c_str());
+    std::puts(text.c_str());
     std::fflush(stdout);
   }
 
   void say_what_to_do_next() const {
     if (!is_main()) return;
-    say("\nThe report is " + files_.report().string() + ": open it in a browser.");
+    say(fmt::format("\nThe report is {}: open it in a browser.", files_.report().string()));
     const auto latest = files_.checkpoints() / "latest";
     const auto picture = std::filesystem::path(config_.data.directory) / pictures_.training.pictures.front().path;
-    say("To caption a picture, one of these or your own:\n  " + this_program() + " generate --checkpoint " +
-        shell_quoted_path(std::filesystem::exists(latest) ? latest : files_.checkpoints()) + " --image " +
-        shell_quoted_path(picture));
+    const auto checkpoint = std::filesystem::exists(latest) ? latest : files_.checkpoints();
+    say(fmt::format("To caption a picture, one of these or your own:\n  {} generate --checkpoint {} --image {}",
+                    this_program(), shell_quoted_path(checkpoint), shell_quoted_path(picture)));
   }
 
   /// Before anything is read or removed. Names don't depend on the size of the vocabulary, and every rank has all.
@@ -140,9 +141,9 @@ class PretrainRun {
     pictures_ = find_pictures(runtime_, groups_, config_, files_.directory / kIndexFile);
     loader_options_.max_unreadable = pictures_.max_unreadable;
     if (is_main()) {
-      say(std::to_string(pictures_.training.pictures.size()) + " pictures to train on, " +
-          std::to_string(pictures_.held_out.pictures.size()) + " held out, " +
-          std::to_string(pictures_.num_without_caption) + " without a caption in " + printable(config_.data.directory));
+      say(fmt::format("{} pictures to train on, {} held out, {} without a caption in {}",
+                      pictures_.training.pictures.size(), pictures_.held_out.pictures.size(),
+                      pictures_.num_without_caption, printable(config_.data.directory)));
     }
   }
 
@@ -196,9 +197,10 @@ class PretrainRun {
           const int64_t left_out =
               num_too_long(pictures_.training, loader_options_) + num_too_long(pictures_.held_out, loader_options_);
           if (left_out > 0) {
-            say("pictures left out because they take more than the " +
-                std::to_string(config_.training.sequence_length) +
-                " positions of training.sequence_length with their captions: " + std::to_string(left_out));
+            say(fmt::format(
+                "pictures left out because they take more than the {} positions of training.sequence_length with their "
+                "captions: {}",
+                config_.training.sequence_length, left_out));
           }
         },
         groups_.world);
@@ -224,9 +226,8 @@ class PretrainRun {
     options.learning_rate = learning_rate_schedule(config_);
     options.clip_grad_norm = config_.training.clip_grad_norm;
     trainer_ = std::make_unique<megatron::Trainer>(parameters_, groups_, options);
-    say(std::to_string(num_parameters()) + " parameters on " + std::to_string(runtime_.size()) + " ranks: tp " +
-        std::to_string(groups_.grid.tp) + ", dp " + std::to_string(groups_.grid.dp) +
-        (config_.parallel.sequence_parallel ? ", sequence parallel" : ""));
+    say(fmt::format("{} parameters on {} ranks: tp {}, dp {}{}", num_parameters(), runtime_.size(), groups_.grid.tp,
+                    groups_.grid.dp, config_.parallel.sequence_parallel ? ", sequence parallel" : ""));
   }
 
   int64_t num_parameters() const {
@@ -265,7 +266,7 @@ class PretrainRun {
     parallel::agree_on([&] { megatron::CheckpointReader(*resume_from_).load(tensors()); }, groups_.world);
     trainer_->optimizer().set_num_steps(state.optimizer_steps);
     resumed_steps_ = state.optimizer_steps;
-    say("resuming after step " + std::to_string(state.optimizer_steps) + " from " + resume_from_->string());
+    say(fmt::format("resuming after step {} from {}", state.optimizer_steps, resume_from_->string()));
   }
 
   void save_checkpoint(int64_t step, const megatron::SamplerState& sampler) {
@@ -323,8 +324,9 @@ class PretrainRun {
     options.checkpoint_interval = config_.checkpoint.interval;
     const int64_t last_step = megatron::run_training_loop(*trainer_, options, callbacks);
     if (signal != 0) {
-      say(std::string("\nstopped by SIG") + sigabbrev_np(signal) + " after step " + std::to_string(last_step) + " of " +
-          std::to_string(config_.training.steps) + ", which is saved: start the same command again, and it goes on");
+      say(fmt::format(
+          "\nstopped by SIG{} after step {} of {}, which is saved: start the same command again, and it goes on",
+          sigabbrev_np(signal), last_step, config_.training.steps));
     }
     return signal;
   }
@@ -386,7 +388,7 @@ class PretrainRun {
     for (const bool held_out : {false, true}) {
       const auto& source = held_out ? pictures_.held_out : pictures_.training;
       const auto& captions = held_out ? pictures_.held_out_captions : pictures_.training_captions;
-      const auto total = std::stoul(parallel::broadcast_text(std::to_string(source.pictures.size()), 0, groups_.world));
+      const auto total = std::stoul(parallel::broadcast_text(fmt::to_string(source.pictures.size()), 0, groups_.world));
       for (const size_t index : spread(total, held_out ? static_cast<size_t>(config_.report.pictures) - half : half)) {
         PictureReference picture;
         if (packs()) picture = source.pictures[index];
@@ -427,7 +429,7 @@ int pretrain(parallel::Runtime& runtime, const PretrainArguments& arguments) {
   check_no_tilde("--config", arguments.config);
   const auto config = load_run_config(arguments.config, arguments.overrides);
   for (const auto& warning : config.warnings) {
-    if (runtime.rank() == 0) std::fprintf(stderr, "warning: %s\n", warning.c_str());
+    if (runtime.rank() == 0) std::fputs(fmt::format("warning: {}\n", warning).c_str(), stderr);
   }
   validate(config, runtime.size());
   runtime.choose_device({.device = config.run.device, .share_devices = config.run.share_gpus});

@@ -40,11 +40,11 @@ void Progress::show(const megatron::StepMetrics& metrics) {
                   static_cast<double>(count_of(metrics, "images")) / metrics.seconds, time_text(rest));
   if (metrics.validation_loss) line += fmt::format("  validation loss {:.4f}", *metrics.validation_loss);
   if (style_ == ProgressStyle::kPlain) {
-    std::printf("%s\n", line.c_str());
+    std::puts(line.c_str());
   } else {
     // A measured validation loss and the last step stay on the screen.
     const bool stays = metrics.validation_loss.has_value() || metrics.step == total_steps_;
-    std::printf("\r%s\033[K%s", line.c_str(), stays ? "\n" : "");
+    std::fputs(fmt::format("\r{}\033[K{}", line, stays ? "\n" : "").c_str(), stdout);
   }
   std::fflush(stdout);
 }

@@ -1,6 +1,7 @@
 #include "step37/program/report.h"
 
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -55,7 +56,7 @@ std::vector<json> read_metrics(const std::filesystem::path& path) {
   std::ifstream file(path, std::ios::binary);
   std::vector<json> steps;
   for (std::string line; file && std::getline(file, line);) {
-    const auto where = path.string() + ":" + std::to_string(steps.size() + 1);
+    const auto where = fmt::format("{}:{}", path.string(), steps.size() + 1);
     auto step = parse_step(line, where);
     TORCH_CHECK_VALUE(steps.empty() || step.at("step") > steps.back().at("step"), where, ": step ",
                       step.at("step").dump(), " after step ", steps.back().at("step").dump());

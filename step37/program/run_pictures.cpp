@@ -1,6 +1,7 @@
 #include "step37/program/run_pictures.h"
 
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 #include <mpi.h>
 
 #include <algorithm>
@@ -35,8 +36,8 @@ PictureIndex search(const std::filesystem::path& folder, PictureIndex earlier) {
   return scan_folder(folder, std::move(earlier), [&](int64_t count) {
     if (Clock::now() - told < std::chrono::seconds(5)) return;
     told = Clock::now();
-    std::printf("looking at the pictures in %s: %lld so far\n", printable(folder.string()).c_str(),
-                static_cast<long long>(count));
+    const auto text = fmt::format("looking at the pictures in {}: {} so far\n", printable(folder.string()), count);
+    std::fputs(text.c_str(), stdout);
     std::fflush(stdout);
   });
 }
@@ -50,7 +51,7 @@ int64_t check_found(const CaptionedPictures& found, double max_unreadable) {
   const auto left_out = sentences(found);
   TORCH_CHECK_VALUE(unreadable <= allowed, left_out.front(), ", which is more than data.max_unreadable ",
                     max_unreadable, " allows");
-  for (const auto& sentence : left_out) std::fprintf(stderr, "warning: left out: %s\n", sentence.c_str());
+  for (const auto& sentence : left_out) std::fputs(fmt::format("warning: left out: {}\n", sentence).c_str(), stderr);
   return std::min(allowed, total - 1) - unreadable;  // all of them never may
 }
 
@@ -73,7 +74,7 @@ std::string samples_of(const std::vector<CaptionedPicture>& pictures) {
   const size_t taken = std::min(kSamples, pictures.size());
   for (size_t i = 0; i < taken; ++i) {
     const auto& picture = pictures[i * pictures.size() / taken];
-    text.append(picture.path).append(1, '\0').append(std::to_string(picture.bytes)).append(1, '\0');
+    text += fmt::format("{}{}{}{}", picture.path, '\0', picture.bytes, '\0');
   }
   return text;
 }
@@ -86,9 +87,9 @@ void check_samples(const std::filesystem::path& folder, const std::string& sampl
   while (std::getline(parts, path, '\0') && std::getline(parts, bytes, '\0')) {
     std::error_code error;
     const auto size = std::filesystem::file_size(folder / path, error);
-    TORCH_CHECK_VALUE(!error && std::to_string(size) == bytes, "data.directory ", printable(folder.string()),
+    TORCH_CHECK_VALUE(!error && fmt::to_string(size) == bytes, "data.directory ", printable(folder.string()),
                       " isn't the same on all hosts: ", printable(path), " has ", bytes, " bytes on rank 0's, here ",
-                      error ? "it can't be read: " + error.message() : std::to_string(size));
+                      error ? fmt::format("it can't be read: {}", error.message()) : fmt::to_string(size));
   }
 }
 
@@ -132,7 +133,7 @@ RunPictures find_pictures(const parallel::Runtime& runtime, const parallel::Proc
     if (!is_main) found = pictures_of(index_from_bytes(index).value(), folder);
   }
   samples = parallel::broadcast_text(samples, 0, groups.world);
-  result.max_unreadable = std::stoll(parallel::broadcast_text(std::to_string(result.max_unreadable), 0, groups.world));
+  result.max_unreadable = std::stoll(parallel::broadcast_text(fmt::to_string(result.max_unreadable), 0, groups.world));
   parallel::agree_on(
       [&] {
         check_samples(folder, samples);
@@ -153,11 +154,11 @@ Tokenizer train_tokenizer(const std::vector<std::string>& captions, int64_t voca
   auto tokenizer = Tokenizer::train(captions, vocabulary_size);
   const auto needed = Tokenizer::needed(captions);
   if (needed.vocab_size > vocabulary_size) {
-    std::fprintf(stderr,
-                 "warning: data.vocabulary_size %lld is too small: the captions have %lld different characters, so at "
-                 "least %lld; until then the rarest are spelled in bytes\n",
-                 static_cast<long long>(vocabulary_size), static_cast<long long>(needed.num_characters),
-                 static_cast<long long>(needed.vocab_size));
+    const auto text = fmt::format(
+        "warning: data.vocabulary_size {} is too small: the captions have {} different characters, so at least {}; "
+        "until then the rarest are spelled in bytes\n",
+        vocabulary_size, needed.num_characters, needed.vocab_size);
+    std::fputs(text.c_str(), stderr);
   }
   return tokenizer;
 }

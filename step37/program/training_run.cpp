@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 #include <fcntl.h>
+#include <fmt/format.h>
 #include <sys/file.h>
 #include <unistd.h>
 
@@ -150,8 +151,8 @@ void check_resumable(const RunConfig& began, const RunConfig& now, const std::st
   std::string changed;
   for (size_t i = 0; i < before.size(); ++i) {
     if (!is_fixed(before[i].first) || before[i].second == after[i].second) continue;
-    changed +=
-        (changed.empty() ? "" : ", ") + before[i].first + " " + after[i].second + " (was " + before[i].second + ")";
+    changed += fmt::format("{}{} {} (was {})", changed.empty() ? "" : ", ", before[i].first, after[i].second,
+                           before[i].second);
   }
   TORCH_CHECK_VALUE(changed.empty(), "the run can't go on from ", where, " with ", changed,
                     ": give the old value, or another run.directory; run.fresh=true starts over");

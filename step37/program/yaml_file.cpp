@@ -1,6 +1,7 @@
 #include "step37/program/yaml_file.h"
 
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 #include <yaml-cpp/eventhandler.h>
 #include <yaml-cpp/yaml.h>
 
@@ -56,7 +57,7 @@ std::optional<YAML::Mark> second_document(const std::string& text) {
 }  // namespace
 
 std::string location(const std::filesystem::path& path, const YAML::Mark& mark) {
-  return path.string() + ":" + std::to_string(mark.line + 1);
+  return fmt::format("{}:{}", path.string(), mark.line + 1);
 }
 
 YAML::Node parse_yaml_file(const std::filesystem::path& path) {
