@@ -47,14 +47,26 @@ void wait_for(const c10::intrusive_ptr<c10d::Work>& work) {
   if (work) work->wait();
 }
 
-/// A finished result, or one whose Work is held until it is waited for.
-PendingTensor pending(at::Tensor output, c10::intrusive_ptr<c10d::Work> work, at::Tensor input) {
+/// Starts the collective that `call` issues: a finished result, or one whose Work is held until it is waited for.
+template <class Call>
+PendingTensor pending(const char* operation, at::Tensor output, at::Tensor input, GroupPtr group, const Call& call) {
+  auto work = named(operation, input, group, call);
   // The input must outlive the collective on its stream: it goes with the Work.
-  return {std::move(output), [work = std::move(work), input = std::move(input)] { wait_for(work); }};
+  return {std::move(output), [operation, work = std::move(work), input = std::move(input), group = std::move(group)] {
+            named(operation, input, group, [&] { wait_for(work); });
+          }};
 }
 
 PendingTensor finished(at::Tensor output) {
   return {std::move(output), [] {}};
+}
+
+void broadcast_in_place(const at::Tensor& tensor, int root, const GroupPtr& group) {
+  c10d::BroadcastOptions options;
+  options.rootRank = root;
+  options.asyncOp = false;
+  std::vector<at::Tensor> tensors{tensor};
+  named("broadcast", tensor, group, [&] { wait_for(group->broadcast(tensors, options)); });
 }
 
 /// [t*R, ..., C] -> [R, ..., t*C]: blocks of rows become blocks of columns.
@@ -106,7 +118,7 @@ PendingTensor start_all_reduce_in_place(const at::Tensor& tensor, const GroupPtr
   if (group->getSize() == 1) return finished(tensor);
   check_contiguous(tensor);
   std::vector<at::Tensor> tensors{tensor};
-  return pending(tensor, named("all_reduce", tensor, group, [&] { return group->allreduce(tensors); }), {});
+  return pending("all_reduce", tensor, tensor, group, [&] { return group->allreduce(tensors); });
 }
 
 PendingTensor start_all_gather(const at::Tensor& input, const GroupPtr& group) {
@@ -116,8 +128,8 @@ PendingTensor start_all_gather(const at::Tensor& input, const GroupPtr& group) {
   auto shape = input.sizes().vec();
   shape[0] *= group->getSize();
   auto output = at::empty(shape, contiguous.options());
-  auto work = named("all_gather", input, group, [&] { return all_gather_single(*group, output, contiguous); });
-  return pending(output, std::move(work), contiguous);
+  return pending("all_gather", output, contiguous, group,
+                 [&] { return all_gather_single(*group, output, contiguous); });
 }
 
 at::Tensor all_gather(const at::Tensor& input, const GroupPtr& group) { return start_all_gather(input, group).wait(); }
@@ -133,6 +145,14 @@ at::Tensor all_gather_uneven(const at::Tensor& input, const std::vector<int64_t>
   const auto contiguous = input.detach().contiguous();
   auto output = at::empty(shape, contiguous.options());
   std::vector<std::vector<at::Tensor>> outputs{output.split_with_sizes(rows)};
+  // ProcessGroupGloo gathers shares of one size only: there each rank broadcasts its own.
+  if (group->getBackend(contiguous.device().type())->getBackendName() == "gloo") {
+    outputs.front()[own].copy_(contiguous);
+    for (size_t rank = 0; rank < rows.size(); ++rank) {
+      if (rows[rank] > 0) broadcast_in_place(outputs.front()[rank], static_cast<int>(rank), group);
+    }
+    return output;
+  }
   std::vector<at::Tensor> inputs{contiguous};
   c10d::AllgatherOptions options;
   options.asyncOp = false;
@@ -154,8 +174,8 @@ PendingTensor start_reduce_scatter(const at::Tensor& input, const GroupPtr& grou
   shape[0] = even_shard_size(shape[0], group->getSize(), "reduce_scatter: number of rows", "group");
   auto contiguous = input.detach().contiguous();
   auto output = at::empty(shape, contiguous.options());
-  auto work = named("reduce_scatter", input, group, [&] { return reduce_scatter_single(*group, output, contiguous); });
-  return pending(output, std::move(work), contiguous);
+  return pending("reduce_scatter", output, contiguous, group,
+                 [&] { return reduce_scatter_single(*group, output, contiguous); });
 }
 
 at::Tensor reduce_scatter(const at::Tensor& input, const GroupPtr& group) {
@@ -189,12 +209,8 @@ at::Tensor all_to_all(const at::Tensor& input, const std::vector<int64_t>& outpu
 
 at::Tensor broadcast(const at::Tensor& input, int root, const GroupPtr& group) {
   if (group->getSize() == 1) return input.detach();
-  auto result = input.detach().clone(at::MemoryFormat::Contiguous);
-  c10d::BroadcastOptions options;
-  options.rootRank = root;
-  options.asyncOp = false;
-  std::vector<at::Tensor> tensors{result};
-  named("broadcast", input, group, [&] { wait_for(group->broadcast(tensors, options)); });
+  const auto result = input.detach().clone(at::MemoryFormat::Contiguous);
+  broadcast_in_place(result, root, group);
   return result;
 }
 

@@ -5,7 +5,7 @@
 
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
-/// Ranks, groups of them and collectives between them: MPI on CPUs, NCCL on GPUs. Knows nothing of models.
+/// Ranks, groups of them and collectives between them: MPI or Gloo on CPUs, NCCL on GPUs. Knows nothing of models.
 namespace parallel {
 
 /// A group of ranks. Never null, never defaulted; groups of one rank are legal everywhere and send nothing.

@@ -1,12 +1,21 @@
 #include "parallel/process_groups.h"
 
+#include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 #include <torch/headeronly/version.h>
+#include <unistd.h>
 
+#include <array>
+#include <cerrno>
+#include <cstring>
+#include <numeric>
+#include <torch/csrc/distributed/c10d/TCPStore.hpp>
 #include <utility>
 #include <vector>
 
 #include "parallel/agree.h"
+#include "parallel/collectives.h"
+#include "parallel/make_groups.h"
 #include "parallel/mpi/mpi_backend.h"
 #include "parallel/nccl/nccl_groups.h"
 #include "parallel/runtime.h"
@@ -25,21 +34,31 @@ GroupPtr make_group(Runtime& runtime, int color, const std::string& name, const 
   return group;
 }
 
-void add_gpu_backends(Runtime& runtime, const ProcessGroups& groups, const ProcessGroupsOptions& options) {
-  const auto& grid = groups.grid;
-  std::vector<GpuGroup> gpu_groups;
-  for (const auto& [name, dims, group] : kGroupKinds) {
-    gpu_groups.push_back({.group = groups.*group,
-                          .kind = name,
-                          .index = grid.group_index_of(runtime.rank(), dims),
-                          .world_ranks = grid.group_of(runtime.rank(), dims)});
-  }
-  add_gpu_backends(runtime.world(), gpu_groups,
-                   {.device = runtime.device(),
-                    .shares_gpus = runtime.shares_gpus(),
-                    .is_one_host = runtime.local_size() == runtime.size(),
-                    .master_address = options.master_address,
-                    .timeout = options.timeout});
+/// Where the other ranks find rank 0, as it sees itself.
+std::string own_address(const Runtime& runtime, const ProcessGroupsOptions& options) {
+  if (!options.master_address.empty()) return options.master_address;
+  // On one host whatever its name, which a container may not be able to resolve.
+  if (runtime.local_size() == runtime.size()) return "127.0.0.1";
+  std::array<char, 256> name{};
+  TORCH_CHECK(gethostname(name.data(), name.size() - 1) == 0, "gethostname failed: ", std::strerror(errno));
+  return name.data();
+}
+
+/// World rank 0 opens the store on a free port; everyone connects to the address that it sends around.
+c10::intrusive_ptr<c10d::Store> open_store(const Runtime& runtime, const GroupPtr& world,
+                                           const ProcessGroupsOptions& options) {
+  c10d::TCPStoreOptions store_options;
+  store_options.numWorkers = static_cast<size_t>(runtime.size());
+  store_options.waitWorkers = false;
+  store_options.timeout = options.timeout;
+  store_options.isServer = runtime.rank() == 0;
+  store_options.port = 0;
+  const auto host = broadcast_text(own_address(runtime, options), 0, world);
+  c10::intrusive_ptr<c10d::TCPStore> store;
+  if (store_options.isServer) store = c10::make_intrusive<c10d::TCPStore>(host, store_options);
+  const auto port = broadcast(at::full({1}, store ? store->getPort() : 0, at::kInt), 0, world).item<int>();
+  store_options.port = static_cast<uint16_t>(port);
+  return store ? store : c10::make_intrusive<c10d::TCPStore>(host, store_options);
 }
 
 }  // namespace
@@ -51,25 +70,39 @@ const GroupPtr& ProcessGroups::of(std::string_view kind) const {
   TORCH_CHECK_VALUE(false, "no group of kind \"", kind, "\" was made");
 }
 
-ProcessGroups make_process_groups(Runtime& runtime, const RankGrid& grid, const ProcessGroupsOptions& options) {
+ProcessGroups internal::make_groups_of_all_kinds(const RankGrid& grid, int rank, int size,
+                                                 const MakeGroup& make_group) {
   ProcessGroups groups;
   groups.grid = grid;
-  groups.world = make_group(runtime, 0, "world", options);
+  std::vector<int> all(static_cast<size_t>(size));
+  std::iota(all.begin(), all.end(), 0);
+  groups.world = make_group(kGroupKinds.front().name, 0, all);
   // Before ranks part by them: where these differ, they would wait for each other until the timeout.
   const std::vector<NamedText> alike = {{"the version of megatron_cpp", MCPP_VERSION},
                                         {"the version of LibTorch", TORCH_VERSION},
                                         {"the layout of the ranks", grid.text()}};
   check_equal_texts(alike, groups.world);
-  grid.validate(runtime.size());
+  grid.validate(size);
   TORCH_CHECK_VALUE(grid.cp == 1 && grid.ep == 1 && grid.pp == 1 && grid.expert_tp() == grid.tp,
                     "context, expert and pipeline parallelism are not built yet: their sizes must be 1, and etp that "
                     "of tp, got ",
                     grid.text());
   for (const auto& [name, dims, group] : kGroupKinds) {
     if (groups.*group) continue;
-    groups.*group = make_group(runtime, grid.group_index_of(runtime.rank(), dims), name, options);
+    groups.*group = make_group(name, grid.group_index_of(rank, dims), grid.group_of(rank, dims));
   }
-  if (runtime.device().is_cuda()) add_gpu_backends(runtime, groups, options);
+  return groups;
+}
+
+ProcessGroups make_process_groups(Runtime& runtime, const RankGrid& grid, const ProcessGroupsOptions& options) {
+  auto groups = internal::make_groups_of_all_kinds(
+      grid, runtime.rank(), runtime.size(), [&](const char* kind, int index, const std::vector<int>& /*world_ranks*/) {
+        return make_group(runtime, index, kind, options);
+      });
+  if (runtime.device().is_cuda()) {
+    add_gpu_backends(groups, open_store(runtime, groups.world, options),
+                     {.device = runtime.device(), .shares_gpus = runtime.shares_gpus(), .timeout = options.timeout});
+  }
   return groups;
 }
 

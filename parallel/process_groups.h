@@ -19,11 +19,12 @@ struct ProcessGroupsOptions {
   std::chrono::milliseconds timeout = std::chrono::minutes(10);
   /// NCCL's rendezvous: an address of world rank 0 that all hosts can route to. Empty: 127.0.0.1 where there is one
   /// host, otherwise rank 0's own host name, which may resolve to 127.x there and fail.
-  std::string master_address;
+  std::string master_address{};
 };
 
-/// One c10d::ProcessGroup for each kind of parallelism, each carrying MPI for tensors on the CPU and, where the rank
-/// has a GPU, NCCL for tensors on it. A value; the groups live as long as a copy does, or the runtime that made them.
+/// One c10d::ProcessGroup for each kind of parallelism. A value; the groups live as long as a copy does, or the runtime
+/// that made them. Those of make_process_groups carry MPI for tensors on the CPU, those of
+/// process_groups_from_environment (environment_groups.h) Gloo; both carry NCCL for tensors on a GPU that the rank has.
 struct ProcessGroups {
   RankGrid grid;   ///< how the ranks of `world` are laid out
   GroupPtr world;  ///< all ranks: start-up, agreement, checkpoints

@@ -5,23 +5,17 @@
 #include <cuda_runtime_api.h>
 #include <fmt/format.h>
 #include <nccl.h>
-#include <unistd.h>
 
-#include <array>
 #include <cstdlib>
-#include <cstring>
-#include <memory>
 #include <string>
 #include <string_view>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
-#include <torch/csrc/distributed/c10d/TCPStore.hpp>
 #include <utility>
 
 #include "parallel/agree.h"
 #include "parallel/gpu.h"
 #include "parallel/hash.h"
-#include "parallel/mpi/mpi_check.h"
 #include "parallel/nccl/staged_backend.h"
 
 // Of ATen/cuda/CUDAContextLight.h, which includes headers of cuBLAS, cuSPARSE and cuSOLVER that need not be there.
@@ -31,44 +25,6 @@ cudaDeviceProp* getDeviceProperties(c10::DeviceIndex device);
 
 namespace parallel {
 namespace {
-
-/// Where the other ranks find rank 0, as it sees itself.
-std::string own_address(const GpuGroupsOptions& options) {
-  if (!options.master_address.empty()) return options.master_address;
-  // On one host whatever its name, which a container may not be able to resolve.
-  if (options.is_one_host) return "127.0.0.1";
-  std::array<char, 256> name{};
-  TORCH_CHECK(gethostname(name.data(), name.size() - 1) == 0, "gethostname failed: ", std::strerror(errno));
-  return name.data();
-}
-
-/// World rank 0 opens the store on a free port; everyone connects to the address it sends around.
-c10::intrusive_ptr<c10d::Store> open_store(const MpiCommunicator& world, const GpuGroupsOptions& options) {
-  std::array<char, 512> address{};
-  int port = 0;
-  c10d::TCPStoreOptions store_options;
-  store_options.numWorkers = static_cast<size_t>(world.size());
-  store_options.waitWorkers = false;
-  store_options.timeout = options.timeout;
-  c10::intrusive_ptr<c10d::TCPStore> store;
-  if (world.rank() == 0) {
-    const auto host = own_address(options);
-    TORCH_CHECK_VALUE(host.size() < address.size(), "master address is too long: ", host);
-    std::memcpy(address.data(), host.data(), host.size());
-    store_options.isServer = true;
-    store_options.port = 0;
-    store = c10::make_intrusive<c10d::TCPStore>(host, store_options);
-    port = store->getPort();
-  }
-  MCPP_MPI_CHECK(MPI_Bcast(address.data(), static_cast<int>(address.size()), MPI_CHAR, 0, world.get()));
-  MCPP_MPI_CHECK(MPI_Bcast(&port, 1, MPI_INT, 0, world.get()));
-  if (world.rank() != 0) {
-    store_options.isServer = false;
-    store_options.port = static_cast<uint16_t>(port);
-    store = c10::make_intrusive<c10d::TCPStore>(address.data(), store_options);
-  }
-  return store;
-}
 
 void set_backend(const GroupPtr& group, const c10::intrusive_ptr<c10d::Backend>& backend) {
   const std::string name = group->getGroupName();
@@ -107,13 +63,16 @@ std::string connect_sharing_ranks(c10d::ProcessGroupNCCL& backend, const GroupPt
 
 /// Adds a ProcessGroupNCCL to each group of several ranks.
 /// @return  what NCCL says, the same on every rank, if it can't connect ranks that share a GPU; otherwise that throws.
-std::string add_nccl_backends(const MpiCommunicator& world, const std::vector<GpuGroup>& groups,
+std::string add_nccl_backends(const ProcessGroups& groups, const c10::intrusive_ptr<c10d::Store>& store,
                               const GpuGroupsOptions& options) {
-  const auto store = open_store(world, options);
+  const int world_rank = groups.world->getRank();
   c10::intrusive_ptr<c10d::ProcessGroupNCCL> world_backend;
-  for (const auto& [group, kind, index, world_ranks] : groups) {
+  for (const auto& [kind, dims, member] : kGroupKinds) {
+    const auto& group = groups.*member;
     // Collectives of one rank return their input without asking a backend. All groups of this kind have the same size.
     if (group->getSize() == 1) continue;
+    const int index = groups.grid.group_index_of(world_rank, dims);
+    const auto world_ranks = groups.grid.group_of(world_rank, dims);
     auto nccl_options = c10d::ProcessGroupNCCL::Options::create();
     nccl_options->timeout = options.timeout;
     nccl_options->group_name = group->getGroupName();
@@ -122,7 +81,7 @@ std::string add_nccl_backends(const MpiCommunicator& world, const std::vector<Gp
       nccl_options->split_from = world_backend;
       nccl_options->split_color = index;
     }
-    const auto prefix = fmt::format("{}/{}/", kind, index);
+    const auto prefix = fmt::format("nccl/{}/{}/", kind, index);
     auto group_store = c10::make_intrusive<c10d::PrefixStore>(prefix, store);
     auto backend = c10::make_intrusive<c10d::ProcessGroupNCCL>(group_store, group->getRank(), group->getSize(),
                                                                std::move(nccl_options));
@@ -150,20 +109,21 @@ uint64_t gpu_identity(c10::DeviceIndex device) {
   return identity == 0 ? 1 : identity;
 }
 
-void add_gpu_backends(const MpiCommunicator& world, const std::vector<GpuGroup>& groups,
+void add_gpu_backends(const ProcessGroups& groups, const c10::intrusive_ptr<c10d::Store>& store,
                       const GpuGroupsOptions& options) {
   // For good: what goes by the current device would otherwise make a context on GPU 0 for every rank.
   c10::cuda::set_device(options.device.index());
-  if (world.size() == 1) return;
+  if (groups.world->getSize() == 1) return;
   std::string refusal;
   if (options.shares_gpus) refusal = refusal_to_share();
-  if (refusal.empty()) refusal = add_nccl_backends(world, groups, options);
+  if (refusal.empty()) refusal = add_nccl_backends(groups, store, options);
   if (refusal.empty()) return;
-  if (world.rank() == 0) {
+  if (groups.world->getRank() == 0) {
     TORCH_WARN("ranks share GPUs: what they send goes through the host's memory and MPI, which is slow (", refusal,
                ")");
   }
-  for (const auto& [group, kind, index, world_ranks] : groups) {
+  for (const auto& [kind, dims, member] : kGroupKinds) {
+    const auto& group = groups.*member;
     if (group->getSize() > 1) set_backend(group, make_staged_backend(group->getBackend(at::kCPU)));
   }
 }

@@ -15,7 +15,7 @@ std::shared_ptr<PacedStream> make_paced_stream(c10::Device /*device*/, double /*
 
 uint64_t gpu_identity(c10::DeviceIndex /*device*/) { TORCH_CHECK_VALUE(false, "this build has no NCCL"); }
 
-void add_gpu_backends(const MpiCommunicator& /*world*/, const std::vector<GpuGroup>& /*groups*/,
+void add_gpu_backends(const ProcessGroups& /*groups*/, const c10::intrusive_ptr<c10d::Store>& /*store*/,
                       const GpuGroupsOptions& /*options*/) {
   TORCH_CHECK_VALUE(false, "this build has no NCCL: configure it with a LibTorch that has CUDA and MCPP_WITH_NCCL=ON");
 }
