@@ -25,6 +25,15 @@ struct ProcessGroupsOptions {
 /// One c10d::ProcessGroup for each kind of parallelism. A value; the groups live as long as a copy does, or the runtime
 /// that made them. Those of make_process_groups carry MPI for tensors on the CPU, those of
 /// process_groups_from_environment (environment_groups.h) Gloo; both carry NCCL for tensors on a GPU that the rank has.
+///
+/// A program may also fill it with c10d groups of its own and give it, or one of its groups, to whatever takes them:
+///  - the groups are those of the grid: a group's ranks are grid.group_of(rank, dims) with the `dims` of kGroupKinds,
+///    numbered in this order. Groups of the same ranks may be one object, and so may all those of one rank;
+///  - each has a backend for tensors on the CPU, and where the model is on a GPU one for tensors there. Called are
+///    broadcast, barrier, allreduce (sum, maximum, minimum), allgather (of uneven shares, too, unless the backend is
+///    named "gloo"), and all-gather, reduce-scatter and all-to-all of single tensors;
+///  - the program chooses timeouts, and shuts the groups down after the last layer. A group that nothing it calls
+///    needs may stay null.
 struct ProcessGroups {
   RankGrid grid;   ///< how the ranks of `world` are laid out
   GroupPtr world;  ///< all ranks: start-up, agreement, checkpoints
