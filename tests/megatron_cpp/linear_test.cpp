@@ -133,7 +133,7 @@ void check_column(const ColumnCase& c, int t) {
                          : ColumnParallelLinearOptions(kC, F);
   options.bias(c.bias).sequence_parallel(c.sequence_parallel).gather_output(c.gather_output);
   ColumnParallelLinear layer(options, tp);
-  layer->to(test_support::runtime().device());
+  layer->to(test_support::device());
   assign(layer->weight, own(weight, 0));
   if (c.bias) assign(layer->bias, own(bias, 0));
   EXPECT_EQ(layer->bias.defined(), c.bias);
@@ -212,7 +212,7 @@ void check_row(const RowCase& c, int t) {
                               .input_is_parallel(c.input_is_parallel)
                               .reduce_output(c.reduce_output),
                           tp);
-  layer->to(test_support::runtime().device());
+  layer->to(test_support::device());
   assign(layer->weight, part(weight, 1, tp));
   if (c.bias) assign(layer->bias, bias);
   EXPECT_EQ(layer->bias.defined(), c.bias);
@@ -341,8 +341,8 @@ TEST(ParallelLinear, TakesAnyNumberOfDimensions) {
     const auto& tp = groups(t).tp;
     ColumnParallelLinear column(ColumnParallelLinearOptions(kC, 2 * t), tp);
     RowParallelLinear row(RowParallelLinearOptions(2 * t, 5), tp);
-    column->to(test_support::runtime().device());
-    row->to(test_support::runtime().device());
+    column->to(test_support::device());
+    row->to(test_support::device());
     const auto a = exact_values({2 * t, kC}, 5);
     const auto b = exact_values({5, 2 * t}, 6);
     assign(column->weight, part(a, 0, tp));
@@ -372,8 +372,8 @@ std::vector<at::Tensor> gradients_of_two_passes(bool accumulate_into_grad, bool 
                             .sequence_parallel(sequence_parallel)
                             .accumulate_into_grad(accumulate_into_grad),
                         tp);
-  column->to(test_support::runtime().device());
-  row->to(test_support::runtime().device());
+  column->to(test_support::device());
+  row->to(test_support::device());
   assign(column->weight, part(exact_values({3 * t, kC}, 2), 0, tp));
   assign(column->bias, part(exact_values({3 * t}, 3), 0, tp));
   assign(row->weight, part(exact_values({5, 3 * t}, 4), 1, tp));
@@ -428,7 +428,7 @@ TEST(ParallelLinear, RefuseSizesOnEveryRankBeforeAnythingIsSent) {
       EXPECT_EQ(value_error([&] { RowParallelLinear(RowParallelLinearOptions(t + 1, 5), tp); }),
                 "in_features " + std::to_string(t + 1) + " " + size);
       RowParallelLinear row(RowParallelLinearOptions(t, 5).sequence_parallel(true), tp);
-      row->to(test_support::runtime().device());
+      row->to(test_support::device());
       EXPECT_EQ(value_error([&] {
                   row->forward(on_device(at::ones({t + 1, 2, 1})));
                 }),
@@ -446,20 +446,20 @@ TEST(ParallelLinear, RefuseSizesOnEveryRankBeforeAnythingIsSent) {
                          "sequence_parallel needs an input that is parallel"));
     for (const bool sequence_parallel : {false, true}) {
       ColumnParallelLinear column(ColumnParallelLinearOptions(kC, t).sequence_parallel(sequence_parallel), tp);
-      column->to(test_support::runtime().device());
+      column->to(test_support::device());
       EXPECT_TRUE(contains(value_error([&] {
                              column->forward(on_device(at::ones({t, 2, kC + 1})));
                            }),
                            "does not have the 8 columns"));
       RowParallelLinear row(RowParallelLinearOptions(3 * t, 5).sequence_parallel(sequence_parallel), tp);
-      row->to(test_support::runtime().device());
+      row->to(test_support::device());
       EXPECT_TRUE(contains(value_error([&] {
                              row->forward(on_device(at::ones({t, 2, 4})));
                            }),
                            "does not have the 3 columns"));
     }
     RowParallelLinear whole_input(RowParallelLinearOptions(3 * t, 5).input_is_parallel(false), tp);
-    whole_input->to(test_support::runtime().device());
+    whole_input->to(test_support::device());
     EXPECT_NE(value_error([&] { whole_input->forward(on_device(at::ones({t, 2, 4 * t}))); }), "nothing thrown");
     EXPECT_EQ(recorded.count->total(), 0);
   }
@@ -468,7 +468,7 @@ TEST(ParallelLinear, RefuseSizesOnEveryRankBeforeAnythingIsSent) {
 TEST(ParallelLinear, RefuseDoubleBackward) {
   for (const int t : test_support::divisors_of_world()) {
     ColumnParallelLinear layer(ColumnParallelLinearOptions(kC, t), groups(t).tp);
-    layer->to(test_support::runtime().device());
+    layer->to(test_support::device());
     const auto input = on_device(exact_values({2, kC}, 1)).requires_grad_();
     const auto loss = layer->forward(input).square().sum();
     EXPECT_THROW(torch::autograd::grad({loss}, {input}, {}, /*retain_graph=*/true, /*create_graph=*/true),

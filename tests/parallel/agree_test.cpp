@@ -73,7 +73,7 @@ TEST(Agree, WhatAllSayNamesNoRank) {
 TEST(Agree, KeepsToItsGroup) {
   // Only the ranks of the first tensor-parallel group fail; the others hear nothing of it.
   for (const int t : test_support::divisors_of_world()) {
-    const bool in_first_group = test_support::runtime().rank() < t;
+    const bool in_first_group = test_support::world_tp()->getRank() < t;
     const auto text = agreed_error([&] { parallel::agree(!in_first_group, "first group", groups(t).tp); });
     EXPECT_EQ(text, in_first_group ? "first group" : "");
   }

@@ -22,7 +22,6 @@ using rank_values::values;
 using test_support::contains;
 using test_support::groups;
 using test_support::on_device;
-using test_support::runtime;
 using test_support::value_error;
 
 TEST(AllReduce, EveryDtypeAndReduction) {
@@ -219,7 +218,7 @@ TEST(AllToAll, UnevenSplits) {
       const auto theirs = values({rows_of_q, 3, 2}, peers(t)[static_cast<size_t>(q)], at::kFloat);
       expected.push_back(theirs.narrow(0, begin, num_rows(q, r)));
     }
-    const auto input = on_device(values({rows, 3, 2}, runtime().rank(), at::kFloat));
+    const auto input = on_device(values({rows, 3, 2}, groups(t).world->getRank(), at::kFloat));
     const auto result = parallel::all_to_all(input, output_splits, input_splits, groups(t).tp);
     if (t > 1) {
       EXPECT_TRUE(test_support::equal(result, at::cat(expected, 0)));

@@ -145,7 +145,7 @@ std::vector<MappingCase> mapping_cases() {
 Tensors inputs_of_all(const MappingCase& mapping_case, int t) {
   const auto& groups = test_support::groups(t);
   Tensors inputs;
-  for (const int peer : groups.grid.group_of(test_support::runtime().rank(), "tp")) {
+  for (const int peer : groups.grid.group_of(test_support::world_tp()->getRank(), "tp")) {
     int64_t rows = 2 * t;
     if (mapping_case.name == "differentiable_all_to_all_uneven") {
       rows = 0;

@@ -27,7 +27,7 @@ inline at::Tensor values(at::IntArrayRef shape, int world_rank, at::ScalarType d
 
 /// The world ranks of this rank's tensor-parallel group of size t.
 inline std::vector<int> peers(int t) {
-  return test_support::groups(t).grid.group_of(test_support::runtime().rank(), "tp");
+  return test_support::groups(t).grid.group_of(test_support::world_tp()->getRank(), "tp");
 }
 
 /// What each rank of the group has, in the order of the ranks.

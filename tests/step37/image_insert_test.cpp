@@ -174,9 +174,9 @@ TEST(ImageInsertEmbedding, GivesTheEmbeddingAFiniteGradient) {
     for (const bool projector_trains : {false, true}) {
       const auto& tp = groups(t).tp;
       const auto words = std::make_shared<Watched>(ParallelEmbeddingOptions(kV, kH).sequence_parallel(true), tp);
-      words->to(test_support::runtime().device());
+      words->to(test_support::device());
       ImageInsertEmbedding insert(LanguageModelEmbedding(words), ImageInsertEmbeddingOptions(kC, kH));
-      insert->to(test_support::runtime().device());
+      insert->to(test_support::device());
       insert->align_projector->weight.requires_grad_(projector_trains);
       const auto output = insert->forward(scenario.ids, scenario.images);
       // The memory that a buffer of this size gets next holds NaN.

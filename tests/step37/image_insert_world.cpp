@@ -321,7 +321,7 @@ void Layer::backward(const at::Tensor& output, const at::Tensor& loss_weights) c
 ImageInsertEmbedding make_insert(const Layer& layer, const Parameters& parameters,
                                  const ImageInsertEmbeddingOptions& options) {
   ImageInsertEmbedding insert(layer.embedding, options);
-  insert->to(test_support::runtime().device());
+  insert->to(test_support::device());
   auto named = insert->named_parameters();
   assign(named["align_projector.weight"], layer.own_weight(parameters.weight));
   if (options.projector_bias()) assign(named["align_projector.bias"], layer.own_bias(parameters.bias));
@@ -337,7 +337,7 @@ Layer make_layer(const Variant& variant, const Parameters& parameters, const Lay
           .accumulate_into_grad(options.words_accumulate_into_grad),
       layer.recorded.group,
       variant.hidden() ? megatron::EmbeddingSharding::kHidden : megatron::EmbeddingSharding::kVocab);
-  layer.embedding->to(test_support::runtime().device());
+  layer.embedding->to(test_support::device());
   assign(layer.words(), layer.own_words(parameters.words));
   layer.insert = make_insert(layer, parameters,
                              ImageInsertEmbeddingOptions(C, H)

@@ -10,6 +10,7 @@
 
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
+#include "parallel/environment_groups.h"
 #include "parallel/nccl/staged_backend.h"
 #include "tests/support/nccl_like_backend.h"
 
@@ -25,6 +26,8 @@ World& world() {
   static World instance;
   return instance;
 }
+
+int world_size() { return parallel::ranks_in_environment() ? parallel::world_size_in_environment() : runtime().size(); }
 
 /// A group of the same ranks whose CPU tensors go through a staged backend, as those of a shared GPU do.
 parallel::GroupPtr staged(const parallel::GroupPtr& group) {
@@ -55,30 +58,34 @@ parallel::Runtime& runtime() {
   return *world().runtime;
 }
 
+c10::Device device() { return parallel::ranks_in_environment() ? c10::Device(c10::kCPU) : runtime().device(); }
+
 const parallel::ProcessGroups& groups(int tp) {
   auto& by_tp = world().by_tp;
   const auto found = by_tp.find(tp);
   if (found != by_tp.end()) return found->second;
   parallel::ProcessGroupsOptions options;
   options.timeout = std::chrono::seconds(60);
-  auto made = parallel::make_process_groups(runtime(), {.tp = tp, .dp = runtime().size() / tp}, options);
+  const parallel::RankGrid grid{.tp = tp, .dp = world_size() / tp};
+  auto made = parallel::ranks_in_environment() ? parallel::process_groups_from_environment(grid, options)
+                                               : parallel::make_process_groups(runtime(), grid, options);
   for (auto* group : {&made.tp, &made.dp, &made.tp_dp}) *group = over_test_backend(*group);
   return by_tp.emplace(tp, std::move(made)).first->second;
 }
 
-const parallel::GroupPtr& world_tp() { return groups(runtime().size()).tp; }
+const parallel::GroupPtr& world_tp() { return groups(world_size()).tp; }
 
 const parallel::GroupPtr& single() { return groups(1).tp; }
 
 std::vector<int> divisors_of_world() {
   std::vector<int> result;
-  for (int size = 1; size <= runtime().size(); ++size) {
-    if (runtime().size() % size == 0) result.push_back(size);
+  for (int size = 1; size <= world_size(); ++size) {
+    if (world_size() % size == 0) result.push_back(size);
   }
   return result;
 }
 
-at::Tensor on_device(const at::Tensor& tensor) { return tensor.to(runtime().device()); }
+at::Tensor on_device(const at::Tensor& tensor) { return tensor.to(device()); }
 
 void end_test_world() {
   world().by_tp.clear();

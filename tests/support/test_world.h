@@ -16,12 +16,17 @@
 
 namespace test_support {
 
-/// The runtime of this process, on the device that TEST_DEVICE names (cpu if unset).
+/// The runtime of this process, on the device that TEST_DEVICE names (cpu if unset). Not where ranks come from
+/// environment variables (gloo_main.cpp): it starts MPI.
 parallel::Runtime& runtime();
 
+/// The device of the tests: the runtime's, or without one the CPU.
+c10::Device device();
+
 /// Groups with tensor-parallel size `tp`, which must divide the world, and data-parallel size world/tp. Collective over
-/// the world on the first call for each size. TEST_BACKEND in the environment puts another backend between
-/// all groups but the world and MPI: like_nccl (nccl_like_backend.h) or staged (parallel/nccl/staged_backend.h).
+/// the world on the first call for each size. They come from environment variables where these have ranks. TEST_BACKEND
+/// in the environment puts another backend between all groups but the world and MPI: like_nccl (nccl_like_backend.h) or
+/// staged (parallel/nccl/staged_backend.h).
 const parallel::ProcessGroups& groups(int tp);
 
 /// groups(world size).tp: the whole world as one tensor-parallel group.

@@ -1,0 +1,25 @@
+// The main of tests over Gloo: the ranks come from environment variables, and MPI stays unstarted.
+#include <gtest/gtest.h>
+#include <mpi.h>
+
+#include "tests/support/test_world.h"
+
+namespace {
+
+class WithoutMpi : public testing::Environment {
+ public:
+  void TearDown() override {
+    test_support::end_test_world();
+    int initialized = 0;
+    MPI_Initialized(&initialized);
+    EXPECT_EQ(initialized, 0) << "MPI was started";
+  }
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  testing::InitGoogleTest(&argc, argv);
+  testing::AddGlobalTestEnvironment(new WithoutMpi);
+  return RUN_ALL_TESTS();
+}
