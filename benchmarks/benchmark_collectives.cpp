@@ -18,6 +18,7 @@
 #include "parallel/mpi/mpi_backend.h"
 #include "parallel/runtime.h"
 
+namespace megatron_cpp {
 namespace {
 
 using parallel::MpiBackend;
@@ -96,8 +97,10 @@ int benchmark(parallel::Runtime& runtime, const Arguments& arguments) {
 }
 
 }  // namespace
+}  // namespace megatron_cpp
 
 int main(int argc, char** argv) {
+  using namespace megatron_cpp;
   CLI::App app("Times the collectives of the MPI backend. Start with mpirun -np N.", "benchmark_collectives");
   Arguments arguments;
   app.add_option("--bytes", arguments.bytes, "Sizes, in bytes per rank")->check(CLI::PositiveNumber);

@@ -29,6 +29,7 @@
 #include "parallel/process_groups.h"
 #include "parallel/runtime.h"
 
+namespace megatron_cpp {
 namespace {
 
 /// Whole sizes, over all ranks; B = 1. H, F, V, heads and groups must be divisible by the ranks.
@@ -83,7 +84,7 @@ class Tensors {
   /// A layer with initial values, and gradients to add into.
   template <class Layer>
   Layer ready(Layer layer) const {
-    megatron::initialize_parameters(megatron::parameter_shards(*layer), 1);
+    initialize_parameters(parameter_shards(*layer), 1);
     layer->to(device_, dtype_);
     for (auto& parameter : layer->parameters()) parameter.mutable_grad() = at::zeros_like(parameter);
     return layer;
@@ -187,8 +188,8 @@ class DenseLayer {
 
 Comparison column_parallel_linear(const Sizes& sizes, const Tensors& make, const parallel::GroupPtr& tp) {
   const int64_t t = tp->getSize(), S = sizes.sequence, H = sizes.hidden, F = sizes.ffn;
-  auto layer = make.ready(megatron::ColumnParallelLinear(
-      megatron::ColumnParallelLinearOptions(H, F).sequence_parallel(true).accumulate_into_grad(true), tp));
+  auto layer = make.ready(
+      ColumnParallelLinear(ColumnParallelLinearOptions(H, F).sequence_parallel(true).accumulate_into_grad(true), tp));
   const auto gradient = make.gradient({S, 1, F / t});
   const auto weight = make.parameter({F / t, H});
   return {
@@ -200,8 +201,8 @@ Comparison column_parallel_linear(const Sizes& sizes, const Tensors& make, const
 
 Comparison row_parallel_linear(const Sizes& sizes, const Tensors& make, const parallel::GroupPtr& tp) {
   const int64_t t = tp->getSize(), S = sizes.sequence, H = sizes.hidden, F = sizes.ffn;
-  auto layer = make.ready(megatron::RowParallelLinear(
-      megatron::RowParallelLinearOptions(F, H).sequence_parallel(true).accumulate_into_grad(true), tp));
+  auto layer = make.ready(
+      RowParallelLinear(RowParallelLinearOptions(F, H).sequence_parallel(true).accumulate_into_grad(true), tp));
   const auto input = make.input({S, 1, F / t});
   const auto weight = make.parameter({H, F / t});
   return {
@@ -214,8 +215,8 @@ Comparison row_parallel_linear(const Sizes& sizes, const Tensors& make, const pa
 /// The dense one looks S/t ids up in V/t rows: what a rank has to find on average.
 Comparison vocab_parallel_embedding(const Sizes& sizes, const Tensors& make, const parallel::GroupPtr& tp) {
   const int64_t t = tp->getSize(), S = sizes.sequence, H = sizes.hidden, V = sizes.vocabulary;
-  auto layer = make.ready(megatron::VocabParallelEmbedding(
-      megatron::ParallelEmbeddingOptions(V, H).sequence_parallel(true).accumulate_into_grad(true), tp));
+  auto layer = make.ready(
+      VocabParallelEmbedding(ParallelEmbeddingOptions(V, H).sequence_parallel(true).accumulate_into_grad(true), tp));
   const auto ids = at::randint(V, {1, S}, at::kLong);
   const auto own_ids = at::randint(V / t, {S / t, 1}, at::kLong).to(make.device());
   const auto gradient = make.gradient({S / t, 1, H});
@@ -234,17 +235,17 @@ Comparison vocab_parallel_cross_entropy(const Sizes& sizes, const Tensors& make,
   return {"vocab_parallel_cross_entropy",
           forward_backward(logits, gradient,
                            [=](const at::Tensor& x) {
-                             return megatron::vocab_parallel_cross_entropy(x, target, {.vocabulary_size = V}, tp);
+                             return megatron_cpp::vocab_parallel_cross_entropy(x, target, {.vocabulary_size = V}, tp);
                            }),
           forward_backward(logits, own_gradient, [=](const at::Tensor& x) {
             return at::cross_entropy_loss(x.view({S, V / t}), own_target, {}, at::Reduction::None);
           })};
 }
 
-constexpr megatron::TransformerExecution kExecution{.sequence_parallel = true, .accumulate_into_grad = true};
+constexpr TransformerExecution kExecution{.sequence_parallel = true, .accumulate_into_grad = true};
 
-megatron::TransformerConfig transformer_config(const Sizes& sizes) {
-  megatron::TransformerConfig config;
+TransformerConfig transformer_config(const Sizes& sizes) {
+  TransformerConfig config;
   config.vocabulary_size = sizes.vocabulary;
   config.hidden_size = sizes.hidden;
   config.head_dim = sizes.head_dim();
@@ -267,21 +268,20 @@ Comparison on_rows(const std::string& name, const Layer& layer, const Dense& den
 }
 
 Comparison mlp(const Sizes& sizes, const Tensors& make, const parallel::GroupPtr& tp) {
-  auto layer = make.ready(megatron::MLP(transformer_config(sizes), 0.0, kExecution, tp));
+  auto layer = make.ready(MLP(transformer_config(sizes), 0.0, kExecution, tp));
   return on_rows(
       "MLP", [layer](const at::Tensor& x) mutable { return layer->forward(x); },
       std::make_shared<DenseMLP>(sizes, tp->getSize(), make), sizes.sequence, sizes, make, tp);
 }
 
 /// What a block makes once a forward pass, and here each layer does.
-megatron::AttentionBatch batch_of(const Sizes& sizes, const megatron::RotaryEmbedding& rotary,
-                                  const c10::Device& device) {
+AttentionBatch batch_of(const Sizes& sizes, const RotaryEmbedding& rotary, const c10::Device& device) {
   return {{at::arange(sizes.sequence).view({1, -1}), {}}, sizes.sequence, 1, {rotary}, device};
 }
 
 Comparison self_attention(const Sizes& sizes, const Tensors& make, const parallel::GroupPtr& tp) {
   const auto config = transformer_config(sizes);
-  auto layer = make.ready(megatron::SelfAttention(config, config.layers[0], kExecution, tp));
+  auto layer = make.ready(SelfAttention(config, config.layers[0], kExecution, tp));
   return on_rows(
       "SelfAttention",
       [=](const at::Tensor& x) mutable { return layer->forward(x, batch_of(sizes, layer->rotary(), x.device())); },
@@ -289,7 +289,7 @@ Comparison self_attention(const Sizes& sizes, const Tensors& make, const paralle
 }
 
 Comparison transformer_layer(const Sizes& sizes, const Tensors& make, const parallel::GroupPtr& tp) {
-  auto layer = make.ready(megatron::TransformerLayer(transformer_config(sizes), 0, kExecution, tp));
+  auto layer = make.ready(TransformerLayer(transformer_config(sizes), 0, kExecution, tp));
   return on_rows(
       "TransformerLayer",
       [=](const at::Tensor& x) mutable {
@@ -347,8 +347,10 @@ int run(parallel::Runtime& runtime, const Arguments& arguments) {
 }
 
 }  // namespace
+}  // namespace megatron_cpp
 
 int main(int argc, char** argv) {
+  using namespace megatron_cpp;
   parallel::keep_freed_host_memory();  // as a training program does
   CLI::App app("Times tensor-parallel layers beside dense LibTorch. Start with mpirun -np N.", "benchmark_layers");
   Arguments arguments;

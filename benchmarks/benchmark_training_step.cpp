@@ -27,6 +27,7 @@
 #include "parallel/runtime.h"
 #include "step37/step37_model.h"
 
+namespace megatron_cpp {
 namespace {
 
 constexpr int64_t kVocabulary = 8192;
@@ -79,7 +80,7 @@ enum Part : size_t { kForward, kBackward, kReduction, kNormAndClipping, kOptimiz
 constexpr std::array<const char*, kNumParts> kPartNames = {"forward", "backward", "gradient_reduction",
                                                            "norm_and_clipping", "optimizer"};
 
-/// The blocks of megatron::Trainer::step, with a look at the clock after each.
+/// The blocks of Trainer::step, with a look at the clock after each.
 class TimedStep {
  public:
   TimedStep(const Arguments& arguments, at::ScalarType dtype, const c10::Device& device,
@@ -136,11 +137,11 @@ class TimedStep {
   }
 
  private:
-  static std::vector<megatron::ParameterShard> prepare(torch::nn::Module& model, at::ScalarType dtype,
-                                                       const c10::Device& device) {
-    megatron::initialize_parameters(megatron::parameter_shards(model), 1);
+  static std::vector<ParameterShard> prepare(torch::nn::Module& model, at::ScalarType dtype,
+                                             const c10::Device& device) {
+    initialize_parameters(parameter_shards(model), 1);
     model.to(device, dtype);
-    return megatron::parameter_shards(model);
+    return parameter_shards(model);
   }
 
   parallel::ProcessGroups groups_;
@@ -149,9 +150,9 @@ class TimedStep {
   step37::Step37Model model_;
   step37::Step37Batch batch_;
   double num_loss_tokens_;
-  std::vector<megatron::ParameterShard> parameters_;
-  megatron::GradientBuffer gradients_;
-  megatron::AdamW optimizer_;
+  std::vector<ParameterShard> parameters_;
+  GradientBuffer gradients_;
+  AdamW optimizer_;
 };
 
 void benchmark(const Arguments& arguments, at::ScalarType dtype, const c10::Device& device,
@@ -214,8 +215,10 @@ int run(parallel::Runtime& runtime, const Arguments& arguments) {
 }
 
 }  // namespace
+}  // namespace megatron_cpp
 
 int main(int argc, char** argv) {
+  using namespace megatron_cpp;
   parallel::keep_freed_host_memory();  // as a training program does
   CLI::App app("Times the parts of a training step. Start with mpirun -np N.", "benchmark_training_step");
   Arguments arguments;

@@ -13,7 +13,7 @@
 
 #include "megatron_cpp/tensor_parallel/matrix_product.h"
 
-namespace benchmarks {
+namespace megatron_cpp::benchmarks {
 
 int run_on_ranks(CLI::App& app, int argc, char** argv, const std::function<int(parallel::Runtime&)>& body) {
   return parallel::Runtime::run([&](parallel::Runtime& runtime) {
@@ -114,7 +114,7 @@ double gemm_gigaflops(at::ScalarType dtype, const parallel::GroupPtr& group, con
     wait_for(device);
     parallel::barrier(group);
     const auto start = Clock::now();
-    megatron::internal::linear_product(a, b, {});
+    megatron_cpp::internal::linear_product(a, b, {});
     wait_for(device);
     times.push_back(milliseconds_since(start));
   }
@@ -132,4 +132,4 @@ void print(const nlohmann::ordered_json& object, int rank) {
   std::fflush(stdout);
 }
 
-}  // namespace benchmarks
+}  // namespace megatron_cpp::benchmarks

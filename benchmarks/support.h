@@ -19,7 +19,7 @@ namespace CLI {
 class App;
 }
 
-namespace benchmarks {
+namespace megatron_cpp::benchmarks {
 
 /// A benchmark's main: reads the command line into `app` and runs `body`, or, where an option is wrong or asks for
 /// help, says so on rank 0 alone. Returns the exit status. Collective over the MPI world.
@@ -84,4 +84,4 @@ at::ScalarType dtype_of(const std::string& name);
 /// One line on rank 0, at once.
 void print(const nlohmann::ordered_json& object, int rank);
 
-}  // namespace benchmarks
+}  // namespace megatron_cpp::benchmarks

@@ -20,7 +20,8 @@ function(mcpp_rpath target)
 endfunction()
 
 # mcpp_public_library(layer): target megatron_cpp_<layer>, which users know as megatron_cpp::<layer>, in builds and
-# installed, with the headers of its file set HEADERS.
+# installed, with the headers of its file set HEADERS. Those of parallel/ and step37/ are also found as
+# <megatron_cpp/parallel/...> and <megatron_cpp/step37/...>.
 function(mcpp_public_library layer)
   set(target megatron_cpp_${layer})
   add_library(megatron_cpp::${layer} ALIAS ${target})
@@ -29,11 +30,23 @@ function(mcpp_public_library layer)
     SOVERSION ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR})
   target_compile_features(${target} PUBLIC cxx_std_20)
   mcpp_rpath(${target})
+  set(forwarding_dir ${PROJECT_BINARY_DIR}/forwarding_headers)
+  set(forwarding "")
+  get_target_property(headers ${target} HEADER_SET)
+  foreach(header IN LISTS headers)
+    file(RELATIVE_PATH name ${PROJECT_SOURCE_DIR} ${header})
+    if(NOT name MATCHES "^megatron_cpp/")
+      file(CONFIGURE OUTPUT ${forwarding_dir}/megatron_cpp/${name} CONTENT "#pragma once\n\n#include \"${name}\"\n")
+      list(APPEND forwarding ${forwarding_dir}/megatron_cpp/${name})
+    endif()
+  endforeach()
+  target_sources(${target} PUBLIC FILE_SET forwarding TYPE HEADERS BASE_DIRS ${forwarding_dir} FILES ${forwarding})
   if(MCPP_INSTALL)
     install(TARGETS ${target} EXPORT megatron_cpp_targets
       LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}
       ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR}
-      FILE_SET HEADERS DESTINATION ${MCPP_INSTALL_INCLUDEDIR})
+      FILE_SET HEADERS DESTINATION ${MCPP_INSTALL_INCLUDEDIR}
+      FILE_SET forwarding DESTINATION ${MCPP_INSTALL_INCLUDEDIR})
   endif()
 endfunction()
 

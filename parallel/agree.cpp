@@ -7,7 +7,7 @@
 
 #include "parallel/collectives.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 void agree(bool ok, const std::string& message, const GroupPtr& group) {
   const int t = group->getSize();
@@ -74,4 +74,4 @@ std::string broadcast_text(const std::string& text, int root, const GroupPtr& gr
   return {static_cast<const char*>(letters.const_data_ptr()), static_cast<size_t>(letters.numel())};
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

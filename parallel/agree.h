@@ -8,7 +8,7 @@
 #include "parallel/errors.h"
 #include "parallel/group.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 /// Throws AgreedError on every rank if `ok` is false on any: with the message of the lowest rank that isn't ok, and how
 /// many ranks weren't. For start-up and data loading, where a check depends on what one rank sees (a file on its host);
@@ -56,4 +56,4 @@ void check_equal_texts(const std::vector<NamedText>& texts, const GroupPtr& grou
 /// `text` of rank `root`, on every rank. Collective over `group`.
 std::string broadcast_text(const std::string& text, int root, const GroupPtr& group);
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

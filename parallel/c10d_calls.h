@@ -12,7 +12,7 @@
 
 #include "parallel/group.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 // Templates, so that only the branch that exists is looked at. `Group` is c10d::ProcessGroup.
 
@@ -47,4 +47,4 @@ auto all_to_all_single(Group& group, at::Tensor& output, at::Tensor& input, std:
   }
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -10,7 +10,7 @@
 #include "parallel/errors.h"
 #include "parallel/shard.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 namespace {
 
 c10d::ReduceOp reduce_op(Reduction reduction) {
@@ -218,4 +218,4 @@ void barrier(const GroupPtr& group) {
   named("barrier", {}, group, [&] { wait_for(group->barrier()); });
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

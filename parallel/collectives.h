@@ -13,7 +13,7 @@
 
 #include "parallel/group.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 /// What all_reduce makes of the values of the ranks, element by element.
 enum class Reduction { kSum, kMax, kMin };
@@ -76,4 +76,4 @@ at::Tensor broadcast(const at::Tensor& input, int root, const GroupPtr& group);
 /// Returns when every rank of the group has called it.
 void barrier(const GroupPtr& group);
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

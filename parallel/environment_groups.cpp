@@ -20,7 +20,7 @@
 #include "parallel/make_groups.h"
 #include "parallel/nccl/nccl_groups.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 namespace {
 
 /// An environment variable, and Slurm's that stands in for it.
@@ -129,4 +129,4 @@ ProcessGroups process_groups_from_environment(const RankGrid& grid, const Proces
   return groups;
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

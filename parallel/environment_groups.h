@@ -11,7 +11,7 @@
 
 #include "parallel/process_groups.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 /// Whether RANK and WORLD_SIZE are set, or SLURM_PROCID, SLURM_NTASKS and MASTER_ADDR. Slurm sets the first two for
 /// every job step, under mpirun too: MASTER_ADDR says that the program's groups are to come from here. Not collective.
@@ -39,4 +39,4 @@ int world_size_in_environment();
 ProcessGroups process_groups_from_environment(const RankGrid& grid, const ProcessGroupsOptions& options = {},
                                               c10::Device device = c10::Device(c10::kCPU));
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 /// An error that every rank of a group throws together, with the same text (agree.h).
 class AgreedError : public std::runtime_error {
@@ -16,4 +16,4 @@ class AgreedError : public std::runtime_error {
 /// What `error` says, without LibTorch's stack trace.
 std::string error_text(const std::exception& error);
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -2,7 +2,7 @@
 
 #include <utility>
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 namespace {
 
 class FinishedWork final : public c10d::Work {
@@ -31,4 +31,4 @@ c10::intrusive_ptr<c10d::Work> finished_work(std::vector<at::Tensor> outputs) {
   return c10::make_intrusive<FinishedWork>(std::move(outputs));
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

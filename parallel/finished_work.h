@@ -6,9 +6,9 @@
 #include <torch/csrc/distributed/c10d/Work.hpp>
 #include <vector>
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 /// A Work that is complete, with these results.
 c10::intrusive_ptr<c10d::Work> finished_work(std::vector<at::Tensor> outputs);
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

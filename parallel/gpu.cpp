@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <map>
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 namespace {
 
 /// Two ranks that would take the same GPU, the first such pair; -1 if each has its own.
@@ -68,4 +68,4 @@ void multiply_exactly_on_gpus() {
   context.setAllowBF16ReductionCuBLAS(false);
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -7,7 +7,7 @@
 #include <span>
 #include <string>
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 /// Which device the ranks compute on. It is of the same kind on all of them.
 struct DeviceOptions {
@@ -52,4 +52,4 @@ DeviceChoice choose_device_of_all(const DeviceOptions& options, std::span<const 
 /// at::globalContext().setAllowTF32CuBLAS(true), setAllowTF32CuDNN(true).
 void multiply_exactly_on_gpus();
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

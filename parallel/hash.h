@@ -6,7 +6,7 @@
 #include <span>
 #include <string_view>
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 inline constexpr uint64_t kHashBasis = 14695981039346656037ULL;
 
@@ -19,4 +19,4 @@ inline uint64_t stable_hash(std::string_view text, uint64_t hash = kHashBasis) {
   return stable_hash(std::as_bytes(std::span(text)), hash);
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

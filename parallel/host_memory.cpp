@@ -6,7 +6,7 @@
 #include <malloc.h>
 #endif
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 void keep_freed_host_memory() {
   setenv("THP_MEM_ALLOC_ENABLE", "1", /*overwrite=*/0);  // LibTorch reads it at the first allocation
@@ -16,4 +16,4 @@ void keep_freed_host_memory() {
 #endif
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

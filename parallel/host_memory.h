@@ -1,7 +1,7 @@
 // How the host's memory is had and kept.
 #pragma once
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 /// Makes this process keep the memory that tensors on the CPU give back, and have it in huge pages. Without it glibc
 /// returns every large block to the system, and the next step pays again for mapping, zeroing and first touching each
@@ -12,4 +12,4 @@ namespace parallel {
 /// off. Not collective. Does nothing but set that variable where the C library is not glibc.
 void keep_freed_host_memory();
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

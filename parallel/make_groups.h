@@ -6,7 +6,7 @@
 
 #include "parallel/process_groups.h"
 
-namespace parallel::internal {
+namespace megatron_cpp::parallel::internal {
 
 /// Makes the group of a kind that has this rank: number `index` among the groups of that kind, over `world_ranks`.
 using MakeGroup = std::function<GroupPtr(const char* kind, int index, const std::vector<int>& world_ranks)>;
@@ -15,4 +15,4 @@ using MakeGroup = std::function<GroupPtr(const char* kind, int index, const std:
 /// make_process_groups.
 ProcessGroups make_groups_of_all_kinds(const RankGrid& grid, int rank, int size, const MakeGroup& make_group);
 
-}  // namespace parallel::internal
+}  // namespace megatron_cpp::parallel::internal

@@ -9,7 +9,7 @@
 #include "parallel/collectives.h"
 #include "parallel/shard.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -143,4 +143,4 @@ at::Tensor all_to_all_hidden_to_sequence_parallel(const at::Tensor& input, const
   return map<hidden_to_sequence, sequence_to_hidden>(input, tp);
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

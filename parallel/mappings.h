@@ -13,7 +13,7 @@
 
 #include "parallel/group.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 /// Identity; the gradient is summed over the ranks (all-reduce). For an input that every rank has, and uses for
 /// something else. The result is a view of the input.
@@ -69,4 +69,4 @@ at::Tensor all_to_all_sequence_to_hidden_parallel(const at::Tensor& input, const
 /// [S, ..., H/t] -> [S/t, ..., H] by one all-to-all; gradient by the inverse. S % t == 0.
 at::Tensor all_to_all_hidden_to_sequence_parallel(const at::Tensor& input, const GroupPtr& tp);
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

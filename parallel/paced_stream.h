@@ -11,7 +11,7 @@
 #include <torch/csrc/distributed/c10d/Work.hpp>
 #include <vector>
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 /// What a collective does besides filling its result.
 struct PacedTransfer {
@@ -50,4 +50,4 @@ std::shared_ptr<PacedStream> make_paced_stream(c10::Device device, double gigaby
 /// @param stream  where collectives run; null: on the current one, and they take no time but that of filling.
 c10::intrusive_ptr<c10d::Backend> make_rehearsal_backend(int rank, int size, std::shared_ptr<PacedStream> stream);
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

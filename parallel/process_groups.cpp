@@ -20,7 +20,7 @@
 #include "parallel/nccl/nccl_groups.h"
 #include "parallel/runtime.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 namespace {
 
 GroupPtr make_group(Runtime& runtime, int color, const std::string& name, const ProcessGroupsOptions& options) {
@@ -110,4 +110,4 @@ void destroy_process_groups(Runtime& runtime, const ProcessGroups& groups) {
   for (auto kind = kGroupKinds.rbegin(); kind != kGroupKinds.rend(); ++kind) runtime.shut_down(groups.*(kind->group));
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -9,7 +9,7 @@
 #include "parallel/group.h"
 #include "parallel/rank_grid.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 class Runtime;
 
@@ -70,4 +70,4 @@ ProcessGroups make_process_groups(Runtime& runtime, const RankGrid& grid, const 
 /// freed with the last copy. Collective over all ranks, none of which may communicate in them afterwards.
 void destroy_process_groups(Runtime& runtime, const ProcessGroups& groups);
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -7,7 +7,7 @@
 #include <array>
 #include <map>
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 namespace {
 
 struct Dimension {
@@ -115,4 +115,4 @@ std::string RankGrid::text() const {
   return fmt::format("tp {}, cp {}, dp {}, pp {}, ep {}, etp {}", tp, cp, dp, pp, ep, expert_tp());
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

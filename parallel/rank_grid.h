@@ -6,7 +6,7 @@
 #include <string_view>
 #include <vector>
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 /// Sizes of the kinds of parallelism. The same ranks form two grids, as in Megatron-Core (parallel_state.py,
 /// RankGenerator): a dense one for most of a model, tp x cp x dp x pp, and one for its experts, etp x ep x edp x pp. In
@@ -50,4 +50,4 @@ struct RankGrid {
   bool operator==(const RankGrid&) const = default;
 };
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

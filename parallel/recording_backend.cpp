@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 namespace {
 
 /// Hands every call to another backend, and first tells the observer.
@@ -114,4 +114,4 @@ RecordedGroup record(const GroupPtr& group) {
   return {std::move(recorded), std::move(count)};
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -9,7 +9,7 @@
 
 #include "parallel/group.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 /// What is counted apart.
 enum class CollectiveKind { kAllReduce, kAllGather, kReduceScatter, kAllToAll, kBroadcast };
@@ -52,4 +52,4 @@ struct RecordedGroup {
 /// Counts what observe() sees.
 RecordedGroup record(const GroupPtr& group);
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

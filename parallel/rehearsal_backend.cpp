@@ -13,7 +13,7 @@
 #include "parallel/finished_work.h"
 #include "parallel/paced_stream.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 namespace {
 
 using WorkPtr = c10::intrusive_ptr<c10d::Work>;
@@ -153,4 +153,4 @@ GroupPtr make_rehearsal_group(int rank, int size, const RehearsalOptions& option
   return group;
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

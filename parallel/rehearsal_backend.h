@@ -5,7 +5,7 @@
 
 #include "parallel/group.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 /// Where rehearsed collectives run, and how long they take there.
 struct RehearsalOptions {
@@ -25,4 +25,4 @@ struct RehearsalOptions {
 /// @throws c10::ValueError unless 0 <= rank < size.
 GroupPtr make_rehearsal_group(int rank, int size, const RehearsalOptions& options = {});
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -28,7 +28,7 @@
 extern "C" int dlclose(void* /*module*/) { return 0; }
 #endif
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 Runtime::Runtime() {
   const auto environment = process_environment();  // MPI may add to it
@@ -186,4 +186,4 @@ int Runtime::run(const std::function<int(Runtime&)>& body) {
   return 1;
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

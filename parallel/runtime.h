@@ -12,7 +12,7 @@
 #include "parallel/group.h"
 #include "parallel/mpi/mpi_communicator.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 struct PeerProcess;
 
@@ -76,4 +76,4 @@ class Runtime {
   std::vector<GroupPtr> groups_;
 };
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <utility>
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 SequenceLayout::SequenceLayout(std::vector<std::vector<Range>> ranges) : ranges_(std::move(ranges)) {
   for (size_t rank = 0; rank < ranges_.size(); ++rank) {
@@ -48,4 +48,4 @@ SequenceLayout::Place SequenceLayout::place_of(int64_t position) const {
   return {piece.begin.rank, piece.begin.position + position - piece.range.begin};
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

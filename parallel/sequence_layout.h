@@ -6,7 +6,7 @@
 
 #include "parallel/shard.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 /// How the S positions of a sequence are shared out among the ranks of a group. What needs to know who has which rows
 /// asks this class and doesn't divide by itself, so that layouts in several pieces per rank (context parallelism) have
@@ -46,4 +46,4 @@ class SequenceLayout {
   std::vector<Piece> pieces_;  ///< of all ranks, by position
 };
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -8,7 +8,7 @@
 #include <queue>
 #include <utility>
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 int64_t even_shard_size(int64_t total, int t, std::string_view what, std::string_view group_name) {
   TORCH_CHECK_VALUE(total % t == 0, what, " ", total, " is not divisible by ", group_name, " size ", t);
@@ -37,4 +37,4 @@ std::vector<int> balanced_assignment(const std::vector<int64_t>& costs, int t) {
   return rank_of;
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

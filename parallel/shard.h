@@ -5,7 +5,7 @@
 #include <string_view>
 #include <vector>
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 /// Rows [begin, end).
 struct Range {
@@ -31,4 +31,4 @@ int64_t even_shard_size(int64_t total, int t, std::string_view what, std::string
 /// @return       the rank of each item. O(items log items + items log t).
 std::vector<int> balanced_assignment(const std::vector<int64_t>& costs, int t);
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -5,7 +5,7 @@
 #include <array>
 #include <string_view>
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 struct Renaming {
@@ -51,4 +51,4 @@ std::string published_name(const std::string& parameter) {
   TORCH_CHECK_VALUE(false, "the published checkpoint layout has no name for parameter ", parameter);
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -3,7 +3,7 @@
 
 #include <string>
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// The published name of a parameter (or segment) of Step37Model:
 /// "language_model.decoder.layers.3.self_attention.linear_qkv.q_proj.weight" ->
@@ -11,4 +11,4 @@ namespace step37 {
 /// @throws c10::ValueError naming a parameter that the published layout has no place for. Pure.
 std::string published_name(const std::string& parameter);
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -9,7 +9,7 @@
 #include "megatron_cpp/tensor_parallel/vocab_parallel_cross_entropy.h"
 #include "parallel/shard.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 void freeze(torch::nn::Module& module) {
@@ -29,20 +29,19 @@ void Step37Config::validate(int tensor_parallel_size) const {
   if (projector_sharding == ProjectorSharding::kRow) {
     parallel::even_shard_size(vision.output_dim(), tensor_parallel_size, "the vision tower's output width");
   }
-  TORCH_CHECK_VALUE(execution.embedding_sharding == megatron::EmbeddingSharding::kVocab ||
+  TORCH_CHECK_VALUE(execution.embedding_sharding == EmbeddingSharding::kVocab ||
                         (projector_sharding != ProjectorSharding::kRow && exchange == InsertExchange::kFused),
                     "a hidden-parallel embedding goes with a column-sharded or a replicated projector and the fused "
                     "exchange");
 }
 
-Step37ModelImpl::Step37ModelImpl(const Step37Config& config, const megatron::ModelGroups& groups)
+Step37ModelImpl::Step37ModelImpl(const Step37Config& config, const ModelGroups& groups)
     : config_(config), tp_(groups.tp) {
   config_.validate(tp_->getSize());
   // The tower of each rank sees its own pictures only.
-  const auto domain =
-      tp_->getSize() > 1 ? megatron::GradientDomain::kReplicatedPartial : megatron::GradientDomain::kReplicated;
+  const auto domain = tp_->getSize() > 1 ? GradientDomain::kReplicatedPartial : GradientDomain::kReplicated;
   vision_model = register_module("vision_model", VisionTower(config_.vision, domain));
-  language_model = register_module("language_model", megatron::GPTModel(config_.text, config_.execution, groups));
+  language_model = register_module("language_model", GPTModel(config_.text, config_.execution, groups));
   image_insert_embedding = register_module(
       "image_insert_embedding",
       ImageInsertEmbedding(language_model->embedding,
@@ -80,7 +79,7 @@ void Step37ModelImpl::keep_own_pictures(std::vector<ImageForInsert>& images) con
     const int64_t num_rows = config_.vision.feature_rows(group.images.size(2), group.images.size(3));
     group.held = HeldImages{at::full({num_images}, num_rows, at::kLong),
                             at::tensor(at::ArrayRef<int64_t>(group_holders), at::kLong)};
-    group.images = group.images.index_select(0, megatron::internal::index_tensors({own}, group.images.device())[0]);
+    group.images = group.images.index_select(0, megatron_cpp::internal::index_tensors({own}, group.images.device())[0]);
   }
 }
 
@@ -99,9 +98,9 @@ at::Tensor Step37ModelImpl::forward(const Step37Batch& batch) {
 
 at::Tensor Step37ModelImpl::loss_sum(const Step37Batch& batch) {
   const auto logits = forward(batch);
-  megatron::CrossEntropyOptions options;
+  CrossEntropyOptions options;
   options.vocabulary_size = config_.text.vocabulary_size;
-  return megatron::vocab_parallel_cross_entropy(logits, batch.labels.t(), options, tp_).sum();
+  return vocab_parallel_cross_entropy(logits, batch.labels.t(), options, tp_).sum();
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

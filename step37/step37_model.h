@@ -15,15 +15,15 @@
 #include "step37/insert/image_insert_embedding.h"
 #include "step37/vision/vision_tower.h"
 
-/// Step3.7: vision tower, image insert and the model they make with megatron's decoder.
-namespace step37 {
+/// Step3.7: vision tower, image insert and the model they make with the decoder of megatron_cpp/.
+namespace megatron_cpp::step37 {
 
 /// Sizes of the parts, how the insert is laid out, and what is trained.
 struct Step37Config {
-  megatron::TransformerConfig text;          ///< the decoder and its embedding
-  megatron::TransformerExecution execution;  ///< how they run
-  VisionConfig vision;                       ///< the tower; its output_dim() is the projector's C
-  bool projector_bias = false;               ///< whether projected rows get one, [H]
+  TransformerConfig text;          ///< the decoder and its embedding
+  TransformerExecution execution;  ///< how they run
+  VisionConfig vision;             ///< the tower; its output_dim() is the projector's C
+  bool projector_bias = false;     ///< whether projected rows get one, [H]
   ProjectorSharding projector_sharding = ProjectorSharding::kReplicated;  ///< features are where the tower ran
   InsertExchange exchange = InsertExchange::kFused;                       ///< see InsertExchange
   /// See ImageInsertEmbeddingOptions::checked.
@@ -42,15 +42,15 @@ struct Step37Config {
 struct Step37Batch {
   at::Tensor input_ids;                ///< [B, S] int64 on the CPU
   at::Tensor labels;                   ///< [B, S] int64: the token each position predicts, -100 where no loss counts
-  megatron::AttentionInput attention;  ///< positions and sub-sequences of the whole sequence
+  AttentionInput attention;            ///< positions and sub-sequences of the whole sequence
   std::vector<ImageForInsert> images;  ///< patches before images
 };
 
 /// Pictures through the tower, their features into the word embedding, that through the decoder.
 class Step37ModelImpl : public torch::nn::Module {
  public:
-  /// Parameters have no values yet: load them, or call megatron::initialize_parameters. Not collective.
-  Step37ModelImpl(const Step37Config& config, const megatron::ModelGroups& groups);
+  /// Parameters have no values yet: load them, or call initialize_parameters. Not collective.
+  Step37ModelImpl(const Step37Config& config, const ModelGroups& groups);
 
   /// @return  logits [S, B, V'/t], this rank's columns of the padded vocabulary.
   /// The tower runs on whole pictures, spread over the ranks: on those this rank has, whose number may differ between
@@ -66,7 +66,7 @@ class Step37ModelImpl : public torch::nn::Module {
   const Step37Config& config() const { return config_; }
 
   VisionTower vision_model{nullptr};                     ///< on every rank, each running it on its own pictures
-  megatron::GPTModel language_model{nullptr};            ///< takes the finished embedding as decoder_input
+  GPTModel language_model{nullptr};                      ///< takes the finished embedding as decoder_input
   ImageInsertEmbedding image_insert_embedding{nullptr};  ///< borrows language_model->embedding
 
  private:
@@ -79,4 +79,4 @@ class Step37ModelImpl : public torch::nn::Module {
 };
 TORCH_MODULE(Step37Model);
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

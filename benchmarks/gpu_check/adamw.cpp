@@ -10,27 +10,27 @@
 #include "megatron_cpp/optimizer/gradient_buffer.h"
 #include "parallel/rehearsal_backend.h"
 
-namespace gpu_check {
+namespace megatron_cpp::gpu_check {
 
 void check_adamw(const Target& target, Report& report) {
   const auto side = target.pick<int64_t>(4096, 512);
   constexpr int64_t kMatrices = 60;  // 1.007e9 elements on a GPU
-  std::vector<megatron::ParameterShard> shards;
+  std::vector<ParameterShard> shards;
   double elements = 0.0;
   for (int64_t i = 0; i < kMatrices; ++i) {
     // A norm between the matrices: views of the buffer don't all begin at multiples of the matrices' size.
     for (const auto& shape : {std::vector<int64_t>{side, side}, std::vector<int64_t>{side}}) {
       const auto parameter = random_values(target, shape, at::kFloat, 0.02).requires_grad_();
       elements += static_cast<double>(parameter.numel());
-      shards.push_back(megatron::replicated_parameter("weight" + std::to_string(shards.size()), parameter,
-                                                      megatron::GradientDomain::kReplicated,
-                                                      megatron::InitialValue::constant(0.0), shape.size() > 1));
+      shards.push_back(replicated_parameter("weight" + std::to_string(shards.size()), parameter,
+                                            GradientDomain::kReplicated, InitialValue::constant(0.0),
+                                            shape.size() > 1));
     }
   }
   const auto alone = parallel::make_rehearsal_group(0, 1, {.device = target.device()});
-  megatron::GradientBuffer gradients(shards, {.grid = {}, .world = alone, .tp = alone, .dp = alone, .tp_dp = alone});
+  GradientBuffer gradients(shards, {.grid = {}, .world = alone, .tp = alone, .dp = alone, .tp_dp = alone});
   gradients.zero();
-  megatron::AdamW optimizer(shards, {});
+  AdamW optimizer(shards, {});
   const auto bytes = target.pick<int64_t>(int64_t{1} << 30, int64_t{1} << 26);
   const auto from = at::ones({bytes}, at::TensorOptions(at::kByte).device(target.device()));
   auto to = at::empty_like(from);
@@ -48,4 +48,4 @@ void check_adamw(const Target& target, Report& report) {
   report.verdict(row, shards.front().parameter.isfinite().all().item<bool>());
 }
 
-}  // namespace gpu_check
+}  // namespace megatron_cpp::gpu_check

@@ -14,7 +14,7 @@
 #include "benchmarks/gpu_check/check.h"
 #include "parallel/shard.h"
 
-namespace gpu_check {
+namespace megatron_cpp::gpu_check {
 namespace {
 
 /// One rank's heads of eight: 64 or 96 query heads and 8 key/value heads.
@@ -74,11 +74,11 @@ void check_attention(const Target& target, Report& report) {
     const auto inputs = make_inputs(target, shape);
     const auto mask = mask_of(target, shape);
     const auto sub_sequences = [&](std::vector<parallel::Range> ranges) {
-      return megatron::SubSequences(std::move(ranges), /*batch_size=*/1, target.device());
+      return SubSequences(std::move(ranges), /*batch_size=*/1, target.device());
     };
     const auto whole = sub_sequences({{0, shape.sequence}});
-    const auto ours = [&](const Inputs& of, const megatron::SubSequences& segments) {
-      return megatron::core_attention(of.q, of.k, of.v, segments, shape.window);
+    const auto ours = [&](const Inputs& of, const SubSequences& segments) {
+      return core_attention(of.q, of.k, of.v, segments, shape.window);
     };
 
     // Numbers first: against float32 of LibTorch's own, output and gradients.
@@ -129,4 +129,4 @@ void check_attention(const Target& target, Report& report) {
   }
 }
 
-}  // namespace gpu_check
+}  // namespace megatron_cpp::gpu_check

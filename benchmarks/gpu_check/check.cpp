@@ -17,7 +17,7 @@
 
 #include "benchmarks/support.h"
 
-namespace gpu_check {
+namespace megatron_cpp::gpu_check {
 namespace {
 
 using benchmarks::Clock;
@@ -191,4 +191,4 @@ void check_machine(const Target& target, Report& report) {
   report.row(row);
 }
 
-}  // namespace gpu_check
+}  // namespace megatron_cpp::gpu_check

@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-namespace gpu_check {
+namespace megatron_cpp::gpu_check {
 
 /// The first GPU if this LibTorch sees one, else the CPU, on which parts take small sizes.
 class Target {
@@ -123,4 +123,4 @@ void check_trace(const Target& target, Report& report, const TraceArguments& arg
 /// Names of GPU, driver, CUDA and NCCL; empty where this build has no CUDA or the machine no GPU.
 nlohmann::ordered_json cuda_facts();
 
-}  // namespace gpu_check
+}  // namespace megatron_cpp::gpu_check

@@ -11,7 +11,7 @@
 #include "benchmarks/image_insert/ways.h"
 #include "parallel/rehearsal_backend.h"
 
-namespace gpu_check {
+namespace megatron_cpp::gpu_check {
 namespace {
 
 using benchmark_image_insert::Way;
@@ -57,4 +57,4 @@ void check_insert(const Target& target, Report& report) {
   }
 }
 
-}  // namespace gpu_check
+}  // namespace megatron_cpp::gpu_check

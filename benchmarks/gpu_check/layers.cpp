@@ -20,7 +20,7 @@
 #include "parallel/recording_backend.h"
 #include "parallel/rehearsal_backend.h"
 
-namespace gpu_check {
+namespace megatron_cpp::gpu_check {
 namespace {
 
 constexpr int kTensorParallel = 8;
@@ -30,7 +30,7 @@ constexpr double kGigabytesPerSecond = 450.0;
 struct ModelSizes {
   int64_t sequence;
   int64_t vocabulary;
-  megatron::TransformerConfig config;
+  TransformerConfig config;
 };
 
 /// The released model's; on the CPU a small one of the same kind.
@@ -42,11 +42,11 @@ ModelSizes model_sizes(const Target& target) {
   config.head_dim = target.pick<int64_t>(128, 32);
   config.num_query_groups = 8;
   config.ffn_hidden_size = target.pick<int64_t>(11264, 512);
-  megatron::AttentionLayerConfig full;
+  AttentionLayerConfig full;
   full.num_attention_heads = target.pick<int64_t>(64, 16);
   full.rope_theta = 5e6;
   full.partial_rotary_factor = 0.5;
-  megatron::AttentionLayerConfig sliding;
+  AttentionLayerConfig sliding;
   sliding.num_attention_heads = target.pick<int64_t>(96, 24);
   sliding.sliding_window = target.pick<int64_t>(512, 64);
   config.layers = {full, sliding};
@@ -79,31 +79,30 @@ class Pieces {
     const int64_t S = sizes.sequence;
     const int64_t H = sizes.config.hidden_size;
     hidden_ = random_values(target, {S / kTensorParallel, 1, H}, at::kBFloat16, 1.0).requires_grad_();
-    const megatron::AttentionInput positions{at::arange(S).view({1, S}), {}};
+    const AttentionInput positions{at::arange(S).view({1, S}), {}};
     const auto gradient = random_values(target, hidden_.sizes(), at::kBFloat16, 1e-3);
     for (int64_t layer = 0; layer < sizes.config.num_layers(); ++layer) {
       auto module =
-          ready(megatron::TransformerLayer(
-                    sizes.config, layer,
-                    megatron::TransformerExecution{.sequence_parallel = true, .accumulate_into_grad = true}, tp),
+          ready(TransformerLayer(sizes.config, layer,
+                                 TransformerExecution{.sequence_parallel = true, .accumulate_into_grad = true}, tp),
                 target);
       // Once a forward pass of all layers: no part of a layer's time.
-      const megatron::AttentionBatch batch(positions, S, 1, {module->self_attention->rotary()}, target.device());
+      const AttentionBatch batch(positions, S, 1, {module->self_attention->rotary()}, target.device());
       const bool is_full = sizes.config.layers[static_cast<size_t>(layer)].sliding_window == 0;
       pieces_.push_back({is_full ? "full-attention layer" : "sliding-window layer",
                          [this, module, batch]() mutable { return module->forward(hidden_, batch); }, gradient});
     }
-    const auto options = megatron::ColumnParallelLinearOptions(H, sizes.vocabulary)
+    const auto options = ColumnParallelLinearOptions(H, sizes.vocabulary)
                              .pad_out_features(true)
                              .sequence_parallel(true)
                              .accumulate_into_grad(true);
-    auto output_layer = ready(megatron::ColumnParallelLinear(options, tp), target);
+    auto output_layer = ready(ColumnParallelLinear(options, tp), target);
     const auto labels = at::randint(sizes.vocabulary, {S, 1}, at::TensorOptions(at::kLong)).to(target.device());
     pieces_.push_back({"output layer and loss",
                        [this, output_layer, labels, tp]() mutable {
                          const auto logits = output_layer->forward(hidden_);
-                         return megatron::vocab_parallel_cross_entropy(logits, labels,
-                                                                       {.vocabulary_size = sizes_.vocabulary}, tp);
+                         return vocab_parallel_cross_entropy(logits, labels, {.vocabulary_size = sizes_.vocabulary},
+                                                             tp);
                        },
                        at::full({S, 1}, 1.0 / static_cast<double>(S), at::TensorOptions().device(target.device()))});
   }
@@ -198,4 +197,4 @@ void check_layers(const Target& target, Report& report) {
   }
 }
 
-}  // namespace gpu_check
+}  // namespace megatron_cpp::gpu_check

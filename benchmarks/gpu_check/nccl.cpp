@@ -26,7 +26,7 @@ namespace at::cuda {
 cudaDeviceProp* getDeviceProperties(c10::DeviceIndex device);
 }  // namespace at::cuda
 
-namespace gpu_check {
+namespace megatron_cpp::gpu_check {
 namespace {
 
 using Work = c10::intrusive_ptr<c10d::Work>;
@@ -181,11 +181,11 @@ nlohmann::ordered_json cuda_facts() {
   return facts;
 }
 
-}  // namespace gpu_check
+}  // namespace megatron_cpp::gpu_check
 
 #else
 
-namespace gpu_check {
+namespace megatron_cpp::gpu_check {
 
 void check_collectives(const Target& /*target*/, Report& report) {
   report.row({{"what", "ProcessGroupNCCL of one rank"}, {"no_gpu", true}, {"why", "this build has no NCCL"}});
@@ -193,6 +193,6 @@ void check_collectives(const Target& /*target*/, Report& report) {
 
 nlohmann::ordered_json cuda_facts() { return nlohmann::ordered_json::object(); }
 
-}  // namespace gpu_check
+}  // namespace megatron_cpp::gpu_check
 
 #endif

@@ -3,7 +3,7 @@
 
 #include "benchmarks/gpu_check/check.h"
 
-namespace gpu_check {
+namespace megatron_cpp::gpu_check {
 
 void check_product(const Target& target, Report& report) {
   const auto bytes = target.pick<int64_t>(int64_t{1} << 30, int64_t{1} << 26);
@@ -20,4 +20,4 @@ void check_product(const Target& target, Report& report) {
   report.verdict(row, at::equal(from, to));
 }
 
-}  // namespace gpu_check
+}  // namespace megatron_cpp::gpu_check

@@ -8,7 +8,7 @@
 #include <unordered_map>
 #include <utility>
 
-namespace gpu_check {
+namespace megatron_cpp::gpu_check {
 namespace {
 
 constexpr double kNanosecondsPerMillisecond = 1e6;
@@ -117,4 +117,4 @@ StepFacts last_but_one_step(const std::vector<TraceEvent>& events, int64_t steps
   return facts;
 }
 
-}  // namespace gpu_check
+}  // namespace megatron_cpp::gpu_check

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-namespace gpu_check {
+namespace megatron_cpp::gpu_check {
 
 /// What LibTorch's profiler says of one operator, call of the CUDA runtime, kernel or copy. Nanoseconds.
 struct TraceEvent {
@@ -41,4 +41,4 @@ struct StepFacts {
 /// @throws c10::ValueError if the events don't show `steps` steps of equally many updates each, or fewer than three.
 StepFacts last_but_one_step(const std::vector<TraceEvent>& events, int64_t steps);
 
-}  // namespace gpu_check
+}  // namespace megatron_cpp::gpu_check

@@ -10,7 +10,7 @@
 #include "benchmarks/gpu_check/check.h"
 #include "step37/vision/vision_tower.h"
 
-namespace gpu_check {
+namespace megatron_cpp::gpu_check {
 namespace {
 
 step37::VisionConfig tower_config(const Target& target) {
@@ -32,7 +32,7 @@ double operations_of_picture(const step37::VisionConfig& config) {
 
 void check_tower(const Target& target, Report& report) {
   const auto config = tower_config(target);
-  step37::VisionTower tower(config, megatron::GradientDomain::kReplicated);
+  step37::VisionTower tower(config, GradientDomain::kReplicated);
   tower->to(target.device());
   tower->to(at::kBFloat16);
   {
@@ -82,4 +82,4 @@ void check_tower(const Target& target, Report& report) {
   }
 }
 
-}  // namespace gpu_check
+}  // namespace megatron_cpp::gpu_check

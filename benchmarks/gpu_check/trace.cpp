@@ -15,7 +15,7 @@
 #include "step37/program/pretrain.h"
 #include "step37/program/run_config.h"
 
-namespace gpu_check {
+namespace megatron_cpp::gpu_check {
 namespace {
 
 namespace profiler = torch::autograd::profiler;
@@ -84,4 +84,4 @@ void check_trace(const Target& target, Report& report, const TraceArguments& arg
                  facts.kernels > 0);
 }
 
-}  // namespace gpu_check
+}  // namespace megatron_cpp::gpu_check

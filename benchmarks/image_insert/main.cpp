@@ -30,7 +30,7 @@
 #include "parallel/runtime.h"
 #include "step37/program/full_buffer_watch.h"
 
-namespace benchmark_image_insert {
+namespace megatron_cpp::benchmark_image_insert {
 namespace {
 
 using benchmarks::Clock;
@@ -68,7 +68,7 @@ class GemmClock {
   double milliseconds() const { return milliseconds_; }
 
  private:
-  static bool is_product(std::string_view name) { return name == "megatron::matrix_product"; }
+  static bool is_product(std::string_view name) { return name == "megatron_cpp::matrix_product"; }
   static thread_local GemmClock* current;
   at::CallbackHandle handle_ = 0;
   int depth_ = 0;
@@ -199,12 +199,12 @@ int run(parallel::Runtime& runtime, const Arguments& arguments) {
 }
 
 }  // namespace
-}  // namespace benchmark_image_insert
+}  // namespace megatron_cpp::benchmark_image_insert
 
 int main(int argc, char** argv) {
-  parallel::keep_freed_host_memory();  // as the step37 program does
+  megatron_cpp::parallel::keep_freed_host_memory();  // as the step37 program does
   CLI::App app("Times the image insert beside the published way, text alone and the matrix products alone.");
-  benchmark_image_insert::Arguments arguments;
+  megatron_cpp::benchmark_image_insert::Arguments arguments;
   app.add_flag("--full", arguments.full,
                "all shardings, sequences of 2048 and 8192, and volumes on up to 64 x 4096 ranks");
   app.add_flag("--rehearse", arguments.rehearse, "plans and volumes only; one process will do");
@@ -221,10 +221,10 @@ int main(int argc, char** argv) {
       ->check(CLI::IsMember({1, 2, 4, 8}))
       ->capture_default_str();
   app.add_option("--seconds", arguments.seconds, "rounds of a setting go on for this long, three at least");
-  return benchmarks::run_on_ranks(app, argc, argv, [&](parallel::Runtime& runtime) {
+  return megatron_cpp::benchmarks::run_on_ranks(app, argc, argv, [&](megatron_cpp::parallel::Runtime& runtime) {
     if (arguments.sequences.empty()) {
       arguments.sequences = arguments.full ? std::vector<int64_t>{2048, 8192} : std::vector<int64_t>{2048};
     }
-    return benchmark_image_insert::run(runtime, arguments);
+    return megatron_cpp::benchmark_image_insert::run(runtime, arguments);
   });
 }

@@ -14,7 +14,7 @@
 #include "parallel/shard.h"
 #include "step37/insert/plan.h"
 
-namespace benchmark_image_insert {
+namespace megatron_cpp::benchmark_image_insert {
 namespace {
 
 using nlohmann::ordered_json;
@@ -104,14 +104,13 @@ std::vector<ordered_json> rehearse_gradient_reduction() {
         const auto tp = parallel::record(parallel::make_rehearsal_group(t - 1, t));
         const auto replicas = parallel::record(parallel::make_rehearsal_group(dp - 1, dp));
         const auto both = parallel::record(parallel::make_rehearsal_group(t * dp - 1, t * dp));
-        const megatron::LanguageModelEmbedding embedding(
-            megatron::ParallelEmbeddingOptions(sizes.vocabulary, sizes.hidden), tp.group);
+        const LanguageModelEmbedding embedding(ParallelEmbeddingOptions(sizes.vocabulary, sizes.hidden), tp.group);
         const step37::ImageInsertEmbedding insert(
             embedding, step37::ImageInsertEmbeddingOptions(sizes.channels, sizes.hidden).projector_sharding(sharding));
-        auto parameters = megatron::parameter_shards(*embedding);
-        for (auto& shard : megatron::parameter_shards(*insert)) parameters.push_back(std::move(shard));
-        megatron::GradientBuffer buffer(
-            parameters, {.grid = {}, .world = {}, .tp = tp.group, .dp = replicas.group, .tp_dp = both.group});
+        auto parameters = parameter_shards(*embedding);
+        for (auto& shard : parameter_shards(*insert)) parameters.push_back(std::move(shard));
+        GradientBuffer buffer(parameters,
+                              {.grid = {}, .world = {}, .tp = tp.group, .dp = replicas.group, .tp_dp = both.group});
         buffer.reduce();
         results.push_back(
             {{"rehearsal", "gradient_reduction"},
@@ -193,4 +192,4 @@ std::vector<ordered_json> rehearse_volumes() {
   return results;
 }
 
-}  // namespace benchmark_image_insert
+}  // namespace megatron_cpp::benchmark_image_insert

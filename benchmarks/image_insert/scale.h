@@ -4,7 +4,7 @@
 #include <nlohmann/json.hpp>
 #include <vector>
 
-namespace benchmark_image_insert {
+namespace megatron_cpp::benchmark_image_insert {
 
 /// Plans of up to 262144 positions and 1500 images: time to build one, to give a rank its runs, and how evenly rows are
 /// spread over up to 64 ranks. One object a size. Not collective.
@@ -15,4 +15,4 @@ std::vector<nlohmann::ordered_json> rehearse_plans();
 /// collective.
 std::vector<nlohmann::ordered_json> rehearse_volumes();
 
-}  // namespace benchmark_image_insert
+}  // namespace megatron_cpp::benchmark_image_insert

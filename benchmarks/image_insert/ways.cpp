@@ -10,7 +10,7 @@
 #include "parallel/mappings.h"
 #include "parallel/shard.h"
 
-namespace benchmark_image_insert {
+namespace megatron_cpp::benchmark_image_insert {
 namespace {
 
 using step37::ImageForInsert;
@@ -112,8 +112,7 @@ std::string name_of(ProjectorSharding sharding) {
 
 /// Our module on `embedding`.
 void add_insert_ways(std::vector<Way>& ways, const std::string& name, const Sizes& sizes, const Batch& batch,
-                     const megatron::LanguageModelEmbedding& embedding, ProjectorSharding sharding,
-                     InsertExchange exchange) {
+                     const LanguageModelEmbedding& embedding, ProjectorSharding sharding, InsertExchange exchange) {
   const auto& tp = embedding->tp();
   ImageInsertEmbedding insert(embedding, ImageInsertEmbeddingOptions(sizes.channels, sizes.hidden)
                                              .projector_sharding(sharding)
@@ -155,8 +154,9 @@ void add_gemm_ways(std::vector<Way>& ways, const Sizes& sizes, const Batch& batc
     ways.push_back({"projector_gemm", "column", trained, leaves, [=] {
                       int64_t begin = 0;
                       for (const auto& features : leaves) {
-                        const auto projected = megatron::internal::linear_with_communication(
-                            features.view({-1, features.size(2)}), weight, {}, megatron::internal::LinearInput::kOwn,
+                        const auto projected = megatron_cpp::internal::linear_with_communication(
+                            features.view({-1, features.size(2)}), weight, {},
+                            megatron_cpp::internal::LinearInput::kOwn,
                             /*accumulate_into_grad=*/true, tp);
                         backward(projected, gradient.narrow(0, begin, projected.size(0)));
                         begin += projected.size(0);
@@ -170,9 +170,8 @@ void add_gemm_ways(std::vector<Way>& ways, const Sizes& sizes, const Batch& batc
 /// and the rank's rows cut out at the end.
 class PublicWay {
  public:
-  PublicWay(const Sizes& sizes, const megatron::LanguageModelEmbedding& shared)
-      : embedding_(megatron::ParallelEmbeddingOptions(sizes.vocabulary, sizes.hidden).accumulate_into_grad(true),
-                   shared->tp()) {
+  PublicWay(const Sizes& sizes, const LanguageModelEmbedding& shared)
+      : embedding_(ParallelEmbeddingOptions(sizes.vocabulary, sizes.hidden).accumulate_into_grad(true), shared->tp()) {
     const auto& words = shared->word_embeddings->weight;
     embedding_->word_embeddings->weight.set_data(words.detach());
     embedding_->word_embeddings->weight.mutable_grad() = words.grad();
@@ -184,8 +183,8 @@ class PublicWay {
   at::Tensor forward(const at::Tensor& ids, const std::vector<ImageForInsert>& images) {
     auto embeddings = embedding_->forward(ids);
     for (const auto& group : images) {
-      const auto projected = megatron::internal::linear_with_communication(
-          std::get<at::Tensor>(*group.image_features), weight_, {}, megatron::internal::LinearInput::kOwn,
+      const auto projected = megatron_cpp::internal::linear_with_communication(
+          std::get<at::Tensor>(*group.image_features), weight_, {}, megatron_cpp::internal::LinearInput::kOwn,
           /*accumulate_into_grad=*/true, embedding_->tp());
       embeddings = insert(embeddings, projected, ids, group.insert_start_token);
     }
@@ -205,7 +204,7 @@ class PublicWay {
     return result;
   }
 
-  megatron::LanguageModelEmbedding embedding_;
+  LanguageModelEmbedding embedding_;
   at::Tensor weight_;
 };
 
@@ -240,10 +239,8 @@ Batch make_batch(const Sizes& sizes, at::ScalarType dtype, at::Device device) {
 }
 
 std::vector<Way> vocab_ways(const Sizes& sizes, const Batch& batch, bool all_shardings, const parallel::GroupPtr& tp) {
-  megatron::LanguageModelEmbedding embedding(megatron::ParallelEmbeddingOptions(sizes.vocabulary, sizes.hidden)
-                                                 .sequence_parallel(true)
-                                                 .accumulate_into_grad(true),
-                                             tp);
+  LanguageModelEmbedding embedding(
+      ParallelEmbeddingOptions(sizes.vocabulary, sizes.hidden).sequence_parallel(true).accumulate_into_grad(true), tp);
   move_to(batch, embedding);
   fill(*embedding);
   std::vector<Way> ways;
@@ -269,10 +266,9 @@ std::vector<Way> vocab_ways(const Sizes& sizes, const Batch& batch, bool all_sha
 }
 
 std::vector<Way> hidden_ways(const Sizes& sizes, const Batch& batch, bool all_shardings, const parallel::GroupPtr& tp) {
-  megatron::LanguageModelEmbedding embedding(megatron::ParallelEmbeddingOptions(sizes.vocabulary, sizes.hidden)
-                                                 .sequence_parallel(true)
-                                                 .accumulate_into_grad(true),
-                                             tp, megatron::EmbeddingSharding::kHidden);
+  LanguageModelEmbedding embedding(
+      ParallelEmbeddingOptions(sizes.vocabulary, sizes.hidden).sequence_parallel(true).accumulate_into_grad(true), tp,
+      EmbeddingSharding::kHidden);
   move_to(batch, embedding);
   fill(*embedding);
   std::vector<Way> ways;
@@ -284,4 +280,4 @@ std::vector<Way> hidden_ways(const Sizes& sizes, const Batch& batch, bool all_sh
   return ways;
 }
 
-}  // namespace benchmark_image_insert
+}  // namespace megatron_cpp::benchmark_image_insert

@@ -14,7 +14,7 @@
 #include "parallel/recording_backend.h"
 #include "step37/insert/image_insert_embedding.h"
 
-namespace benchmark_image_insert {
+namespace megatron_cpp::benchmark_image_insert {
 
 /// Sizes of the released model, and the images of a training pack.
 struct Sizes {
@@ -65,4 +65,4 @@ std::vector<Way> vocab_ways(const Sizes& sizes, const Batch& batch, bool all_sha
 /// Ways around a hidden-parallel one: fused_hidden.
 std::vector<Way> hidden_ways(const Sizes& sizes, const Batch& batch, bool all_shardings, const parallel::GroupPtr& tp);
 
-}  // namespace benchmark_image_insert
+}  // namespace megatron_cpp::benchmark_image_insert

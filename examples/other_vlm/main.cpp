@@ -11,13 +11,16 @@
 
 #include <cstdio>
 
+#include "megatron_cpp/parallel/agree.h"
+#include "megatron_cpp/parallel/collectives.h"
+#include "megatron_cpp/parallel/process_groups.h"
+#include "megatron_cpp/parallel/runtime.h"
+#include "megatron_cpp/step37/insert/image_insert_embedding.h"
 #include "megatron_cpp/testing/check_parallel_embedding.h"
-#include "parallel/agree.h"
-#include "parallel/collectives.h"
-#include "parallel/process_groups.h"
-#include "parallel/runtime.h"
 #include "round_robin_embedding.h"
-#include "step37/insert/image_insert_embedding.h"
+
+namespace parallel = megatron_cpp::parallel;
+namespace step37 = megatron_cpp::step37;
 
 namespace {
 
@@ -35,14 +38,14 @@ at::Tensor make_ids() {
 int run(parallel::Runtime& runtime) {
   const int t = runtime.size(), rank = runtime.rank();
   const auto tp = parallel::make_process_groups(runtime, {.tp = t}).tp;
-  const auto violations = megatron::check_parallel_embedding(
+  const auto violations = megatron_cpp::check_parallel_embedding(
       [](const auto& options, const auto& group) { return std::make_shared<RoundRobinEmbedding>(options, group); }, tp);
   for (const auto& violation : violations) parallel::agree(false, violation, tp);
   if (rank == 0) std::printf("the embedding conforms\n");
 
-  const auto options = megatron::ParallelEmbeddingOptions(V, H).sequence_parallel(true);
+  const auto options = megatron_cpp::ParallelEmbeddingOptions(V, H).sequence_parallel(true);
   const auto words = std::make_shared<RoundRobinEmbedding>(options, tp);
-  step37::ImageInsertEmbedding insert(megatron::LanguageModelEmbedding(words),
+  step37::ImageInsertEmbedding insert(megatron_cpp::LanguageModelEmbedding(words),
                                       step37::ImageInsertEmbeddingOptions(C, H).projector_bias(true));
 
   at::manual_seed(1);  // the same on every rank: ids, features and the dense model

@@ -11,9 +11,10 @@
 #include "megatron_cpp/tensor_parallel/parallel_embedding.h"
 
 /// Each rank's table is an ordinary torch::nn::Embedding, on any device; ids are on the CPU.
-class RoundRobinEmbedding : public megatron::ParallelEmbedding {
+class RoundRobinEmbedding : public megatron_cpp::ParallelEmbedding {
  public:
-  RoundRobinEmbedding(const megatron::ParallelEmbeddingOptions& options, const parallel::GroupPtr& group)
+  RoundRobinEmbedding(const megatron_cpp::ParallelEmbeddingOptions& options,
+                      const megatron_cpp::parallel::GroupPtr& group)
       : ParallelEmbedding(options, group), t_(group->getSize()), rank_(group->getRank()) {
     const int64_t rows = (options.vocabulary_size() - rank_ + t_ - 1) / t_;
     table_ = register_module("table", torch::nn::Embedding(rows, options.hidden_size()));
@@ -21,7 +22,7 @@ class RoundRobinEmbedding : public megatron::ParallelEmbedding {
   }
 
   /// Every row of the whole comes from the one rank that has its id: the whole is the sum of the ranks' findings.
-  megatron::Part layout() const override { return megatron::Part::kSummand; }
+  megatron_cpp::Part layout() const override { return megatron_cpp::Part::kSummand; }
 
   at::Tensor partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out = {}) override {
     const auto ids = input_ids.t().reshape({-1});  // [S*B]: the id of flat row s*B + b
@@ -44,15 +45,15 @@ class RoundRobinEmbedding : public megatron::ParallelEmbedding {
   }
 
   /// Row i of the rank's table is row i*t + rank of the whole.
-  std::vector<megatron::ParameterShard> own_parameters() const override {
-    megatron::ParameterShard shard{.name = "table.weight",
-                                   .parameter = weight,
-                                   .domain = megatron::GradientDomain::kSharded,
-                                   .segments = {},
-                                   .initial_value = megatron::InitialValue::normal(options().init_std())};
+  std::vector<megatron_cpp::ParameterShard> own_parameters() const override {
+    megatron_cpp::ParameterShard shard{.name = "table.weight",
+                                       .parameter = weight,
+                                       .domain = megatron_cpp::GradientDomain::kSharded,
+                                       .segments = {},
+                                       .initial_value = megatron_cpp::InitialValue::normal(options().init_std())};
     for (int64_t i = 0; i < weight.size(0); ++i) {
-      shard.segments.push_back(megatron::ParameterSegment::rows("weight", {options().vocabulary_size(), hidden_size()},
-                                                                0, i * t_ + rank_, i, 1));
+      shard.segments.push_back(megatron_cpp::ParameterSegment::rows(
+          "weight", {options().vocabulary_size(), hidden_size()}, 0, i * t_ + rank_, i, 1));
     }
     return {shard};
   }

@@ -15,14 +15,17 @@
 #include <cmath>
 #include <cstdio>
 
+#include "megatron_cpp/parallel/collectives.h"
+#include "megatron_cpp/parallel/environment_groups.h"
+#include "megatron_cpp/parallel/errors.h"
+#include "megatron_cpp/parallel/runtime.h"
+#include "megatron_cpp/step37/insert/image_insert_embedding.h"
 #include "megatron_cpp/tensor_parallel/column_parallel_linear.h"
 #include "megatron_cpp/tensor_parallel/row_parallel_linear.h"
 #include "megatron_cpp/tensor_parallel/vocab_parallel_cross_entropy.h"
-#include "parallel/collectives.h"
-#include "parallel/environment_groups.h"
-#include "parallel/errors.h"
-#include "parallel/runtime.h"
-#include "step37/insert/image_insert_embedding.h"
+
+namespace parallel = megatron_cpp::parallel;
+namespace step37 = megatron_cpp::step37;
 
 namespace {
 
@@ -31,21 +34,23 @@ constexpr int64_t kImageRow = 41, kImageEnd = 42, kEnd = 43, kNumWords = 8, kIgn
 constexpr int64_t S = 8, kBatch = 16, kImageRows = 4;     // 4 x <image_row>, <image_end>, word, 2 x <end>
 constexpr double kFirstLoss = 3.913, kTenthLoss = 1.116;  // at every number of ranks, up to bfloat16
 
-class ModelImpl : public megatron::ParallelModule {
+class ModelImpl : public megatron_cpp::ParallelModule {
  public:
   explicit ModelImpl(const parallel::GroupPtr& tp) {
-    const auto column = [](int64_t n) { return megatron::ColumnParallelLinearOptions(H, n).sequence_parallel(true); };
-    const auto row = megatron::RowParallelLinearOptions(4 * H, H).sequence_parallel(true).init_std(0.2);
-    const auto words = megatron::ParallelEmbeddingOptions(V, H).sequence_parallel(true);
+    const auto column = [](int64_t n) {
+      return megatron_cpp::ColumnParallelLinearOptions(H, n).sequence_parallel(true);
+    };
+    const auto row = megatron_cpp::RowParallelLinearOptions(4 * H, H).sequence_parallel(true).init_std(0.2);
+    const auto words = megatron_cpp::ParallelEmbeddingOptions(V, H).sequence_parallel(true);
     const auto insertion =
         step37::ImageInsertEmbeddingOptions(H, H).projector_sharding(step37::ProjectorSharding::kNone);
-    embedding = register_module("embedding", megatron::LanguageModelEmbedding(words, tp));
+    embedding = register_module("embedding", megatron_cpp::LanguageModelEmbedding(words, tp));
     projector = register_module("projector", torch::nn::Linear(torch::nn::LinearOptions(C, H).bias(false)));
     insert = register_module("insert", step37::ImageInsertEmbedding(embedding, insertion));
     norm = register_parameter("norm", at::ones({H}));
-    up = register_module("up", megatron::ColumnParallelLinear(column(4 * H).init_std(0.2), tp));
-    down = register_module("down", megatron::RowParallelLinear(row, tp));
-    head = register_module("head", megatron::ColumnParallelLinear(column(V).pad_out_features(true), tp));
+    up = register_module("up", megatron_cpp::ColumnParallelLinear(column(4 * H).init_std(0.2), tp));
+    down = register_module("down", megatron_cpp::RowParallelLinear(row, tp));
+    head = register_module("head", megatron_cpp::ColumnParallelLinear(column(V).pad_out_features(true), tp));
   }
 
   /// ids [B, S], features [B, kImageRows, C] -> this rank's logits of every position, [S, B, V/t].
@@ -61,27 +66,27 @@ class ModelImpl : public megatron::ParallelModule {
   }
 
   /// Every rank has them, but the norm sees this rank's positions and the projector its pictures: parts, to be summed.
-  std::vector<megatron::ParameterShard> own_parameters() const override {
-    const auto partial = megatron::GradientDomain::kReplicatedPartial;
-    return {megatron::replicated_parameter("norm", norm, partial, megatron::InitialValue::constant(1), false),
-            megatron::replicated_parameter("projector.weight", projector->weight, partial,
-                                           megatron::InitialValue::normal(0.2), true)};
+  std::vector<megatron_cpp::ParameterShard> own_parameters() const override {
+    const auto partial = megatron_cpp::GradientDomain::kReplicatedPartial;
+    return {megatron_cpp::replicated_parameter("norm", norm, partial, megatron_cpp::InitialValue::constant(1), false),
+            megatron_cpp::replicated_parameter("projector.weight", projector->weight, partial,
+                                               megatron_cpp::InitialValue::normal(0.2), true)};
   }
 
  private:
-  megatron::LanguageModelEmbedding embedding{nullptr};
+  megatron_cpp::LanguageModelEmbedding embedding{nullptr};
   torch::nn::Linear projector{nullptr};
   step37::ImageInsertEmbedding insert{nullptr};
   at::Tensor norm;
-  megatron::ColumnParallelLinear up{nullptr}, head{nullptr};
-  megatron::RowParallelLinear down{nullptr};
+  megatron_cpp::ColumnParallelLinear up{nullptr}, head{nullptr};
+  megatron_cpp::RowParallelLinear down{nullptr};
 };
 TORCH_MODULE(Model);
 
 int train(const parallel::ProcessGroups& groups) {
   Model model(groups.tp);
-  const auto parameters = megatron::parameter_shards(*model);
-  megatron::initialize_parameters(parameters, /*seed=*/1);
+  const auto parameters = megatron_cpp::parameter_shards(*model);
+  megatron_cpp::initialize_parameters(parameters, /*seed=*/1);
   std::vector<at::Tensor> main_parameters, sum_over_tp;  // float32, with float32 gradients
   for (const auto& [name, parameter, domain, segments, initial_value, weight_decay] : parameters) {
     auto main = parameter.detach().clone();
@@ -109,8 +114,8 @@ int train(const parallel::ProcessGroups& groups) {
     for (int64_t micro_batch = 0; micro_batch < 2; ++micro_batch) {  // this replica's half of each half of the batch
       const auto own = [&](const at::Tensor& whole) { return whole.chunk(2 * dp)[2 * dp_rank + micro_batch]; };
       const auto logits = model->forward(own(ids), own(pictures).to(at::kBFloat16)).to(at::kFloat);
-      const auto losses = megatron::vocab_parallel_cross_entropy(logits, own(targets).t().contiguous(),
-                                                                 {.vocabulary_size = V}, groups.tp);
+      const auto losses = megatron_cpp::vocab_parallel_cross_entropy(logits, own(targets).t().contiguous(),
+                                                                     {.vocabulary_size = V}, groups.tp);
       const auto part = losses.sum() / (2 * kBatch);  // two positions of each text have a target
       part.backward();
       loss_sum += part.detach();

@@ -11,14 +11,17 @@
 #include <cmath>
 #include <cstdio>
 
+#include "megatron_cpp/parallel/process_groups.h"
+#include "megatron_cpp/parallel/runtime.h"
+#include "megatron_cpp/step37/insert/image_insert_embedding.h"
 #include "megatron_cpp/tensor_parallel/column_parallel_linear.h"
 #include "megatron_cpp/tensor_parallel/row_parallel_linear.h"
 #include "megatron_cpp/tensor_parallel/vocab_parallel_cross_entropy.h"
 #include "megatron_cpp/training/trainer.h"
 #include "megatron_cpp/training/training_loop.h"
-#include "parallel/process_groups.h"
-#include "parallel/runtime.h"
-#include "step37/insert/image_insert_embedding.h"
+
+namespace parallel = megatron_cpp::parallel;
+namespace step37 = megatron_cpp::step37;
 
 namespace {
 
@@ -28,15 +31,17 @@ constexpr int64_t S = 8, kBatch = 16, kImageRows = 4;  // <im_start> 4 x <im_pat
 constexpr double kFirstLoss = 3.92265;                 // at every number of ranks
 
 /// The user's decoder: position by position, but for a causal mean that lets words see the picture before them.
-class DecoderImpl : public megatron::ParallelModule {
+class DecoderImpl : public megatron_cpp::ParallelModule {
  public:
   explicit DecoderImpl(const parallel::GroupPtr& tp) {
-    const auto column = [](int64_t n) { return megatron::ColumnParallelLinearOptions(H, n).sequence_parallel(true); };
-    const auto row = megatron::RowParallelLinearOptions(4 * H, H).sequence_parallel(true).init_std(0.2);
+    const auto column = [](int64_t n) {
+      return megatron_cpp::ColumnParallelLinearOptions(H, n).sequence_parallel(true);
+    };
+    const auto row = megatron_cpp::RowParallelLinearOptions(4 * H, H).sequence_parallel(true).init_std(0.2);
     norm = register_parameter("norm", at::ones({H}));
-    up = register_module("up", megatron::ColumnParallelLinear(column(4 * H).init_std(0.2), tp));
-    down = register_module("down", megatron::RowParallelLinear(row, tp));
-    head = register_module("head", megatron::ColumnParallelLinear(column(V).pad_out_features(true), tp));
+    up = register_module("up", megatron_cpp::ColumnParallelLinear(column(4 * H).init_std(0.2), tp));
+    down = register_module("down", megatron_cpp::RowParallelLinear(row, tp));
+    head = register_module("head", megatron_cpp::ColumnParallelLinear(column(V).pad_out_features(true), tp));
   }
 
   /// [S/t, B, H], this rank's positions -> [S, B, V/t], its logits of every position.
@@ -47,14 +52,14 @@ class DecoderImpl : public megatron::ParallelModule {
   }
 
   /// The norm is on every rank, but sees the positions of this rank only: its gradient is a part, to be summed.
-  std::vector<megatron::ParameterShard> own_parameters() const override {
-    return {megatron::replicated_parameter("norm", norm, megatron::GradientDomain::kReplicatedPartial,
-                                           megatron::InitialValue::constant(1), /*weight_decay=*/false)};
+  std::vector<megatron_cpp::ParameterShard> own_parameters() const override {
+    return {megatron_cpp::replicated_parameter("norm", norm, megatron_cpp::GradientDomain::kReplicatedPartial,
+                                               megatron_cpp::InitialValue::constant(1), /*weight_decay=*/false)};
   }
 
   at::Tensor norm;
-  megatron::ColumnParallelLinear up{nullptr}, head{nullptr};
-  megatron::RowParallelLinear down{nullptr};
+  megatron_cpp::ColumnParallelLinear up{nullptr}, head{nullptr};
+  megatron_cpp::RowParallelLinear down{nullptr};
 };
 TORCH_MODULE(Decoder);
 
@@ -81,38 +86,38 @@ int run(parallel::Runtime& runtime) {
 
   torch::nn::Module model;
   const auto embedding = model.register_module(
-      "embedding",
-      megatron::LanguageModelEmbedding(megatron::ParallelEmbeddingOptions(V, H).sequence_parallel(true), groups.tp));
+      "embedding", megatron_cpp::LanguageModelEmbedding(
+                       megatron_cpp::ParallelEmbeddingOptions(V, H).sequence_parallel(true), groups.tp));
   const auto insert = model.register_module("insert", step37::ImageInsertEmbedding(embedding, C, H));
   const auto decoder = model.register_module("decoder", Decoder(groups.tp));
 
   // Every parameter says how its gradient is completed; the trainer does so once a step, with two collectives.
-  const auto parameters = megatron::parameter_shards(model);
-  megatron::initialize_parameters(parameters, /*seed=*/1);
+  const auto parameters = megatron_cpp::parameter_shards(model);
+  megatron_cpp::initialize_parameters(parameters, /*seed=*/1);
   constexpr int64_t kSteps = 61;
-  megatron::TrainerOptions options;
+  megatron_cpp::TrainerOptions options;
   options.learning_rate = {.peak = 0.01, .floor = 0.01, .warmup_steps = 0, .total_steps = kSteps};
-  megatron::Trainer trainer(parameters, groups, options);
+  megatron_cpp::Trainer trainer(parameters, groups, options);
 
   const auto patterns = at::randn({kNumWords, kImageRows, C}, at::detail::createCPUGenerator(7));
   double first = 0, loss = 0;
   int64_t step = 0;  // of the next batch
-  megatron::TrainingLoopCallbacks callbacks;
+  megatron_cpp::TrainingLoopCallbacks callbacks;
   callbacks.next_batch = [&] {
     const auto batch = make_batch(step++, patterns, groups.grid.dp, groups.dp->getRank());
     const auto loss_sum = [=](int64_t /*micro_batch*/) mutable {
       step37::ImageForInsert images{.insert_start_token = kImageStart, .image_features = batch.features};
       const auto logits = decoder->forward(insert->forward(batch.ids, {images}));
-      return megatron::vocab_parallel_cross_entropy(logits, batch.targets, {.vocabulary_size = V}, groups.tp).sum();
+      return megatron_cpp::vocab_parallel_cross_entropy(logits, batch.targets, {.vocabulary_size = V}, groups.tp).sum();
     };
-    return megatron::StepBatch{.num_micro_batches = 1, .num_loss_tokens = 2 * kBatch, .loss_sum = loss_sum};
+    return megatron_cpp::StepBatch{.num_micro_batches = 1, .num_loss_tokens = 2 * kBatch, .loss_sum = loss_sum};
   };
-  callbacks.report = [&](const megatron::StepMetrics& metrics) {
+  callbacks.report = [&](const megatron_cpp::StepMetrics& metrics) {
     loss = metrics.result.loss;
     if (metrics.step == 1) first = loss;
     if (runtime.rank() == 0 && metrics.step % 10 == 1) std::printf("step %2ld  loss %.4f\n", metrics.step - 1, loss);
   };
-  megatron::run_training_loop(trainer, {.steps = kSteps}, callbacks);
+  megatron_cpp::run_training_loop(trainer, {.steps = kSteps}, callbacks);
   TORCH_CHECK(std::abs(first - kFirstLoss) < 1e-3 && loss < 0.05, "the loss went from ", first, " to ", loss);
   if (runtime.rank() == 0) std::printf("learned: loss %.2f -> %.2f\n", first, loss);
   return 0;

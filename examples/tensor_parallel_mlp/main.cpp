@@ -8,12 +8,14 @@
 
 #include <cstdio>
 
+#include "megatron_cpp/parallel/agree.h"
+#include "megatron_cpp/parallel/collectives.h"
+#include "megatron_cpp/parallel/process_groups.h"
+#include "megatron_cpp/parallel/runtime.h"
 #include "megatron_cpp/tensor_parallel/column_parallel_linear.h"
 #include "megatron_cpp/tensor_parallel/row_parallel_linear.h"
-#include "parallel/agree.h"
-#include "parallel/collectives.h"
-#include "parallel/process_groups.h"
-#include "parallel/runtime.h"
+
+namespace parallel = megatron_cpp::parallel;
 
 namespace {
 
@@ -25,10 +27,10 @@ int run(parallel::Runtime& runtime) {
   const auto own = [&](const at::Tensor& whole, int64_t dim) { return whole.chunk(t, dim)[runtime.rank()]; };
 
   // Up: every rank has F/t columns of the output; down: the same F/t of its input. Between layers, S/t positions each.
-  megatron::ColumnParallelLinear up(megatron::ColumnParallelLinearOptions(H, F).sequence_parallel(true), tp);
-  megatron::RowParallelLinear down(megatron::RowParallelLinearOptions(F, H).sequence_parallel(true), tp);
-  megatron::initialize_parameters(up->own_parameters(), /*seed=*/1);
-  megatron::initialize_parameters(down->own_parameters(), /*seed=*/2);
+  megatron_cpp::ColumnParallelLinear up(megatron_cpp::ColumnParallelLinearOptions(H, F).sequence_parallel(true), tp);
+  megatron_cpp::RowParallelLinear down(megatron_cpp::RowParallelLinearOptions(F, H).sequence_parallel(true), tp);
+  megatron_cpp::initialize_parameters(up->own_parameters(), /*seed=*/1);
+  megatron_cpp::initialize_parameters(down->own_parameters(), /*seed=*/2);
 
   at::manual_seed(3);  // the same on every rank
   const auto whole_input = at::randn({S, B, H}).set_requires_grad(true);

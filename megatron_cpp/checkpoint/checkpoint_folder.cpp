@@ -18,7 +18,7 @@
 #include "megatron_cpp/checkpoint/sharded_checkpoint.h"
 #include "parallel/errors.h"
 
-namespace megatron {
+namespace megatron_cpp {
 namespace internal {
 namespace {
 
@@ -232,4 +232,4 @@ std::optional<fs::path> latest_checkpoint(const fs::path& directory) {
   return std::nullopt;
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

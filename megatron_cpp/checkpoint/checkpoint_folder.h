@@ -5,7 +5,7 @@
 #include <filesystem>
 #include <string>
 
-namespace megatron::internal {
+namespace megatron_cpp::internal {
 
 /// "step-00000012".
 std::string step_name(int64_t step);
@@ -28,4 +28,4 @@ void point_latest(const std::filesystem::path& directory, const std::filesystem:
 /// from. What goes wrong is a warning: the other ranks are through, and the new checkpoint is what counts.
 void remove_old(const std::filesystem::path& directory, int64_t step, int64_t keep_last);
 
-}  // namespace megatron::internal
+}  // namespace megatron_cpp::internal

@@ -17,7 +17,7 @@
 #include "megatron_cpp/checkpoint/json_integer.h"
 #include "megatron_cpp/checkpoint/safetensors.h"
 
-namespace megatron::internal {
+namespace megatron_cpp::internal {
 namespace {
 
 namespace fs = std::filesystem;
@@ -314,8 +314,8 @@ void check_files(const fs::path& folder, const CheckpointManifest& manifest) {
   }
 }
 
-}  // namespace megatron::internal
+}  // namespace megatron_cpp::internal
 
-std::string megatron::TensorId::text() const {
-  return role == TensorRole::kParameter ? name : internal::role_text(role) + " of " + name;
+std::string megatron_cpp::TensorId::text() const {
+  return role == TensorRole::kParameter ? name : megatron_cpp::internal::role_text(role) + " of " + name;
 }

@@ -10,7 +10,7 @@
 #include "megatron_cpp/checkpoint/sharded_checkpoint.h"
 #include "megatron_cpp/parameters/box.h"
 
-namespace megatron::internal {
+namespace megatron_cpp::internal {
 
 inline constexpr const char* kManifestFile = "manifest.json";
 
@@ -66,4 +66,4 @@ CheckpointManifest read_manifest(const std::filesystem::path& folder);
 /// @throws c10::ValueError naming a file of the manifest that is missing or has another size.
 void check_files(const std::filesystem::path& folder, const CheckpointManifest& manifest);
 
-}  // namespace megatron::internal
+}  // namespace megatron_cpp::internal

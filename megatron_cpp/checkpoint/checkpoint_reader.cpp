@@ -9,7 +9,7 @@
 #include "megatron_cpp/checkpoint/safetensors.h"
 #include "megatron_cpp/checkpoint/sharded_checkpoint.h"
 
-namespace megatron {
+namespace megatron_cpp {
 namespace {
 
 namespace fs = std::filesystem;
@@ -157,4 +157,4 @@ void CheckpointReader::load(const std::vector<ShardedTensor>& tensors, UnusedTen
   for (const auto& [file, piece, wanted] : copies) copy_overlap(file, piece, wanted);
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

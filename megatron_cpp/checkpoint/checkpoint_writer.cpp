@@ -13,7 +13,7 @@
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
 
-namespace megatron {
+namespace megatron_cpp {
 namespace {
 
 namespace fs = std::filesystem;
@@ -159,4 +159,4 @@ fs::path save_checkpoint(const fs::path& directory, const CheckpointContents& co
   return folder;
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

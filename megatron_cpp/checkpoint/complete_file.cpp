@@ -14,7 +14,7 @@
 #include <system_error>
 #include <utility>
 
-namespace megatron {
+namespace megatron_cpp {
 namespace internal {
 namespace {
 
@@ -208,4 +208,4 @@ void write_file(const std::filesystem::path& path, std::string_view text) {
   file.commit();
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

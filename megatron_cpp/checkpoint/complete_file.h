@@ -6,7 +6,7 @@
 #include <string>
 #include <string_view>
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// Writes `text` as the file `path`, complete or not at all: it is written beside it, under a name of its own that ends
 /// in .partial, flushed to disk and renamed. Of a link it is the file that the link leads to; a device or a pipe is
@@ -85,4 +85,4 @@ class CompleteFile {
 
 }  // namespace internal
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -7,7 +7,7 @@
 #include <optional>
 #include <vector>
 
-namespace megatron::internal {
+namespace megatron_cpp::internal {
 
 /// The number, if it is an integer and fits. get<int64_t>() of the JSON library takes true, 1.5 and 1e300 as well, the
 /// last of them with undefined behaviour.
@@ -41,4 +41,4 @@ inline std::optional<int64_t> product_of_sizes(const std::vector<int64_t>& shape
   return factor;
 }
 
-}  // namespace megatron::internal
+}  // namespace megatron_cpp::internal

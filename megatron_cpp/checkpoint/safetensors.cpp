@@ -18,7 +18,7 @@
 #include "megatron_cpp/checkpoint/complete_file.h"
 #include "megatron_cpp/checkpoint/json_integer.h"
 
-namespace megatron {
+namespace megatron_cpp {
 namespace {
 
 using Json = nlohmann::ordered_json;
@@ -225,4 +225,4 @@ void write_safetensors(const std::filesystem::path& path, const std::vector<Name
   file.commit();
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -16,7 +16,7 @@
 
 #include "megatron_cpp/parameters/box.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// What the header says of one tensor.
 struct SafetensorsEntry {
@@ -79,4 +79,4 @@ std::string safetensors_dtype(at::ScalarType dtype, const std::string& tensor);
 void write_safetensors(const std::filesystem::path& path, const std::vector<NamedTensor>& tensors,
                        const std::map<std::string, std::string>& metadata = {});
 
-}  // namespace megatron
+}  // namespace megatron_cpp

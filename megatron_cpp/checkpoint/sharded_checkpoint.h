@@ -27,7 +27,7 @@
 #include "parallel/group.h"
 #include "parallel/process_groups.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// What a tensor of a checkpoint is to the parameter whose name it has.
 enum class TensorRole {
@@ -163,4 +163,4 @@ class CheckpointReader {
 /// @throws c10::ValueError if there are some, but all are broken: whoever would start over would lose them.
 std::optional<std::filesystem::path> latest_checkpoint(const std::filesystem::path& directory);
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -5,7 +5,7 @@
 
 #include <limits>
 
-namespace megatron {
+namespace megatron_cpp {
 namespace {
 
 at::Tensor row(const std::vector<int64_t>& values) { return at::tensor(values, at::kLong).unsqueeze(0); }
@@ -103,4 +103,4 @@ PackedSamples pack(const std::vector<Sample>& samples, const PackingOptions& opt
   return result;
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

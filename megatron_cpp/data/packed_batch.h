@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// Label of a position that doesn't count in the loss.
 inline constexpr int64_t kIgnoreIndex = -100;
@@ -96,4 +96,4 @@ struct PackedSamples {
 /// Packs a whole list by SamplePacker. No samples give no batches.
 PackedSamples pack(const std::vector<Sample>& samples, const PackingOptions& options);
 
-}  // namespace megatron
+}  // namespace megatron_cpp

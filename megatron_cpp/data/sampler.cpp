@@ -7,7 +7,7 @@
 #include <random>
 #include <utility>
 
-namespace megatron {
+namespace megatron_cpp {
 namespace {
 
 /// A number in [0, bound), every one equally likely.
@@ -99,4 +99,4 @@ void MixedSampler::restore(const std::vector<SamplerState>& states) {
   for (size_t i = 0; i < states.size(); ++i) samplers_[i].restore(states[i]);
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

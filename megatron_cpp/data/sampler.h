@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// A permutation of 0 .. count - 1: Fisher-Yates from the last element down, element i swapped with element
 /// j <= i, where j is drawn from std::mt19937_64(seed) without bias: outputs x below 2^64 mod (i + 1) are drawn again,
@@ -87,4 +87,4 @@ class MixedSampler {
   std::vector<double> weights_;
 };
 
-}  // namespace megatron
+}  // namespace megatron_cpp

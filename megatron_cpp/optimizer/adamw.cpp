@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <utility>
 
-namespace megatron {
+namespace megatron_cpp {
 namespace {
 
 bool has_prefix(const std::string& name, const std::string& prefix) {
@@ -102,4 +102,4 @@ void AdamW::step(double learning_rate) {
   }
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

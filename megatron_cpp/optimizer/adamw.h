@@ -12,7 +12,7 @@
 #include "megatron_cpp/parameters/parameter_shard.h"
 #include "parallel/shard.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// Factors by prefix of a parameter's name: "decoder.layers.1" is for all names that are it or go on after a dot, as
 /// "decoder.layers.1.mlp.weight" does. Of several the longest counts for a parameter; without any its factor is 1.
@@ -82,4 +82,4 @@ class AdamW {
   int64_t num_steps_ = 0;
 };
 
-}  // namespace megatron
+}  // namespace megatron_cpp

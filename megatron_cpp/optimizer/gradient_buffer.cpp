@@ -10,7 +10,7 @@
 
 #include "parallel/collectives.h"
 
-namespace megatron {
+namespace megatron_cpp {
 namespace {
 
 // On a GPU the optimizer's kernel loads 16 bytes at a time where every tensor begins at a multiple of them, and element
@@ -169,4 +169,4 @@ double GradientBuffer::clip_grad_norm(double max_norm) {
   return before;
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -9,7 +9,7 @@
 #include "megatron_cpp/parameters/parameter_shard.h"
 #include "parallel/process_groups.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// Owns a flat tensor, a bucket, for each dtype and group that gradients are summed over (GradientDomain), and makes
 /// every trainable parameter's .grad a view of its bucket, so that backward (with or without accumulate_into_grad) adds
@@ -82,4 +82,4 @@ at::Tensor squares_of_blocks_by_operators(const std::vector<at::Tensor>& gradien
 
 }  // namespace internal
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -9,7 +9,7 @@
 #include <numeric>
 #include <utility>
 
-namespace megatron {
+namespace megatron_cpp {
 namespace {
 
 int64_t product(const std::vector<int64_t>& sizes, size_t first = 0) {
@@ -178,4 +178,4 @@ std::optional<CoverFault> find_cover_fault(const std::vector<int64_t>& shape, co
   return CoverFault{.kind = Kind::kMissing, .element = first_missing(shape, boxes)};
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -11,7 +11,7 @@
 
 #include "parallel/shard.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// A part of a tensor: in each dimension d the indices [begin[d], begin[d] + length[d]). A part without elements has a
 /// length of 0 somewhere. Of a tensor without dimensions the one part has none either, and one element.
@@ -80,4 +80,4 @@ struct CoverFault {
 /// @param shape  sizes of at least 0 whose product fits into 63 bits.
 std::optional<CoverFault> find_cover_fault(const std::vector<int64_t>& shape, const std::vector<Box>& boxes);
 
-}  // namespace megatron
+}  // namespace megatron_cpp

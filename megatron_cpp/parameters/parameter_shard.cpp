@@ -16,7 +16,7 @@
 
 #include "parallel/hash.h"
 
-namespace megatron {
+namespace megatron_cpp {
 namespace {
 
 /// Of the name, then the seed: the same on every machine.
@@ -147,7 +147,7 @@ std::vector<ParameterShard> parameter_shards(const torch::nn::Module& root) {
   visit(root, "");
   for (const auto& parameter : root.named_parameters()) {
     TORCH_CHECK_VALUE(spoken_for.count(parameter.key()) > 0, "no parallel module says how parameter ", parameter.key(),
-                      " is sharded: give it to a megatron::ParallelModule that lists it in own_parameters()");
+                      " is sharded: give it to a ParallelModule that lists it in own_parameters()");
   }
   return all;
 }
@@ -169,4 +169,4 @@ void initialize_parameters(const std::vector<ParameterShard>& parameters, uint64
   }
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -13,8 +13,9 @@
 
 #include "megatron_cpp/parameters/box.h"
 
-/// Tensor-parallel layers, decoder, optimizer, checkpoints and data packing, with Megatron-Core's names.
-namespace megatron {
+/// All of the project. Itself: tensor-parallel layers, decoder, optimizer, checkpoints and data packing, with
+/// Megatron-Core's names.
+namespace megatron_cpp {
 
 /// How a parameter and its gradient lie on the ranks. Both members name a kind of parallel::ProcessGroups; this is what
 /// gradient reduction and norm go by.
@@ -105,4 +106,4 @@ std::vector<ParameterShard> parameter_shards(const torch::nn::Module& root);
 /// group sizes start alike. In place, without gradient; not collective.
 void initialize_parameters(const std::vector<ParameterShard>& parameters, uint64_t seed);
 
-}  // namespace megatron
+}  // namespace megatron_cpp

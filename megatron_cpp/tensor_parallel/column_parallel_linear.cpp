@@ -11,7 +11,7 @@
 #include "parallel/mappings.h"
 #include "parallel/shard.h"
 
-namespace megatron {
+namespace megatron_cpp {
 namespace {
 
 int64_t total_features(const std::vector<OutputPart>& parts) {
@@ -78,4 +78,4 @@ std::vector<ParameterShard> ColumnParallelLinearImpl::own_parameters() const {
   return result;
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -11,7 +11,7 @@
 #include "megatron_cpp/parameters/parameter_shard.h"
 #include "parallel/group.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// One of several matrices that are stacked in a fused weight (q, k and v in one product).
 struct OutputPart {
@@ -72,4 +72,4 @@ class ColumnParallelLinearImpl : public ParallelModule {
 };
 TORCH_MODULE(ColumnParallelLinear);
 
-}  // namespace megatron
+}  // namespace megatron_cpp

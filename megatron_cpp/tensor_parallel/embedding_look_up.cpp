@@ -8,7 +8,7 @@
 
 #include "megatron_cpp/tensor_parallel/rows.h"
 
-namespace megatron::internal {
+namespace megatron_cpp::internal {
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -107,4 +107,4 @@ at::Tensor look_up_rows(const at::Tensor& table, const LookUp& look_up, int64_t 
   return LookUpFunction::apply(table, look_up.output_rows, look_up.table_rows, S, B, zero_others, accumulate_into_grad);
 }
 
-}  // namespace megatron::internal
+}  // namespace megatron_cpp::internal

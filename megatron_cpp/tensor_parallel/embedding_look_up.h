@@ -7,7 +7,7 @@
 
 #include "parallel/shard.h"
 
-namespace megatron::internal {
+namespace megatron_cpp::internal {
 
 /// What is looked up of ids [B, S]: rows of the output and of the table, on the table's device.
 struct LookUp {
@@ -37,4 +37,4 @@ LookUp plan_look_up_on_device(const at::Tensor& input_ids, const at::Tensor& row
 at::Tensor look_up_rows(const at::Tensor& table, const LookUp& look_up, int64_t S, int64_t B, bool zero_others,
                         bool accumulate_into_grad);
 
-}  // namespace megatron::internal
+}  // namespace megatron_cpp::internal

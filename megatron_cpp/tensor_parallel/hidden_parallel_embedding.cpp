@@ -7,7 +7,7 @@
 #include "megatron_cpp/tensor_parallel/embedding_look_up.h"
 #include "parallel/shard.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 HiddenParallelEmbeddingImpl::HiddenParallelEmbeddingImpl(ParallelEmbeddingOptions options, parallel::GroupPtr tp)
     : ParallelEmbedding(std::move(options), std::move(tp)) {
@@ -29,4 +29,4 @@ std::vector<ParameterShard> HiddenParallelEmbeddingImpl::own_parameters() const 
                             weight.size(1) * this->tp()->getRank(), InitialValue::normal(options().init_std()), true)};
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -10,7 +10,7 @@
 #include "megatron_cpp/tensor_parallel/parallel_embedding.h"
 #include "parallel/group.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// Rank r of t holds columns [r·H/t, (r+1)·H/t) of the table, for every id; the vocabulary is not padded. A partial is
 /// these columns of the embedding, [S, B, H/t]. Under sequence parallelism no rank ever has [S, B, H], and what is sent
@@ -29,4 +29,4 @@ class HiddenParallelEmbeddingImpl : public ParallelEmbedding {
 };
 TORCH_MODULE(HiddenParallelEmbedding);
 
-}  // namespace megatron
+}  // namespace megatron_cpp

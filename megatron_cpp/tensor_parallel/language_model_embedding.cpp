@@ -5,7 +5,7 @@
 #include "megatron_cpp/tensor_parallel/hidden_parallel_embedding.h"
 #include "megatron_cpp/tensor_parallel/vocab_parallel_embedding.h"
 
-namespace megatron {
+namespace megatron_cpp {
 namespace {
 
 std::shared_ptr<ParallelEmbedding> make_word_embeddings(const ParallelEmbeddingOptions& options,
@@ -37,4 +37,4 @@ at::Tensor LanguageModelEmbeddingImpl::forward(const at::Tensor& input_ids, cons
   return finish(reduce(partial(input_ids)), position_ids);
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -10,7 +10,7 @@
 
 #include "megatron_cpp/tensor_parallel/parallel_embedding.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// Token ids [B, S] to [S, B, H], or this rank's rows [S/t, B, H] under sequence parallelism, in three steps, so that
 /// others (image features) can put rows between the first two and share the one collective.
@@ -48,4 +48,4 @@ class LanguageModelEmbeddingImpl : public ParallelModule {
 };
 TORCH_MODULE(LanguageModelEmbedding);
 
-}  // namespace megatron
+}  // namespace megatron_cpp

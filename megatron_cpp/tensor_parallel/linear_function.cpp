@@ -10,7 +10,7 @@
 #include "megatron_cpp/tensor_parallel/matrix_product.h"
 #include "parallel/collectives.h"
 
-namespace megatron::internal {
+namespace megatron_cpp::internal {
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -96,4 +96,4 @@ at::Tensor linear_with_communication(const at::Tensor& input, const at::Tensor& 
                                group);
 }
 
-}  // namespace megatron::internal
+}  // namespace megatron_cpp::internal

@@ -5,7 +5,7 @@
 
 #include "parallel/group.h"
 
-namespace megatron::internal {
+namespace megatron_cpp::internal {
 
 /// What the ranks of the group hold of a linear layer's input.
 enum class LinearInput {
@@ -25,4 +25,4 @@ at::Tensor linear_with_communication(const at::Tensor& input, const at::Tensor& 
                                      LinearInput input_kind, bool accumulate_into_grad,
                                      const parallel::GroupPtr& group);
 
-}  // namespace megatron::internal
+}  // namespace megatron_cpp::internal

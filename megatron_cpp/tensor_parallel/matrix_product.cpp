@@ -7,10 +7,10 @@
 #include <algorithm>
 #include <optional>
 
-namespace megatron::internal {
+namespace megatron_cpp::internal {
 namespace {
 
-constexpr char kName[] = "megatron::matrix_product";
+constexpr char kName[] = "megatron_cpp::matrix_product";
 
 bool multiplies_halves_slowly() {
 #if defined(__x86_64__)
@@ -98,4 +98,4 @@ void add_matrix_product(const at::Tensor& sum, const at::Tensor& a, const at::Te
   }
 }
 
-}  // namespace megatron::internal
+}  // namespace megatron_cpp::internal

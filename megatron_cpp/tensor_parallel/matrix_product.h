@@ -4,12 +4,12 @@
 // ones (11 against 88 GFLOP/s on an AVX2 EPYC core). There they are multiplied in float32, block by block, and rounded
 // once, which is what the hardware of other machines does. Elsewhere these are LibTorch's own products.
 //
-// Each is one operation "megatron::matrix_product" to profilers.
+// Each is one operation "megatron_cpp::matrix_product" to profilers.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
-namespace megatron::internal {
+namespace megatron_cpp::internal {
 
 /// [.., C] as a matrix, a view where that is possible.
 at::Tensor as_matrix(const at::Tensor& tensor);
@@ -23,4 +23,4 @@ at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b);
 /// sum [R, C] += a [R, K] · b [K, C], in place.
 void add_matrix_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b);
 
-}  // namespace megatron::internal
+}  // namespace megatron_cpp::internal

@@ -4,7 +4,7 @@
 
 #include "parallel/mappings.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 ParallelEmbedding::ParallelEmbedding(ParallelEmbeddingOptions options, parallel::GroupPtr tp)
     : options_(std::move(options)), tp_(std::move(tp)) {}
@@ -26,4 +26,4 @@ at::Tensor ParallelEmbedding::reduce(const at::Tensor& partial) const {
                  : parallel::gather_from_tensor_model_parallel_region(partial, tp_);
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

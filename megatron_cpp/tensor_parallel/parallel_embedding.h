@@ -11,7 +11,7 @@
 #include "parallel/group.h"
 #include "parallel/sequence_layout.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// What rank r of t makes of rows [.., H] of an embedding.
 enum class Part {
@@ -115,4 +115,4 @@ class ParallelEmbedding : public ParallelModule {
   parallel::GroupPtr tp_;
 };
 
-}  // namespace megatron
+}  // namespace megatron_cpp

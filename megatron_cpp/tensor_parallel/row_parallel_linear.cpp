@@ -10,7 +10,7 @@
 #include "parallel/mappings.h"
 #include "parallel/shard.h"
 
-namespace megatron {
+namespace megatron_cpp {
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -72,4 +72,4 @@ std::vector<ParameterShard> RowParallelLinearImpl::own_parameters() const {
   return result;
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -10,7 +10,7 @@
 #include "megatron_cpp/parameters/parameter_shard.h"
 #include "parallel/group.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// Sizes over all ranks, and what is done with input and output.
 struct RowParallelLinearOptions {
@@ -59,4 +59,4 @@ class RowParallelLinearImpl : public ParallelModule {
 };
 TORCH_MODULE(RowParallelLinear);
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cstring>
 
-namespace megatron::internal {
+namespace megatron_cpp::internal {
 namespace {
 
 /// Rows of a matrix on the CPU as bytes.
@@ -110,4 +110,4 @@ at::Tensor gather_rows(const at::Tensor& source, const at::Tensor& rows) {
   return gathered;
 }
 
-}  // namespace megatron::internal
+}  // namespace megatron_cpp::internal

@@ -9,7 +9,7 @@
 #include <span>
 #include <vector>
 
-namespace megatron::internal {
+namespace megatron_cpp::internal {
 
 /// Row numbers as int64 tensors [k] on `device`, all of them in one copy: on a GPU from pinned memory and without
 /// waiting, so that nothing here synchronises the device.
@@ -30,4 +30,4 @@ void copy_rows(const at::Tensor& target, const at::Tensor& target_rows, const at
 /// source[rows[i]] as a new tensor [k, W], without gradient; `source` as in copy_rows.
 at::Tensor gather_rows(const at::Tensor& source, const at::Tensor& rows);
 
-}  // namespace megatron::internal
+}  // namespace megatron_cpp::internal

@@ -1,6 +1,6 @@
 #include "megatron_cpp/tensor_parallel/to_device.h"
 
-namespace megatron::internal {
+namespace megatron_cpp::internal {
 
 at::Tensor to_device(const at::Tensor& tensor, const c10::Device& device) {
   // Autograd has no way back through pin_memory.
@@ -8,4 +8,4 @@ at::Tensor to_device(const at::Tensor& tensor, const c10::Device& device) {
   return (pins ? tensor.pin_memory() : tensor).to(device, /*non_blocking=*/true);
 }
 
-}  // namespace megatron::internal
+}  // namespace megatron_cpp::internal

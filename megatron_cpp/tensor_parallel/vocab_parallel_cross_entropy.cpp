@@ -13,7 +13,7 @@
 #include "parallel/collectives.h"
 #include "parallel/shard.h"
 
-namespace megatron {
+namespace megatron_cpp {
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -176,4 +176,4 @@ at::Tensor vocab_parallel_cross_entropy(const at::Tensor& logits, const at::Tens
                                      options.label_smoothing, options.ignore_index, tp);
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

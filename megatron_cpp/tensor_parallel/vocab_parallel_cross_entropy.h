@@ -7,7 +7,7 @@
 
 #include "parallel/group.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// What the loss counts.
 struct CrossEntropyOptions {
@@ -39,4 +39,4 @@ struct CrossEntropyOptions {
 at::Tensor vocab_parallel_cross_entropy(const at::Tensor& logits, const at::Tensor& target,
                                         const CrossEntropyOptions& options, const parallel::GroupPtr& tp);
 
-}  // namespace megatron
+}  // namespace megatron_cpp

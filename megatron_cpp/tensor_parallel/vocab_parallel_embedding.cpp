@@ -9,7 +9,7 @@
 #include "megatron_cpp/tensor_parallel/embedding_look_up.h"
 #include "parallel/shard.h"
 
-namespace megatron {
+namespace megatron_cpp {
 namespace {
 
 /// Every row but those left out is looked up, and those that aren't this rank's are masked, so that no id has to come
@@ -70,4 +70,4 @@ std::vector<ParameterShard> VocabParallelEmbeddingImpl::own_parameters() const {
   return {std::move(shard)};
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -10,7 +10,7 @@
 #include "megatron_cpp/tensor_parallel/parallel_embedding.h"
 #include "parallel/group.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// `vocabulary_size` rounded up to a multiple of t * divisible_by: what t ranks hold together. The only place where a
 /// vocabulary is padded.
@@ -36,4 +36,4 @@ class VocabParallelEmbeddingImpl : public ParallelEmbedding {
 };
 TORCH_MODULE(VocabParallelEmbedding);
 
-}  // namespace megatron
+}  // namespace megatron_cpp

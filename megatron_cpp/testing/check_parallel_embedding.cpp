@@ -11,7 +11,7 @@
 #include "parallel/collectives.h"
 #include "parallel/recording_backend.h"
 
-namespace megatron {
+namespace megatron_cpp {
 namespace {
 
 /// An embedding, what it is asked for, the truth about it (on the CPU), and what was found.
@@ -217,4 +217,4 @@ std::vector<std::string> check_parallel_embedding(const MakeEmbedding& make, con
   return check.sentences;
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -9,7 +9,7 @@
 #include "megatron_cpp/tensor_parallel/parallel_embedding.h"
 #include "parallel/group.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// Makes the embedding to be checked, of the sizes in `options`, over `tp`, on the device it is meant for. Called five
 /// times on every rank, in the same order. `tp` counts what is sent through it: the embedding must keep this group.
@@ -27,4 +27,4 @@ using MakeEmbedding = std::function<std::shared_ptr<ParallelEmbedding>(const Par
 /// Comm: some hundred collectives of a few hundred bytes; for start-up checks and tests. Collective over tp.
 std::vector<std::string> check_parallel_embedding(const MakeEmbedding& make, const parallel::GroupPtr& tp);
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <numbers>
 
-namespace megatron {
+namespace megatron_cpp {
 
 void LearningRateSchedule::validate() const {
   TORCH_CHECK_VALUE(peak > 0, "learning rate ", peak, " is not above 0");
@@ -34,4 +34,4 @@ double LearningRateSchedule::at(int64_t step) const {
   return floor + (peak - floor) * share;
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

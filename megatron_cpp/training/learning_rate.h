@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// How the learning rate goes down after the warm-up; Megatron-Core's lr_decay_style.
 enum class LearningRateDecay {
@@ -31,4 +31,4 @@ struct LearningRateSchedule {
   double at(int64_t step) const;
 };
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -9,7 +9,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
-namespace megatron {
+namespace megatron_cpp {
 namespace {
 
 /// The lines of `path` whose step is at most `last_step`.
@@ -48,4 +48,4 @@ void MetricsFile::write(const StepMetrics& metrics) {
   internal::write_all(file_.get(), line.data(), line.size(), path_.string());
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

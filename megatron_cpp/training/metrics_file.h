@@ -7,7 +7,7 @@
 #include "megatron_cpp/checkpoint/complete_file.h"
 #include "megatron_cpp/training/training_loop.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// Appends one JSON object per optimizer step, each flushed when it is written: step, loss, grad_norm, learning_rate,
 /// the counts and tokens_per_second if "tokens" is among them, step_seconds, and validation_loss on steps that
@@ -28,4 +28,4 @@ class MetricsFile {
   internal::FileDescriptor file_;
 };
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -1,6 +1,6 @@
 #include "megatron_cpp/training/schedule.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 std::vector<Action> one_after_the_other(int64_t num_micro_batches) {
   std::vector<Action> actions;
@@ -11,4 +11,4 @@ std::vector<Action> one_after_the_other(int64_t num_micro_batches) {
   return actions;
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

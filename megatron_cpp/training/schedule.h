@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// One thing to do with one micro-batch.
 struct Action {
@@ -20,4 +20,4 @@ struct Action {
 /// time. Trainer does what the list says; a pipeline's list would send and receive between the stages.
 std::vector<Action> one_after_the_other(int64_t num_micro_batches);
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -9,7 +9,7 @@
 #include "megatron_cpp/training/schedule.h"
 #include "parallel/collectives.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 Trainer::Trainer(const std::vector<ParameterShard>& parameters, const parallel::ProcessGroups& groups,
                  const TrainerOptions& options)
@@ -55,4 +55,4 @@ StepResult Trainer::step(const std::function<at::Tensor(int64_t)>& loss_sum, int
   return result;
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -13,7 +13,7 @@
 #include "megatron_cpp/training/learning_rate.h"
 #include "parallel/process_groups.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// What a step does with the gradients.
 struct TrainerOptions {
@@ -61,4 +61,4 @@ class Trainer {
   AdamW optimizer_;
 };
 
-}  // namespace megatron
+}  // namespace megatron_cpp

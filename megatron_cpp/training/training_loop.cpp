@@ -4,7 +4,7 @@
 
 #include <chrono>
 
-namespace megatron {
+namespace megatron_cpp {
 
 bool TrainingLoopOptions::is_due(int64_t step, int64_t interval) const {
   return step == steps || (interval > 0 && step % interval == 0);
@@ -39,4 +39,4 @@ int64_t run_training_loop(Trainer& trainer, const TrainingLoopOptions& options,
   return step;
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -12,7 +12,7 @@
 
 #include "megatron_cpp/training/trainer.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// What one step trains on.
 struct StepBatch {
@@ -60,4 +60,4 @@ struct TrainingLoopCallbacks {
 /// @throws c10::ValueError if there is no next_batch; and as Trainer::step and the callbacks do.
 int64_t run_training_loop(Trainer& trainer, const TrainingLoopOptions& options, const TrainingLoopCallbacks& callbacks);
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -10,7 +10,7 @@
 #include "megatron_cpp/transformer/flash_attention.h"
 #include "parallel/shard.h"
 
-namespace megatron {
+namespace megatron_cpp {
 namespace {
 
 constexpr int64_t kSmallestQueryBlock = 128;
@@ -127,4 +127,4 @@ at::Tensor SelfAttentionImpl::forward(const at::Tensor& input, const AttentionBa
   return linear_proj->forward(gated.flatten(2, 3));
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

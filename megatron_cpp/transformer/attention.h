@@ -16,7 +16,7 @@
 #include "megatron_cpp/transformer/transformer_config.h"
 #include "parallel/group.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// softmax(q kᵀ / sqrt(D)) v, causal, within each sub-sequence. With `sliding_window` W > 0 position i attends to j
 /// with i - W < j <= i: W positions in all, itself included.
@@ -72,4 +72,4 @@ class SelfAttentionImpl : public torch::nn::Module {
 };
 TORCH_MODULE(SelfAttention);
 
-}  // namespace megatron
+}  // namespace megatron_cpp

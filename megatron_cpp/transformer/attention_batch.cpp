@@ -7,7 +7,7 @@
 
 #include "megatron_cpp/tensor_parallel/to_device.h"
 
-namespace megatron {
+namespace megatron_cpp {
 namespace {
 
 /// The checked, contiguous cu_seqlens as sub-sequences.
@@ -73,4 +73,4 @@ const RotaryTables& AttentionBatch::tables(const RotaryEmbedding& rotary) const 
   return found->second;
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

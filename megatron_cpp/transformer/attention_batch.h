@@ -11,7 +11,7 @@
 #include "megatron_cpp/transformer/rotary_embedding.h"
 #include "parallel/shard.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// Where the tokens of a batch stand. Describes the whole sequence, on every rank, also under sequence parallelism.
 struct AttentionInput {
@@ -67,4 +67,4 @@ class AttentionBatch {
   std::vector<std::pair<RotaryEmbedding, RotaryTables>> tables_;  ///< of different rotaries
 };
 
-}  // namespace megatron
+}  // namespace megatron_cpp

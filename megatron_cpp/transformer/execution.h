@@ -7,7 +7,7 @@
 #include "parallel/group.h"
 #include "parallel/process_groups.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// How a decoder runs. Results differ in rounding only. The same on every rank.
 struct TransformerExecution {
@@ -34,4 +34,4 @@ struct ModelGroups {
   parallel::GroupPtr tp;  ///< tensor and sequence parallel
 };
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -6,7 +6,7 @@
 #include <optional>
 #include <tuple>
 
-namespace megatron::internal {
+namespace megatron_cpp::internal {
 namespace {
 
 constexpr int64_t kLoadBytes = 16;
@@ -45,4 +45,4 @@ at::Tensor flash_attention(const at::Tensor& q, const at::Tensor& k, const at::T
   return output.unflatten(0, {q.size(1), q.size(0)}).transpose(0, 1);
 }
 
-}  // namespace megatron::internal
+}  // namespace megatron_cpp::internal

@@ -9,7 +9,7 @@
 
 #include "megatron_cpp/transformer/attention_batch.h"
 
-namespace megatron::internal {
+namespace megatron_cpp::internal {
 
 /// Whether the kernel takes tensors like these: float16 or bfloat16 on a GPU, with heads of a multiple of 8 elements,
 /// at most 256. It neither pads nor chooses another kernel, as at::scaled_dot_product_attention does.
@@ -25,4 +25,4 @@ bool has_flash_alignment(const at::Tensor& x);
 at::Tensor flash_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                            const SubSequences& sub_sequences, int64_t sliding_window);
 
-}  // namespace megatron::internal
+}  // namespace megatron_cpp::internal

@@ -1,6 +1,6 @@
 #include "megatron_cpp/transformer/gpt_model.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 GPTModelImpl::GPTModelImpl(const TransformerConfig& config, const TransformerExecution& execution,
                            const ModelGroups& groups) {
@@ -24,4 +24,4 @@ at::Tensor GPTModelImpl::forward(const at::Tensor& input_ids, const AttentionInp
   return output_layer->forward(decoder->forward(embeddings, attention));
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -13,7 +13,7 @@
 #include "megatron_cpp/transformer/transformer_block.h"
 #include "megatron_cpp/transformer/transformer_config.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// output_layer(decoder(embedding(ids))); the embedding and the output layer share nothing.
 class GPTModelImpl : public torch::nn::Module {
@@ -40,4 +40,4 @@ class GPTModelImpl : public torch::nn::Module {
 };
 TORCH_MODULE(GPTModel);
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -6,7 +6,7 @@
 
 #include <vector>
 
-namespace megatron {
+namespace megatron_cpp {
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -69,4 +69,4 @@ at::Tensor MLPImpl::forward(const at::Tensor& input) {
   return linear_fc2->forward(clamped_swiglu(linear_fc1->forward(input), swiglu_limit_));
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

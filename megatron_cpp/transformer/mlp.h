@@ -13,7 +13,7 @@
 #include "megatron_cpp/transformer/transformer_config.h"
 #include "parallel/group.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// silu(gate) * up; with limit L > 0: min(silu(gate), L) * clamp(up, -L, L).
 /// @param gate_up  [.., 2F], gate in the first F columns, up in the others.
@@ -45,4 +45,4 @@ class MLPImpl : public torch::nn::Module {
 };
 TORCH_MODULE(MLP);
 
-}  // namespace megatron
+}  // namespace megatron_cpp

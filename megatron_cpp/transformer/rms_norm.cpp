@@ -4,7 +4,7 @@
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-namespace megatron {
+namespace megatron_cpp {
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -70,4 +70,4 @@ std::vector<ParameterShard> RMSNormImpl::own_parameters() const {
   return {replicated_parameter("weight", weight, domain_, InitialValue::constant(0.0), /*weight_decay=*/false)};
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -10,7 +10,7 @@
 #include "megatron_cpp/parameters/parameter_shard.h"
 #include "parallel/group.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// The domain for a norm of the hidden states: under sequence parallelism a rank norms its own rows only, so that it
 /// has a part of the weight's gradient (kReplicatedPartial, if t > 1), otherwise kReplicated.
@@ -42,4 +42,4 @@ class RMSNormImpl : public ParallelModule {
 };
 TORCH_MODULE(RMSNorm);
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -8,7 +8,7 @@
 
 #include "megatron_cpp/tensor_parallel/to_device.h"
 
-namespace megatron {
+namespace megatron_cpp {
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -70,4 +70,4 @@ at::Tensor apply_rotary(const at::Tensor& x, const RotaryTables& tables) {
   return RotaryFunction::apply(x, tables.cos, tables.sin);
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

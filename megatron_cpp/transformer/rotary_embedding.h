@@ -8,7 +8,7 @@
 
 #include "megatron_cpp/transformer/transformer_config.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// Cosines and sines of the angles of every position: float32 [S, B or 1, 1, rotary_dim/2].
 struct RotaryTables {
@@ -48,4 +48,4 @@ class RotaryEmbedding {
 ///           c10::NotImplementedError. No communication.
 at::Tensor apply_rotary(const at::Tensor& x, const RotaryTables& tables);
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -5,7 +5,7 @@
 #include <memory>
 #include <string>
 
-namespace megatron {
+namespace megatron_cpp {
 
 TransformerBlockImpl::TransformerBlockImpl(const TransformerConfig& config, const TransformerExecution& execution,
                                            const ModelGroups& groups, std::optional<parallel::Range> range)
@@ -40,4 +40,4 @@ AttentionBatch TransformerBlockImpl::attention_batch(const at::Tensor& hidden_st
   return {attention, hidden_states.size(0) * sequence_ranks_, hidden_states.size(1), rotaries_, hidden_states.device()};
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

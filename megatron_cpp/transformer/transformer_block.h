@@ -15,7 +15,7 @@
 #include "megatron_cpp/transformer/transformer_layer.h"
 #include "parallel/shard.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// final_layernorm(layer L-1(... layer 0(x))), one TransformerLayer per entry of config.layers, or some of these layers
 /// in a row: what one stage of a pipeline has. Modules are named by the number of the layer in the model
@@ -47,4 +47,4 @@ class TransformerBlockImpl : public torch::nn::Module {
 };
 TORCH_MODULE(TransformerBlock);
 
-}  // namespace megatron
+}  // namespace megatron_cpp

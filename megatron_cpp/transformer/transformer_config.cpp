@@ -7,7 +7,7 @@
 
 #include "parallel/shard.h"
 
-namespace megatron {
+namespace megatron_cpp {
 namespace {
 
 void validate_layer(const TransformerConfig& config, int64_t number, int t) {
@@ -52,4 +52,4 @@ void TransformerConfig::validate(int tensor_parallel_size) const {
   for (int64_t number = 0; number < num_layers(); ++number) validate_layer(*this, number, tensor_parallel_size);
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -5,7 +5,7 @@
 #include <optional>
 #include <vector>
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// The frequency scaling that configurations call rope_type "llama3": wavelengths beyond
 /// original_max_position_embeddings / low_freq_factor are stretched by `factor`, those below
@@ -55,4 +55,4 @@ struct TransformerConfig {
   void validate(int tensor_parallel_size) const;
 };
 
-}  // namespace megatron
+}  // namespace megatron_cpp

@@ -2,7 +2,7 @@
 
 #include <ATen/ATen.h>
 
-namespace megatron {
+namespace megatron_cpp {
 
 TransformerLayerImpl::TransformerLayerImpl(const TransformerConfig& config, int64_t layer_number,
                                            const TransformerExecution& execution, const ModelGroups& groups) {
@@ -24,4 +24,4 @@ at::Tensor TransformerLayerImpl::forward(const at::Tensor& hidden_states, const 
   return attended + feed_forward(pre_mlp_layernorm->forward(attended));
 }
 
-}  // namespace megatron
+}  // namespace megatron_cpp

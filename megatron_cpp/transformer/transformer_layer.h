@@ -13,7 +13,7 @@
 #include "megatron_cpp/transformer/transformer_config.h"
 #include "parallel/group.h"
 
-namespace megatron {
+namespace megatron_cpp {
 
 /// h = x + self_attention(input_layernorm(x));  y = h + feed_forward(pre_mlp_layernorm(h)).
 class TransformerLayerImpl : public torch::nn::Module {
@@ -41,4 +41,4 @@ class TransformerLayerImpl : public torch::nn::Module {
 };
 TORCH_MODULE(TransformerLayer);
 
-}  // namespace megatron
+}  // namespace megatron_cpp

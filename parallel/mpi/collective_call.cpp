@@ -7,7 +7,7 @@
 
 #include "parallel/mpi/mpi_check.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 namespace {
 
 int world_rank(int rank, MPI_Comm communicator) {
@@ -48,4 +48,4 @@ std::string silent_ranks(const std::vector<int>& ranks, MPI_Comm communicator) {
   return text + (ranks.size() == 1 ? " is silent" : " are silent");
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -9,7 +9,7 @@
 #include <string_view>
 #include <vector>
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 class RollCall;
 
@@ -31,4 +31,4 @@ struct CollectiveCall {
 /// goes by them. Not collective.
 std::string silent_ranks(const std::vector<int>& ranks, MPI_Comm communicator);
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -9,7 +9,7 @@
 #include <optional>
 #include <string_view>
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 namespace {
 
 std::optional<int> number(const Environment& environment, const char* name) {
@@ -86,4 +86,4 @@ std::string launcher_obstacle(const Environment& environment, int mpi_size, cons
   return {};
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -4,7 +4,7 @@
 #include <map>
 #include <string>
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 /// Names and values of environment variables.
 using Environment = std::map<std::string, std::string>;
@@ -24,4 +24,4 @@ int launcher_rank(const Environment& environment);
 /// @param mpi_library  what MPI_Get_library_version says.
 std::string launcher_obstacle(const Environment& environment, int mpi_size, const std::string& mpi_library);
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -17,7 +17,7 @@
 #include "parallel/mpi/shared_window.h"
 #include "parallel/mpi/window_reduction.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 namespace {
 
 using Milliseconds = std::chrono::milliseconds;
@@ -341,4 +341,4 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::barrier(const c10d::BarrierOptions& o
   return finished_work({});
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

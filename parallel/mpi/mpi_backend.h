@@ -11,7 +11,7 @@
 
 #include "parallel/mpi/mpi_communicator.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 class RollCall;
 class SharedWindow;
@@ -112,4 +112,4 @@ class MpiBackend final : public c10d::Backend {
   std::unique_ptr<SharedWindow> window_;
 };
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -6,7 +6,7 @@
 #include <cstdio>
 #include <string>
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 namespace {
 
 std::string describe(int code, const char* call, const char* file, int line) {
@@ -34,4 +34,4 @@ void log_mpi(int code, const char* call, const char* file, int line) noexcept {
 }
 
 }  // namespace internal
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -4,7 +4,7 @@
 
 #include "parallel/mpi/mpi_check.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 MpiCommunicator::MpiCommunicator(MPI_Comm communicator) : communicator_(communicator) {
   // Errors come back as codes, which MCPP_MPI_CHECK turns into exceptions that name the call.
@@ -62,4 +62,4 @@ int MpiCommunicator::size() const {
   return size;
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

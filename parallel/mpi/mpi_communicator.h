@@ -3,7 +3,7 @@
 
 #include <mpi.h>
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 /// Owns a communicator of its own (a duplicate or a split), so that its messages never match anybody else's. Move-only;
 /// freed on destruction, at the latest before MPI_Finalize.
@@ -39,4 +39,4 @@ class MpiCommunicator {
   MPI_Comm communicator_ = MPI_COMM_NULL;
 };
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

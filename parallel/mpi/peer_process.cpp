@@ -12,7 +12,7 @@
 #include "parallel/hash.h"
 #include "parallel/mpi/mpi_check.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 namespace {
 
 using std::chrono::milliseconds;
@@ -95,4 +95,4 @@ bool PeerPatience::is_over(const ProcessLook& first, const std::optional<Process
          waited >= std::chrono::seconds(60);
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -9,7 +9,7 @@
 
 #include "parallel/mpi/mpi_communicator.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 /// Tells one process of a job from all others, on any host and in any container.
 struct PeerProcess {
@@ -65,4 +65,4 @@ class PeerPatience {
   bool always_asleep_ = true;
 };
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -3,7 +3,7 @@
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 namespace {
 
 using c10d::ReduceOp;
@@ -79,4 +79,4 @@ void reduce_in_rank_order(const at::Tensor& output, at::ArrayRef<at::Tensor> par
   }
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -6,7 +6,7 @@
 #include <string>
 #include <torch/csrc/distributed/c10d/Types.hpp>
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 /// @throws c10::ValueError if `reduction` is not SUM, AVG, PRODUCT, MIN or MAX, or is AVG of a dtype without fractions.
 /// @param operation, where  for messages: "all_reduce", "group tp, rank 0 of 2".
@@ -20,4 +20,4 @@ void check_reduction(const c10d::ReduceOp& reduction, at::ScalarType dtype, cons
 void reduce_in_rank_order(const at::Tensor& output, at::ArrayRef<at::Tensor> parts,
                           c10d::ReduceOp::RedOpType reduction);
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -10,7 +10,7 @@
 
 #include "parallel/mpi/mpi_check.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 namespace {
 
 constexpr int kAsk = 1;
@@ -131,4 +131,4 @@ bool PeerWait::go_on() {
   return now - *begin_ <= call_.timeout;
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -12,7 +12,7 @@
 #include "parallel/mpi/mpi_communicator.h"
 #include "parallel/mpi/peer_process.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 /// MPI doesn't tell a waiting rank whom it waits for. A rank whose collective has timed out therefore asks all others,
 /// over a communicator of its own; ranks that wait themselves answer with what they wait in, and who doesn't answer
@@ -68,4 +68,4 @@ class PeerWait {
   Clock::time_point next_answer_;
 };
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -22,7 +22,7 @@
 #include "parallel/mpi/mpi_check.h"
 #include "parallel/mpi/roll_call.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 namespace {
 
 constexpr int64_t kCacheLine = 64;
@@ -186,4 +186,4 @@ void SharedWindow::wait_for_all(Stage stage, int64_t step, const CollectiveCall&
 
 void SharedWindow::give_up() noexcept { failures().value.store(1, std::memory_order_relaxed); }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

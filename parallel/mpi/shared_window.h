@@ -12,7 +12,7 @@
 
 #include "parallel/mpi/collective_call.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 /// A window into which each of t ranks of a host writes one part for each rank. It is small, whatever the size of the
 /// tensors: they go through it in steps, all ranks the same ones. A step has three stages, each announced by a counter
@@ -85,4 +85,4 @@ class SharedWindow {
   int64_t next_step_ = 0;
 };
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

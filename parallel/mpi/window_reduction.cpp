@@ -8,7 +8,7 @@
 
 #include "parallel/mpi/rank_order_reduction.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 namespace {
 
 using Stage = SharedWindow::Stage;
@@ -155,4 +155,4 @@ void all_reduce_in_window(SharedWindow& window, const at::Tensor& output, const 
   });
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -7,7 +7,7 @@
 
 #include "parallel/mpi/shared_window.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 /// Reduces `input` of every rank in the order of the ranks; rank r keeps the r-th of t equal shares. Each rank reads
 /// its input once and writes its share once; between them the values stay in cache, where there is enough of it.
@@ -24,4 +24,4 @@ void reduce_scatter_in_window(SharedWindow& window, const at::Tensor& output, co
 void all_reduce_in_window(SharedWindow& window, const at::Tensor& output, const at::Tensor& input,
                           c10d::ReduceOp::RedOpType reduction, const CollectiveCall& call);
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

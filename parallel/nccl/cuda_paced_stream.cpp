@@ -12,7 +12,7 @@
 
 #include "parallel/paced_stream.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 namespace {
 
 constexpr int64_t kScratchBytes = 1 << 26;
@@ -102,4 +102,4 @@ std::shared_ptr<PacedStream> make_paced_stream(c10::Device device, double gigaby
   return std::make_shared<CudaPacedStream>(device, gigabytes_per_second);
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

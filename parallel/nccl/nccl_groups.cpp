@@ -23,7 +23,7 @@ namespace at::cuda {
 cudaDeviceProp* getDeviceProperties(c10::DeviceIndex device);
 }  // namespace at::cuda
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 namespace {
 
 void set_backend(const GroupPtr& group, const c10::intrusive_ptr<c10d::Backend>& backend) {
@@ -128,4 +128,4 @@ void add_gpu_backends(const ProcessGroups& groups, const c10::intrusive_ptr<c10d
   }
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

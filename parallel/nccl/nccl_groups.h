@@ -8,7 +8,7 @@
 
 #include "parallel/process_groups.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 /// What the ranks' GPUs are.
 struct GpuGroupsOptions {
@@ -27,4 +27,4 @@ struct GpuGroupsOptions {
 void add_gpu_backends(const ProcessGroups& groups, const c10::intrusive_ptr<c10d::Store>& store,
                       const GpuGroupsOptions& options);
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

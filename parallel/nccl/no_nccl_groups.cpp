@@ -5,7 +5,7 @@
 #include "parallel/nccl/nccl_groups.h"
 #include "parallel/paced_stream.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 bool has_nccl() { return false; }
 
@@ -20,4 +20,4 @@ void add_gpu_backends(const ProcessGroups& /*groups*/, const c10::intrusive_ptr<
   TORCH_CHECK_VALUE(false, "this build has no NCCL: configure it with a LibTorch that has CUDA and MCPP_WITH_NCCL=ON");
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

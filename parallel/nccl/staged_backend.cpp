@@ -7,7 +7,7 @@
 
 #include "parallel/finished_work.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 namespace {
 
 using WorkPtr = c10::intrusive_ptr<c10d::Work>;
@@ -105,4 +105,4 @@ c10::intrusive_ptr<c10d::Backend> make_staged_backend(c10::intrusive_ptr<c10d::B
   return c10::make_intrusive<StagedBackend>(std::move(host_backend));
 }
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

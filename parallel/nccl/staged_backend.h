@@ -3,7 +3,7 @@
 
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 
 /// A backend of the same ranks for tensors of any device: each call copies its tensors to the host (pinned memory, if
 /// they lie on a GPU), hands the copies to `host_backend`, and copies the results back. It waits for the current stream
@@ -14,4 +14,4 @@ namespace parallel {
 /// @param host_backend  takes tensors on the CPU; may serve a group's CPU tensors as well. One call at a time.
 c10::intrusive_ptr<c10d::Backend> make_staged_backend(c10::intrusive_ptr<c10d::Backend> host_backend);
 
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel

@@ -15,7 +15,7 @@
 #include "step37/data/picture.h"
 #include "step37/data/utf8.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 using Json = nlohmann::json;
@@ -103,13 +103,13 @@ std::vector<CaptionPack> concatenated(std::vector<CaptionPack> packs, int64_t si
   if (size == 1) return packs;
   std::vector<CaptionPack> result;
   for (auto pack = packs.begin(); pack != packs.end();) {
-    std::vector<megatron::PackedBatch> sequences;
+    std::vector<PackedBatch> sequences;
     std::vector<PictureReference> pictures;
     for (int64_t i = 0; i < size; ++i, ++pack) {
       sequences.push_back(pack->packed);
       pictures.insert(pictures.end(), pack->pictures.begin(), pack->pictures.end());
     }
-    result.push_back({megatron::concatenate(sequences), std::move(pictures)});
+    result.push_back({concatenate(sequences), std::move(pictures)});
   }
   return result;
 }
@@ -181,9 +181,9 @@ std::vector<int64_t> prompt_tokens(const PictureReference& picture, const Captio
   return tokens;
 }
 
-megatron::Sample caption_sample(const PictureReference& picture, const std::vector<int64_t>& caption,
-                                const CaptionFormat& format) {
-  megatron::Sample sample;
+Sample caption_sample(const PictureReference& picture, const std::vector<int64_t>& caption,
+                      const CaptionFormat& format) {
+  Sample sample;
   sample.tokens = prompt_tokens(picture, format);
   sample.loss_mask.assign(sample.tokens.size(), 0);
   sample.tokens.insert(sample.tokens.end(), caption.begin(), caption.end());
@@ -236,17 +236,17 @@ std::vector<ImageForInsert> load_pictures(const CaptionPack& pack, const Caption
 }
 
 Step37Batch to_model_batch(const CaptionPack& pack, std::vector<ImageForInsert> images, const at::Device& device) {
-  for (auto& group : images) group.images = normalize(megatron::internal::to_device(group.images, device));
+  for (auto& group : images) group.images = normalize(megatron_cpp::internal::to_device(group.images, device));
   return {
       pack.packed.tokens, pack.packed.labels, {pack.packed.position_ids, pack.packed.cu_seqlens}, std::move(images)};
 }
 
 CaptionLoader::CaptionLoader(Options options, Source source, const parallel::ProcessGroups& groups,
-                             const megatron::SamplerState& start, PictureFaults& faults)
+                             const SamplerState& start, PictureFaults& faults)
     : options_(std::move(options)),
       source_(std::move(source)),
       groups_(groups),
-      sampler_(std::max<int64_t>(1, static_cast<int64_t>(source_.pictures.size())), megatron::SampleOrder::kShuffled,
+      sampler_(std::max<int64_t>(1, static_cast<int64_t>(source_.pictures.size())), SampleOrder::kShuffled,
                options_.seed),
       packer_(options_.packing),
       faults_(faults) {
@@ -279,10 +279,10 @@ CaptionStep CaptionLoader::make_step() {
     const auto index = static_cast<size_t>(sampler_.next());
     const auto& picture = source_.pictures[index];
     const auto result = packer_.add(caption_sample(picture, source_.captions[index], options_.format));
-    if (result == megatron::SamplePacker::Result::kAdded) {
+    if (result == SamplePacker::Result::kAdded) {
       open_pictures_.push_back(picture);
       dropped_in_a_row = 0;
-    } else if (result == megatron::SamplePacker::Result::kFull) {
+    } else if (result == SamplePacker::Result::kFull) {
       add_pack(step, {packer_.finish(), std::exchange(open_pictures_, {})}, own.contains(pack_number));
       ++pack_number;
       sampler_.restore(before);  // the sample goes into the next pack, be it of this step or the next
@@ -339,11 +339,11 @@ CaptionStep pack_once(const CaptionLoader::Source& source, const std::optional<i
                       const CaptionLoader::Options& options, const parallel::ProcessGroups& groups) {
   CaptionStep step;
   if (groups.tp->getRank() == 0) {
-    std::vector<megatron::Sample> samples;
+    std::vector<Sample> samples;
     for (size_t i = 0; i < source.pictures.size(); ++i) {
       samples.push_back(caption_sample(source.pictures[i], source.captions[i], options.format));
     }
-    const auto packed = megatron::pack(samples, options.packing);
+    const auto packed = pack(samples, options.packing);
     const auto num_packs = std::min<size_t>(packed.batches.size(), static_cast<size_t>(max_packs.value_or(1LL << 40)));
     for (size_t i = 0; i < num_packs; ++i) {
       CaptionPack pack{packed.batches[i], {}};
@@ -356,4 +356,4 @@ CaptionStep pack_once(const CaptionLoader::Source& source, const std::optional<i
   return broadcast_step(step, groups.tp);
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -21,7 +21,7 @@
 #include "step37/data/tokenizer.h"
 #include "step37/step37_model.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// A picture as a batch refers to it: enough to lay its tokens out without opening it.
 struct PictureReference {
@@ -34,7 +34,7 @@ struct PictureReference {
 
 /// A packed sequence, or several concatenated, and the pictures in it, in the order of their tokens.
 struct CaptionPack {
-  megatron::PackedBatch packed;
+  PackedBatch packed;
   std::vector<PictureReference> pictures;
 };
 
@@ -44,7 +44,7 @@ struct CaptionStep {
   int64_t num_loss_tokens = 0;  ///< of the global batch
   int64_t num_tokens = 0;       ///< of the global batch, padding left out
   int64_t num_pictures = 0;     ///< of the global batch
-  megatron::SamplerState next;  ///< where the sampler stands after the step
+  SamplerState next;            ///< where the sampler stands after the step
 };
 
 /// How captioned pictures become samples: begin, the picture's tokens, the caption's, end. The loss counts the caption
@@ -59,8 +59,8 @@ CaptionFormat caption_format(const Tokenizer& tokenizer, const CropOptions& crop
 
 /// The token ids of a picture with an empty caption: what generation starts from.
 std::vector<int64_t> prompt_tokens(const PictureReference& picture, const CaptionFormat& format);
-megatron::Sample caption_sample(const PictureReference& picture, const std::vector<int64_t>& caption,
-                                const CaptionFormat& format);
+Sample caption_sample(const PictureReference& picture, const std::vector<int64_t>& caption,
+                      const CaptionFormat& format);
 
 /// Width and height of a picture file from its header; a square of `side` if it can't be read (decoding will then give
 /// a black picture of that size, with a warning).
@@ -86,7 +86,7 @@ class CaptionLoader {
   struct Options {
     std::filesystem::path folder;
     CaptionFormat format;
-    megatron::PackingOptions packing;
+    PackingOptions packing;
     int64_t global_batch_size = 1;  ///< packs a step, over all data-parallel ranks
     int64_t micro_batch_size = 1;   ///< packs of a micro-batch; times the ranks a divisor of global_batch_size
     uint64_t seed = 0;
@@ -104,8 +104,8 @@ class CaptionLoader {
 
   /// @param start   where to go on; of the step that next() returns first.
   /// @param faults  must outlive the loader.
-  CaptionLoader(Options options, Source source, const parallel::ProcessGroups& groups,
-                const megatron::SamplerState& start, PictureFaults& faults);
+  CaptionLoader(Options options, Source source, const parallel::ProcessGroups& groups, const SamplerState& start,
+                PictureFaults& faults);
   ~CaptionLoader();
   CaptionLoader(const CaptionLoader&) = delete;
   CaptionLoader& operator=(const CaptionLoader&) = delete;
@@ -126,8 +126,8 @@ class CaptionLoader {
   Options options_;
   Source source_;
   parallel::ProcessGroups groups_;
-  megatron::Sampler sampler_;
-  megatron::SamplePacker packer_;
+  Sampler sampler_;
+  SamplePacker packer_;
   std::vector<PictureReference> open_pictures_;  ///< of the samples in packer_
   PictureFaults& faults_;
   std::future<LoadedStep> ahead_;
@@ -139,4 +139,4 @@ class CaptionLoader {
 CaptionStep pack_once(const CaptionLoader::Source& source, const std::optional<int64_t>& max_packs,
                       const CaptionLoader::Options& options, const parallel::ProcessGroups& groups);
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

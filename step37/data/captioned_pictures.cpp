@@ -22,7 +22,7 @@
 #include "step37/data/picture_file.h"
 #include "step37/data/utf8.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 namespace fs = std::filesystem;
@@ -567,4 +567,4 @@ PictureSplit split_held_out(std::vector<CaptionedPicture> pictures, double fract
   return split;
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -17,7 +17,7 @@
 #include <string_view>
 #include <vector>
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 struct CaptionedPicture {
   std::string path;      ///< relative to the folder, with '/' between its parts; any bytes but 0
@@ -148,4 +148,4 @@ bool is_held_out(std::string_view relative_path, double fraction);
 /// Splits by is_held_out.
 PictureSplit split_held_out(std::vector<CaptionedPicture> pictures, double fraction = 0.05);
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -7,7 +7,7 @@
 
 #include "step37/data/picture.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 int64_t tokens_of_side(int64_t side, int64_t vision_patch_size) {
@@ -128,4 +128,4 @@ PictureViews cut_views(const at::Tensor& picture, const CropPlan& plan, const Cr
   return views;
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

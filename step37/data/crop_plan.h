@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// Sizes of the views, in pixels. The defaults are the released model's.
 struct CropOptions {
@@ -80,4 +80,4 @@ struct PictureViews {
 /// @throws c10::ValueError for another dtype, device or shape.
 PictureViews cut_views(const at::Tensor& picture, const CropPlan& plan, const CropOptions& options);
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

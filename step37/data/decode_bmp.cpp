@@ -21,7 +21,7 @@
 #include <stb/stb_image.h>
 #pragma GCC diagnostic pop
 
-namespace step37::internal {
+namespace megatron_cpp::step37::internal {
 namespace {
 
 /// What the header says, where stb_image doesn't look: it reads zeros behind the end of a file.
@@ -75,4 +75,4 @@ StoredPicture decode_bmp(std::span<const uint8_t> bytes, int64_t max_pixels) {
   return picture;
 }
 
-}  // namespace step37::internal
+}  // namespace megatron_cpp::step37::internal

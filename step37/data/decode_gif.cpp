@@ -9,7 +9,7 @@
 
 #include "step37/data/decoders.h"
 
-namespace step37::internal {
+namespace megatron_cpp::step37::internal {
 namespace {
 
 int read_gif_bytes(GifFileType* gif, GifByteType* target, int count) {
@@ -109,4 +109,4 @@ StoredPicture decode_gif(std::span<const uint8_t> bytes, int64_t max_pixels) {
   return picture;
 }
 
-}  // namespace step37::internal
+}  // namespace megatron_cpp::step37::internal

@@ -15,7 +15,7 @@
 
 #include "step37/data/decoders.h"
 
-namespace step37::internal {
+namespace megatron_cpp::step37::internal {
 namespace {
 
 // libjpeg reports errors by leaving through longjmp, which skips destructors: the functions that call it own nothing,
@@ -132,4 +132,4 @@ StoredPicture decode_jpeg(std::span<const uint8_t> bytes, int64_t max_pixels) {
   return std::move(decoding.picture);
 }
 
-}  // namespace step37::internal
+}  // namespace megatron_cpp::step37::internal

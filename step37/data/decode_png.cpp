@@ -10,7 +10,7 @@
 
 #include "step37/data/decoders.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace internal {
 namespace {
 
@@ -125,4 +125,4 @@ std::string encode_png(std::span<const uint8_t> rgb, int64_t width, int64_t heig
   return file;
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

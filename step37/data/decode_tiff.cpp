@@ -12,7 +12,7 @@
 
 #include "step37/data/decoders.h"
 
-namespace step37::internal {
+namespace megatron_cpp::step37::internal {
 namespace {
 
 struct TiffBytes {
@@ -113,4 +113,4 @@ StoredPicture decode_tiff(std::span<const uint8_t> bytes, int64_t max_pixels) {
   return picture;
 }
 
-}  // namespace step37::internal
+}  // namespace megatron_cpp::step37::internal

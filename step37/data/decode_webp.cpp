@@ -7,7 +7,7 @@
 
 #include "step37/data/decoders.h"
 
-namespace step37::internal {
+namespace megatron_cpp::step37::internal {
 namespace {
 
 WebPBitstreamFeatures features_of(const WebPData& data) {
@@ -71,4 +71,4 @@ StoredPicture decode_webp(std::span<const uint8_t> bytes, int64_t max_pixels) {
   return picture;
 }
 
-}  // namespace step37::internal
+}  // namespace megatron_cpp::step37::internal

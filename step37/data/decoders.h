@@ -6,7 +6,7 @@
 
 #include "step37/data/picture_file.h"
 
-namespace step37::internal {
+namespace megatron_cpp::step37::internal {
 
 /// A picture as its file holds it, not yet turned.
 struct StoredPicture : RgbaPicture {
@@ -29,4 +29,4 @@ StoredPicture decode_tiff(std::span<const uint8_t> bytes, int64_t max_pixels);
 /// The orientation in a block of EXIF data, with or without "Exif\0\0" before it; 1 where it has none or is broken.
 int exif_orientation(std::span<const uint8_t> exif);
 
-}  // namespace step37::internal
+}  // namespace megatron_cpp::step37::internal

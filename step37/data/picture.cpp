@@ -18,7 +18,7 @@
 #include "step37/data/picture_file.h"
 #include "step37/data/utf8.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 constexpr int64_t kWholeFile = std::numeric_limits<int64_t>::max();
@@ -160,4 +160,4 @@ at::Tensor normalize(const at::Tensor& pictures) {
   return normalized;
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -7,7 +7,7 @@
 #include <filesystem>
 #include <string>
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// A decoded picture, or the reason why there is none.
 struct DecodedPicture {
@@ -63,4 +63,4 @@ at::Tensor resize(const at::Tensor& picture, int64_t height, int64_t width);
 /// @throws c10::ValueError for another dtype or shape.
 at::Tensor normalize(const at::Tensor& pictures);
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -10,7 +10,7 @@
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 void PictureFaults::note(const std::string& path, Kind kind, const std::string& text) {
   const std::scoped_lock lock(mutex_);
@@ -58,4 +58,4 @@ void PictureFaults::share(const parallel::GroupPtr& group) {
   }
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -9,7 +9,7 @@
 
 #include "parallel/group.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// Each rank notes what it finds; share() makes it known to all and has it printed once. One object a run and rank.
 class PictureFaults {
@@ -61,4 +61,4 @@ class PictureFaults {
   bool any_changed_ = false;
 };
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

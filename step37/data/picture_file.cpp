@@ -11,7 +11,7 @@
 
 #include "step37/data/decoders.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 using internal::StoredPicture;
@@ -133,4 +133,4 @@ int exif_orientation(std::span<const uint8_t> exif) {
 }
 
 }  // namespace internal
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// What a file holds, row by row from the top.
 struct RgbaPicture {
@@ -33,4 +33,4 @@ bool is_picture_file(std::span<const uint8_t> bytes);
 /// @throws std::runtime_error with libpng's reason.
 std::string encode_png(std::span<const uint8_t> rgb, int64_t width, int64_t height);
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -15,7 +15,7 @@
 
 #include "megatron_cpp/checkpoint/complete_file.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 using sentencepiece::SentencePieceProcessor;
@@ -197,7 +197,7 @@ Tokenizer Tokenizer::load(const std::filesystem::path& path) {
 }
 
 void Tokenizer::save(const std::filesystem::path& path) const {
-  megatron::write_file(path, impl_->model.serialized_model_proto());
+  write_file(path, impl_->model.serialized_model_proto());
 }
 
 std::vector<int64_t> Tokenizer::encode(std::string_view text) const {
@@ -234,4 +234,4 @@ int64_t Tokenizer::bos_id() const { return impl_->model.bos_id(); }
 int64_t Tokenizer::eos_id() const { return impl_->model.eos_id(); }
 int64_t Tokenizer::pad_id() const { return impl_->model.pad_id(); }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

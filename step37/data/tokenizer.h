@@ -9,7 +9,7 @@
 #include <string_view>
 #include <vector>
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// The symbols that stand for pictures in a token sequence.
 inline constexpr std::array<std::string_view, 6> kPictureSymbols = {"<im_start>",    "<im_patch>",  "<im_end>",
@@ -54,7 +54,7 @@ class Tokenizer {
   Tokenizer(Tokenizer&&) noexcept;
   Tokenizer& operator=(Tokenizer&&) noexcept;
 
-  /// Writes the model file, complete or not at all (megatron::write_file).
+  /// Writes the model file, complete or not at all (write_file).
   void save(const std::filesystem::path& path) const;
 
   /// Ids of `text`, without begin and end.
@@ -80,4 +80,4 @@ class Tokenizer {
   std::unique_ptr<Impl> impl_;
 };
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

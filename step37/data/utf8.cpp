@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 struct ByteRange {
@@ -162,4 +162,4 @@ std::string decoded_by_mark(std::string_view text) {
   return std::string(text);
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -4,7 +4,7 @@
 #include <string>
 #include <string_view>
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// Whether `text` is UTF-8 throughout: no cut or overlong characters, no surrogates, nothing above U+10FFFF.
 bool is_utf8(std::string_view text);
@@ -23,4 +23,4 @@ bool has_control_character(std::string_view text);
 /// character there becomes U+FFFD. Text without a mark is returned as it is, whatever it holds.
 std::string decoded_by_mark(std::string_view text);
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

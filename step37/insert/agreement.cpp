@@ -8,7 +8,7 @@
 #include "parallel/agree.h"
 #include "parallel/hash.h"
 
-namespace step37::internal {
+namespace megatron_cpp::step37::internal {
 namespace {
 
 /// For messages: equal values have equal hashes.
@@ -27,7 +27,7 @@ int64_t trains(const at::Tensor& parameter) { return parameter.defined() && para
 }  // namespace
 
 void check_agreement(const at::Tensor& input_ids, const std::vector<ImageForInsert>& images, const InsertPlan& plan,
-                     const LocalFeatures& features, const megatron::LanguageModelEmbeddingImpl& words,
+                     const LocalFeatures& features, const LanguageModelEmbeddingImpl& words,
                      const AlignProjector& projector, const ImageInsertEmbeddingOptions& options) {
   std::vector<int64_t> tokens;
   std::vector<int64_t> rows;
@@ -70,4 +70,4 @@ void check_agreement(const at::Tensor& input_ids, const std::vector<ImageForInse
                         words.tp());
 }
 
-}  // namespace step37::internal
+}  // namespace megatron_cpp::step37::internal

@@ -12,13 +12,13 @@
 #include "step37/insert/plan.h"
 #include "step37/insert/projection.h"
 
-namespace step37::internal {
+namespace megatron_cpp::step37::internal {
 
 /// Compares, over the ranks, all that decides which collectives run with which sizes, and which rows end where.
 /// Collective over the embedding's group.
 /// @throws parallel::AgreedError on every rank, naming the field, the lowest rank at fault and both values.
 void check_agreement(const at::Tensor& input_ids, const std::vector<ImageForInsert>& images, const InsertPlan& plan,
-                     const LocalFeatures& features, const megatron::LanguageModelEmbeddingImpl& words,
+                     const LocalFeatures& features, const LanguageModelEmbeddingImpl& words,
                      const AlignProjector& projector, const ImageInsertEmbeddingOptions& options);
 
-}  // namespace step37::internal
+}  // namespace megatron_cpp::step37::internal

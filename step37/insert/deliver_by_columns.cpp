@@ -3,10 +3,10 @@
 #include "parallel/mappings.h"
 #include "step37/insert/fused_delivery.h"
 
-namespace step37::internal {
+namespace megatron_cpp::step37::internal {
 namespace {
 
-using megatron::internal::as_rows;
+using megatron_cpp::internal::as_rows;
 
 class ColumnsDelivery final : public FusedDelivery {
  public:
@@ -47,4 +47,4 @@ at::Tensor deliver_by_columns(const at::Tensor& text, const at::Tensor& projecte
   return deliver(text, projected, c10::make_intrusive<ColumnsDelivery>(text, projected, setting));
 }
 
-}  // namespace step37::internal
+}  // namespace megatron_cpp::step37::internal

@@ -8,11 +8,11 @@
 #include "parallel/mappings.h"
 #include "step37/insert/delivery.h"
 
-namespace step37::internal {
+namespace megatron_cpp::step37::internal {
 namespace {
 
-using megatron::internal::as_rows;
-using megatron::internal::copy_rows;
+using megatron_cpp::internal::as_rows;
+using megatron_cpp::internal::copy_rows;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
@@ -61,7 +61,7 @@ at::Tensor insert_own_rows(const at::Tensor& text, const at::Tensor& projected, 
     rows.push_back(place.position * B + inserted.row % B);
     projected_rows.push_back(number_of(inserted));
   }
-  const auto indices = megatron::internal::index_tensors({rows, projected_rows}, text.device());
+  const auto indices = megatron_cpp::internal::index_tensors({rows, projected_rows}, text.device());
   // Without rows of its own a rank still goes this way: a gather's backward needs every rank.
   return InsertRows::apply(text, projected, indices[0], indices[1]);
 }
@@ -76,13 +76,13 @@ at::Tensor gather_projected(const at::Tensor& projected, const DeliverySetting& 
   const auto& tp = setting.words->tp();
   const bool is_for_own_rows = setting.words->sequence_parallel();
   switch (setting.projected_part) {
-    case megatron::Part::kColumns:
+    case Part::kColumns:
       return is_for_own_rows ? parallel::all_gather_last_dim_from_tensor_parallel_region(projected, tp)
                              : parallel::gather_from_tensor_model_parallel_region(projected, tp);
-    case megatron::Part::kSummand:
+    case Part::kSummand:
       return is_for_own_rows ? parallel::reduce_from_tensor_model_parallel_region_to_partial_use(projected, tp)
                              : parallel::reduce_from_tensor_model_parallel_region(projected, tp);
-    case megatron::Part::kWhole: {
+    case Part::kWhole: {
       const auto padded = at::constant_pad_nd(projected, {0, 0, 0, most_rows(setting) - projected.size(0)});
       return is_for_own_rows ? parallel::gather_from_sequence_parallel_region(padded, tp)
                              : parallel::gather_from_sequence_parallel_region_to_replicated_use(padded, tp);
@@ -107,4 +107,4 @@ at::Tensor deliver_in_place(const at::Tensor& text, const at::Tensor& projected,
                          [](const InsertedRow& inserted) { return inserted.projected_row; });
 }
 
-}  // namespace step37::internal
+}  // namespace megatron_cpp::step37::internal

@@ -4,13 +4,13 @@
 #include "parallel/collectives.h"
 #include "step37/insert/fused_delivery.h"
 
-namespace step37::internal {
+namespace megatron_cpp::step37::internal {
 namespace {
 
-using megatron::internal::as_rows;
-using megatron::internal::copy_rows;
-using megatron::internal::gather_rows;
-using megatron::internal::index_tensors;
+using megatron_cpp::internal::as_rows;
+using megatron_cpp::internal::copy_rows;
+using megatron_cpp::internal::gather_rows;
+using megatron_cpp::internal::index_tensors;
 
 class RouteDelivery final : public FusedDelivery {
  public:
@@ -83,4 +83,4 @@ at::Tensor deliver_by_route(const at::Tensor& text, const at::Tensor& projected,
   return deliver(text, projected, c10::make_intrusive<RouteDelivery>(text, projected, setting));
 }
 
-}  // namespace step37::internal
+}  // namespace megatron_cpp::step37::internal

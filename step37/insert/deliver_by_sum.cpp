@@ -6,10 +6,10 @@
 #include "parallel/collectives.h"
 #include "step37/insert/fused_delivery.h"
 
-namespace step37::internal {
+namespace megatron_cpp::step37::internal {
 namespace {
 
-using megatron::internal::as_rows;
+using megatron_cpp::internal::as_rows;
 
 class SumDelivery final : public FusedDelivery {
  public:
@@ -37,7 +37,7 @@ class SumDelivery final : public FusedDelivery {
  private:
   at::Tensor own_columns(const at::Tensor& rows) const {
     const int64_t width = projected_shape_[1];
-    return projected_part_ == megatron::Part::kColumns ? rows.narrow(1, width * rank(), width) : rows;
+    return projected_part_ == Part::kColumns ? rows.narrow(1, width * rank(), width) : rows;
   }
 
   /// Where one of the two gradients is wanted, its rows alone travel.
@@ -58,7 +58,7 @@ class SumDelivery final : public FusedDelivery {
       }
     } else {
       add_images(rows);
-      if (projected_part_ == megatron::Part::kSummand) {
+      if (projected_part_ == Part::kSummand) {
         way.gather = make_gather(rows);
         return;
       }
@@ -69,9 +69,9 @@ class SumDelivery final : public FusedDelivery {
   Gradients gradients_by_gather(const at::Tensor& gradient, Wanted wanted) const {
     auto result = wanted.text ? at::zeros({S_, B_, H()}, gradient.options()) : new_projected_gradient();
     const auto& gather = *way_back().gather;
-    const auto own = megatron::internal::gather_rows(as_rows(gradient), gather.own_rows);
+    const auto own = megatron_cpp::internal::gather_rows(as_rows(gradient), gather.own_rows);
     const auto all = parallel::all_gather_uneven(own, gather.counts, tp());
-    megatron::internal::copy_rows(as_rows(result), gather.target_rows, all, {});
+    megatron_cpp::internal::copy_rows(as_rows(result), gather.target_rows, all, {});
     if (wanted.text) return {std::move(result), {}};
     return {{}, std::move(result)};
   }
@@ -85,4 +85,4 @@ at::Tensor deliver_by_sum(const at::Tensor& text, const at::Tensor& projected, c
   return deliver(text, projected, c10::make_intrusive<SumDelivery>(text, projected, setting));
 }
 
-}  // namespace step37::internal
+}  // namespace megatron_cpp::step37::internal

@@ -2,22 +2,22 @@
 
 #include <c10/util/Exception.h>
 
-namespace step37::internal {
+namespace megatron_cpp::step37::internal {
 namespace {
 
 struct Way {
   InsertExchange exchange;
-  megatron::Part text;
-  megatron::Part projected;
+  Part text;
+  Part projected;
   Deliver deliver;
   const char* why_not;  ///< where there is none
 };
 
 constexpr auto kFused = InsertExchange::kFused;
 constexpr auto kAllGather = InsertExchange::kAllGather;
-constexpr auto kColumns = megatron::Part::kColumns;
-constexpr auto kSummand = megatron::Part::kSummand;
-constexpr auto kWhole = megatron::Part::kWhole;
+constexpr auto kColumns = Part::kColumns;
+constexpr auto kSummand = Part::kSummand;
+constexpr auto kWhole = Part::kWhole;
 
 constexpr char kNeedsASum[] =
     "a hidden-parallel embedding takes a column-sharded or a replicated projector: the summands of a row-sharded one "
@@ -41,7 +41,7 @@ constexpr Way kWays[] = {
 
 }  // namespace
 
-Deliver choose_delivery(InsertExchange exchange, megatron::Part text, megatron::Part projected) {
+Deliver choose_delivery(InsertExchange exchange, Part text, Part projected) {
   for (const auto& way : kWays) {
     if (way.exchange != exchange || way.text != text || way.projected != projected) continue;
     TORCH_CHECK_VALUE(way.deliver != nullptr, way.why_not);
@@ -50,4 +50,4 @@ Deliver choose_delivery(InsertExchange exchange, megatron::Part text, megatron::
   TORCH_CHECK_VALUE(false, "a word embedding's layout() must be kSummand or kColumns");
 }
 
-}  // namespace step37::internal
+}  // namespace megatron_cpp::step37::internal

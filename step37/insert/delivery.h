@@ -12,14 +12,14 @@
 #include "step37/insert/features.h"
 #include "step37/insert/options.h"
 
-namespace step37::internal {
+namespace megatron_cpp::step37::internal {
 
 /// What a delivery has to know besides its two tensors; equal on every rank of the group.
 struct DeliverySetting {
-  std::shared_ptr<const megatron::ParallelEmbedding> words;  ///< the group, and what its partials are
-  at::Tensor input_ids;                                      ///< [B, S]
-  megatron::Part projected_part = megatron::Part::kColumns;  ///< what a rank made of projected rows
-  const LocalFeatures& features;                             ///< which row ends where
+  std::shared_ptr<const ParallelEmbedding> words;  ///< the group, and what its partials are
+  at::Tensor input_ids;                            ///< [B, S]
+  Part projected_part = Part::kColumns;            ///< what a rank made of projected rows
+  const LocalFeatures& features;                   ///< which row ends where
 };
 
 /// Puts `projected` into `text` and gives this rank what it owns of the whole: [S, B, H], or [S/t, B, H] under sequence
@@ -43,6 +43,6 @@ at::Tensor deliver_in_place(const at::Tensor& text, const at::Tensor& projected,
 
 /// The way for an exchange, and for what a rank makes of text and of image rows.
 /// @throws c10::ValueError if there is none.
-Deliver choose_delivery(InsertExchange exchange, megatron::Part text, megatron::Part projected);
+Deliver choose_delivery(InsertExchange exchange, Part text, Part projected);
 
-}  // namespace step37::internal
+}  // namespace megatron_cpp::step37::internal

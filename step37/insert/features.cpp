@@ -12,7 +12,7 @@
 #include "parallel/shard.h"
 #include "step37/insert/projection.h"
 
-namespace step37::internal {
+namespace megatron_cpp::step37::internal {
 namespace {
 
 /// The rank that holds each image: as the groups say, else balanced by rows.
@@ -96,9 +96,9 @@ class RowCollector {
     // One operation a tensor: a select per image would make each image's gradient a tensor as large as the group's.
     const bool all = static_cast<int64_t>(taken.size()) == stacked.size(0);
     const auto images =
-        all ? stacked : stacked.index_select(0, megatron::internal::index_tensors({taken}, stacked.device())[0]);
+        all ? stacked : stacked.index_select(0, megatron_cpp::internal::index_tensors({taken}, stacked.device())[0]);
     const auto rows = images.reshape({images.size(0) * images.size(1), images.size(2)});
-    pieces_.push_back(megatron::internal::to_device(rows, request_.options.device())
+    pieces_.push_back(megatron_cpp::internal::to_device(rows, request_.options.device())
                           .to(c10::typeMetaToScalarType(request_.options.dtype())));
   }
 
@@ -166,8 +166,9 @@ void keep_owned(LocalFeatures& features, const InsertPlan& plan, const FeatureRe
     inserted.projected_row = features.rows_of_rank[static_cast<size_t>(inserted.holder)]++;
   }
   // What a user gives may have any strides.
-  const auto rows = megatron::internal::as_rows(features.rows);
-  features.rows = megatron::internal::gather_rows(rows, megatron::internal::index_tensors({own}, rows.device())[0]);
+  const auto rows = megatron_cpp::internal::as_rows(features.rows);
+  features.rows =
+      megatron_cpp::internal::gather_rows(rows, megatron_cpp::internal::index_tensors({own}, rows.device())[0]);
 }
 
 }  // namespace
@@ -179,7 +180,7 @@ LocalFeatures take_features(const std::vector<ImageForInsert>& images, const Ins
   TORCH_CHECK_VALUE(num_images == plan.num_images(), num_images, " images for a plan of ", plan.num_images());
   const bool on_single_ranks =
       std::any_of(images.begin(), images.end(), [](const ImageForInsert& group) { return group.held.has_value(); });
-  const bool takes_own_images = projected_part(request.sharding) == megatron::Part::kWhole && !request.by_owners;
+  const bool takes_own_images = projected_part(request.sharding) == Part::kWhole && !request.by_owners;
 
   LocalFeatures features;
   if (takes_own_images || on_single_ranks) {
@@ -200,7 +201,7 @@ LocalFeatures take_features(const std::vector<ImageForInsert>& images, const Ins
 }
 
 void bring_features(LocalFeatures& features, const InsertPlan& plan, const FeatureRequest& request) {
-  if (projected_part(request.sharding) != megatron::Part::kWhole) {
+  if (projected_part(request.sharding) != Part::kWhole) {
     const bool has_all_channels = features.rows.size(1) == request.channels;
     if (!features.image_holders.empty()) {
       bring_to_all(features, request);
@@ -221,4 +222,4 @@ bool need_gradient(const std::vector<ImageForInsert>& images) {
   return false;
 }
 
-}  // namespace step37::internal
+}  // namespace megatron_cpp::step37::internal

@@ -12,7 +12,7 @@
 #include "step37/insert/options.h"
 #include "step37/insert/plan.h"
 
-namespace step37::internal {
+namespace megatron_cpp::step37::internal {
 
 /// Stands for a rank where every rank makes a part of a row.
 inline constexpr int64_t kEveryRank = -1;
@@ -62,4 +62,4 @@ void bring_features(LocalFeatures& features, const InsertPlan& plan, const Featu
 /// Whether features of some group need a gradient.
 bool need_gradient(const std::vector<ImageForInsert>& images);
 
-}  // namespace step37::internal
+}  // namespace megatron_cpp::step37::internal

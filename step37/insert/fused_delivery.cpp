@@ -9,12 +9,12 @@
 
 #include "megatron_cpp/tensor_parallel/rows.h"
 
-namespace step37::internal {
+namespace megatron_cpp::step37::internal {
 namespace {
 
-using megatron::internal::as_rows;
-using megatron::internal::copy_rows;
-using megatron::internal::index_tensors;
+using megatron_cpp::internal::as_rows;
+using megatron_cpp::internal::copy_rows;
+using megatron_cpp::internal::index_tensors;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
@@ -154,4 +154,4 @@ at::Tensor deliver(const at::Tensor& text, const at::Tensor& projected,
   return DeliverFunction::apply(text, projected, delivery);
 }
 
-}  // namespace step37::internal
+}  // namespace megatron_cpp::step37::internal

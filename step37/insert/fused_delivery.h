@@ -11,7 +11,7 @@
 #include "step37/insert/delivery.h"
 #include "step37/insert/row_route.h"
 
-namespace step37::internal {
+namespace megatron_cpp::step37::internal {
 
 /// Whose gradients are wanted; equal on every rank.
 struct Wanted {
@@ -86,11 +86,11 @@ class FusedDelivery : public torch::CustomClassHolder {
   /// Gradients of what is wanted by way_back().route; text has `text_width` columns.
   Gradients gradients_by_route(const at::Tensor& gradient, Wanted wanted, int64_t text_width) const;
 
-  std::shared_ptr<const megatron::ParallelEmbedding> words_;
+  std::shared_ptr<const ParallelEmbedding> words_;
   int64_t S_;
   int64_t B_;
   parallel::SequenceLayout layout_;
-  megatron::Part projected_part_;
+  Part projected_part_;
   std::vector<InsertedRow> inserted_;
   std::vector<int64_t> projected_shape_;
   at::TensorOptions options_;
@@ -105,4 +105,4 @@ class FusedDelivery : public torch::CustomClassHolder {
 at::Tensor deliver(const at::Tensor& text, const at::Tensor& projected,
                    const c10::intrusive_ptr<FusedDelivery>& delivery);
 
-}  // namespace step37::internal
+}  // namespace megatron_cpp::step37::internal

@@ -3,7 +3,7 @@
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 std::vector<at::Tensor> checked_tensors(const FeatureList& features) {
@@ -64,4 +64,4 @@ std::vector<int64_t> to_vector(const at::Tensor& values, const char* what, const
 
 }  // namespace internal
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -8,7 +8,7 @@
 #include <variant>
 #include <vector>
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// Features before the projector: [N, L, C] of N images, or one tensor per image, each [L_i, C] or [N_i, L, C].
 using FeatureList = std::variant<at::Tensor, std::vector<at::Tensor>>;
@@ -62,4 +62,4 @@ std::vector<int64_t> to_vector(const at::Tensor& values, const char* what, const
 
 }  // namespace internal
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -13,9 +13,9 @@
 #include "step37/insert/delivery.h"
 #include "step37/insert/features.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
-ImageInsertEmbeddingImpl::ImageInsertEmbeddingImpl(const megatron::LanguageModelEmbedding& language_embedding,
+ImageInsertEmbeddingImpl::ImageInsertEmbeddingImpl(const LanguageModelEmbedding& language_embedding,
                                                    ImageInsertEmbeddingOptions options)
     : options_(std::move(options)), words_(language_embedding.ptr()) {
   TORCH_CHECK_VALUE(options_.hidden_size() == words_->hidden_size(), "hidden_size ", options_.hidden_size(),
@@ -24,7 +24,7 @@ ImageInsertEmbeddingImpl::ImageInsertEmbeddingImpl(const megatron::LanguageModel
   align_projector = register_module("align_projector", AlignProjector::make(options_, words_->tp()));
 }
 
-ImageInsertEmbeddingImpl::ImageInsertEmbeddingImpl(const megatron::LanguageModelEmbedding& language_embedding,
+ImageInsertEmbeddingImpl::ImageInsertEmbeddingImpl(const LanguageModelEmbedding& language_embedding,
                                                    int64_t encoder_output_dim, int64_t hidden_size, bool projector_bias)
     : ImageInsertEmbeddingImpl(
           language_embedding,
@@ -103,4 +103,4 @@ bool ImageInsertEmbeddingImpl::owners_project(const std::vector<ImageForInsert>&
          !internal::need_gradient(images);
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -17,7 +17,7 @@
 #include "step37/insert/projection.h"
 #include "step37/insert/reference_insert.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// Word embeddings [S,B,H] (this rank's rows [S/t,B,H] where the language embedding is sequence-parallel), with the
 /// projected features of each group in the rows after its start tokens.
@@ -34,16 +34,15 @@ namespace step37 {
 /// is sent when features are trained or on single ranks, by sharding, and of what isn't sent when a part is frozen.
 /// Which backward collectives run follows from which of embedding, projector and features need a gradient, which must
 /// be equal on all ranks: a rank without images of its own passes [0, L, C] features that need one like the others'.
-class ImageInsertEmbeddingImpl : public megatron::ParallelModule {
+class ImageInsertEmbeddingImpl : public ParallelModule {
  public:
   /// @param language_embedding  borrowed: not among this module's parameters, buffers or children, and free to be
   ///                            shared. Its group is the one everything here is sharded over.
   /// @throws c10::ValueError if hidden_size isn't the embedding's, isn't divisible by t in the column sharding, or C
   ///         isn't in the row sharding; for a hidden-parallel embedding with the row sharding or kAllGather.
-  ImageInsertEmbeddingImpl(const megatron::LanguageModelEmbedding& language_embedding,
-                           ImageInsertEmbeddingOptions options);
+  ImageInsertEmbeddingImpl(const LanguageModelEmbedding& language_embedding, ImageInsertEmbeddingOptions options);
   /// The reference's constructor; everything else as ImageInsertEmbeddingOptions has it.
-  ImageInsertEmbeddingImpl(const megatron::LanguageModelEmbedding& language_embedding, int64_t encoder_output_dim,
+  ImageInsertEmbeddingImpl(const LanguageModelEmbedding& language_embedding, int64_t encoder_output_dim,
                            int64_t hidden_size, bool projector_bias = false);
 
   /// @param input_ids     [B, S] int64, equal on every rank. On the CPU; ids on a GPU cost one copy to the host.
@@ -75,7 +74,7 @@ class ImageInsertEmbeddingImpl : public megatron::ParallelModule {
     return step37::insert_features(input_embeddings, image_features, input_ids, flag);
   }
 
-  std::vector<megatron::ParameterShard> own_parameters() const override { return {}; }
+  std::vector<ParameterShard> own_parameters() const override { return {}; }
 
   /// As given to the constructor.
   const ImageInsertEmbeddingOptions& options() const { return options_; }
@@ -88,8 +87,8 @@ class ImageInsertEmbeddingImpl : public megatron::ParallelModule {
   bool owners_project(const std::vector<ImageForInsert>& images) const;
 
   ImageInsertEmbeddingOptions options_;
-  std::shared_ptr<megatron::LanguageModelEmbeddingImpl> words_;  ///< borrowed, not registered
+  std::shared_ptr<LanguageModelEmbeddingImpl> words_;  ///< borrowed, not registered
 };
 TORCH_MODULE(ImageInsertEmbedding);
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

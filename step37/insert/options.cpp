@@ -1,6 +1,6 @@
 #include "step37/insert/options.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 bool checked_by_default() {
 #ifdef NDEBUG
@@ -10,4 +10,4 @@ bool checked_by_default() {
 #endif
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -7,7 +7,7 @@
 
 #include "step37/insert/plan.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// How align_projector [H, C] lies on the ranks.
 enum class ProjectorSharding {
@@ -58,4 +58,4 @@ struct ImageInsertEmbeddingOptions {
   TORCH_ARG(bool, checked) = checked_by_default();
 };
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

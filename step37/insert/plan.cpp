@@ -8,7 +8,7 @@
 #include <map>
 #include <utility>
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 struct Occurrence {
@@ -268,4 +268,4 @@ RowIndices row_indices(std::span<const InsertRun> runs, int64_t B) {
   return indices;
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// What to do when a group's images and the occurrences of its start token differ in number.
 enum class MismatchPolicy {
@@ -102,4 +102,4 @@ struct RowIndices {
 /// Spells the runs out row by row. Pure.
 RowIndices row_indices(std::span<const InsertRun> runs, int64_t B);
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

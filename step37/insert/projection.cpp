@@ -11,11 +11,11 @@
 #include "megatron_cpp/tensor_parallel/row_parallel_linear.h"
 #include "parallel/shard.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
-using megatron::internal::linear_with_communication;
-using megatron::internal::LinearInput;
+using megatron_cpp::internal::linear_with_communication;
+using megatron_cpp::internal::LinearInput;
 
 double init_std(const ImageInsertEmbeddingOptions& options) {
   return std::sqrt(2.0 / static_cast<double>(options.encoder_output_dim()));
@@ -31,7 +31,7 @@ void adopt_parameters(Projector& projector, const Linear& linear) {
 class ColumnProjector final : public AlignProjector {
  public:
   ColumnProjector(const ImageInsertEmbeddingOptions& options, parallel::GroupPtr tp)
-      : linear_(megatron::ColumnParallelLinearOptions(options.encoder_output_dim(), options.hidden_size())
+      : linear_(ColumnParallelLinearOptions(options.encoder_output_dim(), options.hidden_size())
                     .bias(options.projector_bias())
                     .init_std(init_std(options)),
                 tp),
@@ -44,10 +44,10 @@ class ColumnProjector final : public AlignProjector {
     const auto input = were_gathered ? LinearInput::kOwn : LinearInput::kReplicated;
     return linear_with_communication(rows, weight, bias, input, accumulate_into_grad_, tp_);
   }
-  std::vector<megatron::ParameterShard> own_parameters() const override { return linear_->own_parameters(); }
+  std::vector<ParameterShard> own_parameters() const override { return linear_->own_parameters(); }
 
  private:
-  megatron::ColumnParallelLinear linear_;
+  ColumnParallelLinear linear_;
   bool accumulate_into_grad_;
   parallel::GroupPtr tp_;
 };
@@ -55,7 +55,7 @@ class ColumnProjector final : public AlignProjector {
 class RowProjector final : public AlignProjector {
  public:
   RowProjector(const ImageInsertEmbeddingOptions& options, parallel::GroupPtr tp)
-      : linear_(megatron::RowParallelLinearOptions(options.encoder_output_dim(), options.hidden_size())
+      : linear_(RowParallelLinearOptions(options.encoder_output_dim(), options.hidden_size())
                     .bias(options.projector_bias())
                     .reduce_output(false)
                     .init_std(init_std(options))
@@ -64,10 +64,10 @@ class RowProjector final : public AlignProjector {
     adopt_parameters(*this, linear_);
   }
   at::Tensor forward(const at::Tensor& rows, bool /*were_gathered*/) override { return linear_->forward(rows); }
-  std::vector<megatron::ParameterShard> own_parameters() const override { return linear_->own_parameters(); }
+  std::vector<ParameterShard> own_parameters() const override { return linear_->own_parameters(); }
 
  private:
-  megatron::RowParallelLinear linear_;
+  RowParallelLinear linear_;
 };
 
 class ReplicatedProjector final : public AlignProjector {
@@ -80,15 +80,13 @@ class ReplicatedProjector final : public AlignProjector {
   at::Tensor forward(const at::Tensor& rows, bool /*were_gathered*/) override {
     return linear_with_communication(rows, weight, bias, LinearInput::kOwn, accumulate_into_grad_, tp_);
   }
-  std::vector<megatron::ParameterShard> own_parameters() const override {
+  std::vector<ParameterShard> own_parameters() const override {
     // A rank sees the images that it projects.
-    const auto domain =
-        tp_->getSize() > 1 ? megatron::GradientDomain::kReplicatedPartial : megatron::GradientDomain::kReplicated;
-    std::vector<megatron::ParameterShard> parameters{
-        megatron::replicated_parameter("weight", weight, domain, megatron::InitialValue::normal(init_std_), true)};
+    const auto domain = tp_->getSize() > 1 ? GradientDomain::kReplicatedPartial : GradientDomain::kReplicated;
+    std::vector<ParameterShard> parameters{
+        replicated_parameter("weight", weight, domain, InitialValue::normal(init_std_), true)};
     if (bias.defined()) {
-      parameters.push_back(
-          megatron::replicated_parameter("bias", bias, domain, megatron::InitialValue::constant(0.0), false));
+      parameters.push_back(replicated_parameter("bias", bias, domain, InitialValue::constant(0.0), false));
     }
     return parameters;
   }
@@ -102,20 +100,20 @@ class ReplicatedProjector final : public AlignProjector {
 class NoProjector final : public AlignProjector {
  public:
   at::Tensor forward(const at::Tensor& rows, bool /*were_gathered*/) override { return rows; }
-  std::vector<megatron::ParameterShard> own_parameters() const override { return {}; }
+  std::vector<ParameterShard> own_parameters() const override { return {}; }
 };
 
 }  // namespace
 
-megatron::Part projected_part(ProjectorSharding sharding) {
+Part projected_part(ProjectorSharding sharding) {
   switch (sharding) {
     case ProjectorSharding::kColumn:
-      return megatron::Part::kColumns;
+      return Part::kColumns;
     case ProjectorSharding::kRow:
-      return megatron::Part::kSummand;
+      return Part::kSummand;
     case ProjectorSharding::kReplicated:
     case ProjectorSharding::kNone:
-      return megatron::Part::kWhole;
+      return Part::kWhole;
   }
   TORCH_INTERNAL_ASSERT(false);
 }
@@ -143,4 +141,4 @@ std::shared_ptr<AlignProjector> AlignProjector::make(const ImageInsertEmbeddingO
   TORCH_INTERNAL_ASSERT(false);
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -10,13 +10,13 @@
 #include "parallel/group.h"
 #include "step37/insert/options.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// What a rank makes of a projected row, under each sharding: columns, a summand, or the whole row.
-megatron::Part projected_part(ProjectorSharding sharding);
+Part projected_part(ProjectorSharding sharding);
 
 /// align_projector, in whichever sharding; its parameters are "weight" and "bias" as in torch::nn::Linear.
-class AlignProjector : public megatron::ParallelModule {
+class AlignProjector : public ParallelModule {
  public:
   /// The projector that the options ask for. Parameters start at 0; initialize_parameters gives them Kaiming's normal
   /// distribution (fan in, gain sqrt(2)). Not collective.
@@ -34,4 +34,4 @@ class AlignProjector : public megatron::ParallelModule {
   at::Tensor bias;    ///< [H/t] or [H]; undefined without bias
 };
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -6,7 +6,7 @@
 #include "megatron_cpp/tensor_parallel/rows.h"
 #include "step37/insert/plan.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 at::Tensor insert_features(const at::Tensor& input_embeddings, const FeatureList& image_features,
                            const at::Tensor& input_ids, int64_t flag) {
@@ -24,11 +24,11 @@ at::Tensor insert_features(const at::Tensor& input_embeddings, const FeatureList
   if (plan.runs().empty()) return input_embeddings;
   const auto indices = row_indices(plan.runs(), plan.B());
   const auto rows =
-      megatron::internal::index_tensors({indices.embedding_rows, indices.feature_rows}, input_embeddings.device());
+      megatron_cpp::internal::index_tensors({indices.embedding_rows, indices.feature_rows}, input_embeddings.device());
   const auto features = at::cat(blocks).to(input_embeddings.device(), input_embeddings.scalar_type());
   return input_embeddings.reshape({-1, input_embeddings.size(-1)})
       .index_copy(0, rows[0], features.index_select(0, rows[1]))
       .view(input_embeddings.sizes());
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -7,7 +7,7 @@
 
 #include "step37/insert/image_for_insert.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// A copy of `input_embeddings` [S, B, H] in which the k-th block of projected features overwrites the rows after the
 /// k-th occurrence of `flag` in input_ids [B, S]. Returns the input itself if there is no occurrence or no feature;
@@ -16,4 +16,4 @@ namespace step37 {
 at::Tensor insert_features(const at::Tensor& input_embeddings, const FeatureList& image_features,
                            const at::Tensor& input_ids, int64_t flag);
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

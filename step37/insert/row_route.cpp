@@ -8,10 +8,10 @@
 #include "megatron_cpp/tensor_parallel/rows.h"
 #include "parallel/collectives.h"
 
-namespace step37::internal {
+namespace megatron_cpp::step37::internal {
 namespace {
 
-using megatron::internal::copy_rows;
+using megatron_cpp::internal::copy_rows;
 
 int64_t sum(const std::vector<int64_t>& values) { return std::accumulate(values.begin(), values.end(), int64_t{0}); }
 
@@ -47,8 +47,8 @@ RowRoute::RowRoute(const TravellingRows& rows, int64_t hidden_size, const c10::D
     owned_whole_rows.insert(owned_whole_rows.end(), owned.begin(), owned.end());
   }
   pieces_owned_.assign(t, pieces_made_[own]);
-  const auto tensors =
-      megatron::internal::index_tensors({made_piece_rows, owned_piece_rows, made_whole_rows, owned_whole_rows}, device);
+  const auto tensors = megatron_cpp::internal::index_tensors(
+      {made_piece_rows, owned_piece_rows, made_whole_rows, owned_whole_rows}, device);
   made_piece_rows_ = tensors[0];
   owned_piece_rows_ = tensors[1];
   made_whole_rows_ = tensors[2];
@@ -125,4 +125,4 @@ void RowRoute::send_back(const at::Tensor& owned, const at::Tensor& pieces, cons
                 });
 }
 
-}  // namespace step37::internal
+}  // namespace megatron_cpp::step37::internal

@@ -8,7 +8,7 @@
 
 #include "parallel/group.h"
 
-namespace step37::internal {
+namespace megatron_cpp::step37::internal {
 
 /// Which rows of the embedding travel: one list per owner, equal on every rank.
 struct TravellingRows {
@@ -68,4 +68,4 @@ class RowRoute {
   at::Tensor owned_whole_rows_;  // among this rank's own, by holder
 };
 
-}  // namespace step37::internal
+}  // namespace megatron_cpp::step37::internal

@@ -7,7 +7,7 @@
 
 #include "parallel/collectives.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 /// `tokens` as a batch of one sequence, padded; the padding is a sub-sequence of its own.
@@ -72,4 +72,4 @@ std::string caption_picture(Step37Model& model, const Tokenizer& tokenizer, cons
   return tokenizer.decode(caption);
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

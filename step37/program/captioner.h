@@ -13,7 +13,7 @@
 #include "step37/data/tokenizer.h"
 #include "step37/step37_model.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// What a caption is generated with.
 struct CaptionerOptions {
@@ -34,4 +34,4 @@ std::string caption_picture(Step37Model& model, const Tokenizer& tokenizer, cons
                             const std::vector<int64_t>& prompt, const CaptionerOptions& options,
                             const parallel::GroupPtr& tp, const at::Device& device);
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

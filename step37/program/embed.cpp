@@ -26,7 +26,7 @@
 #include "step37/program/full_buffer_watch.h"
 #include "step37/program/shell_text.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 constexpr char kWordEmbeddings[] = "word_embeddings.weight";
@@ -56,7 +56,7 @@ struct Case {
   std::vector<std::pair<std::string, at::Tensor>> features;
 };
 
-at::Tensor read_shaped(const megatron::SafetensorsFile& file, const std::string& name, int64_t dimensions) {
+at::Tensor read_shaped(const SafetensorsFile& file, const std::string& name, int64_t dimensions) {
   auto tensor = file.read(name);
   TORCH_CHECK_VALUE(tensor.dim() == dimensions, file.path().string(), ": ", name, " has shape ", tensor.sizes(),
                     ", expected ", dimensions, " dimensions");
@@ -68,15 +68,14 @@ void check_floating(const std::filesystem::path& path, const std::string& name, 
                     ", expected a floating-point one");
 }
 
-at::Tensor read_values(const megatron::SafetensorsFile& file, const std::string& name, int64_t dimensions,
-                       at::ScalarType dtype) {
+at::Tensor read_values(const SafetensorsFile& file, const std::string& name, int64_t dimensions, at::ScalarType dtype) {
   const auto tensor = read_shaped(file, name, dimensions);
   check_floating(file.path(), name, tensor.scalar_type());
   return tensor.to(dtype);
 }
 
 /// The names of a group's feature tensors, in order: one tensor, a numbered list, or none (an empty list).
-std::vector<std::string> feature_names(const megatron::SafetensorsFile& file, const std::string& group) {
+std::vector<std::string> feature_names(const SafetensorsFile& file, const std::string& group) {
   const auto whole = group + ".image_features";
   if (file.contains(whole)) return {whole};
   std::vector<std::string> names;
@@ -88,7 +87,7 @@ std::vector<std::string> feature_names(const megatron::SafetensorsFile& file, co
 /// Refuses tensors that a case of these names doesn't have: one that is misspelt would be missed without a word.
 /// expected.* is what tests compare with. One in a dtype that can't be read can't have been meant for a case, and is
 /// only warned of, on one rank.
-void check_names(const megatron::SafetensorsFile& file, const std::set<std::string>& known, bool warns) {
+void check_names(const SafetensorsFile& file, const std::set<std::string>& known, bool warns) {
   for (const auto& [name, entry] : file.entries()) {
     if (known.count(name) > 0 || name.starts_with("expected.")) continue;
     TORCH_CHECK_VALUE(entry.dtype == at::ScalarType::Undefined, file.path().string(), ": a case has no tensor ", name);
@@ -99,7 +98,7 @@ void check_names(const megatron::SafetensorsFile& file, const std::set<std::stri
 }
 
 Case read_case(const std::filesystem::path& path, at::ScalarType dtype, bool frozen_features, bool warns) {
-  const megatron::SafetensorsFile file(path);
+  const SafetensorsFile file(path);
   std::set<std::string> known = {"input_ids", "grad_output", kWordEmbeddings, kProjectorWeight, kProjectorBias};
   Case result;
   result.input_ids = read_shaped(file, "input_ids", 2);
@@ -184,9 +183,9 @@ class EmbedRun {
                                        {{"fused", InsertExchange::kFused}, {"all-gather", InsertExchange::kAllGather}});
     on_mismatch_ = choose<MismatchPolicy>("--on-mismatch", arguments.on_mismatch,
                                           {{"error", MismatchPolicy::kError}, {"truncate", MismatchPolicy::kTruncate}});
-    embedding_sharding_ = choose<megatron::EmbeddingSharding>(
-        "--embedding-sharding", arguments.embedding_sharding,
-        {{"vocab", megatron::EmbeddingSharding::kVocab}, {"hidden", megatron::EmbeddingSharding::kHidden}});
+    embedding_sharding_ =
+        choose<EmbeddingSharding>("--embedding-sharding", arguments.embedding_sharding,
+                                  {{"vocab", EmbeddingSharding::kVocab}, {"hidden", EmbeddingSharding::kHidden}});
   }
 
   void read() {
@@ -194,9 +193,9 @@ class EmbedRun {
   }
 
   void build() {
-    embedding_ = megatron::LanguageModelEmbedding(
-        megatron::ParallelEmbeddingOptions(case_.V, case_.H).sequence_parallel(arguments_.sequence_parallel),
-        recorded_.group, embedding_sharding_);
+    embedding_ = LanguageModelEmbedding(
+        ParallelEmbeddingOptions(case_.V, case_.H).sequence_parallel(arguments_.sequence_parallel), recorded_.group,
+        embedding_sharding_);
     insert_ = ImageInsertEmbedding(embedding_, ImageInsertEmbeddingOptions(case_.projector_weight.size(1), case_.H)
                                                    .projector_bias(case_.projector_bias.defined())
                                                    .projector_sharding(projector_sharding_)
@@ -210,7 +209,7 @@ class EmbedRun {
 
   void load_parameters() {
     const at::NoGradGuard no_grad;
-    const megatron::SafetensorsFile file(arguments_.input);
+    const SafetensorsFile file(arguments_.input);
     for (auto& shard : parameters()) {
       const auto& segment = shard.segments.front();
       if (segment.box.numel() > 0) {
@@ -246,8 +245,8 @@ class EmbedRun {
   }
 
   /// Gathers everything to full size; collective, and what it sends isn't counted.
-  std::vector<megatron::NamedTensor> gather() {
-    std::vector<megatron::NamedTensor> results;
+  std::vector<NamedTensor> gather() {
+    std::vector<NamedTensor> results;
     results.push_back({"output", arguments_.sequence_parallel ? parallel::all_gather(output_, plain_tp_) : output_});
     if (!arguments_.frozen_embedding) gather_gradients(*embedding_, results);
     if (!arguments_.frozen_projector) gather_gradients(*insert_, results);
@@ -276,9 +275,9 @@ class EmbedRun {
   }
 
  private:
-  std::vector<megatron::ParameterShard> parameters() const {
-    auto all = megatron::parameter_shards(*embedding_);
-    for (auto& shard : megatron::parameter_shards(*insert_)) all.push_back(std::move(shard));
+  std::vector<ParameterShard> parameters() const {
+    auto all = parameter_shards(*embedding_);
+    for (auto& shard : parameter_shards(*insert_)) all.push_back(std::move(shard));
     return all;
   }
 
@@ -310,18 +309,18 @@ class EmbedRun {
 
   void reduce_partial_gradients() {
     for (const auto& shard : parameters()) {
-      if (shard.domain != megatron::GradientDomain::kReplicatedPartial || !shard.parameter.requires_grad()) continue;
+      if (shard.domain != GradientDomain::kReplicatedPartial || !shard.parameter.requires_grad()) continue;
       auto& gradient = shard.parameter.mutable_grad();
       if (!gradient.defined()) gradient = at::zeros_like(shard.parameter);
       parallel::all_reduce_in_place(gradient, recorded_.group);
     }
   }
 
-  void gather_gradients(const torch::nn::Module& module, std::vector<megatron::NamedTensor>& results) const {
-    for (const auto& shard : megatron::parameter_shards(module)) {
+  void gather_gradients(const torch::nn::Module& module, std::vector<NamedTensor>& results) const {
+    for (const auto& shard : parameter_shards(module)) {
       const auto& segment = shard.segments.front();
       auto gradient = shard.parameter.grad().defined() ? shard.parameter.grad() : at::zeros_like(shard.parameter);
-      if (shard.domain == megatron::GradientDomain::kSharded) {
+      if (shard.domain == GradientDomain::kSharded) {
         gradient = segment.box.length.back() == segment.global_shape.back()
                        ? parallel::all_gather(gradient, plain_tp_).narrow(0, 0, segment.global_shape.front())
                        : parallel::all_gather_last_dim(gradient, plain_tp_);
@@ -335,12 +334,12 @@ class EmbedRun {
   parallel::RecordedGroup recorded_;
   at::Device device_;
   at::ScalarType dtype_ = at::kFloat;
-  megatron::EmbeddingSharding embedding_sharding_ = megatron::EmbeddingSharding::kVocab;
+  EmbeddingSharding embedding_sharding_ = EmbeddingSharding::kVocab;
   ProjectorSharding projector_sharding_ = ProjectorSharding::kColumn;
   InsertExchange exchange_ = InsertExchange::kFused;
   MismatchPolicy on_mismatch_ = MismatchPolicy::kError;
   Case case_;
-  megatron::LanguageModelEmbedding embedding_{nullptr};
+  LanguageModelEmbedding embedding_{nullptr};
   ImageInsertEmbedding insert_{nullptr};
   at::Tensor output_;
   parallel::CommunicationCount forward_;
@@ -367,12 +366,12 @@ int embed(parallel::Runtime& runtime, const EmbedArguments& arguments) {
   parallel::agree_on(
       [&] {
         if (runtime.rank() != 0) return;
-        megatron::write_safetensors(arguments.output, results);
-        if (!arguments.stats.empty()) megatron::write_file(arguments.stats, stats.dump(2) + "\n");
+        write_safetensors(arguments.output, results);
+        if (!arguments.stats.empty()) write_file(arguments.stats, stats.dump(2) + "\n");
       },
       groups.world);
   parallel::destroy_process_groups(runtime, groups);
   return 0;
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -6,11 +6,11 @@
 
 #include "step37/insert/image_insert_embedding.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 class Runtime;
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// The command line of `step37 embed`; the names are the options'.
 struct EmbedArguments {
@@ -37,4 +37,4 @@ struct EmbedArguments {
 ///         are missing or don't fit.
 int embed(parallel::Runtime& runtime, const EmbedArguments& arguments);
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 struct FullBufferWatch::State {
   std::vector<int64_t> shape;
@@ -88,4 +88,4 @@ int64_t FullBufferWatch::peak_bytes() const {
   return state_->peak;
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

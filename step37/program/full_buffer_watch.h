@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <memory>
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// While it lives, follows every tensor of shape [S, B, H] and one dtype that an operator returns, on the thread that
 /// made it or on one that runs a backward pass for that, and keeps the largest number of bytes that were alive at once.
@@ -32,4 +32,4 @@ class FullBufferWatch {
   at::CallbackHandle handle_;
 };
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -14,7 +14,7 @@
 #include "step37/program/shell_text.h"
 #include "step37/program/training_run.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 std::string trimmed_prompt(const std::string& prompt) {
   const auto [text, fault] = caption_from_text(prompt);
@@ -35,7 +35,7 @@ int generate(parallel::Runtime& runtime, const GenerateArguments& arguments) {
   std::string found;
   parallel::agree_on(
       [&] {
-        if (runtime.rank() == 0) found = megatron::find_checkpoint(arguments.checkpoint).string();
+        if (runtime.rank() == 0) found = find_checkpoint(arguments.checkpoint).string();
       },
       groups.world);
   const std::filesystem::path checkpoint = parallel::broadcast_text(found, 0, groups.world);
@@ -44,12 +44,11 @@ int generate(parallel::Runtime& runtime, const GenerateArguments& arguments) {
   Step37Model model{nullptr};
   parallel::agree_on(
       [&] {
-        const megatron::CheckpointReader reader(checkpoint);
+        const CheckpointReader reader(checkpoint);
         state = run_state_from_text(reader.state(), checkpoint.string());
         tokenizer.emplace(load_tokenizer(tokenizer_of_checkpoint(arguments.checkpoint, checkpoint), state, checkpoint));
         model = Step37Model(model_config(state.config, tokenizer->vocab_size()), groups.tp);
-        reader.load(megatron::sharded_tensors(megatron::parameter_shards(*model), published_name, groups),
-                    megatron::UnusedTensors::kAllow);
+        reader.load(sharded_tensors(parameter_shards(*model), published_name, groups), UnusedTensors::kAllow);
         model->to(runtime.device());
         // A picture of a data set may be broken, the one a user asks for may not.
         const auto decoded = decode_picture(arguments.image);
@@ -70,4 +69,4 @@ int generate(parallel::Runtime& runtime, const GenerateArguments& arguments) {
   return 0;
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

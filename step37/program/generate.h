@@ -5,15 +5,15 @@
 #include <filesystem>
 #include <string>
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 class Runtime;
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// The command line of `step37 generate`.
 struct GenerateArguments {
-  std::filesystem::path checkpoint;  ///< of a training run, as megatron::find_checkpoint takes it
+  std::filesystem::path checkpoint;  ///< of a training run, as find_checkpoint takes it
   std::filesystem::path image;
   std::string prompt;  ///< the caption's beginning; trimmed_prompt is what the model sees
   int64_t max_new_tokens = 64;
@@ -30,4 +30,4 @@ std::string trimmed_prompt(const std::string& prompt);
 ///         that the ranks don't divide.
 int generate(parallel::Runtime& runtime, const GenerateArguments& arguments);
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

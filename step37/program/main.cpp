@@ -13,6 +13,7 @@
 #include "step37/program/generate.h"
 #include "step37/program/pretrain.h"
 
+namespace megatron_cpp {
 namespace {
 
 using Command = std::function<int(parallel::Runtime&)>;
@@ -77,8 +78,10 @@ void add_generate(CLI::App& app, Command& command) {
 }
 
 }  // namespace
+}  // namespace megatron_cpp
 
 int main(int argc, char** argv) {
+  using namespace megatron_cpp;
   parallel::keep_freed_host_memory();
   CLI::App app("Step3.7, tensor- and sequence-parallel. Start alone or with mpirun -np N.", "step37");
   app.set_version_flag("--version", std::string(MCPP_VERSION));

@@ -29,7 +29,7 @@
 #include "step37/program/stop_signals.h"
 #include "step37/program/training_run.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 /// This program, as a shell in the working directory starts it.
@@ -109,7 +109,7 @@ class PretrainRun {
     if (options.learning_rate_scales.empty() && options.weight_decay_scales.empty()) return;
     const Step37Model model(model_config(config_, config_.data.vocabulary_size), groups_.tp);
     std::vector<std::string> names;
-    for (const auto& shard : megatron::parameter_shards(*model)) names.push_back(shard.name);
+    for (const auto& shard : parameter_shards(*model)) names.push_back(shard.name);
     options.check_prefixes(names);
   }
 
@@ -130,7 +130,7 @@ class PretrainRun {
     std::string found;
     parallel::agree_on(
         [&] {
-          if (is_main()) found = megatron::latest_checkpoint(files_.checkpoints()).value_or("").string();
+          if (is_main()) found = latest_checkpoint(files_.checkpoints()).value_or("").string();
         },
         groups_.world);
     found = parallel::broadcast_text(found, 0, groups_.world);
@@ -210,7 +210,7 @@ class PretrainRun {
   void keep_index() {
     parallel::agree_on(
         [&] {
-          if (!pictures_.index.empty()) megatron::write_file(files_.directory / kIndexFile, pictures_.index);
+          if (!pictures_.index.empty()) write_file(files_.directory / kIndexFile, pictures_.index);
         },
         groups_.world);
     pictures_.index = {};
@@ -218,14 +218,14 @@ class PretrainRun {
 
   void build_model() {
     model_ = Step37Model(model_config(config_, tokenizer_->vocab_size()), groups_.tp);
-    parameters_ = megatron::parameter_shards(*model_);
-    megatron::initialize_parameters(parameters_, static_cast<uint64_t>(config_.training.seed));
+    parameters_ = parameter_shards(*model_);
+    initialize_parameters(parameters_, static_cast<uint64_t>(config_.training.seed));
     model_->to(runtime_.device());
-    megatron::TrainerOptions options;
+    TrainerOptions options;
     options.adamw = config_.training;
     options.learning_rate = learning_rate_schedule(config_);
     options.clip_grad_norm = config_.training.clip_grad_norm;
-    trainer_ = std::make_unique<megatron::Trainer>(parameters_, groups_, options);
+    trainer_ = std::make_unique<Trainer>(parameters_, groups_, options);
     say(fmt::format("{} parameters on {} ranks: tp {}, dp {}{}", num_parameters(), runtime_.size(), groups_.grid.tp,
                     groups_.grid.dp, config_.parallel.sequence_parallel ? ", sequence parallel" : ""));
   }
@@ -242,9 +242,9 @@ class PretrainRun {
     return total;
   }
 
-  std::vector<megatron::ShardedTensor> tensors() const {
-    auto all = megatron::sharded_tensors(parameters_, published_name, groups_);
-    for (auto& tensor : megatron::sharded_tensors(trainer_->optimizer(), published_name, groups_)) {
+  std::vector<ShardedTensor> tensors() const {
+    auto all = sharded_tensors(parameters_, published_name, groups_);
+    for (auto& tensor : sharded_tensors(trainer_->optimizer(), published_name, groups_)) {
       all.push_back(std::move(tensor));
     }
     return all;
@@ -254,7 +254,7 @@ class PretrainRun {
     RunState state;
     parallel::agree_on(
         [&] {
-          const megatron::CheckpointReader reader(*resume_from_);
+          const CheckpointReader reader(*resume_from_);
           state = run_state_from_text(reader.state(), reader.folder().string());
           check_resumable(state.config, config_, resume_from_->string());
         },
@@ -263,20 +263,21 @@ class PretrainRun {
   }
 
   void load_checkpoint(const RunState& state) {
-    parallel::agree_on([&] { megatron::CheckpointReader(*resume_from_).load(tensors()); }, groups_.world);
+    parallel::agree_on([&] { CheckpointReader(*resume_from_).load(tensors()); }, groups_.world);
     trainer_->optimizer().set_num_steps(state.optimizer_steps);
     resumed_steps_ = state.optimizer_steps;
     say(fmt::format("resuming after step {} from {}", state.optimizer_steps, resume_from_->string()));
   }
 
-  void save_checkpoint(int64_t step, const megatron::SamplerState& sampler) {
+  void save_checkpoint(int64_t step, const SamplerState& sampler) {
     const RunState state{config_, sampler, step, tokenizer_mark_};
-    const megatron::CheckpointContents contents{.step = step,
-                                                .state = to_text(state),
-                                                .tensors = tensors(),
-                                                .model = model_text(config_),
-                                                .tokenizer = tokenizer_mark_.hash};
-    megatron::save_checkpoint(files_.checkpoints(), contents, groups_.world, {.keep_last = config_.checkpoint.keep});
+    const CheckpointContents contents{.step = step,
+                                      .state = to_text(state),
+                                      .tensors = tensors(),
+                                      .model = model_text(config_),
+                                      .tokenizer = tokenizer_mark_.hash};
+    megatron_cpp::save_checkpoint(files_.checkpoints(), contents, groups_.world,
+                                  {.keep_last = config_.checkpoint.keep});
   }
 
   /// The signal that asked one of the ranks to stop, on all of them; 0: none did. Collective: one all-reduce of one
@@ -288,7 +289,7 @@ class PretrainRun {
 
   /// Trains what is left. Returns the signal that stopped it, after a checkpoint; 0: all steps are done.
   int train(const RunState& state) {
-    std::optional<megatron::MetricsFile> metrics;
+    std::optional<MetricsFile> metrics;
     parallel::agree_on(
         [&] {
           if (is_main()) metrics.emplace(files_.metrics(), state.optimizer_steps);
@@ -299,15 +300,15 @@ class PretrainRun {
     Progress progress(state.optimizer_steps + 1, config_.training.steps, progress_style_);
     const StopSignals signals;  // from here on there is something to save
     int signal = 0;
-    megatron::SamplerState sampler;  // after the step
-    megatron::TrainingLoopCallbacks callbacks;
+    SamplerState sampler;  // after the step
+    TrainingLoopCallbacks callbacks;
     callbacks.next_batch = [&] {
       auto loaded = std::make_shared<CaptionLoader::LoadedStep>(loader.next());
       sampler = loaded->step.next;
       return step_batch(loaded);
     };
     callbacks.validation_loss = [&] { return validation_loss(validation); };
-    callbacks.report = [&](const megatron::StepMetrics& line) {
+    callbacks.report = [&](const StepMetrics& line) {
       if (!is_main()) return;
       metrics->write(line);
       progress.show(line);
@@ -318,11 +319,11 @@ class PretrainRun {
       signal = agreed_stop_signal();
       return signal != 0;
     };
-    megatron::TrainingLoopOptions options;
+    TrainingLoopOptions options;
     options.steps = config_.training.steps;
     options.validation_interval = config_.validation.interval;
     options.checkpoint_interval = config_.checkpoint.interval;
-    const int64_t last_step = megatron::run_training_loop(*trainer_, options, callbacks);
+    const int64_t last_step = run_training_loop(*trainer_, options, callbacks);
     if (signal != 0) {
       say(fmt::format(
           "\nstopped by SIG{} after step {} of {}, which is saved: start the same command again, and it goes on",
@@ -331,7 +332,7 @@ class PretrainRun {
     return signal;
   }
 
-  megatron::StepBatch step_batch(const std::shared_ptr<CaptionLoader::LoadedStep>& loaded) {
+  StepBatch step_batch(const std::shared_ptr<CaptionLoader::LoadedStep>& loaded) {
     const auto& step = loaded->step;
     return {.num_micro_batches = static_cast<int64_t>(step.micro_batches.size()),
             .num_loss_tokens = step.num_loss_tokens,
@@ -375,7 +376,7 @@ class PretrainRun {
           input.pictures = std::move(shown);
           input.num_parameters = num_parameters();
           input.num_ranks = runtime_.size();
-          megatron::write_file(files_.report(), render_report(input));
+          write_file(files_.report(), render_report(input));
         },
         groups_.world);
   }
@@ -419,8 +420,8 @@ class PretrainRun {
   TokenizerMark tokenizer_mark_;
   CaptionLoader::Options loader_options_;
   Step37Model model_{nullptr};
-  std::vector<megatron::ParameterShard> parameters_;
-  std::unique_ptr<megatron::Trainer> trainer_;
+  std::vector<ParameterShard> parameters_;
+  std::unique_ptr<Trainer> trainer_;
 };
 
 }  // namespace
@@ -446,4 +447,4 @@ int pretrain(parallel::Runtime& runtime, const PretrainArguments& arguments) {
   return status;
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

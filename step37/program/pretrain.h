@@ -7,11 +7,11 @@
 
 #include "step37/program/progress.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 class Runtime;
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// The command line of `step37 pretrain`.
 struct PretrainArguments {
@@ -28,4 +28,4 @@ struct PretrainArguments {
 /// @throws c10::ValueError or parallel::AgreedError on every rank: a configuration that doesn't fit, missing data.
 int pretrain(parallel::Runtime& runtime, const PretrainArguments& arguments);
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

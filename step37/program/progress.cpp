@@ -6,10 +6,10 @@
 #include <string>
 #include <string_view>
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
-int64_t count_of(const megatron::StepMetrics& metrics, std::string_view name) {
+int64_t count_of(const StepMetrics& metrics, std::string_view name) {
   for (const auto& [counted, count] : metrics.counts) {
     if (counted == name) return count;
   }
@@ -27,7 +27,7 @@ std::string time_text(double seconds) {
 Progress::Progress(int64_t first_step, int64_t total_steps, ProgressStyle style)
     : first_step_(first_step), total_steps_(total_steps), style_(style), start_(std::chrono::steady_clock::now()) {}
 
-void Progress::show(const megatron::StepMetrics& metrics) {
+void Progress::show(const StepMetrics& metrics) {
   const int64_t done = metrics.step - first_step_ + 1;
   const bool worth_a_line = done <= 3 || metrics.step % 10 == 0 || metrics.step == total_steps_;
   if (style_ == ProgressStyle::kPlain && !worth_a_line && !metrics.validation_loss) return;
@@ -49,4 +49,4 @@ void Progress::show(const megatron::StepMetrics& metrics) {
   std::fflush(stdout);
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

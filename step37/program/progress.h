@@ -6,7 +6,7 @@
 
 #include "megatron_cpp/training/training_loop.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// How progress is shown.
 enum class ProgressStyle {
@@ -18,7 +18,7 @@ class Progress {
  public:
   /// Counts time from here. `first_step` is the first of this run, counted from 1.
   Progress(int64_t first_step, int64_t total_steps, ProgressStyle style);
-  void show(const megatron::StepMetrics& metrics);
+  void show(const StepMetrics& metrics);
 
  private:
   int64_t first_step_;
@@ -27,4 +27,4 @@ class Progress {
   std::chrono::steady_clock::time_point start_;
 };
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

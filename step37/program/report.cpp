@@ -14,7 +14,7 @@
 
 #include "step37/program/report_template.h"  // report.html, made into a string by CMake
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 using nlohmann::json;
@@ -164,4 +164,4 @@ std::string render_report(const ReportInput& input) {
   return html.replace(html.find(kPlace), kPlace.size(), data);
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// A picture with the caption it has and the caption the model gave it.
 struct ReportPicture {
@@ -35,4 +35,4 @@ struct ReportInput {
 ///         `step` and `loss`, or has one of the other values as something else than a number (null: not measured).
 std::string render_report(const ReportInput& input);
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

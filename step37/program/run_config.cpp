@@ -22,7 +22,7 @@
 #include "step37/program/shell_text.h"
 #include "step37/program/yaml_file.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 /// What is asked of a key's value beside its type.
@@ -111,8 +111,8 @@ std::vector<std::string> section_names() {
 template <class Value>
 using Names = std::vector<std::pair<std::string, Value>>;
 
-Names<megatron::EmbeddingSharding> names_of(megatron::EmbeddingSharding /*type*/) {
-  return {{"vocab", megatron::EmbeddingSharding::kVocab}, {"hidden", megatron::EmbeddingSharding::kHidden}};
+Names<EmbeddingSharding> names_of(EmbeddingSharding /*type*/) {
+  return {{"vocab", EmbeddingSharding::kVocab}, {"hidden", EmbeddingSharding::kHidden}};
 }
 Names<ProjectorSharding> names_of(ProjectorSharding /*type*/) {
   using enum ProjectorSharding;
@@ -121,8 +121,8 @@ Names<ProjectorSharding> names_of(ProjectorSharding /*type*/) {
 Names<InsertExchange> names_of(InsertExchange /*type*/) {
   return {{"fused", InsertExchange::kFused}, {"all-gather", InsertExchange::kAllGather}};
 }
-Names<megatron::LearningRateDecay> names_of(megatron::LearningRateDecay /*type*/) {
-  using enum megatron::LearningRateDecay;
+Names<LearningRateDecay> names_of(LearningRateDecay /*type*/) {
+  using enum LearningRateDecay;
   return {{"cosine", kCosine}, {"linear", kLinear}, {"constant", kConstant}, {"wsd", kWsd}};
 }
 /// All spellings of YAML 1.2's core schema; the first of each is written.
@@ -143,7 +143,7 @@ std::string write_value(double value) {
   return {digits.data(), std::to_chars(digits.data(), digits.data() + digits.size(), value).ptr};
 }
 std::string write_value(const std::optional<int64_t>& value) { return value ? std::to_string(*value) : "all"; }
-std::string write_value(const megatron::ParameterScales& value) {
+std::string write_value(const ParameterScales& value) {
   std::string text;
   for (const auto& [prefix, scale] : value) {
     text += fmt::format("{}{}: {}", text.empty() ? "" : ", ", prefix, write_value(scale));
@@ -179,7 +179,7 @@ std::string read_value(const std::string& text, std::optional<int64_t>& value) {
   if (text == "all") return value.reset(), "";
   return read_number(text, value.emplace()) ? "" : "an integer or all";
 }
-std::string read_value(const std::string& text, megatron::ParameterScales& value) {
+std::string read_value(const std::string& text, ParameterScales& value) {
   value.clear();
   std::istringstream entries(text);
   bool is_read = is_utf8(text);
@@ -307,7 +307,7 @@ void set_values(const GivenValues& values, RunConfig& config) {
       config.warnings.push_back(fmt::format("{} in {} is now called {}", given.key, given.where, key));
     }
     auto value = member;
-    const bool is_right_map = given.form == "a section" && std::is_same_v<decltype(value), megatron::ParameterScales>;
+    const bool is_right_map = given.form == "a section" && std::is_same_v<decltype(value), ParameterScales>;
     // Text that isn't UTF-8 is no value of any type.
     const auto must_be = read_value(given.form.empty() || is_right_map ? given.text : "\xff", value);
     const std::string shown = !given.form.empty() ? given.form : given.text.empty() ? "nothing" : given.text;
@@ -433,7 +433,7 @@ Step37Config model_config(const RunConfig& config, int64_t vocabulary_size) {
                       .embedding_sharding = config.parallel.embedding_sharding};
   for (int64_t layer = 0; layer < model.num_layers; ++layer) {
     const bool full = layer % model.full_attention_interval == 0;
-    megatron::AttentionLayerConfig attention;
+    AttentionLayerConfig attention;
     attention.num_attention_heads = full ? model.num_attention_heads : model.num_sliding_attention_heads;
     attention.sliding_window = full ? 0 : model.sliding_window;
     attention.rope_theta = full ? model.rope_theta : model.sliding_rope_theta;
@@ -451,7 +451,7 @@ Step37Config model_config(const RunConfig& config, int64_t vocabulary_size) {
   return result;
 }
 
-megatron::LearningRateSchedule learning_rate_schedule(const RunConfig& config) {
+LearningRateSchedule learning_rate_schedule(const RunConfig& config) {
   const auto& training = config.training;
   return {.peak = training.learning_rate,
           .floor = training.min_learning_rate,
@@ -469,4 +469,4 @@ CropOptions crop_options(const RunConfig& config) {
           .with_crops = config.data.crops};
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -15,7 +15,7 @@
 #include "step37/insert/image_insert_embedding.h"
 #include "step37/step37_model.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 // A section of the file is a struct, a key one of its members, of the same name. "Required": without a value that fits
 // every run, the file or an override has to give one.
@@ -38,9 +38,9 @@ struct ParallelSection {
   int64_t ep = 1;   ///< expert parallel
   int64_t etp = 1;  ///< expert-tensor parallel
   bool sequence_parallel = true;
-  megatron::EmbeddingSharding embedding_sharding = megatron::EmbeddingSharding::kVocab;  ///< vocab or hidden
-  ProjectorSharding projector_sharding = ProjectorSharding::kReplicated;                 ///< replicated, column or row
-  InsertExchange exchange = InsertExchange::kFused;                                      ///< fused or all-gather
+  EmbeddingSharding embedding_sharding = EmbeddingSharding::kVocab;       ///< vocab or hidden
+  ProjectorSharding projector_sharding = ProjectorSharding::kReplicated;  ///< replicated, column or row
+  InsertExchange exchange = InsertExchange::kFused;                       ///< fused or all-gather
 };
 
 struct DataSection {
@@ -79,7 +79,7 @@ struct VisionSection : VisionConfig {
 };
 
 /// All of AdamWOptions are keys, too; scales are written as "vision_model: 0.1, language_model.embedding: 2".
-struct TrainingSection : megatron::AdamWOptions {
+struct TrainingSection : AdamWOptions {
   int64_t steps = 0;  ///< required: optimizer steps of the whole run
   int64_t seed = 1234;
   int64_t global_batch_size = 1;   ///< packs a step, over all replicas
@@ -88,7 +88,7 @@ struct TrainingSection : megatron::AdamWOptions {
   double learning_rate = 1e-3;     ///< at the end of the warm-up
   double min_learning_rate = 0.0;  ///< at the last step
   int64_t warmup_steps = 0;
-  megatron::LearningRateDecay learning_rate_decay = megatron::LearningRateDecay::kCosine;  ///< or linear, constant, wsd
+  LearningRateDecay learning_rate_decay = LearningRateDecay::kCosine;  ///< or linear, constant, wsd
   int64_t decay_steps = 0;      ///< of wsd: the last steps, in which the rate goes down
   double clip_grad_norm = 1.0;  ///< 0: no clipping
 };
@@ -157,9 +157,9 @@ parallel::RankGrid rank_grid(const RunConfig& config, int num_ranks);
 /// Gradients accumulate into their buffers (TransformerExecution::accumulate_into_grad).
 Step37Config model_config(const RunConfig& config, int64_t vocabulary_size);
 
-megatron::LearningRateSchedule learning_rate_schedule(const RunConfig& config);
+LearningRateSchedule learning_rate_schedule(const RunConfig& config);
 
 /// How pictures are cut. Without data.crops crop_side is the global view's, so that it always fits the patches.
 CropOptions crop_options(const RunConfig& config);
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -20,7 +20,7 @@
 #include "step37/data/picture.h"
 #include "step37/data/utf8.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 /// The bytes of the index that an earlier start left; none if there isn't one.
@@ -180,4 +180,4 @@ std::string thumbnail_of(const std::filesystem::path& file, const CropOptions& c
   return thumbnail(cut_views(decoded.pixels, plan, crops).global[0], kMaxSide);
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -11,11 +11,11 @@
 #include "step37/data/tokenizer.h"
 #include "step37/program/run_config.h"
 
-namespace parallel {
+namespace megatron_cpp::parallel {
 class Runtime;
-}  // namespace parallel
+}  // namespace megatron_cpp::parallel
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// The file in run.directory that keeps what a search has found, so that the next start opens no file that it needn't.
 inline constexpr char kIndexFile[] = "pictures.index";
@@ -63,4 +63,4 @@ int64_t num_too_long(const CaptionLoader::Source& source, const CaptionLoader::O
 /// collective.
 std::string thumbnail_of(const std::filesystem::path& file, const CropOptions& crops);
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 void check_no_tilde(const std::string& option, const std::filesystem::path& path) {
   const auto text = path.string();
@@ -35,4 +35,4 @@ std::string shell_quoted_path(const std::filesystem::path& path) {
   return shell_quoted(text.starts_with('-') || is_plain_name ? "./" + text : text);
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

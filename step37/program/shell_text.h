@@ -4,7 +4,7 @@
 #include <filesystem>
 #include <string>
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// Refuses a path that a shell would have expanded where it stood alone: `--checkpoint=~/a` and `run.directory=~/a`
 /// come here as they are, and so does what a YAML file says.
@@ -17,4 +17,4 @@ std::string shell_quoted(const std::string& text);
 /// A path as such a word: one that starts with - is no option, one without / no command in PATH.
 std::string shell_quoted_path(const std::filesystem::path& path);
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -5,7 +5,7 @@
 #include <atomic>
 #include <ctime>
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 // What a signal handler may touch.
@@ -60,4 +60,4 @@ StopSignals::~StopSignals() {
 
 int StopSignals::received() { return stop_signal; }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

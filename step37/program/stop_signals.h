@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// The exit status of a run that was asked to stop and has saved a checkpoint: start it again, and it goes on.
 /// (sysexits.h calls it EX_TEMPFAIL.)
@@ -43,4 +43,4 @@ class StopSignals {
   std::vector<Former> former_;
 };
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -23,12 +23,12 @@
 #include "megatron_cpp/checkpoint/json_integer.h"
 #include "parallel/hash.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 namespace {
 
 int64_t integer_at(const nlohmann::json& json, const char* key) {
-  const auto value = megatron::internal::integer_of(json.at(key));
+  const auto value = megatron_cpp::internal::integer_of(json.at(key));
   TORCH_CHECK_VALUE(value.has_value(), key, " is not a 64-bit integer");
   return *value;
 }
@@ -64,7 +64,7 @@ void check_run_files(const RunFiles& files) {
   TORCH_CHECK_VALUE(!exists(checkpoints) || is_directory(checkpoints), files.checkpoints().string(), " is no folder");
   for (const auto& path : {files.metrics(), files.tokenizer(), files.report(), files.lock()}) {
     // A file that isn't there yet is made where the link says, if there is such a folder.
-    if (dangles(path) && !exists(megatron::internal::link_target(path).parent_path(), unknown)) {
+    if (dangles(path) && !exists(megatron_cpp::internal::link_target(path).parent_path(), unknown)) {
       refuse_dangling_link(path);
     }
     const auto status = std::filesystem::status(path, unknown);
@@ -75,9 +75,9 @@ void check_run_files(const RunFiles& files) {
 }
 
 void remove_earlier_run(const RunFiles& files) {
-  megatron::remove_checkpoints(files.checkpoints());
+  remove_checkpoints(files.checkpoints());
   for (const auto& path : {files.metrics(), files.report(), files.tokenizer()}) {
-    const auto target = megatron::internal::link_target(path);
+    const auto target = megatron_cpp::internal::link_target(path);
     std::error_code not_there;
     if (is_regular_file(target, not_there)) std::filesystem::remove(target);
   }
@@ -213,4 +213,4 @@ CaptionerOptions captioner_options(const RunConfig& config, const Tokenizer& tok
   return options;
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -14,7 +14,7 @@
 #include "step37/program/run_config.h"
 #include "step37/step37_model.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// Where a run keeps things.
 struct RunFiles {
@@ -66,7 +66,7 @@ TokenizerMark mark_of(const std::filesystem::path& path, const Tokenizer& tokeni
 /// What a checkpoint keeps beside tensors.
 struct RunState {
   RunConfig config;
-  megatron::SamplerState sampler;
+  SamplerState sampler;
   int64_t optimizer_steps = 0;
   std::optional<TokenizerMark> tokenizer = std::nullopt;  ///< nothing in checkpoints of versions that didn't keep it
 };
@@ -100,4 +100,4 @@ int64_t padding_multiple(int tensor_parallel_size);
 CaptionerOptions captioner_options(const RunConfig& config, const Tokenizer& tokenizer,
                                    const std::filesystem::path& folder, int tensor_parallel_size);
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

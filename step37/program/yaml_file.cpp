@@ -12,7 +12,7 @@
 #include <sstream>
 #include <vector>
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 std::string read_text(const std::filesystem::path& path) {
@@ -73,4 +73,4 @@ YAML::Node parse_yaml_file(const std::filesystem::path& path) {
   return document;
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -9,10 +9,10 @@
 #include <string_view>
 #include <utility>
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
-using megatron::InitialValue;
+using megatron_cpp::InitialValue;
 
 constexpr int64_t kPixelChannels = 3;
 
@@ -171,8 +171,7 @@ struct VisionTowerImpl::Block : torch::nn::Module {
   std::shared_ptr<LayerScale> ls_2;
 };
 
-VisionTowerImpl::VisionTowerImpl(const VisionConfig& config, megatron::GradientDomain domain)
-    : config_(config), domain_(domain) {
+VisionTowerImpl::VisionTowerImpl(const VisionConfig& config, GradientDomain domain) : config_(config), domain_(domain) {
   config.validate();
   TORCH_CHECK_VALUE(domain.sharded_over.empty(),
                     "the vision tower is replicated: its gradient domain can't be kSharded");
@@ -234,14 +233,14 @@ VisionTowerImpl::Rotary VisionTowerImpl::rotary(int64_t grid_rows, int64_t grid_
   return {table.cos(), table.sin()};
 }
 
-std::vector<megatron::ParameterShard> VisionTowerImpl::own_parameters() const {
-  std::vector<megatron::ParameterShard> shards;
+std::vector<ParameterShard> VisionTowerImpl::own_parameters() const {
+  std::vector<ParameterShard> shards;
   for (const auto& item : named_parameters()) {
-    shards.push_back(megatron::replicated_parameter(item.key(), item.value(), domain_,
-                                                    initial_value(item.key(), item.value(), config_),
-                                                    is_weight_of_map(item.key(), item.value())));
+    shards.push_back(replicated_parameter(item.key(), item.value(), domain_,
+                                          initial_value(item.key(), item.value(), config_),
+                                          is_weight_of_map(item.key(), item.value())));
   }
   return shards;
 }
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

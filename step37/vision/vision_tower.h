@@ -13,7 +13,7 @@
 
 #include "megatron_cpp/parameters/parameter_shard.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 
 /// Sizes of the vision tower; the defaults are the released model's.
 struct VisionConfig {
@@ -49,13 +49,13 @@ struct VisionConfig {
 /// Positions of a grid other than image_size / patch_size squared are resampled bilinearly (align_corners false).
 ///
 /// Parameters bear the published names without `vision_model.` in front. They are left unset here: load them, or call
-/// megatron::initialize_parameters. Not collective.
-class VisionTowerImpl : public megatron::ParallelModule {
+/// initialize_parameters. Not collective.
+class VisionTowerImpl : public ParallelModule {
  public:
   /// @param domain  of every gradient: kReplicated if each rank runs all pictures, kReplicatedPartial if it runs its
   /// own.
   /// @throws c10::ValueError as VisionConfig::validate does, and if `domain` is kSharded.
-  VisionTowerImpl(const VisionConfig& config, megatron::GradientDomain domain);
+  VisionTowerImpl(const VisionConfig& config, GradientDomain domain);
 
   /// @param pixels  [N, 3, height, width] of floating dtype, normalised, on the parameters' device; N may be 0. Cast to
   ///                the parameters' dtype.
@@ -70,7 +70,7 @@ class VisionTowerImpl : public megatron::ParallelModule {
 
   /// Weights start normal with standard deviation fan_in^-0.5, positions with width^-0.5, norms at 1, biases at 0 and
   /// layer scales at layer_scale_init. Only the weights of linear maps and convolutions decay.
-  std::vector<megatron::ParameterShard> own_parameters() const override;
+  std::vector<ParameterShard> own_parameters() const override;
 
   /// As given to the constructor.
   const VisionConfig& config() const { return config_; }
@@ -87,7 +87,7 @@ class VisionTowerImpl : public megatron::ParallelModule {
   Rotary rotary(int64_t grid_rows, int64_t grid_columns) const;
 
   VisionConfig config_;
-  megatron::GradientDomain domain_;
+  GradientDomain domain_;
   at::Tensor positional_embedding_;  ///< [(image_size / patch_size)^2, width]
   std::shared_ptr<Affine> conv1_;
   std::shared_ptr<Affine> ln_pre_;
@@ -97,4 +97,4 @@ class VisionTowerImpl : public megatron::ParallelModule {
 };
 TORCH_MODULE(VisionTower);
 
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+namespace megatron_cpp {
 namespace {
 
 using gpu_check::last_but_one_step;
@@ -93,3 +94,5 @@ TEST(StepTrace, RefusesATraceThatDoesNotShowTheSteps) {
   EXPECT_THROW(last_but_one_step({}, 3), c10::ValueError);
   EXPECT_THROW(last_but_one_step(joined({Step(0).with_updates(1), Step(1000000).with_updates(1)}), 2), c10::ValueError);
 }
+
+}  // namespace megatron_cpp

@@ -21,6 +21,7 @@
 #include "parallel/runtime.h"
 #include "step37/step37_model.h"
 
+namespace megatron_cpp {
 namespace {
 
 struct Fault {
@@ -82,9 +83,9 @@ int body(parallel::Runtime& runtime, const std::vector<std::string>& arguments) 
   }
 
   step37::Step37Model model(model_config(), groups.tp);
-  const auto parameters = megatron::parameter_shards(*model);
-  megatron::initialize_parameters(parameters, 1);
-  megatron::Trainer trainer(parameters, groups, {});
+  const auto parameters = parameter_shards(*model);
+  initialize_parameters(parameters, 1);
+  Trainer trainer(parameters, groups, {});
   fault.seen = 0;
   constexpr int64_t kSteps = 2;  // the second finds shared memory and gradients made
   for (int64_t step = 0; step < kSteps; ++step) {
@@ -95,8 +96,10 @@ int body(parallel::Runtime& runtime, const std::vector<std::string>& arguments) 
 }
 
 }  // namespace
+}  // namespace megatron_cpp
 
 int main(int argc, char** argv) {
+  using namespace megatron_cpp;
   const std::vector<std::string> arguments(argv, argv + argc);
   return parallel::Runtime::run([&](parallel::Runtime& runtime) { return body(runtime, arguments); });
 }

@@ -19,6 +19,7 @@
 #include "tests/support/command.h"
 #include "tests/support/environment.h"
 
+namespace megatron_cpp {
 namespace {
 
 using Clock = std::chrono::steady_clock;
@@ -123,3 +124,5 @@ TEST(Faults, EndTheJobAndAreNamed) {
   }
   for (const auto& [kind, seconds] : longest) std::printf("%s: ended within %.1f s\n", kind.c_str(), seconds);
 }
+
+}  // namespace megatron_cpp

@@ -8,6 +8,7 @@
 #include "tests/fuzz/fuzz.h"
 #include "tests/support/temporary_folder.h"
 
+namespace megatron_cpp {
 namespace {
 
 /// Picture symbols in a caption's text included: they are letters there.
@@ -91,3 +92,5 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (is_file_name(name)) check_scan(name, text, caption.text);
   return 0;
 }
+
+}  // namespace megatron_cpp

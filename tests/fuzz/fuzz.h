@@ -25,7 +25,7 @@
 /// libFuzzer calls it with one input after the other (https://llvm.org/docs/LibFuzzer.html).
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size);
 
-namespace fuzz {
+namespace megatron_cpp::fuzz {
 
 inline bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
 
@@ -76,4 +76,4 @@ class Numbers {
   size_t size_;
 };
 
-}  // namespace fuzz
+}  // namespace megatron_cpp::fuzz

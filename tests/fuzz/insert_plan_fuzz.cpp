@@ -8,6 +8,7 @@
 #include "step37/insert/plan.h"
 #include "tests/fuzz/fuzz.h"
 
+namespace megatron_cpp {
 namespace {
 
 using step37::InsertGroup;
@@ -169,3 +170,5 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   check_row_indices(plan, expected);
   return 0;
 }
+
+}  // namespace megatron_cpp

@@ -8,12 +8,8 @@
 #include "megatron_cpp/data/packed_batch.h"
 #include "tests/fuzz/fuzz.h"
 
+namespace megatron_cpp {
 namespace {
-
-using megatron::OversizePolicy;
-using megatron::PackedBatch;
-using megatron::PackingOptions;
-using megatron::Sample;
 
 struct Input {
   PackingOptions options;
@@ -57,7 +53,7 @@ bool is_valid(const Input& input) {
 int64_t positions(const Sample& sample) { return static_cast<int64_t>(sample.tokens.size()) - 1; }
 
 /// Every sample is in one batch or among the dropped, in order; only those too long are dropped.
-void check_members(const Input& input, const megatron::PackedSamples& packed) {
+void check_members(const Input& input, const PackedSamples& packed) {
   FUZZ_CHECK(packed.batches.size() == packed.samples.size());
   std::vector<int> times(input.samples.size());
   const auto count_in_order = [&](const std::vector<int64_t>& members, int64_t previous) {
@@ -78,7 +74,7 @@ void check_members(const Input& input, const megatron::PackedSamples& packed) {
 }
 
 /// No batch is longer than allowed, and none ends before it has to.
-void check_lengths(const Input& input, const megatron::PackedSamples& packed) {
+void check_lengths(const Input& input, const PackedSamples& packed) {
   int64_t room_before = 0;
   for (const auto& members : packed.samples) {
     int64_t length = 0;
@@ -110,7 +106,7 @@ void check_batch(const Input& input, const PackedBatch& batch, const std::vector
     for (size_t i = 0; i + 1 < sample.tokens.size(); ++i, ++s) {
       const bool counts = sample.loss_mask[i + 1] != 0;
       FUZZ_CHECK(tokens[s] == sample.tokens[i] && position_ids[s] == static_cast<int64_t>(i), "position ", s);
-      FUZZ_CHECK(labels[s] == (counts ? sample.tokens[i + 1] : megatron::kIgnoreIndex), "position ", s);
+      FUZZ_CHECK(labels[s] == (counts ? sample.tokens[i + 1] : kIgnoreIndex), "position ", s);
       FUZZ_CHECK(loss_mask[s] == (counts ? 1 : 0), "position ", s);
     }
     expected_ends.push_back(s);
@@ -118,7 +114,7 @@ void check_batch(const Input& input, const PackedBatch& batch, const std::vector
   FUZZ_CHECK(S % input.options.pad_to == 0 && S >= s && S - s < input.options.pad_to, S, " positions for ", s);
   if (S > s) expected_ends.push_back(S);
   for (int64_t i = 0; s < S; ++i, ++s) {
-    FUZZ_CHECK(tokens[s] == input.options.pad_token && labels[s] == megatron::kIgnoreIndex, "position ", s);
+    FUZZ_CHECK(tokens[s] == input.options.pad_token && labels[s] == kIgnoreIndex, "position ", s);
     FUZZ_CHECK(loss_mask[s] == 0 && position_ids[s] == i, "position ", s);
   }
   FUZZ_CHECK(std::vector<int64_t>(ends, ends + batch.cu_seqlens.numel()) == expected_ends);
@@ -128,8 +124,8 @@ void check_batch(const Input& input, const PackedBatch& batch, const std::vector
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const auto input = read_input(fuzz::Numbers(data, size));
-  megatron::PackedSamples packed;
-  const auto reason = fuzz::refusal([&] { packed = megatron::pack(input.samples, input.options); });
+  PackedSamples packed;
+  const auto reason = fuzz::refusal([&] { packed = pack(input.samples, input.options); });
   FUZZ_CHECK(reason.has_value() == !is_valid(input), reason.value_or("not refused"));
   if (reason) return 0;
   check_members(input, packed);
@@ -137,3 +133,5 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   for (size_t i = 0; i < packed.batches.size(); ++i) check_batch(input, packed.batches[i], packed.samples[i]);
   return 0;
 }
+
+}  // namespace megatron_cpp

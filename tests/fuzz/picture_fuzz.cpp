@@ -8,6 +8,7 @@
 #include "tests/fuzz/fuzz.h"
 #include "tests/support/temporary_folder.h"
 
+namespace megatron_cpp {
 namespace {
 
 /// Small views, so that many pictures a second are cut.
@@ -48,3 +49,5 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   check_views(decoded.pixels, in_header.size);
   return 0;
 }
+
+}  // namespace megatron_cpp

@@ -6,6 +6,7 @@
 #include "tests/fuzz/fuzz.h"
 #include "tests/support/temporary_folder.h"
 
+namespace megatron_cpp {
 namespace {
 
 struct Input {
@@ -38,7 +39,7 @@ void check_settings(const step37::RunConfig& config) {
   const auto text = to_text(step37::RunState{.config = config, .sampler = {3, 4}, .optimizer_steps = 5});
   const auto state = step37::run_state_from_text(text, "here");
   FUZZ_CHECK(step37::settings(state.config) == settings);
-  FUZZ_CHECK(state.sampler == (megatron::SamplerState{3, 4}) && state.optimizer_steps == 5);
+  FUZZ_CHECK(state.sampler == (SamplerState{3, 4}) && state.optimizer_steps == 5);
 }
 
 /// What validation lets through can be computed with.
@@ -79,3 +80,5 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   }
   return 0;
 }
+
+}  // namespace megatron_cpp

@@ -2,6 +2,8 @@
 #include "step37/program/training_run.h"
 #include "tests/fuzz/fuzz.h"
 
+namespace megatron_cpp {
+
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   step37::RunState state;
   const auto reason =
@@ -14,3 +16,5 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   FUZZ_CHECK(to_text(step37::run_state_from_text(text, "again")) == text);
   return 0;
 }
+
+}  // namespace megatron_cpp

@@ -9,9 +9,8 @@
 #include "tests/fuzz/fuzz.h"
 #include "tests/support/temporary_folder.h"
 
+namespace megatron_cpp {
 namespace {
-
-using megatron::SafetensorsFile;
 
 const test_support::TemporaryFolder& folder() {
   static const test_support::TemporaryFolder folder;
@@ -29,17 +28,17 @@ void check_slices(const SafetensorsFile& file, const std::string& name, const at
     const int64_t rows = whole.size(dim);
     if (rows == 0) continue;
     for (const int64_t row : {int64_t{0}, rows - 1}) {
-      const auto box = megatron::Box::rows(whole.sizes().vec(), dim, {row, row + 1});
+      const auto box = Box::rows(whole.sizes().vec(), dim, {row, row + 1});
       FUZZ_CHECK(same(file.read(name, box), whole.narrow(dim, row, 1).contiguous()), name, " ", box.text());
     }
-    const auto box = megatron::Box::rows(whole.sizes().vec(), dim, {rows - 1, rows + 1});
+    const auto box = Box::rows(whole.sizes().vec(), dim, {rows - 1, rows + 1});
     FUZZ_CHECK(fuzz::refusal([&] { file.read(name, box); }), name, " has no ", box.text());
   }
 }
 
 /// What was read and written again reads the same.
 void check_read_and_written(const SafetensorsFile& file) {
-  std::vector<megatron::NamedTensor> tensors;
+  std::vector<NamedTensor> tensors;
   for (const auto& [name, entry] : file.entries()) {
     tensors.push_back({name, file.read(name)});
     FUZZ_CHECK(tensors.back().tensor.sizes() == entry.shape && tensors.back().tensor.scalar_type() == entry.dtype);
@@ -47,7 +46,7 @@ void check_read_and_written(const SafetensorsFile& file) {
     check_slices(file, name, tensors.back().tensor);
   }
   const auto path = folder().path() / "again.safetensors";
-  megatron::write_safetensors(path, tensors, file.metadata());
+  write_safetensors(path, tensors, file.metadata());
   const SafetensorsFile again(path);
   FUZZ_CHECK(again.metadata() == file.metadata() && again.entries().size() == tensors.size());
   for (const auto& [name, tensor] : tensors) FUZZ_CHECK(same(again.read(name), tensor), name);
@@ -77,3 +76,5 @@ extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max
   return size;
 }
 #endif
+
+}  // namespace megatron_cpp

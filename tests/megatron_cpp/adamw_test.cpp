@@ -15,12 +15,9 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
-using megatron::AdamW;
-using megatron::AdamWOptions;
-using megatron::ParameterShard;
-using megatron::ParameterSlice;
 using test_support::contains;
 using test_support::exact_values;
 using test_support::near;
@@ -28,8 +25,8 @@ using test_support::on_device;
 using test_support::value_error;
 
 ParameterShard shard_of(std::string name, const at::Tensor& tensor, bool weight_decay) {
-  return megatron::replicated_parameter(std::move(name), tensor, megatron::GradientDomain::kReplicated,
-                                        megatron::InitialValue::constant(0.0), weight_decay);
+  return replicated_parameter(std::move(name), tensor, GradientDomain::kReplicated, InitialValue::constant(0.0),
+                              weight_decay);
 }
 
 /// The update of Loshchilov and Hutter's algorithm 2, by the letter, in double precision.
@@ -168,7 +165,7 @@ TEST(AdamW, OfSlicesIsThatOfTheWhole) {
   const auto shards = parameters_for_adamw();
   std::vector<ParameterSlice> first;
   std::vector<ParameterSlice> second;
-  for (const auto& slice : megatron::whole_slices(shards)) {
+  for (const auto& slice : whole_slices(shards)) {
     const auto numel = slice.elements.end;
     for (const auto& [begin, end, part] : {std::tuple{int64_t{0}, numel / 3, &first}, {numel / 3, numel, &second}}) {
       const auto main = slice.main.narrow(0, begin, end - begin);
@@ -220,3 +217,5 @@ TEST(AdamW, RefusesValuesOutOfRange) {
                        }),
                        "scale -2 of a is below 0"));
 }
+
+}  // namespace megatron_cpp

@@ -12,13 +12,7 @@
 #include <map>
 #include <vector>
 
-using megatron::Box;
-using megatron::boxes_of_range;
-using megatron::CoverFault;
-using megatron::find_cover_fault;
-using megatron::intersection;
-using megatron::view_of;
-
+namespace megatron_cpp {
 namespace {
 
 using Shape = std::vector<int64_t>;
@@ -167,3 +161,5 @@ TEST(Box, OfTensorsWithoutElementsAndWithoutDimensions) {
   EXPECT_EQ(Box::rows({4, 6}, 1, {2, 5}), (Box{{0, 2}, {4, 3}}));
   EXPECT_EQ(Box::rows({4, 6}, 1, {2, 5}).text(), "[0:4, 2:5]");
 }
+
+}  // namespace megatron_cpp

@@ -20,15 +20,10 @@
 #include "parallel/collectives.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
 using at::Tensor;
-using megatron::HiddenParallelEmbeddingImpl;
-using megatron::MakeEmbedding;
-using megatron::ParallelEmbedding;
-using megatron::ParallelEmbeddingOptions;
-using megatron::Part;
-using megatron::VocabParallelEmbeddingImpl;
 
 template <class Embedding, class... More>
 std::shared_ptr<ParallelEmbedding> make(const ParallelEmbeddingOptions& options, const parallel::GroupPtr& tp,
@@ -41,7 +36,7 @@ std::shared_ptr<ParallelEmbedding> make(const ParallelEmbeddingOptions& options,
 /// One sentence a line, after it was compared between the ranks.
 std::string violations(const MakeEmbedding& maker, const parallel::GroupPtr& tp) {
   std::string lines;
-  for (const auto& sentence : megatron::check_parallel_embedding(maker, tp)) lines += sentence + "\n";
+  for (const auto& sentence : check_parallel_embedding(maker, tp)) lines += sentence + "\n";
   EXPECT_EQ(lines, parallel::broadcast_text(lines, 0, tp));
   return lines;
 }
@@ -64,7 +59,7 @@ class Spoilt;
 struct Spoiling {
   std::function<Tensor(Spoilt& self)> partial = {};
   std::function<void(const Spoilt& self, std::vector<int64_t>& ranks)> holders = {};
-  std::function<void(const Spoilt& self, megatron::Box& box)> segment = {};
+  std::function<void(const Spoilt& self, Box& box)> segment = {};
   std::function<Part(const Spoilt& self)> layout = {};
 };
 
@@ -111,7 +106,7 @@ class Spoilt : public VocabParallelEmbeddingImpl {
     return ranks;
   }
   Part layout() const override { return spoiling_.layout ? spoiling_.layout(*this) : Part::kSummand; }
-  std::vector<megatron::ParameterShard> own_parameters() const override {
+  std::vector<ParameterShard> own_parameters() const override {
     auto shards = VocabParallelEmbeddingImpl::own_parameters();
     if (spoiling_.segment) spoiling_.segment(*this, shards[0].segments[0].box);
     return shards;
@@ -260,3 +255,5 @@ TEST(CheckParallelEmbedding, SurvivesWhatOneRankThrows) {
   expect_violation(1, {"set-up: not today" + of_last}, make_but_on_last([=] { throw_if(true); }));
   expect_violation(1, {"set-up: make returned no embedding" + of_last}, make_but_on_last([] {}));
 }
+
+}  // namespace megatron_cpp

@@ -23,18 +23,10 @@
 #include "tests/support/temporary_folder.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
 namespace fs = std::filesystem;
-using megatron::Box;
-using megatron::CheckpointContents;
-using megatron::CheckpointReader;
-using megatron::GradientDomain;
-using megatron::ParameterShard;
-using megatron::ShardedTensor;
-using megatron::TensorId;
-using megatron::TensorRole;
-using megatron::UnusedTensors;
 using test_support::exact_values;
 using test_support::groups;
 using test_support::read_file;
@@ -45,16 +37,16 @@ constexpr int64_t kV = 5;  // over four ranks: two rows each, the last rank's bo
 constexpr int64_t kH = 8;
 
 /// Two norms, one of each replicated domain; their parent speaks for them.
-class NormsImpl : public megatron::ParallelModule {
+class NormsImpl : public ParallelModule {
  public:
   NormsImpl() {
     norm = register_parameter("norm", at::zeros({kH}));
     q_norm = register_parameter("q_norm", at::zeros({2}));
   }
   std::vector<ParameterShard> own_parameters() const override {
-    const auto one = megatron::InitialValue::constant(1.0);
-    return {megatron::replicated_parameter("norm", norm, GradientDomain::kReplicated, one, false),
-            megatron::replicated_parameter("q_norm", q_norm, GradientDomain::kReplicatedPartial, one, false)};
+    const auto one = InitialValue::constant(1.0);
+    return {replicated_parameter("norm", norm, GradientDomain::kReplicated, one, false),
+            replicated_parameter("q_norm", q_norm, GradientDomain::kReplicatedPartial, one, false)};
   }
   at::Tensor norm;
   at::Tensor q_norm;
@@ -65,12 +57,11 @@ TORCH_MODULE(Norms);
 class ModelImpl : public torch::nn::Module {
  public:
   explicit ModelImpl(const parallel::GroupPtr& tp) {
-    register_module("embedding", megatron::LanguageModelEmbedding(megatron::ParallelEmbeddingOptions(kV, kH), tp));
+    register_module("embedding", LanguageModelEmbedding(ParallelEmbeddingOptions(kV, kH), tp));
     register_module(
-        "qkv",
-        megatron::ColumnParallelLinear(
-            megatron::ColumnParallelLinearOptions(kH, {{"q_proj", 16}, {"k_proj", 4}, {"v_proj", 8}}).bias(true), tp));
-    register_module("down", megatron::RowParallelLinear(megatron::RowParallelLinearOptions(12, kH).bias(true), tp));
+        "qkv", ColumnParallelLinear(
+                   ColumnParallelLinearOptions(kH, {{"q_proj", 16}, {"k_proj", 4}, {"v_proj", 8}}).bias(true), tp));
+    register_module("down", RowParallelLinear(RowParallelLinearOptions(12, kH).bias(true), tp));
     register_module("norms", Norms());
   }
 };
@@ -87,7 +78,7 @@ at::Tensor global_values(const std::string& name, at::IntArrayRef shape, int64_t
 /// What a part of the tensor holds; the values of moments are others than those of their parameter.
 at::Tensor values_of(const ShardedTensor& tensor, int64_t seed) {
   const auto whole = global_values(tensor.id.text(), tensor.global_shape, seed).to(tensor.local.scalar_type());
-  const auto box = megatron::view_of(whole, Box::whole(tensor.global_shape), tensor.part.box);
+  const auto box = view_of(whole, Box::whole(tensor.global_shape), tensor.part.box);
   const auto& elements = tensor.part.elements;
   return elements ? box.flatten().narrow(0, elements->begin, elements->length()) : box;
 }
@@ -103,13 +94,13 @@ struct Training {
 
   static std::vector<ParameterShard> on_device(Model& model) {
     model->to(test_support::runtime().device());
-    return megatron::parameter_shards(*model);
+    return parameter_shards(*model);
   }
-  static std::vector<ShardedTensor> all(const megatron::AdamW& optimizer, const parallel::ProcessGroups& layout) {
-    std::vector<megatron::ParameterShard> trained;
+  static std::vector<ShardedTensor> all(const AdamW& optimizer, const parallel::ProcessGroups& layout) {
+    std::vector<ParameterShard> trained;
     for (const auto& slice : optimizer.slices()) trained.push_back(slice.shard);
-    auto result = megatron::sharded_tensors(trained, published, layout);
-    for (auto& moment : megatron::sharded_tensors(optimizer, published, layout)) result.push_back(std::move(moment));
+    auto result = sharded_tensors(trained, published, layout);
+    for (auto& moment : sharded_tensors(optimizer, published, layout)) result.push_back(std::move(moment));
     return result;
   }
   void zero() {
@@ -132,7 +123,7 @@ struct Training {
   }
 
   Model model;
-  megatron::AdamW optimizer;
+  AdamW optimizer;
   std::vector<ShardedTensor> tensors;
 };
 
@@ -198,12 +189,12 @@ class Checkpoint : public testing::Test {
  protected:
   fs::path save(int64_t step, const std::vector<ShardedTensor>& tensors, int64_t keep_last = 0) {
     const CheckpointContents contents{step, "{}", tensors};
-    return megatron::save_checkpoint(directory(), contents, world(), {.keep_last = keep_last});
+    return save_checkpoint(directory(), contents, world(), {.keep_last = keep_last});
   }
   /// The error that all ranks throw, equal on all.
   std::string save_error(const CheckpointContents& contents) {
-    const auto text = test_support::error_of<parallel::AgreedError>(
-        [&] { megatron::save_checkpoint(directory(), contents, world()); });
+    const auto text =
+        test_support::error_of<parallel::AgreedError>([&] { save_checkpoint(directory(), contents, world()); });
     EXPECT_EQ(text, parallel::broadcast_text(text, 0, world()));
     return text;
   }
@@ -288,7 +279,7 @@ TEST_F(Checkpoint, OneReplicaIsWritten) {
     EXPECT_EQ(names_in(step).size(), static_cast<size_t>(tp) + 1) << "a file for each tp rank of dp rank 0, a manifest";
     for (int rank = 0; rank < tp; ++rank) {
       const auto name = "rank-000" + std::to_string(rank) + "-of-000" + std::to_string(world_size()) + ".safetensors";
-      const megatron::SafetensorsFile file(step / name);
+      const SafetensorsFile file(step / name);
       const auto holds = [&](const std::string& beginning) {
         const auto found = file.entries().lower_bound(beginning);
         return found != file.entries().end() && found->first.starts_with(beginning);
@@ -305,7 +296,7 @@ TEST_F(Checkpoint, OneRankWritesForAnyNumber) {
   if (world_rank() == 0) {
     Training saved(groups(1));
     fill(saved.tensors, 5);
-    megatron::save_checkpoint(directory(), {5, "{}", saved.tensors}, test_support::single());
+    save_checkpoint(directory(), {5, "{}", saved.tensors}, test_support::single());
     EXPECT_EQ(names_in(directory() / "latest/"), (Names{"manifest.json", "rank-0000-of-0001.safetensors"}));
   }
   parallel::barrier(world());
@@ -343,7 +334,7 @@ TEST_F(Checkpoint, PartsMayBeBoxesOrRangesOfElements) {
   const int64_t rows = 6 / (others > 3 ? 1 : others);
   const Box own{{world_rank() / others * experts, world_rank() % others * rows, 0}, {experts, rows, 5}};
   const auto values = global_values("experts", shape, 1);
-  const ShardedTensor boxes{{"experts"}, megatron::view_of(values, Box::whole(shape), own).clone(), shape, {own}};
+  const ShardedTensor boxes{{"experts"}, view_of(values, Box::whole(shape), own).clone(), shape, {own}};
   const auto ranges = split_flat({"experts", TensorRole::kMain}, shape, Box::whole(shape), 1);
   const auto few = split_flat({"few", TensorRole::kExpAvg}, {3}, Box::whole({3}), 1, at::kBFloat16);
   const auto one = split_flat({"scalar"}, {}, Box{}, 1);
@@ -371,7 +362,7 @@ TEST_F(Checkpoint, FilesSayWhatTheyHold) {
   const auto step = save(1, {split("rows", {8, 3}, 0, 1), whole("norm", {5}, 1)});
   parallel::barrier(world());
   const auto number = std::to_string(world_size());
-  const megatron::SafetensorsFile file(step / ("rank-0000-of-000" + number + ".safetensors"));
+  const SafetensorsFile file(step / ("rank-0000-of-000" + number + ".safetensors"));
   EXPECT_FALSE(file.contains("norm")) << "a tool would take it for a whole model's";
   ASSERT_TRUE(file.contains("parameter/norm[0:5]"));
   EXPECT_EQ(file.metadata().at("parameter/norm[0:5]"),
@@ -397,7 +388,7 @@ TEST_F(Checkpoint, UnevenPiecesAreReadInUnevenParts) {
 
 TEST_F(Checkpoint, KeepsTheStateTextOfRankZero) {
   const std::string state = "{\"sampler\": {\"position\": 12},\n \"note\": \"\\\"ü\\\"\"}";
-  megatron::save_checkpoint(directory(), {123456789, world_rank() == 0 ? state : "other", {}}, world());
+  save_checkpoint(directory(), {123456789, world_rank() == 0 ? state : "other", {}}, world());
   const CheckpointReader reader(directory() / "latest");
   EXPECT_EQ(reader.state(), state);
   EXPECT_EQ(reader.step(), 123456789);
@@ -435,7 +426,7 @@ TEST_F(Checkpoint, AnInterruptedSaveIsIgnoredAndCleaned) {
     write_file(directory() / "step-00000002.partial" / "rank-0000-of-0001.safetensors.partial", "half");
     fs::create_directory_symlink("step-00000002", directory() / "latest.partial");
     write_file(directory() / "notes.partial", "not ours");
-    EXPECT_EQ(megatron::latest_checkpoint(directory()), directory() / "step-00000001");
+    EXPECT_EQ(latest_checkpoint(directory()), directory() / "step-00000001");
     EXPECT_EQ(CheckpointReader(directory()).step(), 1);
   }
   parallel::barrier(world());
@@ -507,21 +498,21 @@ TEST_F(Checkpoint, LatestFallsBackPastBrokenOnes) {
   for (const int64_t step : {1, 20, 300}) save(step, {whole("norm", {5}, step)});
   parallel::barrier(world());
   if (world_rank() != 0) return;
-  EXPECT_EQ(megatron::latest_checkpoint(directory()), directory() / "step-00000300");
+  EXPECT_EQ(latest_checkpoint(directory()), directory() / "step-00000300");
   const test_support::Warnings warnings;
   const auto file = names_in(directory() / "step-00000300").back();
   fs::resize_file(directory() / "step-00000300" / file, 100);
-  EXPECT_EQ(megatron::latest_checkpoint(directory()), directory() / "step-00000020");
+  EXPECT_EQ(latest_checkpoint(directory()), directory() / "step-00000020");
   ASSERT_FALSE(warnings.texts.empty());
   EXPECT_TRUE(mentions(warnings.texts.back(), {"step-00000300", file, "has 100 bytes, the manifest says"}));
   fs::remove(directory() / "step-00000020" / "manifest.json");
-  EXPECT_EQ(megatron::latest_checkpoint(directory()), directory() / "step-00000001");
+  EXPECT_EQ(latest_checkpoint(directory()), directory() / "step-00000001");
   EXPECT_TRUE(mentions(warnings.texts.back(), {"step-00000020", "manifest.json", "No such file"}));
   fs::remove(directory() / "step-00000001" / file);
-  EXPECT_TRUE(mentions(value_error([&] { megatron::latest_checkpoint(directory()); }),
+  EXPECT_TRUE(mentions(value_error([&] { latest_checkpoint(directory()); }),
                        {"none of the 3 checkpoints in " + directory().string(), "step-00000001", file}));
   EXPECT_TRUE(mentions(warnings.texts.back(), {"step-00000001", file, "is missing"}));
-  EXPECT_EQ(megatron::latest_checkpoint(directory() / "nowhere"), std::nullopt);
+  EXPECT_EQ(latest_checkpoint(directory() / "nowhere"), std::nullopt);
 }
 
 TEST_F(Checkpoint, ALatestThatIsAFolderIsOneMoreCheckpoint) {
@@ -542,7 +533,7 @@ TEST_F(Checkpoint, ALatestThatIsAFolderIsOneMoreCheckpoint) {
     EXPECT_EQ(CheckpointReader(latest).step(), 1);
     EXPECT_EQ(warnings.texts.size(), 3U) << "step 1 is the newest now";
     fs::remove_all(directory() / "step-00000001");
-    EXPECT_EQ(megatron::latest_checkpoint(directory()), latest) << "all there is";
+    EXPECT_EQ(latest_checkpoint(directory()), latest) << "all there is";
   }
   parallel::barrier(world());
   const test_support::Warnings warnings;
@@ -584,10 +575,10 @@ TEST_F(Checkpoint, RemovingLeavesFolderAndStrangers) {
   write_file(directory() / "latest.partial", "half");
   write_file(directory() / "notes", "mine");
   write_file(directory() / "step-by-step" / "notes", "mine");
-  megatron::remove_checkpoints(directory());
+  remove_checkpoints(directory());
   EXPECT_TRUE(fs::is_symlink(directory()));
   EXPECT_EQ(names_in(directory()), (Names{"notes", "step-by-step"}));
-  megatron::remove_checkpoints(directory() / "nowhere");
+  remove_checkpoints(directory() / "nowhere");
 }
 
 TEST_F(DamagedCheckpoint, IsWhole) {
@@ -625,9 +616,9 @@ TEST_F(DamagedCheckpoint, FilesThatAreNotWhatTheyWere) {
   fs::remove(last_file());
   EXPECT_TRUE(mentions(load_error({rows}), {"tensor rows", last_file().string(), "No such file"}));
   const auto key = "parameter/rows[" + std::to_string(8 - 8 / world_size()) + ":8, 0:3]";
-  megatron::write_safetensors(last_file(), {{key, at::zeros({1, 3})}});
+  write_safetensors(last_file(), {{key, at::zeros({1, 3})}});
   EXPECT_TRUE(mentions(load_error({rows}), {"tensor " + key, last_file().string(), "F32 [1, 3]", ", 3]"}));
-  megatron::write_safetensors(last_file(), {{"else", at::zeros({1, 3})}});
+  write_safetensors(last_file(), {{"else", at::zeros({1, 3})}});
   EXPECT_TRUE(mentions(load_error({rows}), {"no tensor " + key, "a piece of rows", last_file().string()}));
   if (world_size() > 1) {  // the damaged file isn't needed for the other
     EXPECT_EQ(load_error({wanted("norm", {5})}), "nothing thrown");
@@ -677,3 +668,5 @@ TEST_F(DamagedCheckpoint, ManifestsThatAreWrong) {
   fs::remove(manifest());
   EXPECT_TRUE(mentions(open_error(), {step_.string(), "is no checkpoint", "manifest.json", "latest"}));
 }
+
+}  // namespace megatron_cpp

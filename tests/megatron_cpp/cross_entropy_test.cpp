@@ -14,10 +14,9 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
-using megatron::CrossEntropyOptions;
-using megatron::vocab_parallel_cross_entropy;
 using parallel::CollectiveKind;
 using test_support::contains;
 using test_support::groups;
@@ -301,3 +300,5 @@ TEST(VocabParallelCrossEntropy, RefusesShapesAndOptionsThatDoNotFit) {
     EXPECT_EQ(recorded.count->total(), 0);
   }
 }
+
+}  // namespace megatron_cpp

@@ -15,11 +15,9 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
-using megatron::LanguageModelEmbedding;
-using megatron::ParallelEmbeddingOptions;
-using megatron::VocabParallelEmbedding;
 using parallel::CollectiveKind;
 using test_support::contains;
 using test_support::exact_values;
@@ -89,11 +87,11 @@ int64_t once(int t) { return t == 1 ? 0 : 1; }
 }  // namespace
 
 TEST(PaddedVocabularySize, IsTheNextMultiple) {
-  EXPECT_EQ(megatron::padded_vocabulary_size(10, 1), 10);
-  EXPECT_EQ(megatron::padded_vocabulary_size(10, 4), 12);
-  EXPECT_EQ(megatron::padded_vocabulary_size(12, 4), 12);
-  EXPECT_EQ(megatron::padded_vocabulary_size(1, 4), 4);
-  EXPECT_EQ(megatron::padded_vocabulary_size(128815, 8, 128), 129024);
+  EXPECT_EQ(padded_vocabulary_size(10, 1), 10);
+  EXPECT_EQ(padded_vocabulary_size(10, 4), 12);
+  EXPECT_EQ(padded_vocabulary_size(12, 4), 12);
+  EXPECT_EQ(padded_vocabulary_size(1, 4), 4);
+  EXPECT_EQ(padded_vocabulary_size(128815, 8, 128), 129024);
 }
 
 TEST(VocabParallelEmbedding, EqualsTheDenseEmbedding) {
@@ -290,7 +288,7 @@ TEST(VocabParallelEmbedding, LooksUpIdsOfAGpuInRowsHereAndThere) {
   constexpr int64_t kRows = 10;
   const auto ids = at::arange(4 * kRows, at::kLong).flip(0).view({2, -1});
   const auto left_out = at::tensor({2, 0}, at::kLong);
-  const auto look_up = megatron::internal::plan_look_up_on_device(ids, left_out, 4 * kRows, {kRows, 2 * kRows});
+  const auto look_up = megatron_cpp::internal::plan_look_up_on_device(ids, left_out, 4 * kRows, {kRows, 2 * kRows});
   const auto by_row = ids.t().reshape({-1}).index_select(0, look_up.output_rows);
   EXPECT_EQ(look_up.output_rows.size(0), 4 * kRows - 2);
   EXPECT_EQ(look_up.output_rows.eq(2).sum().item<int64_t>(), 0);
@@ -342,10 +340,12 @@ TEST(LanguageModelEmbedding, IsTheThreeStepsInARow) {
       EXPECT_EQ(embedding->tp().get(), tp.get());
       EXPECT_EQ(embedding->sequence_parallel(), sequence_parallel);
       EXPECT_EQ(embedding->hidden_size(), kH);
-      const auto shards = megatron::parameter_shards(*embedding);
+      const auto shards = parameter_shards(*embedding);
       EXPECT_EQ(shards.size(), 1U);
       EXPECT_EQ(shards.at(0).name, "word_embeddings.weight");
       EXPECT_EQ(shards.at(0).segments[0].name, "word_embeddings.weight");
     }
   }
 }
+
+}  // namespace megatron_cpp

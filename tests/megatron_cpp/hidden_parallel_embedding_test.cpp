@@ -16,12 +16,9 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
-using megatron::EmbeddingSharding;
-using megatron::HiddenParallelEmbedding;
-using megatron::LanguageModelEmbedding;
-using megatron::ParallelEmbeddingOptions;
 using parallel::CollectiveKind;
 using test_support::exact_values;
 using test_support::groups;
@@ -133,18 +130,18 @@ TEST(HiddenParallelEmbedding, IsAPartOfTheSameTableAsTheVocabularyParallelOne) {
     const auto& tp = groups(t).tp;
     const LanguageModelEmbedding hidden(ParallelEmbeddingOptions(kV, 3 * t), tp, EmbeddingSharding::kHidden);
     const LanguageModelEmbedding vocab(ParallelEmbeddingOptions(kV, 3 * t), tp);
-    const auto hidden_shards = megatron::parameter_shards(*hidden);
-    const auto vocab_shards = megatron::parameter_shards(*vocab);
+    const auto hidden_shards = parameter_shards(*hidden);
+    const auto vocab_shards = parameter_shards(*vocab);
     ASSERT_EQ(hidden_shards.size(), 1U);
     EXPECT_EQ(hidden_shards[0].name, "word_embeddings.weight");
     EXPECT_EQ(hidden_shards[0].segments.at(0).name, vocab_shards.at(0).segments.at(0).name);
     EXPECT_EQ(hidden_shards[0].segments[0].global_shape, vocab_shards[0].segments[0].global_shape);
-    EXPECT_EQ(hidden_shards[0].segments[0].box, (megatron::Box{{0, 3 * tp->getRank()}, {kV, 3}}));
-    EXPECT_EQ(hidden->layout(), megatron::Part::kColumns);
-    EXPECT_EQ(vocab->layout(), megatron::Part::kSummand);
+    EXPECT_EQ(hidden_shards[0].segments[0].box, (Box{{0, 3 * tp->getRank()}, {kV, 3}}));
+    EXPECT_EQ(hidden->layout(), Part::kColumns);
+    EXPECT_EQ(vocab->layout(), Part::kSummand);
     // The same initial values, wherever they lie.
-    megatron::initialize_parameters(hidden_shards, 1);
-    megatron::initialize_parameters(vocab_shards, 1);
+    initialize_parameters(hidden_shards, 1);
+    initialize_parameters(vocab_shards, 1);
     const auto whole = parallel::all_gather(vocab->word_embeddings->weight.detach(), tp).narrow(0, 0, kV);
     EXPECT_TRUE(test_support::equal(hidden->word_embeddings->weight.detach(), part(whole, 1, tp)));
   }
@@ -171,3 +168,5 @@ TEST(HiddenParallelEmbedding, RefusesWhatDoesNotFitOnEveryRank) {
     EXPECT_EQ(recorded.count->total(), 0);
   }
 }
+
+}  // namespace megatron_cpp

@@ -7,10 +7,9 @@
 
 #include "tests/support/errors.h"
 
+namespace megatron_cpp {
 namespace {
 
-using megatron::LearningRateDecay;
-using megatron::LearningRateSchedule;
 using test_support::contains;
 using test_support::value_error;
 
@@ -96,3 +95,4 @@ TEST(LearningRate, DecayStepsGoWithWsd) {
 }
 
 }  // namespace
+}  // namespace megatron_cpp

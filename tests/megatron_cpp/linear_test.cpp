@@ -17,12 +17,9 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
-using megatron::ColumnParallelLinear;
-using megatron::ColumnParallelLinearOptions;
-using megatron::RowParallelLinear;
-using megatron::RowParallelLinearOptions;
 using parallel::CollectiveKind;
 using parallel::CommunicationCount;
 using test_support::contains;
@@ -475,3 +472,5 @@ TEST(ParallelLinear, RefuseDoubleBackward) {
                  c10::NotImplementedError);
   }
 }
+
+}  // namespace megatron_cpp

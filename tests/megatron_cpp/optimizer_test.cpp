@@ -18,15 +18,9 @@
 #include "tests/support/operator_watch.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
-using megatron::AdamW;
-using megatron::AdamWOptions;
-using megatron::GradientBuffer;
-using megatron::GradientDomain;
-using megatron::ParameterShard;
-using megatron::Trainer;
-using megatron::TrainerOptions;
 using test_support::contains;
 using test_support::divisors_of_world;
 using test_support::exact_values;
@@ -41,8 +35,7 @@ at::Tensor parameter(at::IntArrayRef shape, at::ScalarType dtype = at::kFloat) {
 }
 
 ParameterShard shard_of(std::string name, const at::Tensor& tensor, GradientDomain domain, bool weight_decay = true) {
-  return megatron::replicated_parameter(std::move(name), tensor, domain, megatron::InitialValue::constant(0.0),
-                                        weight_decay);
+  return replicated_parameter(std::move(name), tensor, domain, InitialValue::constant(0.0), weight_decay);
 }
 
 /// A part of a gradient as backward leaves it, by data- and tensor-parallel rank.
@@ -63,8 +56,8 @@ Case sharded_case(const parallel::ProcessGroups& group, int64_t seed) {
   const int t = group.tp->getSize();
   Case result;
   const int64_t begin = 3 * group.tp->getRank();
-  result.shard = megatron::sharded_parameter("sharded", parameter(local_shape), {3 * t, 5}, 0, begin,
-                                             megatron::InitialValue::constant(0.0), true);
+  result.shard =
+      sharded_parameter("sharded", parameter(local_shape), {3 * t, 5}, 0, begin, InitialValue::constant(0.0), true);
   result.part = part(local_shape, seed, group.dp->getRank(), group.tp->getRank());
   for (int r = 0; r < t; ++r) {
     auto sum = at::zeros_like(result.part);
@@ -170,27 +163,27 @@ TEST(GradientBuffer, KeepsDtypesApart) {
 
 // Whoever holds a slice that begins at a block's border finds the sums that the holder of everything finds.
 TEST(GradientBuffer, SumsSquaresOfBlocks) {
-  using megatron::kNormBlock;
+  using megatron_cpp::kNormBlock;
   const auto gradient = on_device(at::randn({3 * kNormBlock + 11}, at::detail::createCPUGenerator(3)));
-  const auto all = megatron::squares_of_blocks({gradient});
+  const auto all = squares_of_blocks({gradient});
   ASSERT_EQ(all.numel(), 4);
   for (int64_t block = 0; block < 4; ++block) {
     const auto slice = gradient.slice(0, block * kNormBlock, (block + 1) * kNormBlock);
-    EXPECT_TRUE(test_support::equal(megatron::squares_of_blocks({slice}), all.narrow(0, block, 1)));
+    EXPECT_TRUE(test_support::equal(squares_of_blocks({slice}), all.narrow(0, block, 1)));
     const double square = slice.to(at::kDouble).square().sum().item<double>();
     EXPECT_NEAR(all[block].item<double>(), square, 1e-12 * square);
   }
   const auto nothing = gradient.narrow(0, 0, 0);
-  EXPECT_EQ(megatron::squares_of_blocks({nothing}).numel(), 0);
+  EXPECT_EQ(squares_of_blocks({nothing}).numel(), 0);
   const std::vector<at::Tensor> several{nothing, gradient.narrow(0, 5, kNormBlock), gradient.narrow(0, 7, 3), gradient};
   for (const auto dtype : {at::kFloat, at::kDouble, at::kBFloat16}) {
     std::vector<at::Tensor> tensors;
     for (const auto& tensor : several) tensors.push_back(tensor.to(dtype));
-    const auto sums = megatron::squares_of_blocks(tensors);
+    const auto sums = squares_of_blocks(tensors);
     EXPECT_EQ(sums.numel(), 6);
-    EXPECT_TRUE(at::allclose(megatron::internal::squares_of_blocks_by_operators(tensors), sums, 1e-12));
+    EXPECT_TRUE(at::allclose(megatron_cpp::internal::squares_of_blocks_by_operators(tensors), sums, 1e-12));
   }
-  EXPECT_EQ(megatron::internal::squares_of_blocks_by_operators({nothing}).numel(), 0);
+  EXPECT_EQ(megatron_cpp::internal::squares_of_blocks_by_operators({nothing}).numel(), 0);
 }
 
 // The optimizer's kernel on a GPU reads 16 bytes at a time where it can.
@@ -250,8 +243,8 @@ struct Regression {
 };
 
 /// Steps with this data-parallel rank's tokens in `num_micro_batches` parts.
-megatron::StepResult step(Trainer& trainer, const Regression& model, const parallel::ProcessGroups& group,
-                          int64_t num_micro_batches) {
+StepResult step(Trainer& trainer, const Regression& model, const parallel::ProcessGroups& group,
+                int64_t num_micro_batches) {
   const int64_t own = kTokens / group.dp->getSize();
   const int64_t begin = own * group.dp->getRank();
   const int64_t count = own / num_micro_batches;
@@ -276,7 +269,7 @@ parallel::ProcessGroups alone() {
 TEST(Trainer, MicroBatchesAndReplicasAreOneBatch) {
   const Regression reference;
   Trainer reference_trainer(reference.shards(), alone(), trainer_options(1.0));
-  std::vector<megatron::StepResult> expected;
+  std::vector<StepResult> expected;
   for (int i = 0; i < 4; ++i) expected.push_back(step(reference_trainer, reference, alone(), 1));
   EXPECT_LT(expected.back().loss, expected.front().loss);
   for (const int tp : divisors_of_world()) {
@@ -393,3 +386,5 @@ TEST(Trainer, RefusesWhatDoesNotFit) {
   EXPECT_TRUE(contains(value_error([&] { trainer.step([&](int64_t /*i*/) { return model.loss_sum(0, 1); }, 1, 0); }),
                        "no loss token"));
 }
+
+}  // namespace megatron_cpp

@@ -13,7 +13,7 @@
 #include "megatron_cpp/data/sampler.h"
 #include "tests/support/errors.h"
 
-namespace megatron {
+namespace megatron_cpp::megatron_cpp {
 namespace {
 
 using test_support::contains;
@@ -290,4 +290,4 @@ TEST(MixedSampler, WrongArguments) {
 }
 
 }  // namespace
-}  // namespace megatron
+}  // namespace megatron_cpp::megatron_cpp

@@ -21,12 +21,9 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
-using megatron::Box;
-using megatron::GradientDomain;
-using megatron::InitialValue;
-using megatron::ParameterShard;
 using test_support::groups;
 using test_support::value_error;
 
@@ -42,32 +39,30 @@ class PlainNorm : public torch::nn::Module {
 };
 
 /// One of everything: split by rows, by columns, by parts, with a padded vocabulary, and replicated.
-class EverythingImpl : public megatron::ParallelModule {
+class EverythingImpl : public ParallelModule {
  public:
   explicit EverythingImpl(const parallel::GroupPtr& tp, bool sequence_parallel = false) {
-    using megatron::ColumnParallelLinearOptions;
-    embedding =
-        register_module("embedding", megatron::LanguageModelEmbedding(megatron::ParallelEmbeddingOptions(kV, kH), tp));
+    using megatron_cpp::ColumnParallelLinearOptions;
+    embedding = register_module("embedding", LanguageModelEmbedding(ParallelEmbeddingOptions(kV, kH), tp));
     qkv = register_module(
-        "qkv", megatron::ColumnParallelLinear(
+        "qkv", ColumnParallelLinear(
                    ColumnParallelLinearOptions(kH, {{"q_proj", 16}, {"k_proj", 4}, {"v_proj", 8}}).bias(true), tp));
-    up = register_module("up", megatron::ColumnParallelLinear(ColumnParallelLinearOptions(kH, 12).bias(true), tp));
+    up = register_module("up", ColumnParallelLinear(ColumnParallelLinearOptions(kH, 12).bias(true), tp));
     down = register_module(
         "down",
-        megatron::RowParallelLinear(
-            megatron::RowParallelLinearOptions(12, kH).bias(true).sequence_parallel(sequence_parallel).init_std(0.005),
-            tp));
+        RowParallelLinear(
+            RowParallelLinearOptions(12, kH).bias(true).sequence_parallel(sequence_parallel).init_std(0.005), tp));
     norm = register_module("norm", std::make_shared<PlainNorm>());
   }
   std::vector<ParameterShard> own_parameters() const override {
-    return {megatron::replicated_parameter("norm.weight", norm->weight, GradientDomain::kReplicatedPartial,
-                                           InitialValue::constant(1.0), false)};
+    return {replicated_parameter("norm.weight", norm->weight, GradientDomain::kReplicatedPartial,
+                                 InitialValue::constant(1.0), false)};
   }
 
-  megatron::LanguageModelEmbedding embedding{nullptr};
-  megatron::ColumnParallelLinear qkv{nullptr};
-  megatron::ColumnParallelLinear up{nullptr};
-  megatron::RowParallelLinear down{nullptr};
+  LanguageModelEmbedding embedding{nullptr};
+  ColumnParallelLinear qkv{nullptr};
+  ColumnParallelLinear up{nullptr};
+  RowParallelLinear down{nullptr};
   std::shared_ptr<PlainNorm> norm;
 };
 TORCH_MODULE(Everything);
@@ -90,22 +85,21 @@ const ParameterShard& named(const std::vector<ParameterShard>& shards, const std
 }
 
 /// Speaks for `names` whatever they are, with a column-parallel layer below that speaks for itself.
-class Speaker : public megatron::ParallelModule {
+class Speaker : public ParallelModule {
  public:
   Speaker(std::vector<std::string> names, const parallel::GroupPtr& tp) : names_(std::move(names)) {
-    layer = register_module(
-        "layer", megatron::ColumnParallelLinear(megatron::ColumnParallelLinearOptions(kH, 4 * tp->getSize()), tp));
+    layer = register_module("layer", ColumnParallelLinear(ColumnParallelLinearOptions(kH, 4 * tp->getSize()), tp));
     scale = register_parameter("scale", at::ones({3}));
   }
   std::vector<ParameterShard> own_parameters() const override {
     std::vector<ParameterShard> result;
     for (const auto& name : names_) {
       result.push_back(
-          megatron::replicated_parameter(name, scale, GradientDomain::kReplicated, InitialValue::constant(1.0), false));
+          replicated_parameter(name, scale, GradientDomain::kReplicated, InitialValue::constant(1.0), false));
     }
     return result;
   }
-  megatron::ColumnParallelLinear layer{nullptr};
+  ColumnParallelLinear layer{nullptr};
   at::Tensor scale;
 
  private:
@@ -116,20 +110,20 @@ class Speaker : public megatron::ParallelModule {
 
 TEST(InitializeParameters, EverySliceIsThatOfTheWhole) {
   Everything whole(test_support::single());
-  const auto whole_shards = megatron::parameter_shards(*whole);
-  megatron::initialize_parameters(whole_shards, kSeed);
+  const auto whole_shards = parameter_shards(*whole);
+  initialize_parameters(whole_shards, kSeed);
   const auto global = global_tensors(whole_shards);
   for (const int t : test_support::divisors_of_world()) {
     for (const auto dtype : {at::kFloat, at::kBFloat16}) {
       Everything model(groups(t).tp);
       model->to(test_support::runtime().device(), dtype);
-      const auto shards = megatron::parameter_shards(*model);
+      const auto shards = parameter_shards(*model);
       for (const auto& shard : shards) {  // what was there before doesn't matter
         const at::NoGradGuard no_grad;
         auto parameter = shard.parameter;
         parameter.fill_(7);
       }
-      megatron::initialize_parameters(shards, kSeed);
+      initialize_parameters(shards, kSeed);
       for (const auto& shard : shards) {
         EXPECT_TRUE(shard.parameter.requires_grad()) << shard.name;
         int64_t covered = 0;
@@ -153,8 +147,8 @@ TEST(InitializeParameters, EverySliceIsThatOfTheWhole) {
 TEST(InitializeParameters, DependsOnSeedAndName) {
   const auto make = [](uint64_t seed) {
     Everything model(test_support::single());
-    const auto shards = megatron::parameter_shards(*model);
-    megatron::initialize_parameters(shards, seed);
+    const auto shards = parameter_shards(*model);
+    initialize_parameters(shards, seed);
     return global_tensors(shards);
   };
   const auto first = make(kSeed);
@@ -177,9 +171,8 @@ TEST(InitializeParameters, IsNormal) {
   constexpr int64_t kRows = 300;
   constexpr int64_t kColumns = 401;  // odd: rows begin in the middle of a pair
   const auto parameter = at::empty({kRows, kColumns});
-  megatron::initialize_parameters({megatron::sharded_parameter("layer.weight", parameter, {kRows, kColumns}, 0, 0,
-                                                               InitialValue::normal(0.02), true)},
-                                  kSeed);
+  initialize_parameters(
+      {sharded_parameter("layer.weight", parameter, {kRows, kColumns}, 0, 0, InitialValue::normal(0.02), true)}, kSeed);
   const auto z = parameter.to(at::kDouble) / 0.02;
   const double n = kRows * kColumns;
   const double standard_error = 1 / std::sqrt(n);
@@ -200,9 +193,8 @@ TEST(InitializeParameters, IsNormal) {
 TEST(InitializeParameters, AnySliceOfAnyDimension) {
   const auto whole = at::empty({5, 7, 3});
   const auto make = [](const at::Tensor& parameter, int64_t dim, int64_t begin) {
-    megatron::initialize_parameters(
-        {megatron::sharded_parameter("cube", parameter, {5, 7, 3}, dim, begin, InitialValue::normal(1.0), true)},
-        kSeed);
+    initialize_parameters(
+        {sharded_parameter("cube", parameter, {5, 7, 3}, dim, begin, InitialValue::normal(1.0), true)}, kSeed);
     return parameter;
   };
   make(whole, 0, 0);
@@ -222,7 +214,7 @@ TEST(ParameterShards, HaveFullNamesInTheOrderOfTheTree) {
   Everything model(test_support::world_tp());
   std::vector<std::string> names;
   std::vector<std::string> segments;
-  for (const auto& shard : megatron::parameter_shards(*model)) {
+  for (const auto& shard : parameter_shards(*model)) {
     names.push_back(shard.name);
     for (const auto& segment : shard.segments) segments.push_back(segment.name);
   }
@@ -238,7 +230,7 @@ TEST(ParameterShards, SayHowGradientsAreCompleted) {
   for (const int t : test_support::divisors_of_world()) {
     for (const bool sequence_parallel : {false, true}) {
       Everything model(groups(t).tp, sequence_parallel);
-      const auto shards = megatron::parameter_shards(*model);
+      const auto shards = parameter_shards(*model);
       for (const auto* name :
            {"embedding.word_embeddings.weight", "qkv.weight", "qkv.bias", "up.weight", "up.bias", "down.weight"}) {
         EXPECT_EQ(named(shards, name).domain, GradientDomain::kSharded) << name;
@@ -264,7 +256,7 @@ TEST(ParameterShards, SayHowGradientsAreCompleted) {
 TEST(ParameterShards, SegmentsTileTheGlobalTensors) {
   for (const int t : test_support::divisors_of_world()) {
     Everything model(groups(t).tp);
-    for (const auto& shard : megatron::parameter_shards(*model)) {
+    for (const auto& shard : parameter_shards(*model)) {
       for (const auto& segment : shard.segments) {
         auto own = segment.box.begin;
         own.insert(own.end(), segment.box.length.begin(), segment.box.length.end());
@@ -281,7 +273,7 @@ TEST(ParameterShards, SegmentsTileTheGlobalTensors) {
           }
         }
         if (shard.domain != GradientDomain::kSharded) continue;
-        EXPECT_FALSE(megatron::find_cover_fault(segment.global_shape, boxes).has_value()) << segment.name;
+        EXPECT_FALSE(find_cover_fault(segment.global_shape, boxes).has_value()) << segment.name;
       }
     }
   }
@@ -290,13 +282,13 @@ TEST(ParameterShards, SegmentsTileTheGlobalTensors) {
 TEST(ParameterShards, AVocabularyShardMayBeAllPadding) {
   for (const int t : test_support::divisors_of_world()) {
     const auto& tp = groups(t).tp;
-    megatron::VocabParallelEmbedding embedding(megatron::ParallelEmbeddingOptions(1, kH), tp);
-    const auto shards = megatron::parameter_shards(*embedding);
+    VocabParallelEmbedding embedding(ParallelEmbeddingOptions(1, kH), tp);
+    const auto shards = parameter_shards(*embedding);
     EXPECT_EQ(shards.size(), 1U);
     EXPECT_EQ(shards.at(0).name, "weight");
     EXPECT_EQ(shards.at(0).segments[0].box, (Box{{0, 0}, {tp->getRank() == 0 ? 1 : 0, kH}}));
     EXPECT_EQ(shards.at(0).segments[0].global_shape, (std::vector<int64_t>{1, kH}));
-    megatron::initialize_parameters(shards, kSeed);
+    initialize_parameters(shards, kSeed);
     EXPECT_EQ(embedding->weight.eq(0).all().item<bool>(), tp->getRank() != 0);
   }
 }
@@ -304,14 +296,14 @@ TEST(ParameterShards, AVocabularyShardMayBeAllPadding) {
 TEST(ParameterShards, ReplicatedAndShardedDescribeTheWhole) {
   const auto parameter = at::ones({3, 5});
   const auto replicated =
-      megatron::replicated_parameter("a", parameter, GradientDomain::kReplicated, InitialValue::constant(2.0), true);
+      replicated_parameter("a", parameter, GradientDomain::kReplicated, InitialValue::constant(2.0), true);
   ASSERT_EQ(replicated.segments.size(), 1U);
   EXPECT_EQ(replicated.segments[0].global_shape, (std::vector<int64_t>{3, 5}));
   EXPECT_EQ(replicated.segments[0].box, Box::whole({3, 5}));
   EXPECT_EQ(replicated.segments[0].local_begin, (std::vector<int64_t>{0, 0}));
   EXPECT_EQ(replicated.domain, GradientDomain::kReplicated);
   EXPECT_TRUE(replicated.parameter.is_same(parameter));
-  const auto sharded = megatron::sharded_parameter("b", parameter, {3, 20}, 1, 10, InitialValue::normal(0.1), false);
+  const auto sharded = sharded_parameter("b", parameter, {3, 20}, 1, 10, InitialValue::normal(0.1), false);
   EXPECT_EQ(sharded.domain, GradientDomain::kSharded);
   ASSERT_EQ(sharded.segments.size(), 1U);
   EXPECT_EQ(sharded.segments[0].box, (Box{{0, 10}, {3, 5}}));
@@ -321,27 +313,28 @@ TEST(ParameterShards, ReplicatedAndShardedDescribeTheWhole) {
 
 TEST(ParameterShards, RefuseAParameterThatNobodySpeaksFor) {
   const Speaker silent({}, test_support::world_tp());
-  EXPECT_EQ(value_error([&] { megatron::parameter_shards(silent); }),
-            "no parallel module says how parameter scale is sharded: give it to a megatron::ParallelModule that lists "
+  EXPECT_EQ(value_error([&] { parameter_shards(silent); }),
+            "no parallel module says how parameter scale is sharded: give it to a ParallelModule that lists "
             "it in own_parameters()");
   const Speaker well({"scale"}, test_support::world_tp());
-  EXPECT_EQ(megatron::parameter_shards(well).size(), 2U);
+  EXPECT_EQ(parameter_shards(well).size(), 2U);
 
   // A module that is none of ours at the root: its child speaks with its prefix, and only for itself.
   torch::nn::Module root;
   root.register_module("first", std::make_shared<Speaker>(std::vector<std::string>{"scale"}, test_support::world_tp()));
-  const auto shards = megatron::parameter_shards(root);
+  const auto shards = parameter_shards(root);
   ASSERT_EQ(shards.size(), 2U);
   EXPECT_EQ(shards[0].name, "first.scale");
   EXPECT_EQ(shards[1].segments[0].name, "first.layer.weight");
   root.register_module("plain", std::make_shared<PlainNorm>());
-  EXPECT_NE(value_error([&] { megatron::parameter_shards(root); }).find("parameter plain.weight"), std::string::npos);
+  EXPECT_NE(value_error([&] { parameter_shards(root); }).find("parameter plain.weight"), std::string::npos);
 }
 
 TEST(ParameterShards, RefuseAParameterThatTwoSpeakFor) {
   const Speaker both({"scale", "layer.weight"}, test_support::world_tp());
-  EXPECT_EQ(value_error([&] { megatron::parameter_shards(both); }),
-            "parameter layer.weight is listed by two parallel modules");
+  EXPECT_EQ(value_error([&] { parameter_shards(both); }), "parameter layer.weight is listed by two parallel modules");
   const Speaker twice({"scale", "scale"}, test_support::world_tp());
-  EXPECT_NE(value_error([&] { megatron::parameter_shards(twice); }).find("parameter scale"), std::string::npos);
+  EXPECT_NE(value_error([&] { parameter_shards(twice); }).find("parameter scale"), std::string::npos);
 }
+
+}  // namespace megatron_cpp

@@ -18,13 +18,10 @@
 #include "tests/support/errors.h"
 #include "tests/support/temporary_folder.h"
 
+namespace megatron_cpp {
 namespace {
 
 namespace fs = std::filesystem;
-using megatron::Box;
-using megatron::NamedTensor;
-using megatron::SafetensorsFile;
-using megatron::write_safetensors;
 using test_support::contains;
 using test_support::value_error;
 
@@ -263,7 +260,7 @@ TEST_F(Safetensors, FoldersThatDontExist) {
   for (const bool as_text : {false, true}) {
     std::string text = "nothing thrown";
     try {
-      as_text ? megatron::write_file(nowhere, "text") : write_safetensors(nowhere, {{"x", at::ones({1})}});
+      as_text ? write_file(nowhere, "text") : write_safetensors(nowhere, {{"x", at::ones({1})}});
     } catch (const c10::Error& error) {
       text = error.what_without_backtrace();
     }
@@ -277,21 +274,22 @@ TEST_F(Safetensors, WritingReplacesAWholeFile) {
   write_safetensors(file(), {{"y", at::zeros({2})}});
   EXPECT_TRUE(same(before.read("x"), at::ones({1000}))) << "an open reader keeps what it opened";
   EXPECT_TRUE(same(SafetensorsFile(file()).read("y"), at::zeros({2})));
-  megatron::write_file(file(), "text");
+  write_file(file(), "text");
   EXPECT_EQ(fs::file_size(file()), 4U);
 }
 
 TEST(CompleteFile, WhatAFailedFlushMeans) {
-  for (const int reason : {EIO, ENOSPC, EDQUOT}) EXPECT_TRUE(megatron::internal::means_lost_data(reason)) << reason;
+  for (const int reason : {EIO, ENOSPC, EDQUOT}) EXPECT_TRUE(megatron_cpp::internal::means_lost_data(reason)) << reason;
   for (const int reason : {EINVAL, ENOTSUP, ENOSYS, EBADF, EACCES, 0}) {
-    EXPECT_FALSE(megatron::internal::means_lost_data(reason)) << reason;
+    EXPECT_FALSE(megatron_cpp::internal::means_lost_data(reason)) << reason;
   }
 }
 
 TEST(CompleteFile, WhenAFileThatCannotBeReplacedIsWrittenInto) {
-  for (const int reason : {EBUSY, EEXIST, EXDEV, EPERM}) EXPECT_TRUE(megatron::internal::may_write_in_place(reason));
+  for (const int reason : {EBUSY, EEXIST, EXDEV, EPERM})
+    EXPECT_TRUE(megatron_cpp::internal::may_write_in_place(reason));
   for (const int reason : {EIO, ENOSPC, EDQUOT, EROFS, ENOENT}) {
-    EXPECT_FALSE(megatron::internal::may_write_in_place(reason)) << "the old file would be lost: " << reason;
+    EXPECT_FALSE(megatron_cpp::internal::may_write_in_place(reason)) << "the old file would be lost: " << reason;
   }
 }
 
@@ -302,10 +300,10 @@ TEST(CompleteFile, LinksAreFollowedToTheirEnd) {
   fs::create_symlink("below/file", path("one"));
   fs::create_symlink(path("one"), path("two"));
   fs::create_symlink("circle", path("circle"));
-  EXPECT_EQ(megatron::internal::link_target(path("two")), path("below/file"));
-  EXPECT_EQ(megatron::internal::link_target(path("plain")), path("plain"));
-  EXPECT_TRUE(test_support::throws<c10::Error>([&] { megatron::internal::link_target(path("circle")); }, "circle"));
-  megatron::write_file(path("two"), "text");
+  EXPECT_EQ(megatron_cpp::internal::link_target(path("two")), path("below/file"));
+  EXPECT_EQ(megatron_cpp::internal::link_target(path("plain")), path("plain"));
+  EXPECT_TRUE(test_support::throws<c10::Error>([&] { megatron_cpp::internal::link_target(path("circle")); }, "circle"));
+  write_file(path("two"), "text");
   EXPECT_EQ(test_support::read_file(path("below/file")), "text");
   EXPECT_TRUE(fs::is_symlink(path("two")) && fs::is_symlink(path("one")));
 }
@@ -314,8 +312,8 @@ TEST(CompleteFile, AWriterThatGivesUpLeavesTheOldFile) {
   const test_support::TemporaryFolder folder;
   const auto file = folder.write("file", "old");
   {
-    megatron::internal::CompleteFile given_up(file);
-    megatron::internal::CompleteFile other(file);
+    megatron_cpp::internal::CompleteFile given_up(file);
+    megatron_cpp::internal::CompleteFile other(file);
     given_up.write("half", 4);
     other.write("new", 3);
     EXPECT_EQ(test_support::read_file(file), "old");
@@ -324,3 +322,5 @@ TEST(CompleteFile, AWriterThatGivesUpLeavesTheOldFile) {
   EXPECT_EQ(test_support::read_file(file), "new");
   EXPECT_EQ(std::distance(fs::directory_iterator(folder.path()), {}), 1);
 }
+
+}  // namespace megatron_cpp

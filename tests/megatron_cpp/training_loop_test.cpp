@@ -14,34 +14,30 @@
 #include "tests/support/temporary_folder.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
-
-using megatron::Action;
-using megatron::StepMetrics;
 
 /// loss = (w - 3)², and a log of what the loop calls.
 struct SmallRun {
   at::Tensor w = test_support::on_device(at::zeros({1})).requires_grad_();
-  megatron::Trainer trainer{{megatron::replicated_parameter("w", w, megatron::GradientDomain::kReplicated,
-                                                            megatron::InitialValue::constant(0.0), true)},
-                            test_support::groups(test_support::runtime().size()),
-                            {.adamw = {}, .learning_rate = {.peak = 0.1, .floor = 0.1, .total_steps = 9}}};
+  Trainer trainer{{replicated_parameter("w", w, GradientDomain::kReplicated, InitialValue::constant(0.0), true)},
+                  test_support::groups(test_support::runtime().size()),
+                  {.adamw = {}, .learning_rate = {.peak = 0.1, .floor = 0.1, .total_steps = 9}}};
   std::string log;
   std::vector<double> losses;
   int64_t stop_after = -1;
 
-  int64_t go(const megatron::TrainingLoopOptions& options) {
+  int64_t go(const TrainingLoopOptions& options) {
     int64_t last = 0;
-    return megatron::run_training_loop(
+    return run_training_loop(
         trainer, options,
         {.next_batch =
              [this] {
                log += "b";
-               return megatron::StepBatch{
-                   .num_micro_batches = 2,
-                   .num_loss_tokens = 2,
-                   .loss_sum = [this](int64_t /*micro_batch*/) { return (w - 3.0).square().sum(); },
-                   .counts = {{"tokens", 10}}};
+               return StepBatch{.num_micro_batches = 2,
+                                .num_loss_tokens = 2,
+                                .loss_sum = [this](int64_t /*micro_batch*/) { return (w - 3.0).square().sum(); },
+                                .counts = {{"tokens", 10}}};
              },
          .validation_loss =
              [this] {
@@ -93,19 +89,19 @@ TEST(TrainingLoop, SavesWhenItIsToStopAndGoesOnFromThere) {
 TEST(TrainingLoop, NeedsBatchesAlone) {
   SmallRun run;
   EXPECT_TRUE(test_support::contains(
-      test_support::value_error([&] { megatron::run_training_loop(run.trainer, {.steps = 1}, {}); }), "next_batch"));
+      test_support::value_error([&] { run_training_loop(run.trainer, {.steps = 1}, {}); }), "next_batch"));
   const auto batch = [&run] {
-    return megatron::StepBatch{1, 1, [&run](int64_t /*micro_batch*/) { return run.w.square().sum(); }};
+    return StepBatch{1, 1, [&run](int64_t /*micro_batch*/) { return run.w.square().sum(); }};
   };
-  EXPECT_EQ(megatron::run_training_loop(run.trainer, {.steps = 2}, {.next_batch = batch}), 2);
+  EXPECT_EQ(run_training_loop(run.trainer, {.steps = 2}, {.next_batch = batch}), 2);
 }
 
 TEST(Schedule, OneAfterTheOtherKeepsOneAtATime) {
   using Kind = Action::Kind;
   const std::vector<Action> expected{
       {Kind::kForward, 0}, {Kind::kBackward, 0}, {Kind::kForward, 1}, {Kind::kBackward, 1}};
-  EXPECT_EQ(megatron::one_after_the_other(2), expected);
-  EXPECT_TRUE(megatron::one_after_the_other(0).empty());
+  EXPECT_EQ(one_after_the_other(2), expected);
+  EXPECT_TRUE(one_after_the_other(0).empty());
 }
 
 TEST(MetricsFile, HasOneLineAStepWhateverWasThere) {
@@ -119,7 +115,7 @@ TEST(MetricsFile, HasOneLineAStepWhateverWasThere) {
         << "\n"
         << R"({"step": 3, "lo)";
   }
-  megatron::MetricsFile file(path, 1);
+  MetricsFile file(path, 1);
   StepMetrics metrics;
   metrics.step = 2;
   metrics.result = {.loss = 0.5, .grad_norm = 0.25, .learning_rate = 0.125};
@@ -140,3 +136,5 @@ TEST(MetricsFile, HasOneLineAStepWhateverWasThere) {
                        R"({"step":2,"loss":0.5,"grad_norm":0.25,"learning_rate":0.125,"step_seconds":2.0,)"
                        R"("validation_loss":0.75})"}));
 }
+
+}  // namespace megatron_cpp

@@ -12,7 +12,7 @@
 #include "megatron_cpp/parameters/parameter_shard.h"
 #include "tests/support/test_world.h"
 
-namespace transformer_fixture {
+namespace megatron_cpp::transformer_fixture {
 
 inline constexpr double kTolerance = 2e-5;  // of the largest element; float32 sums in another order
 
@@ -43,15 +43,14 @@ inline at::Tensor leaf(const at::Tensor& tensor) { return tensor.detach().clone(
 
 /// Moves a module to the test's device and starts its parameters, norms too, from values other than zero.
 template <class Module>
-std::vector<megatron::ParameterShard> start(Module& module) {
+std::vector<ParameterShard> start(Module& module) {
   module->to(test_support::runtime().device());
-  auto shards = megatron::parameter_shards(*module);
+  auto shards = parameter_shards(*module);
   for (auto& shard : shards) {
-    if (shard.initial_value.kind == megatron::InitialValue::Kind::kConstant)
-      shard.initial_value = megatron::InitialValue::normal(0.2);
+    if (shard.initial_value.kind == InitialValue::Kind::kConstant) shard.initial_value = InitialValue::normal(0.2);
   }
-  megatron::initialize_parameters(shards, 7);
+  initialize_parameters(shards, 7);
   return shards;
 }
 
-}  // namespace transformer_fixture
+}  // namespace megatron_cpp::transformer_fixture

@@ -21,7 +21,7 @@
 #include "tests/megatron_cpp/transformer_fixture.h"
 #include "tests/support/test_world.h"
 
-namespace megatron {
+namespace megatron_cpp::megatron_cpp {
 namespace {
 
 using parallel::Range;
@@ -244,4 +244,4 @@ TEST(FlashAttention, LoadsSixteenBytesAtATime) {
 }
 
 }  // namespace
-}  // namespace megatron
+}  // namespace megatron_cpp::megatron_cpp

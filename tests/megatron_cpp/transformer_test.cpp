@@ -30,7 +30,7 @@
 #include "tests/support/operator_watch.h"
 #include "tests/support/test_world.h"
 
-namespace megatron {
+namespace megatron_cpp::megatron_cpp {
 namespace {
 
 using parallel::CollectiveKind;
@@ -245,7 +245,7 @@ TEST_F(TransformerTest, BlocksOfSomeLayersMakeUpTheWhole) {
     EXPECT_TRUE(throws([&] { TransformerBlock(config, TransformerExecution{}, tp, range); }, "of a decoder with 3"));
   }
   const TransformerBlock none(config, TransformerExecution{}, tp, Range{1, 1});
-  EXPECT_TRUE(megatron::parameter_shards(*none).empty());
+  EXPECT_TRUE(parameter_shards(*none).empty());
 }
 
 /// The columns [r V'/t, (r+1) V'/t) of a tensor with V columns, zeros beyond V.
@@ -581,4 +581,4 @@ TEST_F(TransformerTest, LayersMakeNothingThatTheBatchHolds) {
 }
 
 }  // namespace
-}  // namespace megatron
+}  // namespace megatron_cpp::megatron_cpp

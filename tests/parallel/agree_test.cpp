@@ -9,6 +9,7 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
 using parallel::AgreedError;
@@ -144,3 +145,5 @@ TEST(CheckEqualTexts, NamesTheFirstThatDiffersAndTheRank) {
     }
   }
 }
+
+}  // namespace megatron_cpp

@@ -11,6 +11,8 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
+
 using parallel::Reduction;
 using rank_values::kDtypes;
 using rank_values::of_all;
@@ -289,3 +291,5 @@ TEST(Collectives, RefuseTensorsWithoutDimensions) {
     EXPECT_EQ(parallel::all_reduce(scalar, groups(t).tp).item<float>(), static_cast<float>(t));
   }
 }
+
+}  // namespace megatron_cpp

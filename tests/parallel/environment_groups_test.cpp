@@ -13,6 +13,7 @@
 #include "parallel/collectives.h"
 #include "tests/support/errors.h"
 
+namespace megatron_cpp {
 namespace {
 
 using test_support::contains;
@@ -160,3 +161,5 @@ TEST_F(EnvironmentGroups, RefuseAGpuThatIsNotThere) {
                            [] { parallel::process_groups_from_environment({}, {}, c10::Device(c10::kCUDA)); }),
                        "no GPU is visible"));
 }
+
+}  // namespace megatron_cpp

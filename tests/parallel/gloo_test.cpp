@@ -9,6 +9,8 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
+
 using test_support::contains;
 using test_support::error_of;
 
@@ -51,3 +53,5 @@ TEST(Gloo, ARankThatIsGoneIsAnErrorThatNamesTheCollective) {
                        }),
                        "all_gather of [3, 2] Float (group tp, rank 0 of " + std::to_string(size) + ") failed: "));
 }
+
+}  // namespace megatron_cpp

@@ -9,6 +9,8 @@
 
 #include "tests/support/errors.h"
 
+namespace megatron_cpp {
+
 using parallel::choose_device_of_all;
 using parallel::DeviceOptions;
 using test_support::contains;
@@ -108,3 +110,5 @@ TEST(GpuPrecision, IsThatOfTheTensors) {
   EXPECT_EQ(context.allowFP16ReductionCuBLAS(), kInFloat32);
   EXPECT_EQ(context.allowBF16ReductionCuBLAS(), kInFloat32);
 }
+
+}  // namespace megatron_cpp

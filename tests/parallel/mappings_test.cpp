@@ -17,6 +17,7 @@
 #include "parallel/recording_backend.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
 using parallel::CollectiveKind;
@@ -311,3 +312,5 @@ TEST(MappingsTogether, CopyAndReduceMakeAParallelProduct) {
     EXPECT_TRUE(test_support::near(own_x.grad(), dense_x.grad(), 1e-14));
   }
 }
+
+}  // namespace megatron_cpp

@@ -16,6 +16,7 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
 using parallel::RankGrid;
@@ -245,3 +246,5 @@ TEST(ProcessGroups, AreFreedWithTheLastCopyOnceDestroyed) {
   groups = {};
   EXPECT_TRUE(dp.expired());
 }
+
+}  // namespace megatron_cpp

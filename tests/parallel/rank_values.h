@@ -10,7 +10,7 @@
 #include "parallel/collectives.h"
 #include "tests/support/test_world.h"
 
-namespace rank_values {
+namespace megatron_cpp::rank_values {
 
 inline constexpr std::array kDtypes = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf,
                                        at::kLong,  at::kInt,    at::kByte,     at::kBool};
@@ -60,4 +60,4 @@ inline at::Tensor transposed_storage(const at::Tensor& tensor) {
   return tensor.transpose(0, -1).contiguous().transpose(0, -1);
 }
 
-}  // namespace rank_values
+}  // namespace megatron_cpp::rank_values

@@ -11,6 +11,7 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
 using parallel::CollectiveKind;
@@ -185,3 +186,5 @@ TEST(Observing, WhatTheObserverThrowsEndsTheCollectiveBeforeAnythingIsSent) {
     EXPECT_TRUE(at::equal(parallel::all_reduce(input, group), on_device(at::full({4}, double(t)))));
   }
 }
+
+}  // namespace megatron_cpp

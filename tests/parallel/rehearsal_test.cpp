@@ -14,6 +14,7 @@
 #include "parallel/rehearsal_backend.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
 using parallel::CollectiveKind;
@@ -137,3 +138,5 @@ TEST(Rehearsal, RefusesRanksThatAreNotInTheGroup) {
   EXPECT_THROW(make_rehearsal_group(4, 4), c10::ValueError);
   EXPECT_THROW(make_rehearsal_group(-1, 4), c10::ValueError);
 }
+
+}  // namespace megatron_cpp

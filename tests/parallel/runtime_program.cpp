@@ -11,6 +11,7 @@
 #include "parallel/process_groups.h"
 #include "parallel/runtime.h"
 
+namespace megatron_cpp {
 namespace {
 
 int body(parallel::Runtime& runtime, const std::string& mode) {
@@ -36,9 +37,11 @@ int body(parallel::Runtime& runtime, const std::string& mode) {
 }
 
 }  // namespace
+}  // namespace megatron_cpp
 
 /// Further arguments are ignored: a test finds its processes by them.
 int main(int argc, char** argv) {
+  using namespace megatron_cpp;
   const std::string mode = argc > 1 ? argv[1] : "";
   return parallel::Runtime::run([&](parallel::Runtime& runtime) { return body(runtime, mode); });
 }

@@ -11,6 +11,7 @@
 #include "tests/support/command.h"
 #include "tests/support/environment.h"
 
+namespace megatron_cpp {
 namespace {
 
 using test_support::occurrences;
@@ -91,3 +92,5 @@ TEST(Runtime, EndsWhenARankIsKilledWhileOthersWait) {
   EXPECT_EQ(occurrences(outcome.output, "the sum is"), 0) << outcome.output;
   test_support::expect_no_process_left(mark_of("one_is_killed"));
 }
+
+}  // namespace megatron_cpp

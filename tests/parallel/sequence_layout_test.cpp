@@ -7,6 +7,7 @@
 
 #include "tests/support/errors.h"
 
+namespace megatron_cpp {
 namespace {
 
 using parallel::Range;
@@ -58,3 +59,5 @@ TEST(SequenceLayout, RefusesGapsAndOverlaps) {
   EXPECT_EQ(value_error([] { SequenceLayout({{{1, 3}}}); }), "position 0 of the sequence has no owner");
   EXPECT_EQ(value_error([] { SequenceLayout({{{0, 4}}, {{3, 6}}}); }), "position 3 of the sequence has two owners");
 }
+
+}  // namespace megatron_cpp

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+namespace megatron_cpp {
 namespace {
 
 using parallel::Range;
@@ -92,3 +93,5 @@ TEST(BalancedAssignment, StaysWithinOneItemOfTheMean) {
     }
   }
 }
+
+}  // namespace megatron_cpp

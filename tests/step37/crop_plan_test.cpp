@@ -16,7 +16,7 @@
 #include "tests/support/environment.h"
 #include "tests/support/errors.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 namespace fs = std::filesystem;
@@ -197,4 +197,4 @@ TEST(CropPlan, WrongSizesAreNamed) {
 }
 
 }  // namespace
-}  // namespace step37
+}  // namespace megatron_cpp::step37

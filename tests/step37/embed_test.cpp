@@ -24,10 +24,9 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
-using megatron::NamedTensor;
-using megatron::SafetensorsFile;
 using step37::EmbedArguments;
 using test_support::contains;
 using test_support::runtime;
@@ -71,7 +70,7 @@ class Embed : public testing::Test {
       for (const auto& [tensor_name, tensor] : changes) {
         if (!original.contains(tensor_name) && tensor.defined()) tensors.push_back({tensor_name, tensor});
       }
-      megatron::write_safetensors(path, tensors);
+      write_safetensors(path, tensors);
     }
     parallel::barrier(test_support::world_tp());
     return path;
@@ -521,3 +520,5 @@ TEST_F(Embed, RefusesUnknownOptionValues) {
       },
       "a hidden-parallel embedding goes with the fused exchange only");
 }
+
+}  // namespace megatron_cpp

@@ -8,6 +8,7 @@
 
 #include <thread>
 
+namespace megatron_cpp {
 namespace {
 
 using step37::FullBufferWatch;
@@ -45,3 +46,4 @@ TEST(FullBufferWatch, IsAloneInItsProcess) {
 }
 
 }  // namespace
+}  // namespace megatron_cpp

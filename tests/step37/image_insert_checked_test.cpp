@@ -12,6 +12,7 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
 using insert_world::features;
@@ -182,3 +183,5 @@ TEST(ImageInsertChecked, ComputesTheSameBits) {
     });
   }
 }
+
+}  // namespace megatron_cpp

@@ -13,6 +13,7 @@
 #include "tests/support/operator_watch.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
 using insert_world::features;
@@ -66,7 +67,7 @@ class Expected {
     count_.bytes_sent += elements * 4;
     return *this;
   }
-  std::string text() const { return ::text(count_); }
+  std::string text() const { return megatron_cpp::text(count_); }
 
  private:
   int64_t t_;
@@ -408,3 +409,5 @@ TEST(ImageInsertCommunication, MakesItsListsOfRowsInForward) {
     }
   });
 }
+
+}  // namespace megatron_cpp

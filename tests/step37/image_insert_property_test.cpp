@@ -22,6 +22,7 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
 using insert_world::kTrainable;
@@ -460,3 +461,5 @@ TEST(ImageInsertProperty, EveryCaseEqualsTheDenseOne) {
     expect_every_sort(cover, params.maxSuccess);
   }
 }
+
+}  // namespace megatron_cpp

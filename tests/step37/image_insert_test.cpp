@@ -16,6 +16,7 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
 using insert_world::changed;
@@ -40,9 +41,6 @@ using insert_world::scenarios;
 using insert_world::tensors_of;
 using insert_world::two_groups;
 using insert_world::Variant;
-using megatron::EmbeddingSharding;
-using megatron::LanguageModelEmbedding;
-using megatron::ParallelEmbeddingOptions;
 using step37::ImageForInsert;
 using step37::ImageInsertEmbedding;
 using step37::ImageInsertEmbeddingOptions;
@@ -108,7 +106,7 @@ TEST(ImageInsertEmbedding, TakesRowsThatAreProjectedAlready) {
     ImageInsertEmbedding insert(
         layer.embedding,
         ImageInsertEmbeddingOptions(kH, kH).projector_sharding(ProjectorSharding::kNone).exchange(variant.exchange));
-    EXPECT_TRUE(megatron::parameter_shards(*insert).empty());
+    EXPECT_TRUE(parameter_shards(*insert).empty());
     const auto weight = on_device(parameters.weight).clone().requires_grad_();
     const auto bias = on_device(parameters.bias).clone().requires_grad_();
     const auto projected =
@@ -155,7 +153,7 @@ TEST(ImageInsertEmbedding, TakesPlaceholdersInsteadOfStartTokens) {
 namespace {
 
 /// An embedding that looks at the whole gradient it gets.
-struct Watched : megatron::VocabParallelEmbeddingImpl {
+struct Watched : VocabParallelEmbeddingImpl {
   using VocabParallelEmbeddingImpl::VocabParallelEmbeddingImpl;
   at::Tensor partial(const at::Tensor& ids, const at::Tensor& left_out) override {
     auto result = VocabParallelEmbeddingImpl::partial(ids, left_out);
@@ -396,23 +394,22 @@ TEST(ImageInsertEmbedding, OwnsItsProjectorAndNothingElse) {
       const int64_t columns = variant.row() ? kC / variant.t : kC;
       EXPECT_EQ(layer.weight().sizes(), (std::vector<int64_t>{rows, columns}));
 
-      const auto shards = megatron::parameter_shards(*insert);
+      const auto shards = parameter_shards(*insert);
       ASSERT_EQ(shards.size(), bias ? 2U : 1U);
-      const auto replicated =
-          variant.t > 1 ? megatron::GradientDomain::kReplicatedPartial : megatron::GradientDomain::kReplicated;
+      const auto replicated = variant.t > 1 ? GradientDomain::kReplicatedPartial : GradientDomain::kReplicated;
       EXPECT_EQ(shards[0].name, "align_projector.weight");
-      EXPECT_EQ(shards[0].domain, variant.replicated() ? replicated : megatron::GradientDomain::kSharded);
+      EXPECT_EQ(shards[0].domain, variant.replicated() ? replicated : GradientDomain::kSharded);
       EXPECT_NEAR(shards[0].initial_value.value, std::sqrt(2.0 / kC), 1e-12);
       const auto& segment = shards[0].segments.at(0);
       EXPECT_EQ(segment.global_shape, (std::vector<int64_t>{kH, kC}));
       const int64_t row = variant.column() ? rows * layer.rank() : 0;
       const int64_t column = variant.row() ? columns * layer.rank() : 0;
-      EXPECT_EQ(segment.box, (megatron::Box{{row, column}, {rows, columns}}));
+      EXPECT_EQ(segment.box, (Box{{row, column}, {rows, columns}}));
       if (!bias) continue;
       EXPECT_EQ(shards[1].name, "align_projector.bias");
       // The row sharding's is added on one rank and its gradient is whole on all.
-      EXPECT_EQ(shards[1].domain, variant.column() ? megatron::GradientDomain::kSharded
-                                  : variant.row()  ? megatron::GradientDomain::kReplicated
+      EXPECT_EQ(shards[1].domain, variant.column() ? GradientDomain::kSharded
+                                  : variant.row()  ? GradientDomain::kReplicated
                                                    : replicated);
       EXPECT_EQ(shards[1].initial_value.value, 0.0);
     }
@@ -588,3 +585,5 @@ TEST(ImageInsertEmbedding, WarnsOnceOfACutOnRankZero) {
     }
   });
 }
+
+}  // namespace megatron_cpp

@@ -8,11 +8,9 @@
 #include "parallel/shard.h"
 #include "tests/support/test_world.h"
 
-namespace insert_world {
+namespace megatron_cpp::insert_world {
 namespace {
 
-using megatron::LanguageModelEmbedding;
-using megatron::Part;
 using step37::FeatureList;
 using step37::ImageForInsert;
 using step37::ImageInsertEmbedding;
@@ -331,12 +329,11 @@ ImageInsertEmbedding make_insert(const Layer& layer, const Parameters& parameter
 Layer make_layer(const Variant& variant, const Parameters& parameters, const LayerOptions& options) {
   Layer layer{variant, parameters.sizes(), parallel::record(test_support::groups(variant.t).tp)};
   const auto& [V, H, C] = layer.sizes;
-  layer.embedding = LanguageModelEmbedding(
-      megatron::ParallelEmbeddingOptions(V, H)
-          .sequence_parallel(variant.sequence_parallel)
-          .accumulate_into_grad(options.words_accumulate_into_grad),
-      layer.recorded.group,
-      variant.hidden() ? megatron::EmbeddingSharding::kHidden : megatron::EmbeddingSharding::kVocab);
+  layer.embedding = LanguageModelEmbedding(ParallelEmbeddingOptions(V, H)
+                                               .sequence_parallel(variant.sequence_parallel)
+                                               .accumulate_into_grad(options.words_accumulate_into_grad),
+                                           layer.recorded.group,
+                                           variant.hidden() ? EmbeddingSharding::kHidden : EmbeddingSharding::kVocab);
   layer.embedding->to(test_support::device());
   assign(layer.words(), layer.own_words(parameters.words));
   layer.insert = make_insert(layer, parameters,
@@ -405,4 +402,4 @@ testing::AssertionResult gradients_are(const Layer& layer, const std::vector<Ima
   return problems.empty() ? testing::AssertionSuccess() : testing::AssertionFailure() << problems;
 }
 
-}  // namespace insert_world
+}  // namespace megatron_cpp::insert_world

@@ -16,7 +16,7 @@
 #include "parallel/recording_backend.h"
 #include "step37/insert/image_insert_embedding.h"
 
-namespace insert_world {
+namespace megatron_cpp::insert_world {
 
 // Every t in {1, 2, 3, 4} divides H, C and S; V is padded by every t but 1.
 inline constexpr int64_t kV = 19;
@@ -106,12 +106,12 @@ Results dense(const Scenario& scenario, const Parameters& parameters, bool with_
 
 struct Variant {
   int t = 1;
-  megatron::Part embedding = megatron::Part::kSummand;
+  Part embedding = Part::kSummand;
   step37::ProjectorSharding sharding = step37::ProjectorSharding::kColumn;
   step37::InsertExchange exchange = step37::InsertExchange::kFused;
   bool sequence_parallel = false;
 
-  bool hidden() const { return embedding == megatron::Part::kColumns; }
+  bool hidden() const { return embedding == Part::kColumns; }
   bool column() const { return sharding == step37::ProjectorSharding::kColumn; }
   bool row() const { return sharding == step37::ProjectorSharding::kRow; }
   bool replicated() const { return sharding == step37::ProjectorSharding::kReplicated; }
@@ -167,7 +167,7 @@ struct Layer {
   Variant variant;
   Sizes sizes;
   parallel::RecordedGroup recorded;
-  megatron::LanguageModelEmbedding embedding{nullptr};
+  LanguageModelEmbedding embedding{nullptr};
   step37::ImageInsertEmbedding insert{nullptr};
 
   int64_t rank() const;
@@ -218,4 +218,4 @@ testing::AssertionResult feature_gradients_are(const Layer& layer, const std::ve
 testing::AssertionResult gradients_are(const Layer& layer, const std::vector<step37::ImageForInsert>& passed,
                                        const Results& expected, const Trainable& trainable, const Placed& placed = {});
 
-}  // namespace insert_world
+}  // namespace megatron_cpp::insert_world

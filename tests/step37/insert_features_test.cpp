@@ -12,6 +12,7 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
 using insert_world::features;
@@ -147,3 +148,5 @@ TEST(InsertFeatures, RefusesShapesThatDoNotFit) {
       },
       "input_ids"));
 }
+
+}  // namespace megatron_cpp

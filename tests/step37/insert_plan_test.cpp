@@ -17,6 +17,7 @@
 #include "tests/support/environment.h"
 #include "tests/support/errors.h"
 
+namespace megatron_cpp {
 namespace {
 
 using step37::InsertGroup;
@@ -352,7 +353,7 @@ TEST(InsertPlan, EqualsTheGoldenCases) {
     if (entry.path().extension() != ".safetensors") continue;
     SCOPED_TRACE(entry.path().filename().string());
     ++num_cases;
-    const megatron::SafetensorsFile file(entry.path());
+    const SafetensorsFile file(entry.path());
     const auto ids = file.read("input_ids");
     std::vector<InsertGroup> groups;
     for (int g = 0; file.contains("group" + std::to_string(g) + ".insert_start_token"); ++g) {
@@ -378,3 +379,5 @@ TEST(InsertPlan, EqualsTheGoldenCases) {
   }
   EXPECT_GE(num_cases, 17);
 }
+
+}  // namespace megatron_cpp

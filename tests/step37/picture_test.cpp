@@ -17,7 +17,7 @@
 #include "tests/support/stb_image_write.h"
 #include "tests/support/temporary_folder.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 namespace fs = std::filesystem;
@@ -100,7 +100,7 @@ TEST(Picture, Jpeg) {
 // last bits are the decoder's business, as are CMYK's.
 TEST(Picture, EveryFormatAsPillowReadsIt) {
   const fs::path folder = test_support::cases() / "images/formats";
-  const megatron::SafetensorsFile expected(folder / "expected.safetensors");
+  const SafetensorsFile expected(folder / "expected.safetensors");
   EXPECT_EQ(expected.entries().size(), 42U);
   for (const auto& [name, entry] : expected.entries()) {
     const auto decoded = decode_picture(folder / name);
@@ -278,4 +278,4 @@ TEST(Picture, Normalize) {
 }
 
 }  // namespace
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -33,6 +33,7 @@
 #include "tests/support/temporary_folder.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
 namespace fs = std::filesystem;
@@ -143,13 +144,13 @@ std::vector<json> metrics_of(const RunFiles& files) {
 
 /// All tensors of a checkpoint, whole, by the text of their id.
 Tensors tensors_of(const fs::path& checkpoint) {
-  const megatron::CheckpointReader reader(checkpoint);
+  const CheckpointReader reader(checkpoint);
   Tensors tensors;
-  std::vector<megatron::ShardedTensor> wanted;
+  std::vector<ShardedTensor> wanted;
   for (const auto& id : reader.tensors()) {
     const auto& shape = reader.global_shape(id);
     tensors[id.text()] = at::zeros(shape);
-    wanted.push_back({id, tensors[id.text()], shape, {megatron::Box::whole(shape)}});
+    wanted.push_back({id, tensors[id.text()], shape, {Box::whole(shape)}});
   }
   reader.load(wanted);
   return tensors;
@@ -528,13 +529,12 @@ TEST_F(Pretrain, CaptionsAlikeAtEveryTensorParallelSize) {
 
   for (const int tp : divisors_of_world()) {
     SCOPED_TRACE(testing::Message() << "tensor " << tp);
-    const megatron::CheckpointReader reader(checkpoint);
+    const CheckpointReader reader(checkpoint);
     const auto state = step37::run_state_from_text(reader.state(), checkpoint.string());
     const auto tokenizer = step37::Tokenizer::load(files("run").tokenizer());
     Step37Model model(step37::model_config(state.config, tokenizer.vocab_size()), groups(tp).tp);
     model->to(runtime().device());
-    reader.load(megatron::sharded_tensors(megatron::parameter_shards(*model), step37::published_name, groups(tp)),
-                megatron::UnusedTensors::kAllow);
+    reader.load(sharded_tensors(parameter_shards(*model), step37::published_name, groups(tp)), UnusedTensors::kAllow);
     auto options = step37::captioner_options(state.config, tokenizer, pictures(), tp);
     options.max_new_tokens = 6;
     const auto reference = step37::reference_to(pictures(), picture, state.config.vision.image_size);
@@ -548,12 +548,12 @@ TEST_F(Pretrain, CaptionsAlikeAtEveryTensorParallelSize) {
 TEST_F(Pretrain, CaptionsAreTextOnly) {
   pretrain("run", runtime().size(), {"training.steps=1"});
   const auto checkpoint = files("run").checkpoints() / "latest";
-  const megatron::CheckpointReader reader(checkpoint);
+  const CheckpointReader reader(checkpoint);
   const auto state = step37::run_state_from_text(reader.state(), checkpoint.string());
   const auto tokenizer = step37::Tokenizer::load(files("run").tokenizer());
   Step37Model model(step37::model_config(state.config, tokenizer.vocab_size()), groups(1).tp);
   model->to(runtime().device());
-  megatron::initialize_parameters(megatron::parameter_shards(*model), 1);
+  initialize_parameters(parameter_shards(*model), 1);
   {
     const at::NoGradGuard no_grad;
     auto weight = model->language_model->output_layer->weight;
@@ -569,3 +569,5 @@ TEST_F(Pretrain, CaptionsAreTextOnly) {
       caption = step37::caption_picture(model, tokenizer, reference, {}, options, groups(1).tp, runtime().device()));
   EXPECT_EQ(caption, tokenizer.decode(std::vector<int64_t>(3, tokenizer.unk_id())));
 }
+
+}  // namespace megatron_cpp

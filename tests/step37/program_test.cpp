@@ -10,6 +10,7 @@
 #include "tests/support/environment.h"
 #include "tests/support/temporary_folder.h"
 
+namespace megatron_cpp {
 namespace {
 
 using test_support::occurrences;
@@ -61,8 +62,8 @@ TEST_F(Program, ReplaysACase) {
                              quoted(folder_.path() / "stats.json"));
   EXPECT_EQ(outcome.status, 0) << outcome.output;
   EXPECT_TRUE(std::filesystem::exists(folder_.path() / "stats.json"));
-  const megatron::SafetensorsFile input(kCase);
-  const megatron::SafetensorsFile output(folder_.path() / "out.safetensors");
+  const SafetensorsFile input(kCase);
+  const SafetensorsFile output(folder_.path() / "out.safetensors");
   for (const char* name : {"output", "grad.word_embeddings.weight", "grad.align_projector.weight",
                            "grad.align_projector.bias", "grad.group0.image_features"}) {
     EXPECT_TRUE(at::equal(output.read(name), input.read(std::string("expected.") + name))) << name;
@@ -99,3 +100,5 @@ TEST_F(Program, TellsWhenRanksAreLaidOutDifferently) {
   EXPECT_EQ(occurrences(outcome.output, "error: ranks disagree: the layout of the ranks is 'tp 1, "), 1)
       << outcome.output;
 }
+
+}  // namespace megatron_cpp

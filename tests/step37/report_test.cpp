@@ -13,7 +13,7 @@
 #include "tests/support/errors.h"
 #include "tests/support/temporary_folder.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 namespace fs = std::filesystem;
@@ -175,4 +175,4 @@ TEST_F(ReportTest, MetricsThatArentThereAreRefused) {
 }
 
 }  // namespace
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -16,7 +16,7 @@
 #include "tests/support/environment.h"
 #include "tests/support/temporary_folder.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 namespace fs = std::filesystem;
@@ -186,7 +186,7 @@ TEST_F(RunConfigTest, SettingsAreInOrderAndReadable) {
 }
 
 TEST_F(RunConfigTest, ScalesAreATextOrAMap) {
-  const megatron::ParameterScales scales{{"vision_model", 0.1}, {"language_model.decoder", 2.0}};
+  const ParameterScales scales{{"vision_model", 0.1}, {"language_model.decoder", 2.0}};
   const std::string key = "training.learning_rate_scales";
   const auto of_override = smallest({key + "=vision_model: 0.1, language_model.decoder: 2"});
   EXPECT_EQ(of_override.training.learning_rate_scales, scales);
@@ -382,7 +382,7 @@ TEST_F(RunConfigTest, OptionsOfTheOtherPartsAreTheConfigurations) {
   EXPECT_EQ(learning_rate_schedule(config).at(4), 0.5);
   EXPECT_EQ(learning_rate_schedule(config).at(10), 0.25);
   const auto wsd = learning_rate_schedule(smallest({"training.learning_rate_decay=wsd", "training.decay_steps=3"}));
-  EXPECT_EQ(wsd.decay, megatron::LearningRateDecay::kWsd);
+  EXPECT_EQ(wsd.decay, LearningRateDecay::kWsd);
   EXPECT_EQ(wsd.at(7), 1e-3);
   EXPECT_LT(wsd.at(8), 1e-3);
   EXPECT_EQ(config.training.beta2, 0.75);
@@ -454,4 +454,4 @@ TEST(ShippedConfigurations, AreValidForTheRanksTheyAreWrittenFor) {
 }
 
 }  // namespace
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -14,7 +14,7 @@
 #include "tests/support/temporary_folder.h"
 #include "tests/support/test_world.h"
 
-namespace small_run {
+namespace megatron_cpp::small_run {
 
 using Overrides = std::vector<std::string>;
 
@@ -89,4 +89,4 @@ class SmallRun : public testing::Test {
   test_support::SharedFolder folder_;
 };
 
-}  // namespace small_run
+}  // namespace megatron_cpp::small_run

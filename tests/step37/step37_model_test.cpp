@@ -18,6 +18,7 @@
 #include "tests/support/operator_watch.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
 using small_run::Overrides;
@@ -85,7 +86,7 @@ std::vector<ImageForInsert> pictures_held_by(const std::vector<int64_t>& holders
 /// Loss and gradients of one backward.
 struct Gradients {
   double loss = 0.0;
-  std::vector<megatron::ParameterShard> shards;  ///< with their gradients complete over tp
+  std::vector<ParameterShard> shards;  ///< with their gradients complete over tp
 };
 
 /// As a program gives it to a model on the test's device: ids, labels and positions stay on the CPU.
@@ -100,8 +101,8 @@ Gradients backward(const step37::Step37Config& config, const Step37Batch& batch,
   Step37Model model(config, tp);
   model->to(test_support::runtime().device());
   Gradients result;
-  result.shards = megatron::parameter_shards(*model);
-  megatron::initialize_parameters(result.shards, 7);
+  result.shards = parameter_shards(*model);
+  initialize_parameters(result.shards, 7);
   for (auto& shard : result.shards) {
     if (shard.parameter.requires_grad()) shard.parameter.mutable_grad() = at::zeros_like(shard.parameter.detach());
   }
@@ -109,7 +110,7 @@ Gradients backward(const step37::Step37Config& config, const Step37Batch& batch,
   loss.backward();
   result.loss = loss.item<double>();
   for (auto& shard : result.shards) {
-    if (!shard.parameter.requires_grad() || shard.domain != megatron::GradientDomain::kReplicatedPartial) continue;
+    if (!shard.parameter.requires_grad() || shard.domain != GradientDomain::kReplicatedPartial) continue;
     shard.parameter.mutable_grad() = parallel::all_reduce(shard.parameter.grad(), tp);
   }
   return result;
@@ -212,7 +213,7 @@ TEST_F(Model, ReadsNothingBackInForwardAndBackward) {
         batch.images = on_every_rank ? pictures_for_all() : pictures_held_by({1 % tp, 0, 3 % tp, 0, 2 % tp}, group);
         Step37Model model(config({"parallel.sequence_parallel=" + sp, "run.checked=false"}), group);
         model->to(test_support::runtime().device());
-        megatron::initialize_parameters(megatron::parameter_shards(*model), 7);
+        initialize_parameters(parameter_shards(*model), 7);
         const auto there = on_device(batch);
         const test_support::OperatorWatch watch;
         model->loss_sum(there).backward();
@@ -233,3 +234,5 @@ TEST_F(Model, FeaturesAndPicturesTogether) {
   expect_like_dense({}, pictures_gone, [&](const parallel::GroupPtr& /*tp*/) { return images; });
   expect_like_dense({}, pictures_gone, [&](const parallel::GroupPtr& /*tp*/) { return pictures_gone; });
 }
+
+}  // namespace megatron_cpp

@@ -14,7 +14,7 @@
 #include "tests/support/errors.h"
 #include "tests/support/temporary_folder.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 namespace fs = std::filesystem;
@@ -203,4 +203,4 @@ TEST(Tokenizer, FewCaptionsGiveFewPieces) {
 }
 
 }  // namespace
-}  // namespace step37
+}  // namespace megatron_cpp::step37

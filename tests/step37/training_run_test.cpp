@@ -14,7 +14,7 @@
 #include "tests/support/errors.h"
 #include "tests/support/temporary_folder.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
 namespace fs = std::filesystem;
@@ -182,4 +182,4 @@ TEST_F(RunFolder, AnotherTokenizerIsRefused) {
 }
 
 }  // namespace
-}  // namespace step37
+}  // namespace megatron_cpp::step37

@@ -22,11 +22,9 @@
 #include "tests/support/environment.h"
 #include "tests/support/errors.h"
 
-namespace step37 {
+namespace megatron_cpp::step37 {
 namespace {
 
-using megatron::GradientDomain;
-using megatron::SafetensorsFile;
 using test_support::value_error;
 
 const std::string kCases = test_support::cases();
@@ -98,7 +96,7 @@ VisionConfig small_config() {
 /// In double, and with every parameter, biases and norms too, away from its constant.
 VisionTower small_tower() {
   VisionTower tower(small_config(), GradientDomain::kReplicatedPartial);
-  megatron::initialize_parameters(megatron::parameter_shards(*tower), /*seed=*/7);
+  initialize_parameters(parameter_shards(*tower), /*seed=*/7);
   tower->to(at::kDouble);
   at::manual_seed(11);
   const at::NoGradGuard no_grad;
@@ -233,8 +231,8 @@ TEST(VisionTower, FeaturesAreInTheParametersDtype) {
 
 TEST(VisionTower, OwnParameters) {
   const VisionTower tower(small_config(), GradientDomain::kReplicatedPartial);
-  std::map<std::string, megatron::ParameterShard> shards;
-  for (auto& shard : megatron::parameter_shards(*tower)) shards.emplace(shard.name, shard);
+  std::map<std::string, ParameterShard> shards;
+  for (auto& shard : parameter_shards(*tower)) shards.emplace(shard.name, shard);
   ASSERT_EQ(shards.size(), tower->named_parameters().size());
   const std::set<std::string> decaying = {"weight", "in_proj_weight"};
   for (const auto& [name, shard] : shards) {
@@ -242,12 +240,12 @@ TEST(VisionTower, OwnParameters) {
     const bool is_norm = name.find("ln_") != std::string::npos;
     EXPECT_EQ(shard.weight_decay, !is_norm && decaying.count(name.substr(name.rfind('.') + 1)) > 0) << name;
   }
-  const auto expect_initial = [&](const std::string& name, megatron::InitialValue expected) {
+  const auto expect_initial = [&](const std::string& name, InitialValue expected) {
     const auto& actual = shards.at(name).initial_value;
     EXPECT_EQ(actual.kind, expected.kind) << name;
     EXPECT_DOUBLE_EQ(actual.value, expected.value) << name;
   };
-  using megatron::InitialValue;
+  using megatron_cpp::InitialValue;
   const std::string block = "transformer.resblocks.1.";
   expect_initial("conv1.weight", InitialValue::normal(1.0 / std::sqrt(3.0 * 4.0 * 4.0)));
   expect_initial("positional_embedding", InitialValue::normal(1.0 / std::sqrt(16.0)));
@@ -307,4 +305,4 @@ TEST(VisionConfig, ValidateNamesTheNumbers) {
 }
 
 }  // namespace
-}  // namespace step37
+}  // namespace megatron_cpp::step37

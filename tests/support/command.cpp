@@ -15,7 +15,7 @@
 
 #include "tests/support/environment.h"
 
-namespace test_support {
+namespace megatron_cpp::test_support {
 namespace {
 
 /// Processes with `mark` among their arguments.
@@ -69,4 +69,4 @@ int occurrences(const std::string& text, const std::string& part) {
   return count;
 }
 
-}  // namespace test_support
+}  // namespace megatron_cpp::test_support

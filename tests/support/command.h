@@ -3,7 +3,7 @@
 
 #include <string>
 
-namespace test_support {
+namespace megatron_cpp::test_support {
 
 /// `path` for the shell.
 std::string quoted(const std::string& path);
@@ -26,4 +26,4 @@ void expect_no_process_left(const std::string& mark);
 /// How often `part` is in `text`, without overlaps.
 int occurrences(const std::string& text, const std::string& part);
 
-}  // namespace test_support
+}  // namespace megatron_cpp::test_support

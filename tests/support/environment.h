@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace test_support {
+namespace megatron_cpp::test_support {
 
 /// The environment variable `name`, which tests/CMakeLists.txt sets for the tests that need it.
 /// @throws std::runtime_error if it isn't set.
@@ -23,4 +23,4 @@ inline std::filesystem::path cases() {
   return value == nullptr ? "tests/cases" : value;
 }
 
-}  // namespace test_support
+}  // namespace megatron_cpp::test_support

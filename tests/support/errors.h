@@ -11,7 +11,7 @@
 
 #include "parallel/agree.h"
 
-namespace test_support {
+namespace megatron_cpp::test_support {
 
 /// The text of the Error that `action` throws; "nothing thrown" if it returns.
 template <class Error, class Action>
@@ -61,4 +61,4 @@ class Warnings : public c10::WarningHandler {
   c10::WarningUtils::WarningHandlerGuard guard_{this};
 };
 
-}  // namespace test_support
+}  // namespace megatron_cpp::test_support

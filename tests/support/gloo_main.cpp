@@ -4,6 +4,7 @@
 
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
 class WithoutMpi : public testing::Environment {
@@ -17,8 +18,10 @@ class WithoutMpi : public testing::Environment {
 };
 
 }  // namespace
+}  // namespace megatron_cpp
 
 int main(int argc, char** argv) {
+  using namespace megatron_cpp;
   testing::InitGoogleTest(&argc, argv);
   testing::AddGlobalTestEnvironment(new WithoutMpi);
   return RUN_ALL_TESTS();

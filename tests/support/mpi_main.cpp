@@ -13,6 +13,7 @@
 
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
 int env_int(const char* name, int fallback) {
@@ -116,8 +117,10 @@ class RankListener final : public testing::EmptyTestEventListener {
 };
 
 }  // namespace
+}  // namespace megatron_cpp
 
 int main(int argc, char** argv) {
+  using namespace megatron_cpp;
   int provided = MPI_THREAD_SINGLE, rank = 0, size = 1;
   MPI_Init_thread(&argc, &argv, MPI_THREAD_MULTIPLE, &provided);
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);

@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-namespace test_support {
+namespace megatron_cpp::test_support {
 namespace {
 
 using WorkPtr = c10::intrusive_ptr<c10d::Work>;
@@ -180,4 +180,4 @@ parallel::GroupPtr like_nccl(const parallel::GroupPtr& group) {
   return result;
 }
 
-}  // namespace test_support
+}  // namespace megatron_cpp::test_support

@@ -3,7 +3,7 @@
 
 #include "parallel/group.h"
 
-namespace test_support {
+namespace megatron_cpp::test_support {
 
 /// A group of the same ranks whose CPU backend refuses and returns what ProcessGroupNCCL refuses and returns, and
 /// leaves the work to `group`'s:
@@ -14,4 +14,4 @@ namespace test_support {
 /// A Work that nobody has waited for fails the running test. Not collective.
 parallel::GroupPtr like_nccl(const parallel::GroupPtr& group);
 
-}  // namespace test_support
+}  // namespace megatron_cpp::test_support

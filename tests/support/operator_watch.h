@@ -12,7 +12,7 @@
 #include <mutex>
 #include <string>
 
-namespace test_support {
+namespace megatron_cpp::test_support {
 
 /// Follows operators while it lives: those of the thread that made it, and of the threads on which autograd runs its
 /// backward passes on a GPU, since these take over the thread's callbacks. One at a time in a process.
@@ -111,4 +111,4 @@ class OperatorWatch {
   int64_t largest_bytes_ = 0;
 };
 
-}  // namespace test_support
+}  // namespace megatron_cpp::test_support

@@ -11,7 +11,7 @@
 #include <string_view>
 #include <system_error>
 
-namespace test_support {
+namespace megatron_cpp::test_support {
 
 /// Writes the file `path`, and makes the folders that it is in.
 inline void write_file(const std::filesystem::path& path, std::string_view bytes) {
@@ -55,4 +55,4 @@ class TemporaryFolder {
   std::filesystem::path path_;
 };
 
-}  // namespace test_support
+}  // namespace megatron_cpp::test_support

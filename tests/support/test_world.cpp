@@ -14,7 +14,7 @@
 #include "parallel/nccl/staged_backend.h"
 #include "tests/support/nccl_like_backend.h"
 
-namespace test_support {
+namespace megatron_cpp::test_support {
 namespace {
 
 struct World {
@@ -136,4 +136,4 @@ at::Tensor exact_values(at::IntArrayRef shape, int64_t seed, at::ScalarType dtyp
   return mixed.remainder(65).sub(32).to(at::kDouble).div(8).to(dtype).view(shape);
 }
 
-}  // namespace test_support
+}  // namespace megatron_cpp::test_support

@@ -14,7 +14,7 @@
 #include "parallel/runtime.h"
 #include "tests/support/temporary_folder.h"
 
-namespace test_support {
+namespace megatron_cpp::test_support {
 
 /// The runtime of this process, on the device that TEST_DEVICE names (cpu if unset). Not where ranks come from
 /// environment variables (gloo_main.cpp): it starts MPI.
@@ -85,4 +85,4 @@ testing::AssertionResult equal(const at::Tensor& actual, const at::Tensor& expec
 /// float32, and the values themselves in bfloat16.
 at::Tensor exact_values(at::IntArrayRef shape, int64_t seed, at::ScalarType dtype = at::kFloat);
 
-}  // namespace test_support
+}  // namespace megatron_cpp::test_support

@@ -1,7 +1,9 @@
 // A program that logs with spdlog, whose fmt is a library, and another one than that among LibTorch's headers.
 #include <spdlog/spdlog.h>
 
-#include "parallel/runtime.h"
+#include "megatron_cpp/parallel/runtime.h"
+
+namespace parallel = megatron_cpp::parallel;
 
 #if FMT_VERSION != OWN_FMT_VERSION
 #error "this is LibTorch's fmt"

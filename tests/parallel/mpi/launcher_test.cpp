@@ -4,6 +4,8 @@
 
 #include <string>
 
+namespace megatron_cpp {
+
 using parallel::Environment;
 using parallel::launcher_obstacle;
 using parallel::launcher_rank;
@@ -61,3 +63,5 @@ TEST(ProcessEnvironment, HasWhatWasSet) {
   setenv("MCPP_LAUNCHER_TEST", "a=b", 1);
   EXPECT_EQ(parallel::process_environment().at("MCPP_LAUNCHER_TEST"), "a=b");
 }
+
+}  // namespace megatron_cpp

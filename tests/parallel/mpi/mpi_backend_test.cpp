@@ -17,6 +17,7 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
 using parallel::Reduction;
@@ -317,3 +318,5 @@ TEST(MpiBackend, ACallsOwnTimeoutGoesBeforeTheGroups) {
                    }),
                    "all_reduce of 5 elements");
 }
+
+}  // namespace megatron_cpp

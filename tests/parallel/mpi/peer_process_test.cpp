@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 
+namespace megatron_cpp {
 namespace {
 
 using parallel::parse_process_stat;
@@ -69,3 +70,5 @@ TEST(PeerPatience, SeesRealProcesses) {
   EXPECT_FALSE(of_another_host.is_over(begin + seconds(9)));
   EXPECT_TRUE(of_another_host.is_over(begin + seconds(10)));
 }
+
+}  // namespace megatron_cpp

@@ -8,6 +8,7 @@
 #include "parallel/collectives.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
 using parallel::CollectiveCall;
@@ -71,3 +72,5 @@ TEST(SilentRanks, AreNamedByTheirNumbersInTheWorldToo) {
   if (runtime().size() < 4) return;
   EXPECT_EQ(parallel::silent_ranks({1, 3}, runtime().world().get()), "ranks 1 and 3 are silent");
 }
+
+}  // namespace megatron_cpp

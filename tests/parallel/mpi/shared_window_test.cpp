@@ -20,6 +20,7 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
 namespace {
 
 using c10d::ReduceOp;
@@ -427,3 +428,5 @@ TEST(SharedWindow, WhoWaitsInAnotherCollectiveIsNamed) {
   }
   parallel::barrier(test_support::world_tp());
 }
+
+}  // namespace megatron_cpp

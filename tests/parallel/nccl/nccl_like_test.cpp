@@ -9,6 +9,8 @@
 #include "tests/support/nccl_like_backend.h"
 #include "tests/support/test_world.h"
 
+namespace megatron_cpp {
+
 using test_support::contains;
 using test_support::runtime;
 using test_support::value_error;
@@ -42,3 +44,5 @@ TEST(NcclLike, RefusesStridedTensors) {
   std::vector<at::Tensor> two{at::zeros({2}), at::zeros({2})};
   EXPECT_TRUE(contains(value_error([&] { backend->allreduce(two, {}); }), "one tensor only"));
 }
+
+}  // namespace megatron_cpp

@@ -1,6 +1,8 @@
 #include <cstdio>
 
-#include "parallel/runtime.h"
+#include "megatron_cpp/parallel/runtime.h"
+
+namespace parallel = megatron_cpp::parallel;
 
 int main() {
   return parallel::Runtime::run([](parallel::Runtime& runtime) {
