@@ -18,11 +18,7 @@
 namespace megatron_cpp {
 namespace {
 
-using test_support::contains;
-using test_support::exact_values;
-using test_support::near;
-using test_support::on_device;
-using test_support::value_error;
+using namespace test_support;
 
 ParameterShard shard_of(std::string name, const at::Tensor& tensor, bool weight_decay) {
   return replicated_parameter(std::move(name), tensor, GradientDomain::kReplicated, InitialValue::constant(0.0),

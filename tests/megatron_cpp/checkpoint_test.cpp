@@ -27,11 +27,7 @@ namespace megatron_cpp {
 namespace {
 
 namespace fs = std::filesystem;
-using test_support::exact_values;
-using test_support::groups;
-using test_support::read_file;
-using test_support::value_error;
-using test_support::write_file;
+using namespace test_support;
 
 constexpr int64_t kV = 5;  // over four ranks: two rows each, the last rank's both padding
 constexpr int64_t kH = 8;

@@ -18,10 +18,7 @@ namespace megatron_cpp {
 namespace {
 
 using parallel::CollectiveKind;
-using test_support::contains;
-using test_support::groups;
-using test_support::on_device;
-using test_support::value_error;
+using namespace test_support;
 
 constexpr int64_t kS = 5;
 constexpr int64_t kB = 3;
@@ -66,7 +63,7 @@ Result dense(const at::Tensor& logits, const at::Tensor& target, const CrossEntr
 /// Ours, on this rank's columns of logits [S, B, V'].
 Result sharded(const at::Tensor& padded_logits, const at::Tensor& target, const CrossEntropyOptions& options,
                const parallel::GroupPtr& tp) {
-  const auto columns = padded_logits.chunk(tp->getSize(), -1)[static_cast<size_t>(tp->getRank())];
+  const auto columns = part(padded_logits, -1, tp);
   const auto leaf = on_device(columns.contiguous()).requires_grad_();
   const auto loss = vocab_parallel_cross_entropy(leaf, target, options, tp);
   (loss * on_device(token_weights()).narrow(0, 0, target.size(0)).to(loss.scalar_type())).sum().backward();
@@ -83,7 +80,7 @@ void expect_equals_dense(const at::Tensor& padded_logits, const at::Tensor& targ
   EXPECT_EQ(result.gradient.scalar_type(), padded_logits.scalar_type());
   auto padded_gradient = at::zeros(padded_logits.sizes(), at::kDouble);
   padded_gradient.narrow(-1, 0, V).copy_(expected.gradient);
-  const auto columns = padded_gradient.chunk(tp->getSize(), -1)[static_cast<size_t>(tp->getRank())];
+  const auto columns = part(padded_gradient, -1, tp);
   // Measured against the largest gradient of any rank, because a rank may have nothing but tiny ones.
   const double largest = expected.gradient.abs().max().item<double>();
   const auto difference = (result.gradient.cpu().to(at::kDouble) - columns).abs();
@@ -247,7 +244,7 @@ TEST(VocabParallelCrossEntropy, TakesStridedLogitsAndNoTokens) {
   for (const int t : test_support::divisors_of_world()) {
     const int64_t V = 4 * t;
     const auto whole = make_logits(V);
-    const auto own = whole.chunk(t, -1)[static_cast<size_t>(groups(t).tp->getRank())];  // a strided view
+    const auto own = part(whole, -1, groups(t).tp);  // a strided view
     const CrossEntropyOptions options{.vocabulary_size = V, .label_smoothing = 0.1};
     const auto transposed_target = make_targets(V).t().contiguous().t();
     const auto loss = vocab_parallel_cross_entropy(on_device(own), transposed_target, options, groups(t).tp);

@@ -19,11 +19,7 @@ namespace megatron_cpp {
 namespace {
 
 using parallel::CollectiveKind;
-using test_support::contains;
-using test_support::exact_values;
-using test_support::groups;
-using test_support::on_device;
-using test_support::value_error;
+using namespace test_support;
 
 constexpr int64_t kH = 6;
 constexpr int64_t kB = 3;
@@ -56,10 +52,6 @@ at::Tensor own_rows(const at::Tensor& whole, const parallel::GroupPtr& tp) {
   const int64_t rows = rows_per_rank(V, tp->getSize());
   const auto padded = at::constant_pad_nd(whole, {0, 0, 0, rows * tp->getSize() - V});
   return padded.narrow(0, rows * tp->getRank(), rows);
-}
-
-at::Tensor own_sequence(const at::Tensor& whole, const parallel::GroupPtr& tp) {
-  return whole.chunk(tp->getSize(), 0)[static_cast<size_t>(tp->getRank())];
 }
 
 VocabParallelEmbedding make_embedding(const ParallelEmbeddingOptions& options, const parallel::GroupPtr& tp,
@@ -111,8 +103,8 @@ TEST(VocabParallelEmbedding, EqualsTheDenseEmbedding) {
             make_embedding(ParallelEmbeddingOptions(V, kH).sequence_parallel(sequence_parallel), tp, weight);
         const auto output = embedding->forward(ids);
         const auto in_forward = *recorded.count;
-        EXPECT_TRUE(test_support::equal(output, sequence_parallel ? own_sequence(dense.output, tp) : dense.output));
-        (output * on_device(sequence_parallel ? own_sequence(loss_weights, tp) : loss_weights)).sum().backward();
+        EXPECT_TRUE(test_support::equal(output, sequence_parallel ? part(dense.output, 0, tp) : dense.output));
+        (output * on_device(sequence_parallel ? part(loss_weights, 0, tp) : loss_weights)).sum().backward();
         EXPECT_TRUE(test_support::equal(embedding->weight.grad(), own_rows(dense.weight_gradient, tp)));
 
         const auto in_backward = *recorded.count - in_forward;
@@ -178,8 +170,8 @@ TEST(VocabParallelEmbedding, RowsLeftOutBelongToTheCaller) {
       if (tp->getRank() == 0) partial.view({-1, kH}).index_copy_(0, on_device(left_out), own_features);
       const auto output = embedding->reduce(partial);
       const auto whole = dense.detach().view({S, kB, kH});
-      EXPECT_TRUE(test_support::equal(output, sequence_parallel ? own_sequence(whole, tp) : whole));
-      (output * on_device(sequence_parallel ? own_sequence(loss_weights, tp) : loss_weights)).sum().backward();
+      EXPECT_TRUE(test_support::equal(output, sequence_parallel ? part(whole, 0, tp) : whole));
+      (output * on_device(sequence_parallel ? part(loss_weights, 0, tp) : loss_weights)).sum().backward();
       EXPECT_TRUE(test_support::equal(embedding->weight.grad(), own_rows(dense_weight.grad(), tp)));
       if (tp->getRank() == 0) {
         EXPECT_TRUE(test_support::equal(own_features.grad(), dense_features.grad()));
@@ -216,7 +208,7 @@ TEST(VocabParallelEmbedding, FrozenWeightsHaveNoGradient) {
       const auto output = embedding->forward(ids);
       EXPECT_FALSE(output.requires_grad());
       const auto dense = at::embedding(weight, ids.t());
-      EXPECT_TRUE(test_support::equal(output, sequence_parallel ? own_sequence(dense, tp) : dense));
+      EXPECT_TRUE(test_support::equal(output, sequence_parallel ? part(dense, 0, tp) : dense));
       // A trainable row among frozen ones still gets its gradient.
       const auto feature = on_device(at::ones({kH})).requires_grad_();
       const auto partial = embedding->partial(ids, at::zeros({1}, at::kLong));
@@ -331,7 +323,7 @@ TEST(LanguageModelEmbedding, IsTheThreeStepsInARow) {
         embedding->word_embeddings->weight.copy_(own_rows(weight, tp));
       }
       const auto dense = at::embedding(weight, ids.t());
-      const auto expected = sequence_parallel ? own_sequence(dense, tp) : dense;
+      const auto expected = sequence_parallel ? part(dense, 0, tp) : dense;
       EXPECT_TRUE(test_support::equal(embedding->forward(ids), expected));
       EXPECT_TRUE(test_support::equal(embedding->forward(ids, positions), expected));
       EXPECT_TRUE(

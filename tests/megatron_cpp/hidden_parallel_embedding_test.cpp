@@ -20,19 +20,12 @@ namespace megatron_cpp {
 namespace {
 
 using parallel::CollectiveKind;
-using test_support::exact_values;
-using test_support::groups;
-using test_support::on_device;
-using test_support::value_error;
+using namespace test_support;
 
 constexpr int64_t kV = 7;
 constexpr int64_t kB = 3;
 
 at::Tensor make_ids(int64_t S) { return (at::arange(kB * S, at::kLong) * 5 + 3).remainder(kV).view({kB, S}); }
-
-at::Tensor part(const at::Tensor& whole, int64_t dim, const parallel::GroupPtr& tp) {
-  return whole.chunk(tp->getSize(), dim)[static_cast<size_t>(tp->getRank())];
-}
 
 HiddenParallelEmbedding make_embedding(const ParallelEmbeddingOptions& options, const parallel::GroupPtr& tp,
                                        const at::Tensor& weight) {

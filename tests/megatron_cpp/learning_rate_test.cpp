@@ -10,8 +10,7 @@
 namespace megatron_cpp {
 namespace {
 
-using test_support::contains;
-using test_support::value_error;
+using namespace test_support;
 
 TEST(LearningRate, ValuesByHand) {
   const LearningRateSchedule schedule{.peak = 1.0, .floor = 0.2, .warmup_steps = 4, .total_steps = 12};

@@ -22,15 +22,7 @@ namespace {
 
 using parallel::CollectiveKind;
 using parallel::CommunicationCount;
-using test_support::contains;
-using test_support::exact_values;
-using test_support::groups;
-using test_support::on_device;
-using test_support::value_error;
-
-at::Tensor part(const at::Tensor& whole, int64_t dim, const parallel::GroupPtr& tp) {
-  return whole.chunk(tp->getSize(), dim)[static_cast<size_t>(tp->getRank())];
-}
+using namespace test_support;
 
 /// A leaf whose transposition is the layer's input: the layer sees strides that aren't contiguous.
 struct Input {

@@ -12,8 +12,7 @@
 namespace megatron_cpp {
 namespace {
 
-using test_support::exact_values;
-using test_support::on_device;
+using namespace test_support;
 
 }  // namespace
 

@@ -21,14 +21,7 @@
 namespace megatron_cpp {
 namespace {
 
-using test_support::contains;
-using test_support::divisors_of_world;
-using test_support::exact_values;
-using test_support::groups;
-using test_support::near;
-using test_support::on_device;
-using test_support::runtime;
-using test_support::value_error;
+using namespace test_support;
 
 at::Tensor parameter(at::IntArrayRef shape, at::ScalarType dtype = at::kFloat) {
   return on_device(at::zeros(shape, dtype)).requires_grad_(true);

@@ -16,8 +16,7 @@
 namespace megatron_cpp::megatron_cpp {
 namespace {
 
-using test_support::contains;
-using test_support::value_error;
+using namespace test_support;
 using Row = std::vector<int64_t>;
 
 Row values(const at::Tensor& tensor) {

@@ -24,8 +24,7 @@
 namespace megatron_cpp {
 namespace {
 
-using test_support::groups;
-using test_support::value_error;
+using namespace test_support;
 
 constexpr int64_t kV = 17;  // divisible by none of the group sizes but 1
 constexpr int64_t kH = 8;

@@ -22,8 +22,7 @@ namespace megatron_cpp {
 namespace {
 
 namespace fs = std::filesystem;
-using test_support::contains;
-using test_support::value_error;
+using namespace test_support;
 
 /// Equal dtype, shape and bits.
 bool same(const at::Tensor& a, const at::Tensor& b) {
@@ -260,7 +259,7 @@ TEST_F(Safetensors, FoldersThatDontExist) {
   for (const bool as_text : {false, true}) {
     std::string text = "nothing thrown";
     try {
-      as_text ? write_file(nowhere, "text") : write_safetensors(nowhere, {{"x", at::ones({1})}});
+      as_text ? megatron_cpp::write_file(nowhere, "text") : write_safetensors(nowhere, {{"x", at::ones({1})}});
     } catch (const c10::Error& error) {
       text = error.what_without_backtrace();
     }
@@ -274,7 +273,7 @@ TEST_F(Safetensors, WritingReplacesAWholeFile) {
   write_safetensors(file(), {{"y", at::zeros({2})}});
   EXPECT_TRUE(same(before.read("x"), at::ones({1000}))) << "an open reader keeps what it opened";
   EXPECT_TRUE(same(SafetensorsFile(file()).read("y"), at::zeros({2})));
-  write_file(file(), "text");
+  megatron_cpp::write_file(file(), "text");
   EXPECT_EQ(fs::file_size(file()), 4U);
 }
 
@@ -303,7 +302,7 @@ TEST(CompleteFile, LinksAreFollowedToTheirEnd) {
   EXPECT_EQ(megatron_cpp::internal::link_target(path("two")), path("below/file"));
   EXPECT_EQ(megatron_cpp::internal::link_target(path("plain")), path("plain"));
   EXPECT_TRUE(test_support::throws<c10::Error>([&] { megatron_cpp::internal::link_target(path("circle")); }, "circle"));
-  write_file(path("two"), "text");
+  megatron_cpp::write_file(path("two"), "text");
   EXPECT_EQ(test_support::read_file(path("below/file")), "text");
   EXPECT_TRUE(fs::is_symlink(path("two")) && fs::is_symlink(path("one")));
 }

@@ -26,11 +26,7 @@ namespace {
 
 using parallel::Range;
 using test_support::on_device;
-using transformer_fixture::integers;
-using transformer_fixture::leaf;
-using transformer_fixture::normal_values;
-using transformer_fixture::start;
-using transformer_fixture::TransformerTest;
+using namespace transformer_fixture;
 
 std::vector<at::Tensor> gradients(const at::Tensor& output, const std::vector<at::Tensor>& inputs,
                                   const at::Tensor& output_gradient) {

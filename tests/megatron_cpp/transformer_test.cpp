@@ -36,13 +36,8 @@ namespace {
 using parallel::CollectiveKind;
 using parallel::GroupPtr;
 using parallel::Range;
-using test_support::on_device;
-using test_support::throws;
-using transformer_fixture::integers;
-using transformer_fixture::leaf;
-using transformer_fixture::normal_values;
-using transformer_fixture::start;
-using transformer_fixture::TransformerTest;
+using namespace test_support;
+using namespace transformer_fixture;
 
 constexpr double kGoldenTolerance = 1e-4;  // of the largest element
 

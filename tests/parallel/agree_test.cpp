@@ -9,12 +9,10 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::parallel {
 namespace {
 
-using parallel::AgreedError;
-using test_support::contains;
-using test_support::groups;
+using namespace test_support;
 
 template <class Action>
 std::string agreed_error(const Action& action) {
@@ -30,7 +28,7 @@ std::string agreed_error(const Action& action) {
 
 TEST(Agree, IsSilentWhenAllAreWell) {
   for (const int t : test_support::divisors_of_world()) {
-    EXPECT_NO_THROW(parallel::agree(true, "not thrown", groups(t).tp));
+    EXPECT_NO_THROW(agree(true, "not thrown", groups(t).tp));
   }
 }
 
@@ -39,14 +37,13 @@ TEST(Agree, OneRankThatFailsFailsAllWithItsWords) {
     const auto& tp = groups(t).tp;
     for (int failing = 0; failing < t; ++failing) {
       const int r = tp->getRank();
-      const auto text = agreed_error([&] {
-        parallel::agree(r != failing, "no file on rank " + std::string(static_cast<size_t>(r) + 1, '#'), tp);
-      });
+      const auto text = agreed_error(
+          [&] { agree(r != failing, "no file on rank " + std::string(static_cast<size_t>(r) + 1, '#'), tp); });
       EXPECT_TRUE(contains(text, "no file on rank " + std::string(static_cast<size_t>(failing) + 1, '#'))) << text;
       if (t > 1) {
         EXPECT_TRUE(contains(text, "(rank " + std::to_string(failing) + " of " + std::to_string(t) + ")")) << text;
       }
-      EXPECT_EQ(text, parallel::broadcast_text(text, 0, tp)) << "another text than rank 0's";
+      EXPECT_EQ(text, broadcast_text(text, 0, tp)) << "another text than rank 0's";
     }
   }
 }
@@ -56,7 +53,7 @@ TEST(Agree, TheLowestOfSeveralSpeaks) {
   const int t = tp->getSize();
   const int r = tp->getRank();
   // Every rank but 0; with one rank nobody fails.
-  const auto text = agreed_error([&] { parallel::agree(r == 0, "rank " + std::to_string(r) + " failed", tp); });
+  const auto text = agreed_error([&] { agree(r == 0, "rank " + std::to_string(r) + " failed", tp); });
   if (t == 1) {
     EXPECT_EQ(text, "");
   } else {
@@ -67,7 +64,7 @@ TEST(Agree, TheLowestOfSeveralSpeaks) {
 
 TEST(Agree, WhatAllSayNamesNoRank) {
   for (const int t : test_support::divisors_of_world()) {
-    EXPECT_EQ(agreed_error([&] { parallel::agree(false, "same everywhere", groups(t).tp); }), "same everywhere");
+    EXPECT_EQ(agreed_error([&] { agree(false, "same everywhere", groups(t).tp); }), "same everywhere");
   }
 }
 
@@ -75,7 +72,7 @@ TEST(Agree, KeepsToItsGroup) {
   // Only the ranks of the first tensor-parallel group fail; the others hear nothing of it.
   for (const int t : test_support::divisors_of_world()) {
     const bool in_first_group = test_support::world_tp()->getRank() < t;
-    const auto text = agreed_error([&] { parallel::agree(!in_first_group, "first group", groups(t).tp); });
+    const auto text = agreed_error([&] { agree(!in_first_group, "first group", groups(t).tp); });
     EXPECT_EQ(text, in_first_group ? "first group" : "");
   }
 }
@@ -85,7 +82,7 @@ TEST(AgreeOn, TurnsAnExceptionOfOneRankIntoOneOfAll) {
   const int last = tp->getSize() - 1;
   const auto text_of = [&](const auto& exception) {
     return agreed_error([&] {
-      parallel::agree_on(
+      agree_on(
           [&] {
             if (tp->getRank() == last) throw exception;  // NOLINT(bugprone-std-exception-baseclass): an int is none
           },
@@ -96,7 +93,7 @@ TEST(AgreeOn, TurnsAnExceptionOfOneRankIntoOneOfAll) {
   EXPECT_TRUE(contains(text, "cannot open shard")) << text;
   EXPECT_TRUE(contains(text_of(1), "what was thrown is no std::exception"));
   bool ran = false;
-  EXPECT_NO_THROW(parallel::agree_on([&] { ran = true; }, tp));
+  EXPECT_NO_THROW(agree_on([&] { ran = true; }, tp));
   EXPECT_TRUE(ran);
 }
 
@@ -106,7 +103,7 @@ TEST(BroadcastText, GivesTheRootsWordsToAll) {
     for (int root = 0; root < t; ++root) {
       const int r = tp->getRank();
       const std::string own(static_cast<size_t>(3 * r), static_cast<char>('a' + r));  // rank 0's is empty
-      EXPECT_EQ(parallel::broadcast_text(own, root, tp),
+      EXPECT_EQ(broadcast_text(own, root, tp),
                 std::string(static_cast<size_t>(3 * root), static_cast<char>('a' + root)));
     }
   }
@@ -116,12 +113,12 @@ TEST(CheckEqual, NamesTheValueAndTheRankThatDiffers) {
   for (const int t : test_support::divisors_of_world()) {
     const auto& tp = groups(t).tp;
     const int r = tp->getRank();
-    EXPECT_EQ(agreed_error([&] { parallel::check_equal({{"a", 1}, {"b", -7}}, tp); }), "");
-    EXPECT_EQ(agreed_error([&] { parallel::check_equal({}, tp); }), "");
+    EXPECT_EQ(agreed_error([&] { check_equal({{"a", 1}, {"b", -7}}, tp); }), "");
+    EXPECT_EQ(agreed_error([&] { check_equal({}, tp); }), "");
     for (int other = 1; other < t; ++other) {
       EXPECT_EQ(
           agreed_error([&] {
-            parallel::check_equal({{"a", 1}, {"b", r == other ? 8 : -7}}, tp);
+            check_equal({{"a", 1}, {"b", r == other ? 8 : -7}}, tp);
           }),
           "ranks disagree: b is -7 on rank 0 and 8 on rank " + std::to_string(other) + " of " + std::to_string(t));
     }
@@ -133,10 +130,10 @@ TEST(CheckEqualTexts, NamesTheFirstThatDiffersAndTheRank) {
     const auto& tp = groups(t).tp;
     const int r = tp->getRank();
     const auto check = [&](const std::string& b, const std::string& c) {
-      return agreed_error([&] { parallel::check_equal_texts({{"a", "same"}, {"b", b}, {"c", c}}, tp); });
+      return agreed_error([&] { check_equal_texts({{"a", "same"}, {"b", b}, {"c", c}}, tp); });
     };
     EXPECT_EQ(check("", "x y"), "");
-    EXPECT_EQ(agreed_error([&] { parallel::check_equal_texts({}, tp); }), "");
+    EXPECT_EQ(agreed_error([&] { check_equal_texts({}, tp); }), "");
     for (int other = 1; other < t; ++other) {
       const auto of = " (rank " + std::to_string(other) + " of " + std::to_string(t) + ")";
       EXPECT_EQ(check(r == other ? "mine" : "", r == other ? "too" : "x"),
@@ -146,4 +143,4 @@ TEST(CheckEqualTexts, NamesTheFirstThatDiffersAndTheRank) {
   }
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::parallel

@@ -11,20 +11,10 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::parallel {
 
-using parallel::Reduction;
-using rank_values::kDtypes;
-using rank_values::of_all;
-using rank_values::own;
-using rank_values::peers;
-using rank_values::reduced;
-using rank_values::transposed_storage;
-using rank_values::values;
-using test_support::contains;
-using test_support::groups;
-using test_support::on_device;
-using test_support::value_error;
+using namespace rank_values;
+using namespace test_support;
 
 TEST(AllReduce, EveryDtypeAndReduction) {
   for (const int t : test_support::divisors_of_world()) {
@@ -32,7 +22,7 @@ TEST(AllReduce, EveryDtypeAndReduction) {
       for (const auto reduction : {Reduction::kSum, Reduction::kMax, Reduction::kMin}) {
         const auto all = of_all(t, {3, 5}, dtype);
         const auto input = on_device(own(t, {3, 5}, dtype));
-        EXPECT_TRUE(test_support::equal(parallel::all_reduce(input, groups(t).tp, reduction), reduced(all, reduction)))
+        EXPECT_TRUE(test_support::equal(all_reduce(input, groups(t).tp, reduction), reduced(all, reduction)))
             << dtype << " over " << t << ", reduction " << static_cast<int>(reduction);
         EXPECT_TRUE(test_support::equal(input, own(t, {3, 5}, dtype))) << "the input was written to";
       }
@@ -49,7 +39,7 @@ TEST(AllReduce, EverySizeAroundTheSwitch) {
       for (const int64_t elements :
            {int64_t{0}, int64_t{1}, int64_t{7}, limit - 1, limit, limit + 1, limit + 2, limit + 3, 2 * limit + 5}) {
         for (const auto reduction : {Reduction::kSum, Reduction::kMin}) {
-          const auto result = parallel::all_reduce(on_device(own(t, {elements}, dtype)), groups(t).tp, reduction);
+          const auto result = all_reduce(on_device(own(t, {elements}, dtype)), groups(t).tp, reduction);
           EXPECT_TRUE(test_support::equal(result, reduced(of_all(t, {elements}, dtype), reduction)))
               << elements << " of " << dtype << " over " << t;
         }
@@ -64,7 +54,7 @@ TEST(AllReduce, TakesAnyStrides) {
       const auto input = on_device(transposed_storage(own(t, shape, at::kFloat)));
       EXPECT_FALSE(input.is_contiguous());
       EXPECT_TRUE(
-          equal(parallel::all_reduce(input, groups(t).tp), reduced(of_all(t, shape, at::kFloat), Reduction::kSum)));
+          test_support::equal(all_reduce(input, groups(t).tp), reduced(of_all(t, shape, at::kFloat), Reduction::kSum)));
     }
   }
 }
@@ -74,21 +64,21 @@ TEST(AllReduce, InPlaceWritesToTheTensorAndNeedsItContiguous) {
     for (const int64_t rows : {3, 3000}) {
       auto tensor = on_device(own(t, {rows, 2}, at::kFloat)).clone();
       const void* memory = tensor.data_ptr();
-      parallel::all_reduce_in_place(tensor, groups(t).tp, Reduction::kMax);
+      all_reduce_in_place(tensor, groups(t).tp, Reduction::kMax);
       EXPECT_EQ(tensor.data_ptr(), memory);
       EXPECT_TRUE(test_support::equal(tensor, reduced(of_all(t, {rows, 2}, at::kFloat), Reduction::kMax)));
     }
     if (t == 1) continue;
     auto transposed = on_device(at::zeros({2, 3})).t();
-    EXPECT_TRUE(contains(value_error([&] { parallel::all_reduce_in_place(transposed, groups(t).tp); }),
+    EXPECT_TRUE(contains(value_error([&] { all_reduce_in_place(transposed, groups(t).tp); }),
                          "needs a contiguous tensor, got strides [1, 3]"));
   }
 }
 
 TEST(AllReduce, StartedAndWaitedFor) {
   for (const int t : test_support::divisors_of_world()) {
-    auto first = parallel::start_all_reduce_in_place(on_device(own(t, {4, 3}, at::kFloat)), groups(t).tp);
-    auto second = parallel::start_all_reduce_in_place(on_device(own(t, {5}, at::kDouble)), groups(t).tp);
+    auto first = start_all_reduce_in_place(on_device(own(t, {4, 3}, at::kFloat)), groups(t).tp);
+    auto second = start_all_reduce_in_place(on_device(own(t, {5}, at::kDouble)), groups(t).tp);
     EXPECT_TRUE(test_support::equal(second.wait(), reduced(of_all(t, {5}, at::kDouble), Reduction::kSum)));
     EXPECT_TRUE(test_support::equal(first.wait(), reduced(of_all(t, {4, 3}, at::kFloat), Reduction::kSum)));
   }
@@ -99,8 +89,8 @@ TEST(AllGather, EveryDtype) {
     for (const auto dtype : kDtypes) {
       const auto all = of_all(t, {3, 5}, dtype);
       const auto input = on_device(own(t, {3, 5}, dtype));
-      EXPECT_TRUE(test_support::equal(parallel::all_gather(input, groups(t).tp), at::cat(all, 0))) << dtype;
-      EXPECT_TRUE(test_support::equal(parallel::all_gather_last_dim(input, groups(t).tp), at::cat(all, -1))) << dtype;
+      EXPECT_TRUE(test_support::equal(all_gather(input, groups(t).tp), at::cat(all, 0))) << dtype;
+      EXPECT_TRUE(test_support::equal(all_gather_last_dim(input, groups(t).tp), at::cat(all, -1))) << dtype;
     }
   }
 }
@@ -110,10 +100,9 @@ TEST(AllGather, TakesAnyShapeAndStrides) {
     for (const auto& shape : std::vector<std::vector<int64_t>>{{3, 5, 2}, {2, 3000}, {0, 4}, {4, 0, 3}, {7}}) {
       const auto all = of_all(t, shape, at::kFloat);
       const auto input = on_device(transposed_storage(own(t, shape, at::kFloat)));
-      EXPECT_TRUE(test_support::equal(parallel::all_gather(input, groups(t).tp), at::cat(all, 0))) << shape;
-      EXPECT_TRUE(test_support::equal(parallel::all_gather_last_dim(input, groups(t).tp), at::cat(all, -1))) << shape;
-      EXPECT_TRUE(test_support::equal(parallel::start_all_gather(input, groups(t).tp).wait(), at::cat(all, 0)))
-          << shape;
+      EXPECT_TRUE(test_support::equal(all_gather(input, groups(t).tp), at::cat(all, 0))) << shape;
+      EXPECT_TRUE(test_support::equal(all_gather_last_dim(input, groups(t).tp), at::cat(all, -1))) << shape;
+      EXPECT_TRUE(test_support::equal(start_all_gather(input, groups(t).tp).wait(), at::cat(all, 0))) << shape;
     }
   }
 }
@@ -131,14 +120,13 @@ TEST(AllGather, OfUnevenShares) {
           parts.push_back(all[static_cast<size_t>(r)].narrow(0, 0, r + offset));
         }
         const auto input = on_device(transposed_storage(parts[rank]));
-        EXPECT_TRUE(test_support::equal(parallel::all_gather_uneven(input, rows, groups(t).tp), at::cat(parts)))
-            << dtype;
+        EXPECT_TRUE(test_support::equal(all_gather_uneven(input, rows, groups(t).tp), at::cat(parts))) << dtype;
       }
     }
     if (t == 1) continue;
     const std::vector<int64_t> rows(static_cast<size_t>(t), 2);
     EXPECT_TRUE(contains(value_error([&] {
-                           parallel::all_gather_uneven(at::zeros({3, 1}), rows, groups(t).tp);
+                           all_gather_uneven(at::zeros({3, 1}), rows, groups(t).tp);
                          }),
                          "[3, 1] does not have this rank's rows of [2, 2"));
   }
@@ -150,9 +138,8 @@ TEST(ReduceScatter, EveryDtype) {
     for (const auto dtype : kDtypes) {
       const auto sum = reduced(of_all(t, {3 * t, 2 * t}, dtype), Reduction::kSum);
       const auto input = on_device(own(t, {3 * t, 2 * t}, dtype));
-      EXPECT_TRUE(test_support::equal(parallel::reduce_scatter(input, groups(t).tp), sum.narrow(0, 3 * r, 3))) << dtype;
-      EXPECT_TRUE(test_support::equal(parallel::reduce_scatter_last_dim(input, groups(t).tp), sum.narrow(1, 2 * r, 2)))
-          << dtype;
+      EXPECT_TRUE(test_support::equal(reduce_scatter(input, groups(t).tp), sum.narrow(0, 3 * r, 3))) << dtype;
+      EXPECT_TRUE(test_support::equal(reduce_scatter_last_dim(input, groups(t).tp), sum.narrow(1, 2 * r, 2))) << dtype;
     }
   }
 }
@@ -166,9 +153,9 @@ TEST(ReduceScatter, TakesAnyShapeAndStrides) {
       const auto input = on_device(transposed_storage(own(t, shape, at::kFloat)));
       const auto rows = sum.chunk(t, 0)[shape[0] == 0 ? 0U : static_cast<size_t>(r)];
       const auto columns = sum.chunk(t, -1)[static_cast<size_t>(r)];
-      EXPECT_TRUE(test_support::equal(parallel::reduce_scatter(input, groups(t).tp), rows)) << shape;
-      EXPECT_TRUE(test_support::equal(parallel::reduce_scatter_last_dim(input, groups(t).tp), columns)) << shape;
-      EXPECT_TRUE(test_support::equal(parallel::start_reduce_scatter(input, groups(t).tp).wait(), rows)) << shape;
+      EXPECT_TRUE(test_support::equal(reduce_scatter(input, groups(t).tp), rows)) << shape;
+      EXPECT_TRUE(test_support::equal(reduce_scatter_last_dim(input, groups(t).tp), columns)) << shape;
+      EXPECT_TRUE(test_support::equal(start_reduce_scatter(input, groups(t).tp).wait(), rows)) << shape;
     }
   }
 }
@@ -178,9 +165,9 @@ TEST(ReduceScatter, RefusesWhatDoesNotDivide) {
     if (t == 1) continue;
     const auto input = on_device(at::zeros({t + 1, 2 * t - 1}));
     const std::string divisor = "is not divisible by group size " + std::to_string(t);
-    EXPECT_EQ(value_error([&] { parallel::reduce_scatter(input, groups(t).tp); }),
+    EXPECT_EQ(value_error([&] { reduce_scatter(input, groups(t).tp); }),
               "reduce_scatter: number of rows " + std::to_string(t + 1) + " " + divisor);
-    EXPECT_EQ(value_error([&] { parallel::reduce_scatter_last_dim(input, groups(t).tp); }),
+    EXPECT_EQ(value_error([&] { reduce_scatter_last_dim(input, groups(t).tp); }),
               "reduce_scatter_last_dim: number of columns " + std::to_string(2 * t - 1) + " " + divisor);
   }
 }
@@ -192,8 +179,7 @@ TEST(AllToAll, EqualSplitsOfEveryDtype) {
       std::vector<at::Tensor> expected;
       for (const auto& theirs : of_all(t, {2 * t, 3}, dtype)) expected.push_back(theirs.narrow(0, 2 * r, 2));
       const auto input = on_device(transposed_storage(own(t, {2 * t, 3}, dtype)));
-      EXPECT_TRUE(test_support::equal(parallel::all_to_all(input, {}, {}, groups(t).tp), at::cat(expected, 0)))
-          << dtype;
+      EXPECT_TRUE(test_support::equal(all_to_all(input, {}, {}, groups(t).tp), at::cat(expected, 0))) << dtype;
     }
   }
 }
@@ -221,7 +207,7 @@ TEST(AllToAll, UnevenSplits) {
       expected.push_back(theirs.narrow(0, begin, num_rows(q, r)));
     }
     const auto input = on_device(values({rows, 3, 2}, groups(t).world->getRank(), at::kFloat));
-    const auto result = parallel::all_to_all(input, output_splits, input_splits, groups(t).tp);
+    const auto result = all_to_all(input, output_splits, input_splits, groups(t).tp);
     if (t > 1) {
       EXPECT_TRUE(test_support::equal(result, at::cat(expected, 0)));
     } else {
@@ -236,12 +222,11 @@ TEST(Broadcast, EveryDtypeFromEveryRoot) {
       for (int root = 0; root < t; ++root) {
         const auto all = of_all(t, {3, 5}, dtype);
         const auto input = on_device(transposed_storage(own(t, {3, 5}, dtype)));
-        EXPECT_TRUE(test_support::equal(parallel::broadcast(input, root, groups(t).tp), all[static_cast<size_t>(root)]))
-            << dtype;
+        EXPECT_TRUE(test_support::equal(broadcast(input, root, groups(t).tp), all[static_cast<size_t>(root)])) << dtype;
         EXPECT_TRUE(test_support::equal(input, own(t, {3, 5}, dtype))) << "the input was written to";
       }
     }
-    EXPECT_EQ(parallel::broadcast(on_device(at::zeros({0, 2})), t - 1, groups(t).tp).numel(), 0);
+    EXPECT_EQ(broadcast(on_device(at::zeros({0, 2})), t - 1, groups(t).tp).numel(), 0);
   }
 }
 
@@ -249,16 +234,14 @@ TEST(Collectives, OfOneRankReturnTheirInput) {
   const auto& group = test_support::single();
   const auto input = on_device(own(1, {3, 4}, at::kFloat)).t();
   for (const auto& result :
-       {parallel::all_reduce(input, group), parallel::all_reduce(input, group, Reduction::kMin),
-        parallel::start_all_reduce_in_place(input, group).wait(), parallel::all_gather(input, group),
-        parallel::start_all_gather(input, group).wait(), parallel::all_gather_last_dim(input, group),
-        parallel::reduce_scatter(input, group), parallel::start_reduce_scatter(input, group).wait(),
-        parallel::reduce_scatter_last_dim(input, group), parallel::all_to_all(input, {}, {}, group),
-        parallel::broadcast(input, 0, group)}) {
+       {all_reduce(input, group), all_reduce(input, group, Reduction::kMin),
+        start_all_reduce_in_place(input, group).wait(), all_gather(input, group), start_all_gather(input, group).wait(),
+        all_gather_last_dim(input, group), reduce_scatter(input, group), start_reduce_scatter(input, group).wait(),
+        reduce_scatter_last_dim(input, group), all_to_all(input, {}, {}, group), broadcast(input, 0, group)}) {
     EXPECT_TRUE(result.is_alias_of(input));
     EXPECT_TRUE(test_support::equal(result, input));
   }
-  EXPECT_NO_THROW(parallel::barrier(group));
+  EXPECT_NO_THROW(barrier(group));
 }
 
 // Below and above the size from which reductions go through shared memory.
@@ -268,14 +251,14 @@ TEST(Collectives, HaveNoGradientEvenIfTheirInputNeedsOne) {
     for (const int64_t rows : {4, 1 << 14}) {
       const auto leaf = on_device(at::ones({rows, 2})).requires_grad_(true);
       for (const auto& input : {leaf, leaf * 2}) {
-        for (const auto& result : {parallel::all_reduce(input, group), parallel::all_gather(input, group),
-                                   parallel::all_gather_last_dim(input, group), parallel::reduce_scatter(input, group),
-                                   parallel::reduce_scatter_last_dim(at::cat({input, input}, -1), group),
-                                   parallel::all_to_all(input, {}, {}, group), parallel::broadcast(input, 0, group)}) {
+        for (const auto& result :
+             {all_reduce(input, group), all_gather(input, group), all_gather_last_dim(input, group),
+              reduce_scatter(input, group), reduce_scatter_last_dim(at::cat({input, input}, -1), group),
+              all_to_all(input, {}, {}, group), broadcast(input, 0, group)}) {
           EXPECT_FALSE(result.requires_grad());
         }
       }
-      EXPECT_TRUE(test_support::equal(parallel::all_reduce(leaf, group), on_device(at::full({rows, 2}, double(t)))));
+      EXPECT_TRUE(test_support::equal(all_reduce(leaf, group), on_device(at::full({rows, 2}, double(t)))));
     }
   }
 }
@@ -284,12 +267,11 @@ TEST(Collectives, RefuseTensorsWithoutDimensions) {
   for (const int t : test_support::divisors_of_world()) {
     if (t == 1) continue;
     const auto scalar = on_device(at::ones({}));
-    EXPECT_TRUE(contains(value_error([&] { parallel::all_gather(scalar, groups(t).tp); }), "without dimensions"));
-    EXPECT_TRUE(contains(value_error([&] { parallel::reduce_scatter(scalar, groups(t).tp); }), "without dimensions"));
-    EXPECT_TRUE(
-        contains(value_error([&] { parallel::all_to_all(scalar, {}, {}, groups(t).tp); }), "without dimensions"));
-    EXPECT_EQ(parallel::all_reduce(scalar, groups(t).tp).item<float>(), static_cast<float>(t));
+    EXPECT_TRUE(contains(value_error([&] { all_gather(scalar, groups(t).tp); }), "without dimensions"));
+    EXPECT_TRUE(contains(value_error([&] { reduce_scatter(scalar, groups(t).tp); }), "without dimensions"));
+    EXPECT_TRUE(contains(value_error([&] { all_to_all(scalar, {}, {}, groups(t).tp); }), "without dimensions"));
+    EXPECT_EQ(all_reduce(scalar, groups(t).tp).item<float>(), static_cast<float>(t));
   }
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::parallel

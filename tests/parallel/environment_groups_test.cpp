@@ -13,12 +13,10 @@
 #include "parallel/collectives.h"
 #include "tests/support/errors.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::parallel {
 namespace {
 
-using test_support::contains;
-using test_support::error_of;
-using test_support::value_error;
+using namespace test_support;
 
 c10::intrusive_ptr<c10d::TCPStore> serve() {
   return c10::make_intrusive<c10d::TCPStore>("127.0.0.1",
@@ -51,8 +49,8 @@ class EnvironmentGroups : public testing::Test {
     set(changes);
   }
 
-  static parallel::ProcessGroups make(const parallel::RankGrid& grid = {}, int timeout_s = 60) {
-    return parallel::process_groups_from_environment(grid, {.timeout = std::chrono::seconds(timeout_s)});
+  static ProcessGroups make(const RankGrid& grid = {}, int timeout_s = 60) {
+    return process_groups_from_environment(grid, {.timeout = std::chrono::seconds(timeout_s)});
   }
 };
 
@@ -60,19 +58,19 @@ class EnvironmentGroups : public testing::Test {
 
 TEST_F(EnvironmentGroups, AreLookedForInTorchrunsAndSlurmsVariables) {
   set({});
-  EXPECT_FALSE(parallel::ranks_in_environment());
+  EXPECT_FALSE(ranks_in_environment());
   set({{"RANK", "0"}, {"MASTER_ADDR", "127.0.0.1"}});
-  EXPECT_FALSE(parallel::ranks_in_environment());
+  EXPECT_FALSE(ranks_in_environment());
   set({{"RANK", "0"}, {"WORLD_SIZE", "3"}});
-  EXPECT_TRUE(parallel::ranks_in_environment());
-  EXPECT_EQ(parallel::world_size_in_environment(), 3);
+  EXPECT_TRUE(ranks_in_environment());
+  EXPECT_EQ(world_size_in_environment(), 3);
   set({{"SLURM_PROCID", "0"}, {"SLURM_NTASKS", "5"}});
-  EXPECT_FALSE(parallel::ranks_in_environment());
+  EXPECT_FALSE(ranks_in_environment());
   set({{"SLURM_PROCID", "0"}, {"SLURM_NTASKS", "5"}, {"MASTER_ADDR", "127.0.0.1"}});
-  EXPECT_TRUE(parallel::ranks_in_environment());
-  EXPECT_EQ(parallel::world_size_in_environment(), 5);
+  EXPECT_TRUE(ranks_in_environment());
+  EXPECT_EQ(world_size_in_environment(), 5);
   set({{"WORLD_SIZE", "3"}, {"SLURM_NTASKS", "5"}});
-  EXPECT_EQ(parallel::world_size_in_environment(), 3);
+  EXPECT_EQ(world_size_in_environment(), 3);
 }
 
 TEST_F(EnvironmentGroups, OfOneRankAreMadeTwice) {
@@ -85,10 +83,10 @@ TEST_F(EnvironmentGroups, OfOneRankAreMadeTwice) {
     const auto first = make();
     const auto second = make();
     for (const auto& groups : {first, second}) {
-      for (const auto& [name, dims, group] : parallel::kGroupKinds) {
+      for (const auto& [name, dims, group] : kGroupKinds) {
         EXPECT_EQ((groups.*group)->getSize(), 1);
         EXPECT_EQ((groups.*group)->getGroupName(), name);
-        parallel::barrier(groups.*group);
+        barrier(groups.*group);
       }
     }
   }
@@ -157,9 +155,8 @@ TEST_F(EnvironmentGroups, NameTheAddressThatIsTaken) {
 TEST_F(EnvironmentGroups, RefuseAGpuThatIsNotThere) {
   if (at::detail::getCUDAHooks().deviceCount() > 0) GTEST_SKIP() << "there is one";
   set_changed({});
-  EXPECT_TRUE(contains(error_of<parallel::AgreedError>(
-                           [] { parallel::process_groups_from_environment({}, {}, c10::Device(c10::kCUDA)); }),
+  EXPECT_TRUE(contains(error_of<AgreedError>([] { process_groups_from_environment({}, {}, c10::Device(c10::kCUDA)); }),
                        "no GPU is visible"));
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::parallel

@@ -9,13 +9,12 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::parallel {
 
-using test_support::contains;
-using test_support::error_of;
+using namespace test_support;
 
 TEST(Gloo, CarriesTheGroups) {
-  for (const auto& [name, dims, member] : parallel::kGroupKinds) {
+  for (const auto& [name, dims, member] : kGroupKinds) {
     EXPECT_EQ((test_support::groups(1).*member)->getBackend(at::kCPU)->getBackendName(), "gloo");
   }
 }
@@ -24,8 +23,8 @@ TEST(Gloo, GroupsAreThoseOfTheGrid) {
   const int rank = test_support::world_tp()->getRank();
   for (const int t : test_support::divisors_of_world()) {
     const auto& groups = test_support::groups(t);
-    for (const auto& [name, dims, member] : parallel::kGroupKinds) {
-      const auto ranks = parallel::all_gather(at::full({1}, rank, at::kInt), groups.*member);
+    for (const auto& [name, dims, member] : kGroupKinds) {
+      const auto ranks = all_gather(at::full({1}, rank, at::kInt), groups.*member);
       EXPECT_TRUE(test_support::equal(ranks, at::tensor(groups.grid.group_of(rank, dims), at::kInt))) << name;
     }
   }
@@ -34,11 +33,10 @@ TEST(Gloo, GroupsAreThoseOfTheGrid) {
 TEST(Gloo, GridsThatDifferAreRefusedOnEveryRank) {
   const int size = test_support::world_tp()->getSize();
   if (size == 1) return;
-  const parallel::RankGrid wide{.tp = size};
-  const parallel::RankGrid deep{.dp = size};
-  EXPECT_TRUE(contains(error_of<parallel::AgreedError>([&] {
-                         parallel::process_groups_from_environment(test_support::world_tp()->getRank() == 0 ? wide
-                                                                                                            : deep);
+  const RankGrid wide{.tp = size};
+  const RankGrid deep{.dp = size};
+  EXPECT_TRUE(contains(error_of<AgreedError>([&] {
+                         process_groups_from_environment(test_support::world_tp()->getRank() == 0 ? wide : deep);
                        }),
                        "ranks disagree: the layout of the ranks is '" + wide.text() + "' on rank 0"));
 }
@@ -46,12 +44,12 @@ TEST(Gloo, GridsThatDifferAreRefusedOnEveryRank) {
 TEST(Gloo, ARankThatIsGoneIsAnErrorThatNamesTheCollective) {
   const int size = test_support::world_tp()->getSize();
   if (size == 1) return;
-  const auto tp = parallel::process_groups_from_environment({.tp = size}).tp;
+  const auto tp = process_groups_from_environment({.tp = size}).tp;
   if (tp->getRank() != 0) return;  // and its group ends
   EXPECT_TRUE(contains(error_of<c10::DistBackendError>([&] {
-                         parallel::start_all_gather(at::ones({3, 2}), tp).wait();
+                         start_all_gather(at::ones({3, 2}), tp).wait();
                        }),
                        "all_gather of [3, 2] Float (group tp, rank 0 of " + std::to_string(size) + ") failed: "));
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::parallel

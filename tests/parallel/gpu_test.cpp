@@ -9,12 +9,9 @@
 
 #include "tests/support/errors.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::parallel {
 
-using parallel::choose_device_of_all;
-using parallel::DeviceOptions;
-using test_support::contains;
-using test_support::value_error;
+using namespace test_support;
 
 namespace {
 
@@ -101,7 +98,7 @@ TEST(GpuPrecision, IsThatOfTheTensors) {
   auto& context = at::globalContext();
   context.setAllowTF32CuDNN(true);
   context.setAllowTF32CuBLAS(true);
-  parallel::multiply_exactly_on_gpus();
+  multiply_exactly_on_gpus();
   EXPECT_FALSE(context.allowTF32CuDNN());
   // What LibTorch's convolution asks.
   EXPECT_FALSE(context.allowTF32CuDNN(at::Float32Op::CONV));
@@ -111,4 +108,4 @@ TEST(GpuPrecision, IsThatOfTheTensors) {
   EXPECT_EQ(context.allowBF16ReductionCuBLAS(), kInFloat32);
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::parallel

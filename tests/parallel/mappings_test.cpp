@@ -17,11 +17,9 @@
 #include "parallel/recording_backend.h"
 #include "tests/support/test_world.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::parallel {
 namespace {
 
-using parallel::CollectiveKind;
-using parallel::GroupPtr;
 using Tensors = std::vector<at::Tensor>;  // one per rank of the group
 
 /// What the ranks hold before the mapping.
@@ -75,11 +73,11 @@ Tensors exchange(const Tensors& inputs) {
 
 at::Tensor exchange_mapping(const at::Tensor& input, const GroupPtr& tp) {
   const auto own = splits(tp->getRank(), tp->getSize());  // rows_sent is symmetric: as many come as go
-  return parallel::differentiable_all_to_all(input, own, own, tp);
+  return differentiable_all_to_all(input, own, own, tp);
 }
 
 at::Tensor equal_exchange_mapping(const at::Tensor& input, const GroupPtr& tp) {
-  return parallel::differentiable_all_to_all(input, {}, {}, tp);
+  return differentiable_all_to_all(input, {}, {}, tp);
 }
 
 Tensors equal_exchange(const Tensors& inputs) {
@@ -103,39 +101,37 @@ std::vector<MappingCase> mapping_cases() {
   constexpr auto kReduce = CollectiveKind::kAllReduce;
   constexpr auto kExchange = CollectiveKind::kAllToAll;
   return {
-      {"copy_to_tensor_model_parallel_region", parallel::copy_to_tensor_model_parallel_region,
+      {"copy_to_tensor_model_parallel_region", copy_to_tensor_model_parallel_region,
        [](const Tensors& inputs) { return inputs; }, Input::kEqualOnAllRanks, Use::kOwn, std::nullopt, kReduce},
-      {"reduce_from_tensor_model_parallel_region", parallel::reduce_from_tensor_model_parallel_region, sum_on_each,
-       Input::kOwn, Use::kAlikeOnAllRanks, kReduce, std::nullopt},
+      {"reduce_from_tensor_model_parallel_region", reduce_from_tensor_model_parallel_region, sum_on_each, Input::kOwn,
+       Use::kAlikeOnAllRanks, kReduce, std::nullopt},
       {"reduce_from_tensor_model_parallel_region_to_partial_use",
-       parallel::reduce_from_tensor_model_parallel_region_to_partial_use, sum_on_each, Input::kOwn, Use::kOwn, kReduce,
-       kReduce},
-      {"scatter_to_tensor_model_parallel_region", parallel::scatter_to_tensor_model_parallel_region,
+       reduce_from_tensor_model_parallel_region_to_partial_use, sum_on_each, Input::kOwn, Use::kOwn, kReduce, kReduce},
+      {"scatter_to_tensor_model_parallel_region", scatter_to_tensor_model_parallel_region,
        [](const Tensors& inputs) { return pieces(inputs[0], inputs, -1); }, Input::kEqualOnAllRanks, Use::kOwn,
        std::nullopt, kGather},
-      {"gather_from_tensor_model_parallel_region", parallel::gather_from_tensor_model_parallel_region, all_columns,
-       Input::kOwn, Use::kAlikeOnAllRanks, kGather, std::nullopt},
-      {"all_gather_last_dim_from_tensor_parallel_region", parallel::all_gather_last_dim_from_tensor_parallel_region,
-       all_columns, Input::kOwn, Use::kOwn, kGather, kScatter},
-      {"reduce_scatter_last_dim_to_tensor_parallel_region", parallel::reduce_scatter_last_dim_to_tensor_parallel_region,
+      {"gather_from_tensor_model_parallel_region", gather_from_tensor_model_parallel_region, all_columns, Input::kOwn,
+       Use::kAlikeOnAllRanks, kGather, std::nullopt},
+      {"all_gather_last_dim_from_tensor_parallel_region", all_gather_last_dim_from_tensor_parallel_region, all_columns,
+       Input::kOwn, Use::kOwn, kGather, kScatter},
+      {"reduce_scatter_last_dim_to_tensor_parallel_region", reduce_scatter_last_dim_to_tensor_parallel_region,
        columns_of_sum, Input::kOwn, Use::kOwn, kScatter, kGather},
-      {"scatter_to_sequence_parallel_region", parallel::scatter_to_sequence_parallel_region,
+      {"scatter_to_sequence_parallel_region", scatter_to_sequence_parallel_region,
        [](const Tensors& inputs) { return pieces(inputs[0], inputs, 0); }, Input::kEqualOnAllRanks, Use::kOwn,
        std::nullopt, kGather},
-      {"gather_from_sequence_parallel_region", parallel::gather_from_sequence_parallel_region, all_rows, Input::kOwn,
-       Use::kOwn, kGather, kScatter},
-      {"gather_from_sequence_parallel_region_to_replicated_use",
-       parallel::gather_from_sequence_parallel_region_to_replicated_use, all_rows, Input::kOwn, Use::kAlikeOnAllRanks,
-       kGather, std::nullopt},
-      {"reduce_scatter_to_sequence_parallel_region", parallel::reduce_scatter_to_sequence_parallel_region, rows_of_sum,
+      {"gather_from_sequence_parallel_region", gather_from_sequence_parallel_region, all_rows, Input::kOwn, Use::kOwn,
+       kGather, kScatter},
+      {"gather_from_sequence_parallel_region_to_replicated_use", gather_from_sequence_parallel_region_to_replicated_use,
+       all_rows, Input::kOwn, Use::kAlikeOnAllRanks, kGather, std::nullopt},
+      {"reduce_scatter_to_sequence_parallel_region", reduce_scatter_to_sequence_parallel_region, rows_of_sum,
        Input::kOwn, Use::kOwn, kScatter, kGather},
       {"differentiable_all_to_all_uneven", exchange_mapping, exchange, Input::kOwn, Use::kOwn, kExchange, kExchange},
       {"differentiable_all_to_all_equal", equal_exchange_mapping, equal_exchange, Input::kOwn, Use::kOwn, kExchange,
        kExchange},
-      {"all_to_all_sequence_to_hidden_parallel", parallel::all_to_all_sequence_to_hidden_parallel,
+      {"all_to_all_sequence_to_hidden_parallel", all_to_all_sequence_to_hidden_parallel,
        [](const Tensors& inputs) { return pieces(at::cat(inputs, 0), inputs, -1); }, Input::kOwn, Use::kOwn, kExchange,
        kExchange},
-      {"all_to_all_hidden_to_sequence_parallel", parallel::all_to_all_hidden_to_sequence_parallel,
+      {"all_to_all_hidden_to_sequence_parallel", all_to_all_hidden_to_sequence_parallel,
        [](const Tensors& inputs) { return pieces(at::cat(inputs, -1), inputs, 0); }, Input::kOwn, Use::kOwn, kExchange,
        kExchange},
   };
@@ -204,7 +200,7 @@ int64_t expected_count(const std::optional<CollectiveKind>& kind, int t) { retur
 
 TEST_P(Mappings, ValueAndGradientAreThoseOfTheDefinition) {
   for (const int t : test_support::divisors_of_world()) {
-    const auto recorded = parallel::record(test_support::groups(t).tp);
+    const auto recorded = record(test_support::groups(t).tp);
     const auto rank = static_cast<size_t>(recorded.group->getRank());
     const auto inputs = inputs_of_all(GetParam(), t);
     // A leaf behind a transposition, so that the mapping sees an input that isn't contiguous.
@@ -230,14 +226,14 @@ TEST_P(Mappings, ValueAndGradientAreThoseOfTheDefinition) {
 }
 
 TEST_P(Mappings, OfOneRankSendNothingAndCopyNothing) {
-  const auto recorded = parallel::record(test_support::single());
+  const auto recorded = record(test_support::single());
   const auto input = test_support::on_device(inputs_of_all(GetParam(), 1)[0].transpose(0, 2)).requires_grad_();
   const auto output = GetParam().mapping(input, recorded.group);
   EXPECT_EQ(output.data_ptr(), input.data_ptr());
   EXPECT_EQ(output.strides(), input.strides());
   const auto gradient = torch::autograd::grad({output}, {input}, {at::ones_like(output)})[0];
   EXPECT_TRUE(test_support::equal(gradient, at::ones_like(input)));
-  EXPECT_EQ(*recorded.count, parallel::CommunicationCount{});
+  EXPECT_EQ(*recorded.count, CommunicationCount{});
 }
 
 TEST_P(Mappings, RefuseDoubleBackward) {
@@ -259,13 +255,13 @@ INSTANTIATE_TEST_SUITE_P(All, Mappings, testing::ValuesIn(mapping_cases()),
 TEST(MappingErrors, WhatDoesNotDivideThrowsOnEveryRankBeforeAnythingIsSent) {
   for (const int t : test_support::divisors_of_world()) {
     if (t == 1) continue;
-    const auto recorded = parallel::record(test_support::groups(t).tp);
+    const auto recorded = record(test_support::groups(t).tp);
     const auto& tp = recorded.group;
     const auto odd = test_support::on_device(at::ones({t + 1, 2 * t + 1}));
     const std::vector<at::Tensor (*)(const at::Tensor&, const GroupPtr&)> mappings = {
-        parallel::scatter_to_tensor_model_parallel_region, parallel::reduce_scatter_last_dim_to_tensor_parallel_region,
-        parallel::scatter_to_sequence_parallel_region,     parallel::reduce_scatter_to_sequence_parallel_region,
-        parallel::all_to_all_sequence_to_hidden_parallel,  parallel::all_to_all_hidden_to_sequence_parallel};
+        scatter_to_tensor_model_parallel_region, reduce_scatter_last_dim_to_tensor_parallel_region,
+        scatter_to_sequence_parallel_region,     reduce_scatter_to_sequence_parallel_region,
+        all_to_all_sequence_to_hidden_parallel,  all_to_all_hidden_to_sequence_parallel};
     for (const auto& mapping : mappings) {
       std::string message;
       try {
@@ -283,7 +279,7 @@ TEST(MappingErrors, WhatDoesNotDivideThrowsOnEveryRankBeforeAnythingIsSent) {
 TEST(CopyToTensorModelParallelRegion, ReturnsAView) {
   for (const int t : test_support::divisors_of_world()) {
     const auto input = test_support::on_device(at::ones({3, 2})).requires_grad_();
-    const auto output = parallel::copy_to_tensor_model_parallel_region(input, test_support::groups(t).tp);
+    const auto output = copy_to_tensor_model_parallel_region(input, test_support::groups(t).tp);
     EXPECT_EQ(output.data_ptr(), input.data_ptr());
   }
 }
@@ -302,15 +298,14 @@ TEST(MappingsTogether, CopyAndReduceMakeAParallelProduct) {
     dense.square().sum().backward();
 
     const auto own_x = test_support::on_device(x.clone()).requires_grad_();
-    const auto hidden = parallel::copy_to_tensor_model_parallel_region(own_x, tp)
-                            .mm(test_support::on_device(a.narrow(1, 2 * r, 2)))
-                            .square();
-    const auto output = parallel::reduce_from_tensor_model_parallel_region(
-        hidden.mm(test_support::on_device(b.narrow(0, 2 * r, 2))), tp);
+    const auto hidden =
+        copy_to_tensor_model_parallel_region(own_x, tp).mm(test_support::on_device(a.narrow(1, 2 * r, 2))).square();
+    const auto output =
+        reduce_from_tensor_model_parallel_region(hidden.mm(test_support::on_device(b.narrow(0, 2 * r, 2))), tp);
     output.square().sum().backward();
     EXPECT_TRUE(test_support::near(output, dense, 1e-14));
     EXPECT_TRUE(test_support::near(own_x.grad(), dense_x.grad(), 1e-14));
   }
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::parallel

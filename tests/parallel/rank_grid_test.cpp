@@ -16,12 +16,10 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::parallel {
 namespace {
 
-using parallel::RankGrid;
-using test_support::contains;
-using test_support::value_error;
+using namespace test_support;
 using Groups = std::vector<std::vector<int>>;
 
 const std::vector<RankGrid> kGrids = {{},
@@ -226,25 +224,23 @@ TEST(ProcessGroups, RefuseGridsOnEveryRank) {
   auto& runtime = test_support::runtime();
   const int size = runtime.size();
   EXPECT_NE(value_error([&] {
-              parallel::make_process_groups(runtime, {.tp = size + 1});
+              make_process_groups(runtime, {.tp = size + 1});
             }).find("does not make the " + std::to_string(size) + " ranks"),
             std::string::npos);
   if (size == 1) return;  // a grid of one rank has nothing but ones
-  EXPECT_NE(value_error([&] { parallel::make_process_groups(runtime, {.cp = size}); }).find("not built yet"),
-            std::string::npos);
-  EXPECT_NE(value_error([&] { parallel::make_process_groups(runtime, {.pp = size}); }).find("not built yet"),
-            std::string::npos);
+  EXPECT_NE(value_error([&] { make_process_groups(runtime, {.cp = size}); }).find("not built yet"), std::string::npos);
+  EXPECT_NE(value_error([&] { make_process_groups(runtime, {.pp = size}); }).find("not built yet"), std::string::npos);
 }
 
 TEST(ProcessGroups, AreFreedWithTheLastCopyOnceDestroyed) {
   auto& runtime = test_support::runtime();
-  auto groups = parallel::make_process_groups(runtime, {.dp = runtime.size()});
-  parallel::barrier(groups.dp);
+  auto groups = make_process_groups(runtime, {.dp = runtime.size()});
+  barrier(groups.dp);
   const c10::weak_intrusive_ptr<c10d::ProcessGroup> dp(groups.dp);
-  parallel::destroy_process_groups(runtime, groups);
+  destroy_process_groups(runtime, groups);
   EXPECT_FALSE(dp.expired());
   groups = {};
   EXPECT_TRUE(dp.expired());
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::parallel

@@ -11,13 +11,10 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::parallel {
 namespace {
 
-using parallel::CollectiveKind;
-using parallel::CommunicationCount;
-using test_support::groups;
-using test_support::on_device;
+using namespace test_support;
 
 /// One collective of `kind` that sends `bytes_sent`; none where the group has one rank.
 CommunicationCount one(CollectiveKind kind, int64_t bytes_sent, int t) {
@@ -30,7 +27,6 @@ CommunicationCount one(CollectiveKind kind, int64_t bytes_sent, int t) {
 
 }  // namespace
 
-namespace parallel {
 /// What GoogleTest shows of a count.
 void PrintTo(const CommunicationCount& count, std::ostream* out) {
   for (int kind = 0; kind < kNumCollectiveKinds; ++kind) {
@@ -39,14 +35,13 @@ void PrintTo(const CommunicationCount& count, std::ostream* out) {
   }
   *out << count.bytes_sent << " bytes";
 }
-}  // namespace parallel
 
 TEST(Recording, NamesTheKinds) {
-  EXPECT_EQ(parallel::collective_name(CollectiveKind::kAllReduce), "all_reduce");
-  EXPECT_EQ(parallel::collective_name(CollectiveKind::kAllGather), "all_gather");
-  EXPECT_EQ(parallel::collective_name(CollectiveKind::kReduceScatter), "reduce_scatter");
-  EXPECT_EQ(parallel::collective_name(CollectiveKind::kAllToAll), "all_to_all");
-  EXPECT_EQ(parallel::collective_name(CollectiveKind::kBroadcast), "broadcast");
+  EXPECT_EQ(collective_name(CollectiveKind::kAllReduce), "all_reduce");
+  EXPECT_EQ(collective_name(CollectiveKind::kAllGather), "all_gather");
+  EXPECT_EQ(collective_name(CollectiveKind::kReduceScatter), "reduce_scatter");
+  EXPECT_EQ(collective_name(CollectiveKind::kAllToAll), "all_to_all");
+  EXPECT_EQ(collective_name(CollectiveKind::kBroadcast), "broadcast");
 }
 
 TEST(Recording, CountsDifferBySubtraction) {
@@ -70,19 +65,19 @@ TEST(Recording, CountsDifferBySubtraction) {
 TEST(Recording, KeepsTheRanksOfItsGroup) {
   for (const int t : test_support::divisors_of_world()) {
     for (const auto& group : {groups(t).tp, groups(t).dp, groups(t).world}) {
-      const auto recorded = parallel::record(group);
+      const auto recorded = record(group);
       EXPECT_EQ(recorded.group->getRank(), group->getRank());
       EXPECT_EQ(recorded.group->getSize(), group->getSize());
       // What goes through it reaches the ranks that the group itself reaches.
       const auto input = on_device(at::full({2}, test_support::runtime().rank(), at::kLong));
-      EXPECT_TRUE(test_support::equal(parallel::all_gather(input, recorded.group), parallel::all_gather(input, group)));
+      EXPECT_TRUE(test_support::equal(all_gather(input, recorded.group), all_gather(input, group)));
     }
   }
 }
 
 TEST(Recording, CountsEachCollectiveAndItsBytes) {
   for (const int t : test_support::divisors_of_world()) {
-    const auto recorded = parallel::record(groups(t).tp);
+    const auto recorded = record(groups(t).tp);
     const auto& group = recorded.group;
     // Rows divisible by 4, so that each formula gives whole bytes at 2 and 4 ranks.
     for (const auto dtype : {at::kFloat, at::kDouble, at::kBFloat16}) {
@@ -97,35 +92,32 @@ TEST(Recording, CountsEachCollectiveAndItsBytes) {
       const auto expect = [&](CollectiveKind kind, int64_t sent, const auto& action) {
         EXPECT_EQ(counted(action), one(kind, sent, t)) << dtype << " over " << t;
       };
-      expect(CollectiveKind::kAllReduce, 2 * bytes * (t - 1) / t, [&] { parallel::all_reduce(input, group); });
-      expect(CollectiveKind::kAllReduce, 2 * bytes * (t - 1) / t,
-             [&] { parallel::all_reduce(input, group, parallel::Reduction::kMax); });
+      expect(CollectiveKind::kAllReduce, 2 * bytes * (t - 1) / t, [&] { all_reduce(input, group); });
+      expect(CollectiveKind::kAllReduce, 2 * bytes * (t - 1) / t, [&] { all_reduce(input, group, Reduction::kMax); });
       expect(CollectiveKind::kAllReduce, 2 * bytes * (t - 1) / t, [&] {
         auto buffer = input.clone();
-        parallel::all_reduce_in_place(buffer, group);
+        all_reduce_in_place(buffer, group);
       });
       expect(CollectiveKind::kAllReduce, 2 * bytes * (t - 1) / t,
-             [&] { parallel::start_all_reduce_in_place(input.clone(), group).wait(); });
+             [&] { start_all_reduce_in_place(input.clone(), group).wait(); });
       // (t-1)/t of the result, which is t inputs.
-      expect(CollectiveKind::kAllGather, bytes * (t - 1), [&] { parallel::all_gather(input, group); });
-      expect(CollectiveKind::kAllGather, bytes * (t - 1), [&] { parallel::start_all_gather(input, group).wait(); });
-      expect(CollectiveKind::kAllGather, bytes * (t - 1), [&] { parallel::all_gather_last_dim(input, group); });
-      expect(CollectiveKind::kReduceScatter, bytes * (t - 1) / t, [&] { parallel::reduce_scatter(input, group); });
-      expect(CollectiveKind::kReduceScatter, bytes * (t - 1) / t,
-             [&] { parallel::start_reduce_scatter(input, group).wait(); });
-      expect(CollectiveKind::kReduceScatter, bytes * (t - 1) / t,
-             [&] { parallel::reduce_scatter_last_dim(input, group); });
-      expect(CollectiveKind::kAllToAll, bytes * (t - 1) / t, [&] { parallel::all_to_all(input, {}, {}, group); });
-      expect(CollectiveKind::kBroadcast, bytes * (t - 1) / t, [&] { parallel::broadcast(input, t - 1, group); });
-      expect(CollectiveKind::kAllReduce, 0, [&] { parallel::all_reduce(input.narrow(0, 0, 0), group); });
-      EXPECT_EQ(counted([&] { parallel::barrier(group); }), CommunicationCount{});
+      expect(CollectiveKind::kAllGather, bytes * (t - 1), [&] { all_gather(input, group); });
+      expect(CollectiveKind::kAllGather, bytes * (t - 1), [&] { start_all_gather(input, group).wait(); });
+      expect(CollectiveKind::kAllGather, bytes * (t - 1), [&] { all_gather_last_dim(input, group); });
+      expect(CollectiveKind::kReduceScatter, bytes * (t - 1) / t, [&] { reduce_scatter(input, group); });
+      expect(CollectiveKind::kReduceScatter, bytes * (t - 1) / t, [&] { start_reduce_scatter(input, group).wait(); });
+      expect(CollectiveKind::kReduceScatter, bytes * (t - 1) / t, [&] { reduce_scatter_last_dim(input, group); });
+      expect(CollectiveKind::kAllToAll, bytes * (t - 1) / t, [&] { all_to_all(input, {}, {}, group); });
+      expect(CollectiveKind::kBroadcast, bytes * (t - 1) / t, [&] { broadcast(input, t - 1, group); });
+      expect(CollectiveKind::kAllReduce, 0, [&] { all_reduce(input.narrow(0, 0, 0), group); });
+      EXPECT_EQ(counted([&] { barrier(group); }), CommunicationCount{});
     }
   }
 }
 
 TEST(Recording, CountsWhatUnevenExchangesReallySend) {
   for (const int t : test_support::divisors_of_world()) {
-    const auto recorded = parallel::record(groups(t).tp);
+    const auto recorded = record(groups(t).tp);
     const int r = recorded.group->getRank();
     // Rank p sends p + q + 1 rows of 3 floats to rank q.
     std::vector<int64_t> splits;
@@ -134,7 +126,7 @@ TEST(Recording, CountsWhatUnevenExchangesReallySend) {
       splits.push_back(r + q + 1);
       rows += r + q + 1;
     }
-    parallel::all_to_all(on_device(at::ones({rows, 3})), splits, splits, recorded.group);
+    all_to_all(on_device(at::ones({rows, 3})), splits, splits, recorded.group);
     EXPECT_EQ(*recorded.count, one(CollectiveKind::kAllToAll, (rows - (2 * r + 1)) * 3 * 4, t));
   }
 }
@@ -143,7 +135,7 @@ TEST(Recording, CountsWhatUnevenExchangesReallySend) {
 TEST(Recording, CountsUnevenGatheringByWhatThisRankGives) {
   for (const int t : test_support::divisors_of_world()) {
     if (t == 1) continue;
-    const auto recorded = parallel::record(groups(t).tp);
+    const auto recorded = record(groups(t).tp);
     const int r = recorded.group->getRank();
     std::vector<std::vector<at::Tensor>> outputs(1);
     for (int p = 0; p < t; ++p) outputs[0].push_back(at::empty({p, 5}));
@@ -156,16 +148,16 @@ TEST(Recording, CountsUnevenGatheringByWhatThisRankGives) {
 TEST(Recording, LeavesTheGroupItselfAndOtherRecordingsAlone) {
   const auto& group = test_support::world_tp();
   const int t = group->getSize();
-  const auto first = parallel::record(group);
-  const auto second = parallel::record(group);
-  const auto nested = parallel::record(first.group);
+  const auto first = record(group);
+  const auto second = record(group);
+  const auto nested = record(first.group);
   const auto input = on_device(at::ones({4}));
-  parallel::all_reduce(input, group);
+  all_reduce(input, group);
   EXPECT_EQ(first.count->total(), 0);
-  parallel::all_reduce(input, first.group);
+  all_reduce(input, first.group);
   EXPECT_EQ(first.count->total(), t == 1 ? 0 : 1);
   EXPECT_EQ(second.count->total(), 0);
-  parallel::all_reduce(input, nested.group);
+  all_reduce(input, nested.group);
   EXPECT_EQ(first.count->total(), t == 1 ? 0 : 2);
   EXPECT_EQ(nested.count->total(), t == 1 ? 0 : 1);
 }
@@ -174,17 +166,17 @@ TEST(Observing, WhatTheObserverThrowsEndsTheCollectiveBeforeAnythingIsSent) {
   for (const int t : test_support::divisors_of_world()) {
     if (t == 1) continue;  // nothing to send, and nothing to see
     bool refuse = true;
-    const auto group = parallel::observe(groups(t).tp, [&](CollectiveKind kind, int64_t bytes_sent) {
+    const auto group = observe(groups(t).tp, [&](CollectiveKind kind, int64_t bytes_sent) {
       EXPECT_EQ(kind, CollectiveKind::kAllReduce);
       EXPECT_EQ(bytes_sent, 2 * (16 * (t - 1) / t));
       if (refuse) throw std::runtime_error("not now");
     });
     const auto input = on_device(at::ones({4}));
-    EXPECT_TRUE(test_support::throws<c10::DistBackendError>([&] { parallel::all_reduce(input, group); },
-                                                            "all_reduce of [4] Float"));
+    EXPECT_TRUE(
+        test_support::throws<c10::DistBackendError>([&] { all_reduce(input, group); }, "all_reduce of [4] Float"));
     refuse = false;  // the group is whole: had a rank sent something, the next sum would be wrong
-    EXPECT_TRUE(at::equal(parallel::all_reduce(input, group), on_device(at::full({4}, double(t)))));
+    EXPECT_TRUE(at::equal(all_reduce(input, group), on_device(at::full({4}, double(t)))));
   }
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::parallel

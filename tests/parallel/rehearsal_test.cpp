@@ -14,15 +14,13 @@
 #include "parallel/rehearsal_backend.h"
 #include "tests/support/test_world.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::parallel {
 namespace {
 
-using parallel::CollectiveKind;
-using parallel::make_rehearsal_group;
 using test_support::exact_values;
 
 /// Notes what collectives of a stream would send, and lets them happen when they are waited for.
-class NotedStream final : public parallel::PacedStream {
+class NotedStream final : public PacedStream {
  public:
   class Late final : public c10d::Work {
    public:
@@ -52,8 +50,8 @@ TEST(Rehearsal, HandsAStreamTheBytesThatAreCounted) {
   constexpr int kT = 4;
   const auto stream = std::make_shared<NotedStream>();
   auto group = c10::make_intrusive<c10d::ProcessGroup>(1, kT);
-  group->setBackend(at::kCPU, c10d::ProcessGroup::CUSTOM, parallel::make_rehearsal_backend(1, kT, stream));
-  const auto recorded = parallel::record(group);
+  group->setBackend(at::kCPU, c10d::ProcessGroup::CUSTOM, make_rehearsal_backend(1, kT, stream));
+  const auto recorded = record(group);
   const auto input = exact_values({8, 2}, 1);
   const auto expect_counted = [&](const at::Tensor& result, const at::Tensor& expected) {
     EXPECT_TRUE(test_support::equal(result, expected));
@@ -65,27 +63,26 @@ TEST(Rehearsal, HandsAStreamTheBytesThatAreCounted) {
     result.narrow(0, begin, values.size(0)).copy_(values);
     return result;
   };
-  expect_counted(parallel::all_reduce(input, recorded.group), input);
-  expect_counted(parallel::all_gather(input, recorded.group), only(32, 8, input));
-  expect_counted(parallel::all_gather_uneven(input, {1, 8, 0, 2}, recorded.group), only(11, 1, input));
-  expect_counted(parallel::reduce_scatter(input, recorded.group), input.narrow(0, 2, 2));
-  expect_counted(parallel::all_to_all(input, {}, {}, recorded.group), only(8, 2, input.narrow(0, 2, 2)));
-  expect_counted(parallel::all_to_all(input, {1, 3, 0, 0}, {0, 3, 1, 4}, recorded.group),
-                 only(4, 1, input.narrow(0, 0, 3)));
-  expect_counted(parallel::broadcast(input, 2, recorded.group), at::zeros({8, 2}));
+  expect_counted(all_reduce(input, recorded.group), input);
+  expect_counted(all_gather(input, recorded.group), only(32, 8, input));
+  expect_counted(all_gather_uneven(input, {1, 8, 0, 2}, recorded.group), only(11, 1, input));
+  expect_counted(reduce_scatter(input, recorded.group), input.narrow(0, 2, 2));
+  expect_counted(all_to_all(input, {}, {}, recorded.group), only(8, 2, input.narrow(0, 2, 2)));
+  expect_counted(all_to_all(input, {1, 3, 0, 0}, {0, 3, 1, 4}, recorded.group), only(4, 1, input.narrow(0, 0, 3)));
+  expect_counted(broadcast(input, 2, recorded.group), at::zeros({8, 2}));
 }
 
 TEST(PacedTransfer, MovesTheBytesAndIdlesTheRestOfTheTime) {
   // 100 MB at 100 GB/s are a millisecond, of which copying them at 1000 GB/s takes a tenth.
-  const auto all_reduce = parallel::paced_transfer(100'000'000, 0, 100, 1000);
+  const auto all_reduce = paced_transfer(100'000'000, 0, 100, 1000);
   EXPECT_EQ(all_reduce.copied_bytes, 100'000'000);
   EXPECT_NEAR(all_reduce.idle_seconds, 0.9e-3, 1e-9);
   // A result that is larger than what is sent, and was filled already.
-  const auto all_gather = parallel::paced_transfer(75'000'000, 100'000'000, 100, 1000);
+  const auto all_gather = paced_transfer(75'000'000, 100'000'000, 100, 1000);
   EXPECT_EQ(all_gather.copied_bytes, 0);
   EXPECT_NEAR(all_gather.idle_seconds, 0.65e-3, 1e-9);
-  EXPECT_EQ(parallel::paced_transfer(100, 0, 2000, 1000).idle_seconds, 0);
-  EXPECT_EQ(parallel::paced_transfer(0, 0, 100, 1000).copied_bytes, 0);
+  EXPECT_EQ(paced_transfer(100, 0, 2000, 1000).idle_seconds, 0);
+  EXPECT_EQ(paced_transfer(0, 0, 100, 1000).copied_bytes, 0);
 }
 
 TEST(Rehearsal, RefusesATimeOnTheCpu) {
@@ -98,37 +95,37 @@ TEST(Rehearsal, OthersContributeZeros) {
   for (int rank = 0; rank < kT; ++rank) {
     const auto group = make_rehearsal_group(rank, kT);
     const auto input = exact_values({6, 2}, rank + 1);
-    EXPECT_TRUE(test_support::equal(parallel::all_reduce(input, group), input));
-    EXPECT_TRUE(test_support::equal(parallel::reduce_scatter(input, group), input.narrow(0, 2 * rank, 2)));
+    EXPECT_TRUE(test_support::equal(all_reduce(input, group), input));
+    EXPECT_TRUE(test_support::equal(reduce_scatter(input, group), input.narrow(0, 2 * rank, 2)));
     auto gathered = at::zeros({18, 2});
     gathered.narrow(0, 6 * rank, 6).copy_(input);
-    EXPECT_TRUE(test_support::equal(parallel::all_gather(input, group), gathered));
+    EXPECT_TRUE(test_support::equal(all_gather(input, group), gathered));
     auto uneven = at::zeros({6 + 2 * kT - 2, 2});  // the others have two rows each
     uneven.narrow(0, 2 * rank, 6).copy_(input);
     std::vector<int64_t> rows(kT, 2);
     rows[static_cast<size_t>(rank)] = 6;
-    EXPECT_TRUE(test_support::equal(parallel::all_gather_uneven(input, rows, group), uneven));
+    EXPECT_TRUE(test_support::equal(all_gather_uneven(input, rows, group), uneven));
     auto kept = at::zeros({6, 2});
     kept.narrow(0, 2 * rank, 2).copy_(input.narrow(0, 2 * rank, 2));
-    EXPECT_TRUE(test_support::equal(parallel::all_to_all(input, {}, {}, group), kept));
-    EXPECT_TRUE(test_support::equal(parallel::broadcast(input, 1, group), rank == 1 ? input : at::zeros({6, 2})));
-    parallel::barrier(group);
+    EXPECT_TRUE(test_support::equal(all_to_all(input, {}, {}, group), kept));
+    EXPECT_TRUE(test_support::equal(broadcast(input, 1, group), rank == 1 ? input : at::zeros({6, 2})));
+    barrier(group);
   }
 }
 
 // The formulas at sizes that no test could run.
 TEST(Rehearsal, CountsWhatARankOfThousandsSends) {
   for (const int t : {1, 64, 4096, 262144}) {
-    const auto recorded = parallel::record(make_rehearsal_group(t - 1, t));
+    const auto recorded = record(make_rehearsal_group(t - 1, t));
     const auto input = at::zeros({t, 1});
     const int64_t share = t == 1 ? 0 : 4 * (t - 1);
-    parallel::all_reduce(input, recorded.group);
+    all_reduce(input, recorded.group);
     EXPECT_EQ(recorded.count->bytes_sent, 2 * share) << t;
-    parallel::reduce_scatter(input, recorded.group);
+    reduce_scatter(input, recorded.group);
     EXPECT_EQ(recorded.count->bytes_sent, 3 * share) << t;
-    parallel::all_gather(at::zeros({1, 1}), recorded.group);
+    all_gather(at::zeros({1, 1}), recorded.group);
     EXPECT_EQ(recorded.count->bytes_sent, 4 * share) << t;
-    parallel::all_to_all(input, {}, {}, recorded.group);
+    all_to_all(input, {}, {}, recorded.group);
     EXPECT_EQ(recorded.count->bytes_sent, 5 * share) << t;
     EXPECT_EQ(recorded.count->of(CollectiveKind::kAllToAll), t == 1 ? 0 : 1);
   }
@@ -139,4 +136,4 @@ TEST(Rehearsal, RefusesRanksThatAreNotInTheGroup) {
   EXPECT_THROW(make_rehearsal_group(-1, 4), c10::ValueError);
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::parallel

@@ -1,4 +1,4 @@
-// How a program on parallel::Runtime::run ends, with mpirun on two ranks and alone: its status, what it says, and that
+// How a program on Runtime::run ends, with mpirun on two ranks and alone: its status, what it says, and that
 // nothing of it stays.
 #include "parallel/runtime.h"
 
@@ -11,12 +11,10 @@
 #include "tests/support/command.h"
 #include "tests/support/environment.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::parallel {
 namespace {
 
-using test_support::occurrences;
-using test_support::Outcome;
-using test_support::quoted;
+using namespace test_support;
 
 /// Which no other process has among its arguments.
 std::string mark_of(const std::string& mode) { return "runtime-test-" + std::to_string(getpid()) + "-" + mode; }
@@ -93,4 +91,4 @@ TEST(Runtime, EndsWhenARankIsKilledWhileOthersWait) {
   test_support::expect_no_process_left(mark_of("one_is_killed"));
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::parallel

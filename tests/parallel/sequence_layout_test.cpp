@@ -7,11 +7,9 @@
 
 #include "tests/support/errors.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::parallel {
 namespace {
 
-using parallel::Range;
-using parallel::SequenceLayout;
 using test_support::value_error;
 
 /// Walks through the ranks' ranges, and asks for each position.
@@ -60,4 +58,4 @@ TEST(SequenceLayout, RefusesGapsAndOverlaps) {
   EXPECT_EQ(value_error([] { SequenceLayout({{{0, 4}}, {{3, 6}}}); }), "position 3 of the sequence has two owners");
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::parallel

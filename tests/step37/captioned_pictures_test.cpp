@@ -18,9 +18,7 @@ namespace megatron_cpp::step37 {
 namespace {
 
 namespace fs = std::filesystem;
-using test_support::contains;
-using test_support::TemporaryFolder;
-using test_support::value_error;
+using namespace test_support;
 
 /// The caption, or its fault in brackets.
 std::string caption_of(std::string_view text) {

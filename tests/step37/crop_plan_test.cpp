@@ -20,8 +20,7 @@ namespace megatron_cpp::step37 {
 namespace {
 
 namespace fs = std::filesystem;
-using test_support::contains;
-using test_support::value_error;
+using namespace test_support;
 
 /// The reference processor's answers, and the ids that this test gives to the symbols.
 class ReferenceProcessor : public ::testing::Test {

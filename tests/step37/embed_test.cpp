@@ -24,13 +24,10 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::step37 {
 namespace {
 
-using step37::EmbedArguments;
-using test_support::contains;
-using test_support::runtime;
-using test_support::Warnings;
+using namespace test_support;
 
 /// Each test has a folder of its own.
 class Embed : public testing::Test {
@@ -46,7 +43,7 @@ class Embed : public testing::Test {
   /// The statistics of a run, on rank 0; null elsewhere.
   nlohmann::json stats_of(EmbedArguments arguments) const {
     arguments.stats = folder_.path() / "stats.json";
-    EXPECT_EQ(step37::embed(runtime(), arguments), 0);
+    EXPECT_EQ(embed(runtime(), arguments), 0);
     if (runtime().rank() != 0) return {};
     std::ifstream stream(arguments.stats);
     return nlohmann::json::parse(stream);
@@ -166,7 +163,7 @@ bool divides(const SafetensorsFile& file, const Options& options) {
 /// The text of a c10::ValueError.
 std::string value_error(const EmbedArguments& arguments) {
   try {
-    step37::embed(runtime(), arguments);
+    embed(runtime(), arguments);
   } catch (const c10::ValueError& error) {
     return error.what_without_backtrace();
   } catch (const std::exception& error) {
@@ -179,7 +176,7 @@ std::string value_error(const EmbedArguments& arguments) {
 std::string agreed_error(const EmbedArguments& arguments) {
   std::string mine = "nothing thrown";
   try {
-    step37::embed(runtime(), arguments);
+    embed(runtime(), arguments);
   } catch (const std::exception& error) {
     mine = parallel::error_text(error);
   }
@@ -237,7 +234,7 @@ TEST_F(Embed, EqualsTheGoldenCases) {
         EXPECT_TRUE(contains(value_error(arguments), " is not divisible by tensor-parallel size "));
         return;
       }
-      EXPECT_EQ(step37::embed(runtime(), arguments), 0);
+      EXPECT_EQ(embed(runtime(), arguments), 0);
       ++num_compared;
       if (runtime().rank() == 0) expect_results(file, arguments.output, grid ? 0.0 : 1e-5, everything);
     });
@@ -252,7 +249,7 @@ TEST_F(Embed, CheckedModeChangesNothing) {
     auto arguments = arguments_for(case_path("06_patches_then_images"));
     choose(arguments, options);
     arguments.checked = true;
-    EXPECT_EQ(step37::embed(runtime(), arguments), 0);
+    EXPECT_EQ(embed(runtime(), arguments), 0);
     if (runtime().rank() == 0) expect_results(file, arguments.output, 1e-5, everything);
   });
 }
@@ -269,7 +266,7 @@ TEST_F(Embed, RefusesCountsThatDifferByDefault) {
       auto arguments = arguments_for(path);
       choose(arguments, options);
       if (mismatch.empty()) {
-        EXPECT_EQ(step37::embed(runtime(), arguments), 0);
+        EXPECT_EQ(embed(runtime(), arguments), 0);
         continue;
       }
       EXPECT_TRUE(contains(value_error(arguments), mismatch));
@@ -291,7 +288,7 @@ TEST_F(Embed, EqualsTheGoldenCasesInBfloat16) {
       choose(arguments, options);
       arguments.on_mismatch = "truncate";
       arguments.dtype = "bfloat16";
-      EXPECT_EQ(step37::embed(runtime(), arguments), 0);
+      EXPECT_EQ(embed(runtime(), arguments), 0);
       if (runtime().rank() == 0) {
         expect_results(file, arguments.output, 1e-2, everything);
         EXPECT_EQ(SafetensorsFile(arguments.output).entries().at("output").dtype, at::kBFloat16);
@@ -312,7 +309,7 @@ TEST_F(Embed, FrozenPartsHaveNoGradientInTheFile) {
       arguments.frozen_embedding = (frozen & 1) != 0;
       arguments.frozen_projector = (frozen & 2) != 0;
       arguments.frozen_features = (frozen & 4) != 0;
-      EXPECT_EQ(step37::embed(runtime(), arguments), 0);
+      EXPECT_EQ(embed(runtime(), arguments), 0);
       if (runtime().rank() != 0) continue;
       expect_results(file, arguments.output, 1e-5, [&](const std::string& name) {
         if (name == "word_embeddings.weight") return !arguments.frozen_embedding;
@@ -521,4 +518,4 @@ TEST_F(Embed, RefusesUnknownOptionValues) {
       "a hidden-parallel embedding goes with the fused exchange only");
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::step37

@@ -8,10 +8,8 @@
 
 #include <thread>
 
-namespace megatron_cpp {
+namespace megatron_cpp::step37 {
 namespace {
-
-using step37::FullBufferWatch;
 
 constexpr int64_t kBytes = 5 * 2 * 3 * 4;
 
@@ -46,4 +44,4 @@ TEST(FullBufferWatch, IsAloneInItsProcess) {
 }
 
 }  // namespace
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::step37

@@ -12,31 +12,11 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::step37 {
 namespace {
 
-using insert_world::features;
-using insert_world::for_each_variant;
-using insert_world::kC;
-using insert_world::kH;
-using insert_world::kPatch;
-using insert_world::kS;
-using insert_world::Layer;
-using insert_world::make_ids;
-using insert_world::make_layer;
-using insert_world::overlaps;
-using insert_world::Parameters;
-using insert_world::Placed;
-using insert_world::Placement;
-using insert_world::Scenario;
-using insert_world::Trainable;
-using insert_world::two_groups;
-using insert_world::Variant;
-using step37::ImageForInsert;
-using step37::MismatchPolicy;
-using test_support::exact_values;
-using test_support::throws;
-using test_support::Warnings;
+using namespace insert_world;
+using namespace test_support;
 
 /// What a rank passes, and how it has its layer.
 struct Arguments {
@@ -80,7 +60,7 @@ std::vector<Disagreement> disagreements() {
       {"rows on one rank only", "the hash of the images' holders is ",
        [](Arguments& own) {
          own.images[0].image_features = std::vector<at::Tensor>{};  // its own are none: it is not rank 0
-         own.images[0].held = step37::HeldImages{at::tensor({3, 3, 3}, at::kLong), at::zeros({3}, at::kLong)};
+         own.images[0].held = HeldImages{at::tensor({3, 3, 3}, at::kLong), at::zeros({3}, at::kLong)};
        }},
       {"a frozen embedding", "whether the word embedding is trained is 1 on rank 0 and 0 on rank ",
        [](Arguments& own) { own.trainable.embedding = false; }},
@@ -184,4 +164,4 @@ TEST(ImageInsertChecked, ComputesTheSameBits) {
   }
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::step37

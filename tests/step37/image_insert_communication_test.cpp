@@ -13,35 +13,13 @@
 #include "tests/support/operator_watch.h"
 #include "tests/support/test_world.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::step37 {
 namespace {
 
-using insert_world::features;
-using insert_world::for_each_variant;
-using insert_world::group_of;
-using insert_world::kC;
-using insert_world::kH;
-using insert_world::kImage;
-using insert_world::kPatch;
-using insert_world::kS;
-using insert_world::kTrainable;
-using insert_world::kV;
-using insert_world::make_ids;
-using insert_world::make_layer;
-using insert_world::on_balanced_holders;
-using insert_world::overlaps;
-using insert_world::Parameters;
-using insert_world::Placement;
-using insert_world::rows_of;
-using insert_world::Scenario;
-using insert_world::Trainable;
-using insert_world::two_groups;
-using insert_world::Variant;
+using namespace insert_world;
 using parallel::CollectiveKind;
 using parallel::CommunicationCount;
-using step37::ImageForInsert;
-using test_support::exact_values;
-using test_support::on_device;
+using namespace test_support;
 
 std::string text(const CommunicationCount& count) {
   std::string result;
@@ -67,7 +45,7 @@ class Expected {
     count_.bytes_sent += elements * 4;
     return *this;
   }
-  std::string text() const { return megatron_cpp::text(count_); }
+  std::string text() const { return step37::text(count_); }
 
  private:
   int64_t t_;
@@ -410,4 +388,4 @@ TEST(ImageInsertCommunication, MakesItsListsOfRowsInForward) {
   });
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::step37

@@ -22,20 +22,10 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::step37 {
 namespace {
 
-using insert_world::kTrainable;
-using insert_world::Parameters;
-using insert_world::Place;
-using insert_world::Placed;
-using insert_world::Placement;
-using insert_world::Results;
-using insert_world::Scenario;
-using insert_world::Sizes;
-using insert_world::Trainable;
-using insert_world::Variant;
-using step37::MismatchPolicy;
+using namespace insert_world;
 using test_support::exact_values;
 
 constexpr const char* kDefaultParams = "seed=20260101 max_success=2000";
@@ -462,4 +452,4 @@ TEST(ImageInsertProperty, EveryCaseEqualsTheDenseOne) {
   }
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::step37

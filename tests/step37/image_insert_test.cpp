@@ -16,42 +16,11 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::step37 {
 namespace {
 
-using insert_world::changed;
-using insert_world::features;
-using insert_world::for_each_variant;
-using insert_world::group_of;
-using insert_world::kC;
-using insert_world::kH;
-using insert_world::kImage;
-using insert_world::kPatch;
-using insert_world::kS;
-using insert_world::kTrainable;
-using insert_world::kV;
-using insert_world::make_ids;
-using insert_world::make_layer;
-using insert_world::Parameters;
-using insert_world::Placed;
-using insert_world::Placement;
-using insert_world::rows_of;
-using insert_world::Scenario;
-using insert_world::scenarios;
-using insert_world::tensors_of;
-using insert_world::two_groups;
-using insert_world::Variant;
-using step37::ImageForInsert;
-using step37::ImageInsertEmbedding;
-using step37::ImageInsertEmbeddingOptions;
-using step37::InsertExchange;
-using step37::MismatchPolicy;
-using step37::ProjectorSharding;
-using test_support::exact_values;
-using test_support::groups;
-using test_support::on_device;
-using test_support::throws;
-using test_support::Warnings;
+using namespace insert_world;
+using namespace test_support;
 
 /// Placements other than everywhere that a variant takes: sliced by channel, and on single ranks as balanced, dealt in
 /// turn backwards, or all on the last.
@@ -140,8 +109,8 @@ TEST(ImageInsertEmbedding, TakesPlaceholdersInsteadOfStartTokens) {
     const auto layer = make_layer(variant, parameters, {.bias = false});
     ImageForInsert images{.image_features =
                               std::vector<at::Tensor>{on_device(rows.slice(0, 0, 2)), on_device(rows.slice(0, 2, 5))}};
-    const auto plan = step37::InsertPlan::from_placeholders(
-        {ids.const_data_ptr<int64_t>(), static_cast<size_t>(ids.numel())}, 2, kS, kImage, {2, 3});
+    const auto plan = InsertPlan::from_placeholders({ids.const_data_ptr<int64_t>(), static_cast<size_t>(ids.numel())},
+                                                    2, kS, kImage, {2, 3});
     const auto output = layer.forward(ids, {images}, plan);
     EXPECT_TRUE(test_support::equal(output, layer.own_sequence(dense)));
     layer.backward(output, loss_weights);
@@ -424,7 +393,7 @@ TEST(ImageInsertEmbedding, HasTheReferencesConstructor) {
   EXPECT_EQ(with_bias->options().projector_sharding(), ProjectorSharding::kColumn);
   EXPECT_EQ(with_bias->options().exchange(), InsertExchange::kFused);
   EXPECT_EQ(with_bias->options().on_mismatch(), MismatchPolicy::kError);
-  EXPECT_EQ(with_bias->options().checked(), step37::checked_by_default());
+  EXPECT_EQ(with_bias->options().checked(), checked_by_default());
 }
 
 TEST(ImageInsertEmbedding, RefusesWhatDoesNotFitOnEveryRank) {
@@ -513,7 +482,7 @@ TEST(ImageInsertEmbedding, RefusesFeaturesOfSingleRanksThatDoNotFit) {
     refused(wrong, "num_rows of start token 18 must be [N] int64 on the CPU, got [2, 1]");
     // Every rank has an image too many, or one too few.
     wrong = good.images;
-    for (auto& group : wrong) group.held = step37::HeldImages{at::tensor(rows_of({group}), at::kLong), {}};
+    for (auto& group : wrong) group.held = HeldImages{at::tensor(rows_of({group}), at::kLong), {}};
     wrong[1].image_features = std::vector<at::Tensor>{features(1, {11}), features(2, {9}), features(3, {1})};
     refused(wrong, variant.t == 1 ? "more images than the 2" : "images");
     wrong[0].image_features = features(1, {0, 3});
@@ -586,4 +555,4 @@ TEST(ImageInsertEmbedding, WarnsOnceOfACutOnRankZero) {
   });
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::step37

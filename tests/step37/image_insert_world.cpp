@@ -18,8 +18,7 @@ using step37::ImageInsertEmbeddingOptions;
 using step37::InsertExchange;
 using step37::MismatchPolicy;
 using step37::ProjectorSharding;
-using test_support::exact_values;
-using test_support::on_device;
+using namespace test_support;
 
 at::Tensor part_of(const at::Tensor& whole, int64_t dim, const parallel::GroupPtr& tp) {
   const int64_t length = whole.size(dim) / tp->getSize();

@@ -12,19 +12,11 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::step37 {
 namespace {
 
-using insert_world::features;
-using insert_world::kH;
-using insert_world::kImage;
-using insert_world::kS;
-using insert_world::make_ids;
-using step37::ImageInsertEmbeddingImpl;
-using test_support::exact_values;
-using test_support::on_device;
-using test_support::throws;
-using test_support::Warnings;
+using namespace insert_world;
+using namespace test_support;
 
 }  // namespace
 
@@ -149,4 +141,4 @@ TEST(InsertFeatures, RefusesShapesThatDoNotFit) {
       "input_ids"));
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::step37

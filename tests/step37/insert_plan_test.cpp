@@ -17,13 +17,9 @@
 #include "tests/support/environment.h"
 #include "tests/support/errors.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::step37 {
 namespace {
 
-using step37::InsertGroup;
-using step37::InsertPlan;
-using step37::InsertRun;
-using step37::MismatchPolicy;
 using test_support::value_error;
 
 struct Ids {
@@ -185,11 +181,11 @@ TEST(InsertPlan, PartsOwnTheirRowsAndTogetherAll) {
 
 TEST(RowIndices, AreFlatRowsAndFeatureRowsInTheOrderOfTheRuns) {
   const std::vector<InsertRun> runs{{0, 10, 2, 4, 2}, {1, 3, 0, 5, 1}};
-  const auto indices = step37::row_indices(runs, 3);
+  const auto indices = row_indices(runs, 3);
   EXPECT_EQ(indices.embedding_rows, (std::vector<int64_t>{14, 17, 15}));
   EXPECT_EQ(indices.feature_rows, (std::vector<int64_t>{10, 11, 3}));
 
-  const auto none = step37::row_indices({}, 3);
+  const auto none = row_indices({}, 3);
   EXPECT_TRUE(none.embedding_rows.empty());
   EXPECT_TRUE(none.feature_rows.empty());
 
@@ -197,7 +193,7 @@ TEST(RowIndices, AreFlatRowsAndFeatureRowsInTheOrderOfTheRuns) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
     const auto [ids, groups] = random_case(seed, true);
     const auto plan = build(ids, groups);
-    const auto all = step37::row_indices(plan.runs(), ids.B);
+    const auto all = row_indices(plan.runs(), ids.B);
     std::vector<int64_t> source(ids.values.size(), -1);
     ASSERT_EQ(all.embedding_rows.size(), all.feature_rows.size());
     for (size_t i = 0; i < all.embedding_rows.size(); ++i) {
@@ -310,7 +306,7 @@ TEST(InsertPlan, FromItsOwnRunsIsTheSame) {
     std::reverse(runs.begin(), runs.end());
     const auto again = InsertPlan::from_runs(runs, ids.B, ids.S, plan.image_rows());
     EXPECT_EQ(again.runs(), plan.runs());
-    EXPECT_EQ(again.embedding_rows(), step37::row_indices(plan.runs(), ids.B).embedding_rows);
+    EXPECT_EQ(again.embedding_rows(), row_indices(plan.runs(), ids.B).embedding_rows);
     EXPECT_EQ(again.image_begins(), plan.image_begins());
     EXPECT_EQ(again.owned_by(1, ids.S), plan.owned_by(1, ids.S));
   }
@@ -380,4 +376,4 @@ TEST(InsertPlan, EqualsTheGoldenCases) {
   EXPECT_GE(num_cases, 17);
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::step37

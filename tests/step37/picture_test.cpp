@@ -21,10 +21,7 @@ namespace megatron_cpp::step37 {
 namespace {
 
 namespace fs = std::filesystem;
-using test_support::contains;
-using test_support::read_file;
-using test_support::TemporaryFolder;
-using test_support::value_error;
+using namespace test_support;
 
 at::Tensor bytes(const std::vector<int64_t>& values, const std::vector<int64_t>& shape) {
   return at::tensor(values, at::kLong).view(shape).to(at::kByte);

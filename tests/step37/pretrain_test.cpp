@@ -33,21 +33,13 @@
 #include "tests/support/temporary_folder.h"
 #include "tests/support/test_world.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::step37 {
 namespace {
 
 namespace fs = std::filesystem;
 using nlohmann::json;
 using small_run::Overrides;
-using step37::RunFiles;
-using step37::Step37Model;
-using test_support::contains;
-using test_support::divisors_of_world;
-using test_support::groups;
-using test_support::read_file;
-using test_support::runtime;
-using test_support::world_tp;
-using test_support::write_file;
+using namespace test_support;
 using Tensors = std::map<std::string, at::Tensor>;
 
 void write_picture(const fs::path& path, int width, int height, int seed) {
@@ -318,7 +310,7 @@ TEST_F(Pretrain, DoesNotStartOverWhereNoCheckpointCanBeRead) {
 
 TEST_F(Pretrain, RefusesADirectoryThatAnotherRunIsIn) {
   const int tp = runtime().size();
-  std::optional<step37::RunLock> other;
+  std::optional<RunLock> other;
   on_main([&] {
     fs::create_directories(files("run").directory);
     other.emplace(files("run").lock());
@@ -412,14 +404,14 @@ TEST_F(Pretrain, FindsFilesThatChangedWithoutTheirFolder) {
   const int tp = runtime().size();
   const auto index_file = files("run").directory / "pictures.index";
   on_main([&] {
-    auto index = step37::scan_folder(pictures());
+    auto index = scan_folder(pictures());
     for (auto& folder : index.folders) {
       struct stat status {};
       EXPECT_EQ(stat((pictures() / folder.path).c_str(), &status), 0);
       folder.changed = int64_t{status.st_ctim.tv_sec} * 1'000'000'000 + status.st_ctim.tv_nsec;
       for (auto& picture : folder.pictures) picture.modified = 1;
     }
-    write_file(index_file, step37::to_bytes(index));
+    write_file(index_file, to_bytes(index));
   });
   if (runtime().rank() == 0) testing::internal::CaptureStderr();
   pretrain("run", tp, {"training.steps=1"});
@@ -473,7 +465,7 @@ TEST_F(Pretrain, GoesBackBeyondATruncatedCheckpoint) {
     }
   });
   const auto text = agreed_error([&] {
-    step37::generate(runtime(), {files("run").checkpoints() / "latest", pictures() / "picture0.png", "", 4});
+    generate(runtime(), {files("run").checkpoints() / "latest", pictures() / "picture0.png", "", 4});
   });
   EXPECT_TRUE(contains(text, "of-000" + std::to_string(tp) + ".safetensors"));
   pretrain("run", tp, overrides);
@@ -519,7 +511,7 @@ TEST_F(Pretrain, CaptionsAlikeAtEveryTensorParallelSize) {
   const auto checkpoint = files("run").checkpoints() / "latest";
   const std::string picture = "picture3.png";
   if (runtime().rank() == 0) testing::internal::CaptureStdout();
-  const int status = step37::generate(runtime(), {checkpoint, pictures() / picture, "The", 6});
+  const int status = generate(runtime(), {checkpoint, pictures() / picture, "The", 6});
   const auto printed = runtime().rank() == 0 ? testing::internal::GetCapturedStdout() : std::string();
   EXPECT_EQ(status, 0);
   if (runtime().rank() == 0) {
@@ -530,16 +522,16 @@ TEST_F(Pretrain, CaptionsAlikeAtEveryTensorParallelSize) {
   for (const int tp : divisors_of_world()) {
     SCOPED_TRACE(testing::Message() << "tensor " << tp);
     const CheckpointReader reader(checkpoint);
-    const auto state = step37::run_state_from_text(reader.state(), checkpoint.string());
-    const auto tokenizer = step37::Tokenizer::load(files("run").tokenizer());
-    Step37Model model(step37::model_config(state.config, tokenizer.vocab_size()), groups(tp).tp);
+    const auto state = run_state_from_text(reader.state(), checkpoint.string());
+    const auto tokenizer = Tokenizer::load(files("run").tokenizer());
+    Step37Model model(model_config(state.config, tokenizer.vocab_size()), groups(tp).tp);
     model->to(runtime().device());
-    reader.load(sharded_tensors(parameter_shards(*model), step37::published_name, groups(tp)), UnusedTensors::kAllow);
-    auto options = step37::captioner_options(state.config, tokenizer, pictures(), tp);
+    reader.load(sharded_tensors(parameter_shards(*model), published_name, groups(tp)), UnusedTensors::kAllow);
+    auto options = captioner_options(state.config, tokenizer, pictures(), tp);
     options.max_new_tokens = 6;
-    const auto reference = step37::reference_to(pictures(), picture, state.config.vision.image_size);
-    const auto caption = step37::caption_picture(model, tokenizer, reference, tokenizer.encode("The"), options,
-                                                 groups(tp).tp, runtime().device());
+    const auto reference = reference_to(pictures(), picture, state.config.vision.image_size);
+    const auto caption = caption_picture(model, tokenizer, reference, tokenizer.encode("The"), options, groups(tp).tp,
+                                         runtime().device());
     EXPECT_EQ(caption + "\n", expected);
   }
 }
@@ -549,9 +541,9 @@ TEST_F(Pretrain, CaptionsAreTextOnly) {
   pretrain("run", runtime().size(), {"training.steps=1"});
   const auto checkpoint = files("run").checkpoints() / "latest";
   const CheckpointReader reader(checkpoint);
-  const auto state = step37::run_state_from_text(reader.state(), checkpoint.string());
-  const auto tokenizer = step37::Tokenizer::load(files("run").tokenizer());
-  Step37Model model(step37::model_config(state.config, tokenizer.vocab_size()), groups(1).tp);
+  const auto state = run_state_from_text(reader.state(), checkpoint.string());
+  const auto tokenizer = Tokenizer::load(files("run").tokenizer());
+  Step37Model model(model_config(state.config, tokenizer.vocab_size()), groups(1).tp);
   model->to(runtime().device());
   initialize_parameters(parameter_shards(*model), 1);
   {
@@ -561,13 +553,13 @@ TEST_F(Pretrain, CaptionsAreTextOnly) {
     weight.select(0, tokenizer.id_of("<im_start>")).fill_(1.0);
     weight.select(0, tokenizer.id_of("<patch_start>")).fill_(-1.0);
   }
-  auto options = step37::captioner_options(state.config, tokenizer, pictures(), 1);
+  auto options = captioner_options(state.config, tokenizer, pictures(), 1);
   options.max_new_tokens = 3;
-  const auto reference = step37::reference_to(pictures(), "picture3.png", state.config.vision.image_size);
+  const auto reference = reference_to(pictures(), "picture3.png", state.config.vision.image_size);
   std::string caption;
-  EXPECT_NO_THROW(
-      caption = step37::caption_picture(model, tokenizer, reference, {}, options, groups(1).tp, runtime().device()));
+  EXPECT_NO_THROW(caption =
+                      caption_picture(model, tokenizer, reference, {}, options, groups(1).tp, runtime().device()));
   EXPECT_EQ(caption, tokenizer.decode(std::vector<int64_t>(3, tokenizer.unk_id())));
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::step37

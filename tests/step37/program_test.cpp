@@ -10,12 +10,10 @@
 #include "tests/support/environment.h"
 #include "tests/support/temporary_folder.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::step37 {
 namespace {
 
-using test_support::occurrences;
-using test_support::Outcome;
-using test_support::quoted;
+using namespace test_support;
 
 Outcome start(const std::string& arguments) {
   return test_support::run_command(test_support::mpiexec(2) + " " + quoted(test_support::setting("MCPP_PROGRAM")) +
@@ -101,4 +99,4 @@ TEST_F(Program, TellsWhenRanksAreLaidOutDifferently) {
       << outcome.output;
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::step37

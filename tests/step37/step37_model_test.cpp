@@ -18,16 +18,11 @@
 #include "tests/support/operator_watch.h"
 #include "tests/support/test_world.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::step37 {
 namespace {
 
 using small_run::Overrides;
-using step37::ImageForInsert;
-using step37::Step37Batch;
-using step37::Step37Model;
-using test_support::divisors_of_world;
-using test_support::groups;
-using test_support::single;
+using namespace test_support;
 using Tensors = std::map<std::string, at::Tensor>;
 
 constexpr int64_t kVocabulary = 300;
@@ -75,8 +70,8 @@ std::vector<ImageForInsert> pictures_held_by(const std::vector<int64_t>& holders
     for (int64_t i = 0; i < count; ++i) {
       if (next[i] == tp->getRank()) own.push_back(i);
     }
-    group.held = step37::HeldImages{at::full({count}, group.insert_start_token == kImStart ? 4 : 1, at::kLong),
-                                    at::tensor(at::ArrayRef<int64_t>(&*next, static_cast<size_t>(count)), at::kLong)};
+    group.held = HeldImages{at::full({count}, group.insert_start_token == kImStart ? 4 : 1, at::kLong),
+                            at::tensor(at::ArrayRef<int64_t>(&*next, static_cast<size_t>(count)), at::kLong)};
     group.images = group.images.index_select(0, at::tensor(at::ArrayRef<int64_t>(own), at::kLong));
     next += count;
   }
@@ -97,7 +92,7 @@ Step37Batch on_device(Step37Batch batch) {
   return batch;
 }
 
-Gradients backward(const step37::Step37Config& config, const Step37Batch& batch, const parallel::GroupPtr& tp) {
+Gradients backward(const Step37Config& config, const Step37Batch& batch, const parallel::GroupPtr& tp) {
   Step37Model model(config, tp);
   model->to(test_support::runtime().device());
   Gradients result;
@@ -143,8 +138,8 @@ void expect_gradients(const Gradients& actual, const Gradients& dense) {
 
 class Model : public small_run::SmallRun {
  protected:
-  step37::Step37Config config(const Overrides& more) const {
-    return step37::model_config(step37::load_run_config(config_file(), overrides_of("none", 1, more)), kVocabulary);
+  Step37Config config(const Overrides& more) const {
+    return model_config(load_run_config(config_file(), overrides_of("none", 1, more)), kVocabulary);
   }
 
   /// `images_of(tp)` on every tensor-parallel size give what `dense_images` give on one rank.
@@ -235,4 +230,4 @@ TEST_F(Model, FeaturesAndPicturesTogether) {
   expect_like_dense({}, pictures_gone, [&](const parallel::GroupPtr& /*tp*/) { return pictures_gone; });
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::step37

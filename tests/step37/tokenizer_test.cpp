@@ -18,10 +18,7 @@ namespace megatron_cpp::step37 {
 namespace {
 
 namespace fs = std::filesystem;
-using test_support::contains;
-using test_support::read_file;
-using test_support::TemporaryFolder;
-using test_support::value_error;
+using namespace test_support;
 
 const std::vector<std::string>& captions() {
   static const std::vector<std::string> list = {

@@ -18,8 +18,7 @@ namespace megatron_cpp::step37 {
 namespace {
 
 namespace fs = std::filesystem;
-using test_support::contains;
-using test_support::value_error;
+using namespace test_support;
 
 TEST(StopSignals, OnlyALaterOneEndsAtOnce) {
   constexpr int64_t kMillisecond = 1'000'000;

@@ -41,6 +41,9 @@ std::vector<int> divisors_of_world();
 /// `tensor` on the test's device.
 at::Tensor on_device(const at::Tensor& tensor);
 
+/// This rank's part of `whole`: one of equal chunks along `dim`, in the order of the ranks of `tp`.
+at::Tensor part(const at::Tensor& whole, int64_t dim, const parallel::GroupPtr& tp);
+
 /// Ends the runtime; the test main calls it after the last test.
 void end_test_world();
 

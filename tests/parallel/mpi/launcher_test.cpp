@@ -4,11 +4,7 @@
 
 #include <string>
 
-namespace megatron_cpp {
-
-using parallel::Environment;
-using parallel::launcher_obstacle;
-using parallel::launcher_rank;
+namespace megatron_cpp::parallel {
 
 namespace {
 
@@ -61,7 +57,7 @@ TEST(LauncherRank, IsThatOfTheLauncherThatSaysOne) {
 
 TEST(ProcessEnvironment, HasWhatWasSet) {
   setenv("MCPP_LAUNCHER_TEST", "a=b", 1);
-  EXPECT_EQ(parallel::process_environment().at("MCPP_LAUNCHER_TEST"), "a=b");
+  EXPECT_EQ(process_environment().at("MCPP_LAUNCHER_TEST"), "a=b");
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::parallel

@@ -17,21 +17,11 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::parallel {
 namespace {
 
-using parallel::Reduction;
-using rank_values::kDtypes;
-using rank_values::of_all;
-using rank_values::own;
-using rank_values::peers;
-using rank_values::reduced;
-using rank_values::transposed_storage;
-using rank_values::values;
-using test_support::contains;
-using test_support::groups;
-using test_support::runtime;
-using test_support::value_error;
+using namespace rank_values;
+using namespace test_support;
 
 /// A strided tensor of this shape, every second element of its last dimension's memory.
 at::Tensor strided_like(const at::Tensor& tensor) {
@@ -60,10 +50,8 @@ TEST(MpiBackend, SumsOfHalfTypesAreRoundedOnce) {
       for (const int64_t elements : {8, 1 << 14}) {
         const auto input = at::full({elements}, r == 0 ? large : 1.0, dtype);
         const auto expected = at::full({elements}, sum, at::kFloat).to(dtype);
-        EXPECT_TRUE(test_support::equal(parallel::all_reduce(input, groups(t).tp), expected))
-            << dtype << ", " << elements;
-        EXPECT_TRUE(
-            test_support::equal(parallel::reduce_scatter(input, groups(t).tp), expected.narrow(0, 0, elements / t)))
+        EXPECT_TRUE(test_support::equal(all_reduce(input, groups(t).tp), expected)) << dtype << ", " << elements;
+        EXPECT_TRUE(test_support::equal(reduce_scatter(input, groups(t).tp), expected.narrow(0, 0, elements / t)))
             << dtype << ", " << elements;
       }
       if (t == 4) {
@@ -87,8 +75,7 @@ TEST(MpiBackend, SumsInTheOrderOfTheRanks) {
       auto expected = all[0];
       for (size_t rank = 1; rank < all.size(); ++rank) expected = expected + all[rank];
       const auto& input = all[static_cast<size_t>(groups(t).tp->getRank())];
-      EXPECT_TRUE(test_support::equal(parallel::all_reduce(input, groups(t).tp), expected))
-          << elements << " over " << t;
+      EXPECT_TRUE(test_support::equal(all_reduce(input, groups(t).tp), expected)) << elements << " over " << t;
     }
   }
 }
@@ -261,9 +248,9 @@ namespace {
 
 /// What the MPI backend says when the last rank doesn't come to `operation`, on the others. The last rank comes when
 /// they have given up, so that no request is open when the communicator is freed; the group isn't used after that.
-std::string timed_out(const std::function<void(parallel::MpiBackend&)>& operation) {
-  const auto backend = c10::make_intrusive<parallel::MpiBackend>(
-      runtime().world().split(0), "impatient", parallel::MpiBackendOptions{.timeout = std::chrono::milliseconds(300)});
+std::string timed_out(const std::function<void(MpiBackend&)>& operation) {
+  const auto backend = c10::make_intrusive<MpiBackend>(runtime().world().split(0), "impatient",
+                                                       MpiBackendOptions{.timeout = std::chrono::milliseconds(300)});
   const bool late = backend->getRank() == backend->getSize() - 1;
   std::string message = "nothing thrown";
   const auto attempt = [&] {
@@ -274,9 +261,9 @@ std::string timed_out(const std::function<void(parallel::MpiBackend&)>& operatio
     }
   };
   if (!late) attempt();
-  parallel::barrier(test_support::world_tp());
+  barrier(test_support::world_tp());
   if (late) attempt();
-  parallel::barrier(test_support::world_tp());
+  barrier(test_support::world_tp());
   return message;
 }
 
@@ -294,22 +281,22 @@ void expect_timed_out(const std::string& message, const std::string& operation) 
 }  // namespace
 
 TEST(MpiBackend, ARankThatDoesNotComeBecomesAnError) {
-  expect_timed_out(timed_out([](parallel::MpiBackend& backend) {
+  expect_timed_out(timed_out([](MpiBackend& backend) {
                      std::vector<at::Tensor> tensors{at::ones({3})};
                      backend.allreduce(tensors, {});
                    }),
                    "all_reduce of 3 elements");
-  expect_timed_out(timed_out([](parallel::MpiBackend& backend) {
+  expect_timed_out(timed_out([](MpiBackend& backend) {
                      auto input = at::ones({2, 2});
                      auto output = at::empty({2 * backend.getSize(), 2});
                      backend._allgather_base(output, input, {});
                    }),
                    "all_gather of 4 elements");
-  expect_timed_out(timed_out([](parallel::MpiBackend& backend) { backend.barrier({}); }), "barrier of 0 elements");
+  expect_timed_out(timed_out([](MpiBackend& backend) { backend.barrier({}); }), "barrier of 0 elements");
 }
 
 TEST(MpiBackend, ACallsOwnTimeoutGoesBeforeTheGroups) {
-  expect_timed_out(timed_out([](parallel::MpiBackend& backend) {
+  expect_timed_out(timed_out([](MpiBackend& backend) {
                      backend.setTimeout(std::chrono::minutes(10));
                      std::vector<at::Tensor> tensors{at::ones({5})};
                      c10d::AllreduceOptions options;
@@ -319,4 +306,4 @@ TEST(MpiBackend, ACallsOwnTimeoutGoesBeforeTheGroups) {
                    "all_reduce of 5 elements");
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::parallel

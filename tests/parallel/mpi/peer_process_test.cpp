@@ -8,13 +8,9 @@
 #include <optional>
 #include <string>
 
-namespace megatron_cpp {
+namespace megatron_cpp::parallel {
 namespace {
 
-using parallel::parse_process_stat;
-using parallel::PeerPatience;
-using parallel::PeerProcess;
-using parallel::ProcessLook;
 using std::chrono::milliseconds;
 using std::chrono::seconds;
 
@@ -57,7 +53,7 @@ TEST(PeerPatience, GoesByWhatAProcessDoesWithItsTime) {
 }
 
 TEST(PeerPatience, SeesRealProcesses) {
-  const auto own = parallel::own_process();
+  const auto own = own_process();
   EXPECT_EQ(own.pid, getpid());
   // The number was given out again: the process of that start is gone.
   PeerProcess earlier{.place = own.place, .pid = own.pid, .start = own.start - 1};
@@ -71,4 +67,4 @@ TEST(PeerPatience, SeesRealProcesses) {
   EXPECT_TRUE(of_another_host.is_over(begin + seconds(10)));
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::parallel

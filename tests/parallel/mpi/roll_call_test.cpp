@@ -8,11 +8,9 @@
 #include "parallel/collectives.h"
 #include "tests/support/test_world.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::parallel {
 namespace {
 
-using parallel::CollectiveCall;
-using parallel::RollCall;
 using test_support::runtime;
 
 /// The group's `number`th call.
@@ -36,7 +34,7 @@ TEST(RollCall, WhoDoesNotAnswerIsSilent) {
   if (runtime().rank() != t - 1) {
     EXPECT_EQ(roll_call.reason(call("all_reduce", 5, 7, roll_call)), "rank " + std::to_string(t - 1) + " is silent");
   }
-  parallel::barrier(test_support::world_tp());
+  barrier(test_support::world_tp());
 }
 
 TEST(RollCall, WhoWaitsElsewhereSaysWhere) {
@@ -57,20 +55,20 @@ TEST(RollCall, AnOldQuestionIsNoAnswer) {
   RollCall roll_call(runtime().world());
   const bool is_last = runtime().rank() == t - 1;
   if (is_last) roll_call.reason(call("barrier", 0, 3, roll_call));
-  parallel::barrier(test_support::world_tp());
+  barrier(test_support::world_tp());
   if (!is_last) {
     EXPECT_EQ(roll_call.reason(call("all_reduce", 5, 4, roll_call)), "rank " + std::to_string(t - 1) + " is silent");
   }
-  parallel::barrier(test_support::world_tp());
+  barrier(test_support::world_tp());
 }
 
 TEST(SilentRanks, AreNamedByTheirNumbersInTheWorldToo) {
   const int rank = runtime().rank();
   const auto alone = runtime().world().split(rank);
-  EXPECT_EQ(parallel::silent_ranks({0}, alone.get()),
+  EXPECT_EQ(silent_ranks({0}, alone.get()),
             rank == 0 ? "rank 0 is silent" : "rank 0 (of the world: " + std::to_string(rank) + ") is silent");
   if (runtime().size() < 4) return;
-  EXPECT_EQ(parallel::silent_ranks({1, 3}, runtime().world().get()), "ranks 1 and 3 are silent");
+  EXPECT_EQ(silent_ranks({1, 3}, runtime().world().get()), "ranks 1 and 3 are silent");
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::parallel

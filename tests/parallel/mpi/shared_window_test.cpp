@@ -20,15 +20,11 @@
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::parallel {
 namespace {
 
 using c10d::ReduceOp;
-using parallel::MpiBackend;
-using parallel::MpiBackendOptions;
-using parallel::SharedWindow;
-using test_support::groups;
-using test_support::runtime;
+using namespace test_support;
 
 constexpr int64_t kThreshold = 1 << 14;  // bytes; mpi_backend.cpp
 constexpr std::array kDtypes = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf,
@@ -246,7 +242,7 @@ TEST(SharedWindow, SeveralGroupsTakeTurns) {
         for (const int peer : parallel_groups.grid.group_of(world_rank, dims)) {
           all.push_back(numbers(elements, peer + turn, at::kFloat));
         }
-        const auto result = parallel::all_reduce(numbers(elements, world_rank + turn, at::kFloat), group);
+        const auto result = all_reduce(numbers(elements, world_rank + turn, at::kFloat), group);
         EXPECT_TRUE(test_support::equal(result, naive(all, ReduceOp::SUM))) << dims << ", turn " << turn;
       }
     }
@@ -279,7 +275,7 @@ TEST(SharedWindow, ManyReductionsOfChangingKindsAndSizes) {
         EXPECT_TRUE(test_support::equal(output, naive(all, ReduceOp::SUM).narrow(0, backend->getRank() * share, share)))
             << "turn " << turn << ", t " << t;
       } else {
-        EXPECT_TRUE(test_support::equal(parallel::all_gather(input, groups(t).tp), at::cat(all)))
+        EXPECT_TRUE(test_support::equal(all_gather(input, groups(t).tp), at::cat(all)))
             << "turn " << turn << ", t " << t;
       }
     }
@@ -362,7 +358,7 @@ TEST(SharedWindow, ARankThatDoesNotComeBecomesAnErrorForGood) {
   if (backend->getRank() != 0) backend->setTimeout(std::chrono::minutes(10));
   std::string message;
   if (!late) message = backend_error(reduce);
-  parallel::barrier(test_support::world_tp());
+  barrier(test_support::world_tp());
   if (backend->getRank() == 0) {
     EXPECT_EQ(message, "all_reduce of 50001 elements timed out after 300 ms " + where(*backend) + ": rank " +
                            std::to_string(t - 1) + " is silent");
@@ -373,7 +369,7 @@ TEST(SharedWindow, ARankThatDoesNotComeBecomesAnErrorForGood) {
   EXPECT_EQ(backend_error(reduce), failed_before("all_reduce of 50001"));
   EXPECT_EQ(backend_error(scatter), failed_before("reduce_scatter of " + std::to_string(kLarge * t)));
   EXPECT_EQ(backend_error(reduce), failed_before("all_reduce of 50001"));
-  parallel::barrier(test_support::world_tp());
+  barrier(test_support::world_tp());
 }
 
 // As above, at the group's first large reduction, when the window isn't made yet.
@@ -390,12 +386,12 @@ TEST(SharedWindow, ARankThatDoesNotComeToMakeIt) {
     EXPECT_EQ(backend_error(reduce), "all_reduce of 50001 elements cannot begin " + where(*backend) +
                                          ": an earlier one of the group has failed");
   }
-  parallel::barrier(test_support::world_tp());
+  barrier(test_support::world_tp());
   // The message that the others began with, so that no request is open when the communicator is freed.
   auto one = at::ones({1}, at::kLong);
   auto of_ranks = at::empty({t}, at::kLong);
   if (late) backend->_allgather_base(of_ranks, one, {});
-  parallel::barrier(test_support::world_tp());
+  barrier(test_support::world_tp());
 }
 
 // Rank 0 waits for messages and rank 1 in the window: whoever is in a hurry hears from the other.
@@ -426,7 +422,7 @@ TEST(SharedWindow, WhoWaitsInAnotherCollectiveIsNamed) {
                                             ": rank 0 waits in all_gather of 6 elements");
     gather();
   }
-  parallel::barrier(test_support::world_tp());
+  barrier(test_support::world_tp());
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::parallel

@@ -9,11 +9,9 @@
 #include "tests/support/nccl_like_backend.h"
 #include "tests/support/test_world.h"
 
-namespace megatron_cpp {
+namespace megatron_cpp::parallel {
 
-using test_support::contains;
-using test_support::runtime;
-using test_support::value_error;
+using namespace test_support;
 
 TEST(NcclLike, GivesNoWorkWhereNoneIsAskedFor) {
   const auto group = test_support::like_nccl(test_support::groups(runtime().size()).world);
@@ -30,9 +28,9 @@ TEST(NcclLike, IsLate) {
   const auto group = test_support::like_nccl(test_support::groups(t).world);
   if (t == 1) return;  // collectives of one rank don't ask a backend
   auto first = at::full({2}, static_cast<float>(runtime().rank()));
-  auto gathered = parallel::start_all_gather(first, group);
+  auto gathered = start_all_gather(first, group);
   first.add_(1);  // as if the stream hadn't read it yet
-  const auto sum = parallel::all_reduce(at::ones({1}), group);
+  const auto sum = all_reduce(at::ones({1}), group);
   EXPECT_EQ(sum.item<float>(), static_cast<float>(t));
   EXPECT_TRUE(test_support::equal(gathered.wait().slice(0, 0, 2 * t, 2), at::arange(1, t + 1, at::kFloat)));
 }
@@ -45,4 +43,4 @@ TEST(NcclLike, RefusesStridedTensors) {
   EXPECT_TRUE(contains(value_error([&] { backend->allreduce(two, {}); }), "one tensor only"));
 }
 
-}  // namespace megatron_cpp
+}  // namespace megatron_cpp::parallel
