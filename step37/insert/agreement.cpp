@@ -11,7 +11,7 @@
 namespace megatron_cpp::step37::internal {
 namespace {
 
-/// For messages: equal values have equal hashes.
+/// Equal values have equal hashes on every rank.
 int64_t hash_of(std::span<const int64_t> values) {
   return static_cast<int64_t>(parallel::stable_hash(std::as_bytes(values)));
 }
@@ -38,7 +38,7 @@ void check_agreement(const at::Tensor& input_ids, const std::vector<ImageForInse
     holders.push_back(group.held ? 1 : 0);
     holders.push_back(group.held ? hash_of(group.held->holders) : 0);
   }
-  std::vector<int64_t> runs;  // a plan made ahead may be of other ids
+  std::vector<int64_t> runs;  // a plan from the caller may be made for other ids
   for (const auto& run : plan.runs()) {
     runs.insert(runs.end(), {run.image, run.feature_row, run.batch, run.position, run.length});
   }

@@ -14,7 +14,7 @@
 
 namespace megatron_cpp::step37::internal {
 
-/// Compares, over the ranks, all that decides which collectives run with which sizes, and which rows end where.
+/// Compares on all ranks what decides which collectives run with which sizes, and which rows go where.
 /// Collective over the embedding's group.
 /// @throws parallel::AgreedError on every rank, naming the field, the lowest rank at fault and both values.
 void check_agreement(const at::Tensor& input_ids, const std::vector<ImageForInsert>& images, const InsertPlan& plan,

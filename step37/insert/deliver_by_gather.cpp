@@ -16,8 +16,8 @@ using megatron_cpp::internal::copy_rows;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-/// Rows `projected_rows` of `projected` into rows `rows` of `embeddings` [R, B, H], in place. An overwritten row has no
-/// gradient in `embeddings`.
+/// Copies rows `projected_rows` of `projected` to rows `rows` of `embeddings` [R, B, H], in place. An overwritten row
+/// gives `embeddings` zero gradient.
 struct InsertRows : torch::autograd::Function<InsertRows> {
   static at::Tensor forward(AutogradContext* context, at::Tensor embeddings, const at::Tensor& projected,
                             const at::Tensor& rows, const at::Tensor& projected_rows) {
@@ -45,7 +45,8 @@ struct InsertRows : torch::autograd::Function<InsertRows> {
   }
 };
 
-/// The finished text with the image rows that this rank owns. `number_of` says where in `projected` a row is.
+/// Inserts the image rows that this rank owns into `text`, its word embeddings. `number_of` gives their row in
+/// `projected`.
 template <class Number>
 at::Tensor insert_own_rows(const at::Tensor& text, const at::Tensor& projected, const DeliverySetting& setting,
                            const Number& number_of) {
@@ -62,7 +63,7 @@ at::Tensor insert_own_rows(const at::Tensor& text, const at::Tensor& projected, 
     projected_rows.push_back(number_of(inserted));
   }
   const auto indices = megatron_cpp::internal::index_tensors({rows, projected_rows}, text.device());
-  // Without rows of its own a rank still goes this way: a gather's backward needs every rank.
+  // Also on a rank that owns no image row: the backward pass of the gather is collective.
   return InsertRows::apply(text, projected, indices[0], indices[1]);
 }
 
@@ -71,7 +72,7 @@ int64_t most_rows(const DeliverySetting& setting) {
   return rows.empty() ? 0 : *std::max_element(rows.begin(), rows.end());
 }
 
-/// Whole projected rows on every rank; those of holders padded to the rank that holds most.
+/// Gives every rank all projected rows; those from holders are padded to the largest holder.
 at::Tensor gather_projected(const at::Tensor& projected, const DeliverySetting& setting) {
   const auto& tp = setting.words->tp();
   const bool is_for_own_rows = setting.words->sequence_parallel();

@@ -20,7 +20,7 @@ class RouteDelivery final : public FusedDelivery {
     if (!sequence_parallel()) return gather_all(text, projected);
     const int64_t own_positions = layout_.num_positions_of(tp()->getRank());
     const auto own_rows = at::empty({own_positions * B_, H()}, options_);
-    // Gradients of both come back by the same route.
+    // If both gradients are wanted, backward uses the same route.
     const bool is_same = way_back().wanted == Wanted{true, true};
     (is_same ? *way_back().route : route_of({true, true})).to_owners(as_rows(text), projected, own_rows);
     return own_rows.view({own_positions, B_, H()});
@@ -47,7 +47,7 @@ class RouteDelivery final : public FusedDelivery {
     return make_route(rows);
   }
 
-  /// Columns of text rows and whole rows of this rank's images, from every rank to every rank.
+  /// All-gathers each rank's columns of text rows and the whole rows of the images that it holds.
   at::Tensor gather_all(const at::Tensor& text, const at::Tensor& projected) const {
     const auto text_row_numbers = index_tensors({text_rows()}, text.device())[0];
     std::vector<std::vector<int64_t>> whole_rows(static_cast<size_t>(t()));
@@ -78,7 +78,7 @@ class RouteDelivery final : public FusedDelivery {
 }  // namespace
 
 at::Tensor deliver_by_route(const at::Tensor& text, const at::Tensor& projected, const DeliverySetting& setting) {
-  // Alone, a rank's columns are whole rows.
+  // On a single rank columns are whole rows.
   if (setting.words->tp()->getSize() == 1) return deliver_by_columns(text, projected, setting);
   return deliver(text, projected, c10::make_intrusive<RouteDelivery>(text, projected, setting));
 }

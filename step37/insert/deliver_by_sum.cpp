@@ -40,12 +40,12 @@ class SumDelivery final : public FusedDelivery {
     return projected_part_ == Part::kColumns ? rows.narrow(1, width * rank(), width) : rows;
   }
 
-  /// Where one of the two gradients is wanted, its rows alone travel.
+  /// If only one of the two gradients is wanted, only its rows are sent.
   void choose_way_back(WayBack& way) const override {
     if (!sends_back() || way.wanted.text == way.wanted.projected) return;
     TravellingRows rows(tp()->getSize());
     if (way.wanted.text) {
-      // On a GPU the ids are not known here: text rows' gradients go to every rank.
+      // Without holders (ids on a GPU, or an embedding that doesn't tell) gradients of text rows go to every rank.
       const auto holders = input_ids_.is_cpu() ? words_->holders(input_ids_) : std::vector<int64_t>{};
       if (holders.empty()) {
         add_text(rows);

@@ -10,7 +10,7 @@ struct Way {
   Part text;
   Part projected;
   Deliver deliver;
-  const char* why_not;  ///< where there is none
+  const char* why_not;  ///< if `deliver` is null
 };
 
 constexpr auto kFused = InsertExchange::kFused;

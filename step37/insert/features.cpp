@@ -78,7 +78,7 @@ class RowCollector {
   bool takes(int64_t image) const {
     return holders_.empty() || holders_[static_cast<size_t>(image)] == request_.tp->getRank();
   }
-  /// All C channels, or where channels are split and every rank has all images, this rank's C/t.
+  /// Features have all C channels, or, in the row sharding if every rank has all images, this rank's C/t.
   void check_width(const at::Tensor& tensor, int64_t token) {
     const int64_t width = tensor.size(-1);
     const bool is_sliced = request_.sharding == ProjectorSharding::kRow && holders_.empty() &&
@@ -90,10 +90,10 @@ class RowCollector {
     width_ = width;
   }
   void add_images(const at::Tensor& stacked, const std::vector<int64_t>& taken) {
-    // Where this rank takes none of the images, an empty piece keeps what made the tensor (the tower) in the graph:
-    // it gets zero gradients, and the rank takes part in the backward pass of those that hold some.
+    // If this rank takes none of the images, an empty piece keeps the vision tower in the graph: its parameters get
+    // zero gradients, and this rank takes part in the collectives of its backward pass.
     if (taken.empty() && !stacked.requires_grad()) return;
-    // One operation a tensor: a select per image would make each image's gradient a tensor as large as the group's.
+    // One operation per tensor: the backward pass of a select per image would allocate the whole tensor per image.
     const bool all = static_cast<int64_t>(taken.size()) == stacked.size(0);
     const auto images =
         all ? stacked : stacked.index_select(0, megatron_cpp::internal::index_tensors({taken}, stacked.device())[0]);
@@ -110,7 +110,7 @@ class RowCollector {
   std::vector<at::Tensor> pieces_;
 };
 
-/// [n_r, C] of each rank -> [n, C/t]: rows by holder, this rank's channels.
+/// Sends [n_r, C] on each holder to [n, C/t] on every rank: all rows, in the order of holders, with its channels.
 at::Tensor channels_of_all(const at::Tensor& rows, const std::vector<int64_t>& rows_of_rank,
                            const parallel::GroupPtr& tp) {
   const int64_t t = tp->getSize();
@@ -120,9 +120,9 @@ at::Tensor channels_of_all(const at::Tensor& rows, const std::vector<int64_t>& r
                                              std::vector<int64_t>(static_cast<size_t>(t), rows.size(0)), tp);
 }
 
-/// Brings rows that single ranks hold to every rank, and renumbers the images' rows accordingly.
+/// Sends the rows of each holder to every rank (in the row sharding, its channels of them), and updates first_row.
 void bring_to_all(LocalFeatures& features, const FeatureRequest& request) {
-  std::vector<int64_t> rank_begin(features.rows_of_rank.size());  // of each rank's rows among all
+  std::vector<int64_t> rank_begin(features.rows_of_rank.size());  // index of each holder's first row among all
   if (request.sharding == ProjectorSharding::kColumn) {
     const auto most = *std::max_element(features.rows_of_rank.begin(), features.rows_of_rank.end());
     const auto padded = at::constant_pad_nd(features.rows, {0, 0, 0, most - features.rows.size(0)});
@@ -140,7 +140,7 @@ void bring_to_all(LocalFeatures& features, const FeatureRequest& request) {
   features.were_gathered = true;
 }
 
-/// The rows that images overwrite, numbered among those that their holders project.
+/// The embedding rows that images overwrite, in the order of the plan's runs.
 std::vector<InsertedRow> inserted_rows(const LocalFeatures& features, const InsertPlan& plan) {
   std::vector<InsertedRow> rows;
   rows.reserve(plan.embedding_rows().size());
@@ -155,7 +155,7 @@ std::vector<InsertedRow> inserted_rows(const LocalFeatures& features, const Inse
   return rows;
 }
 
-/// Leaves this rank the feature rows that end in its part of the sequence, and numbers each owner's rows.
+/// Makes the owner of each inserted row its holder, and keeps only the feature rows for rows that this rank owns.
 void keep_owned(LocalFeatures& features, const InsertPlan& plan, const FeatureRequest& request) {
   const auto& tp = request.tp;
   features.rows_of_rank.assign(static_cast<size_t>(tp->getSize()), 0);
@@ -165,7 +165,7 @@ void keep_owned(LocalFeatures& features, const InsertPlan& plan, const FeatureRe
     if (inserted.holder == tp->getRank()) own.push_back(inserted.projected_row);
     inserted.projected_row = features.rows_of_rank[static_cast<size_t>(inserted.holder)]++;
   }
-  // What a user gives may have any strides.
+  // Features from a user may have any strides.
   const auto rows = megatron_cpp::internal::as_rows(features.rows);
   features.rows =
       megatron_cpp::internal::gather_rows(rows, megatron_cpp::internal::index_tensors({own}, rows.device())[0]);

@@ -31,7 +31,7 @@ struct DeliverFunction : torch::autograd::Function<DeliverFunction> {
     const auto delivery =
         c10::static_intrusive_pointer_cast<FusedDelivery>(context->saved_data["delivery"].toCapsule());
     const Wanted wanted{context->needs_input_grad(0), context->needs_input_grad(1)};
-    delivery->prepare_backward(wanted);  // a user may want less than was prepared for
+    delivery->prepare_backward(wanted);  // autograd.grad() may need fewer gradients than requires_grad announced
     auto result = delivery->backward(gradients[0].contiguous(), wanted);
     return {std::move(result.text), std::move(result.projected), {}};
   }
@@ -137,11 +137,11 @@ FusedDelivery::GatheredRows FusedDelivery::make_gather(const TravellingRows& row
 FusedDelivery::Gradients FusedDelivery::gradients_by_route(const at::Tensor& gradient, Wanted wanted,
                                                            int64_t text_width) const {
   Gradients gradients;
-  // Zeros in the rows that don't travel: the embedding may be a user's, and needn't know which rows those are.
+  // Zeros, because ParallelEmbedding::partial promises a finite gradient also for rows that aren't sent.
   if (wanted.text) gradients.text = at::zeros({S_, B_, text_width}, gradient.options());
   if (wanted.projected) gradients.projected = new_projected_gradient();
   const auto text = wanted.text ? as_rows(gradients.text) : at::Tensor();
-  // Of two kinds of rows at most one travels in pieces: text, or images without text.
+  // Text and image rows are never both sent as pieces, and never both whole.
   const auto pieces = wanted.text ? text : gradients.projected;
   const auto whole = wanted.projected ? gradients.projected : text;
   way_back().route->send_back(as_rows(gradient), pieces, whole);

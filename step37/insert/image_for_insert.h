@@ -1,4 +1,4 @@
-// What is inserted into a sequence, and where it belongs.
+// The images or image features to insert into a sequence, grouped by start token.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,9 +13,9 @@ namespace megatron_cpp::step37 {
 /// Features before the projector: [N, L, C] of N images, or one tensor per image, each [L_i, C] or [N_i, L, C].
 using FeatureList = std::variant<at::Tensor, std::vector<at::Tensor>>;
 
-/// Where the images of a group are when each is on one rank of the tensor-parallel group only. Equal on every rank.
+/// Which rank holds which image of a group, if each image is on one tensor-parallel rank only. Equal on every rank.
 struct HeldImages {
-  /// [N] int64 on the CPU: the feature rows of each image, so that ranks know the lengths of images they don't hold.
+  /// [N] int64 on the CPU: the number of feature rows of each image, also of images that this rank doesn't hold.
   at::Tensor num_rows{};
   /// [N] int64 on the CPU: the rank that holds each image. Undefined: balanced by rows (parallel::balanced_assignment
   /// over all images of all groups, in order).
@@ -37,13 +37,13 @@ struct ImageForInsert {
   at::Tensor rope_cu_seqlens{};
   /// The largest patch count of an image. Not read, as rope_cu_seqlens.
   std::optional<int64_t> rope_max_seq_len = std::nullopt;
-  /// Given: `images` and `image_features` hold only the images of this rank, in the order of the group; this is how the
-  /// tower's work is spread over the ranks. Nothing: they hold all N images of the group, on every rank.
+  /// If set, `images` and `image_features` contain only the images that this rank holds, in the order of the group: the
+  /// ranks share the vision tower's work. If not, they contain all N images of the group, on every rank.
   std::optional<HeldImages> held = std::nullopt;
 };
 
 /// The features as one tensor [L_i, C] per image, in order. No copies.
-/// @throws c10::ValueError for a feature tensor whose rank isn't 2 or 3.
+/// @throws c10::ValueError for a feature tensor that doesn't have 2 or 3 dimensions.
 std::vector<at::Tensor> feature_blocks(const FeatureList& features);
 
 namespace internal {
@@ -52,7 +52,7 @@ namespace internal {
 /// @throws c10::ValueError for a group without features, or a tensor that is neither.
 std::vector<at::Tensor> feature_tensors(const ImageForInsert& group);
 
-/// The feature rows of each image of a group, in order: as `held` says, else from the sizes of the tensors.
+/// The number of feature rows of each image of a group, in order: from `held`, else from the sizes of the tensors.
 /// @throws c10::ValueError as feature_tensors does, and for `num_rows` that isn't [N] int64 on the CPU.
 std::vector<int64_t> rows_of(const ImageForInsert& group);
 

@@ -77,7 +77,7 @@ at::Tensor ImageInsertEmbeddingImpl::forward(const at::Tensor& input_ids, const 
     for (const auto& warning : plan.warnings()) TORCH_WARN(warning);
   }
 
-  // The text first: it refuses ids before anything is sent.
+  // Before bring_features: partial() refuses ids outside the vocabulary before anything is sent.
   const auto text = words_->partial(input_ids, at::tensor(at::ArrayRef<int64_t>(plan.embedding_rows()), at::kLong));
   internal::bring_features(features, plan, *request);
   const auto projected = align_projector->forward(features.rows, features.were_gathered).to(text.scalar_type());
@@ -90,7 +90,7 @@ at::Tensor ImageInsertEmbeddingImpl::forward(const at::Tensor& input_ids, const 
 }
 
 bool ImageInsertEmbeddingImpl::owners_project(const std::vector<ImageForInsert>& images) const {
-  // Every rank needs the whole projector and all features, and each must have gradients of its own rows only.
+  // Needs the whole projector on every rank, and saves something only if each rank has gradients of its own rows only.
   const bool can = options_.projector_sharding() == ProjectorSharding::kReplicated &&
                    options_.exchange() == InsertExchange::kFused && words_->sequence_parallel() &&
                    words_->tp()->getSize() > 1 && at::GradMode::is_enabled();

@@ -1,5 +1,5 @@
-// Step3.7's image-insert embedding, tensor- and sequence-parallel: a borrowed language embedding and an align_projector
-// whose rows land after each start token.
+// Step3.7's image-insert embedding, tensor- and sequence-parallel: word embeddings in which projected image features
+// overwrite the rows after each start token.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,42 +22,42 @@ namespace megatron_cpp::step37 {
 /// Word embeddings [S,B,H] (this rank's rows [S/t,B,H] where the language embedding is sequence-parallel), with the
 /// projected features of each group in the rows after its start tokens.
 ///
-/// Gradients: an overwritten row sends nothing to the word embedding; a projected row gets the gradient of the row it
-/// ended in, zero if it was cut or overwritten. Features that every rank gives get their whole gradient on every rank
-/// with the column and the row sharding (of channels that come sliced, this rank's). With the replicated sharding and
-/// without projector, and in every sharding as soon as a group of the batch is `held`, only the rank that projects or
-/// holds an image gets its gradient and the others zeros: what computes features on every rank needs
-/// GradientDomain::kReplicatedPartial then.
+/// Gradients: a word embedding row that an image overwrites gets none. A projected row gets the gradient of the
+/// embedding row that it overwrites, zero if it was cut or overwritten itself. With a column- or row-sharded projector,
+/// features that every rank has get their whole gradient on every rank (if channels come sliced, this rank's). With a
+/// replicated projector or none, and with every sharding if a group of the batch is `held`, features get their gradient
+/// on the holder of the image and zeros on the other ranks: a module that computes features on every rank then needs
+/// GradientDomain::kReplicatedPartial.
 ///
-/// Communication: what the word embedding alone costs, see ParallelEmbedding's derived classes, and nothing on top
-/// where exchange is kFused and features are on every rank and frozen. docs/image-insert.md has the table of what else
-/// is sent when features are trained or on single ranks, by sharding, and of what isn't sent when a part is frozen.
-/// Which backward collectives run follows from which of embedding, projector and features need a gradient, which must
-/// be equal on all ranks: a rank without images of its own passes [0, L, C] features that need one like the others'.
+/// Communication with kFused, if every rank has the features and they are frozen: the word embedding's one collective
+/// (ParallelEmbedding::reduce), which carries the image rows too. docs/image-insert.md has the table of all cases.
+/// Which backward collectives run depends on which of word embedding, projector and features need a gradient. That must
+/// be equal on all ranks: a rank that holds no image passes [0, L, C] features with the same requires_grad.
 class ImageInsertEmbeddingImpl : public ParallelModule {
  public:
-  /// @param language_embedding  borrowed: not among this module's parameters, buffers or children, and free to be
-  ///                            shared. Its group is the one everything here is sharded over.
-  /// @throws c10::ValueError if hidden_size isn't the embedding's, isn't divisible by t in the column sharding, or C
-  ///         isn't in the row sharding; for a hidden-parallel embedding with the row sharding or kAllGather.
+  /// @param language_embedding  not registered: not among this module's parameters, buffers or children; other modules
+  ///                            may share it. Everything here is sharded over its group.
+  /// @throws c10::ValueError if hidden_size isn't that of language_embedding; if H (column) or C (row) isn't divisible
+  ///         by t; without projector, if C != H or a bias is asked for; for a hidden-parallel embedding with a
+  ///         row-sharded projector or kAllGather.
   ImageInsertEmbeddingImpl(const LanguageModelEmbedding& language_embedding, ImageInsertEmbeddingOptions options);
-  /// The reference's constructor; everything else as ImageInsertEmbeddingOptions has it.
+  /// The reference's constructor, with default options.
   ImageInsertEmbeddingImpl(const LanguageModelEmbedding& language_embedding, int64_t encoder_output_dim,
                            int64_t hidden_size, bool projector_bias = false);
 
   /// @param input_ids     [B, S] int64, equal on every rank. On the CPU; ids on a GPU cost one copy to the host.
-  /// @param images        the groups, patches before images; empty: the plain word embedding.
-  /// @param position_ids  [B, S] int64 or undefined, handed to the language embedding.
+  /// @param images        the groups, patches before images; if empty, the result is the plain word embedding.
+  /// @param position_ids  [B, S] int64 or undefined, passed to the language embedding.
   /// @return              [S, B, H], or [S/t, B, H] under sequence parallelism.
-  /// Collective over the group. Throws c10::ValueError, before anything is sent: a group without features ("the vision
-  /// tower has to run first"), features of another rank or width, an image count that doesn't match (unless
-  /// MismatchPolicy::kTruncate), ids outside the vocabulary. On every rank alike where every rank was given the same;
-  /// what is wrong with features of single ranks is thrown by those that hold them, with `checked` by all.
+  /// Collective over the group. Throws c10::ValueError before anything is sent, for a group without features ("the
+  /// vision tower has to run first"), a wrong number of dimensions, width or number of images (unless
+  /// MismatchPolicy::kTruncate), and ids outside the vocabulary. Every rank throws what every rank can see; only the
+  /// holder of an image throws what is wrong with its features, unless `checked` makes every rank throw.
   at::Tensor forward(const at::Tensor& input_ids, const std::vector<ImageForInsert>& images,
                      const at::Tensor& position_ids = {});
 
-  /// The same with a plan made ahead of time, by make_plan, or by InsertPlan::from_runs or from_placeholders for models
-  /// that mark images in another way than by start tokens.
+  /// The same with a plan made earlier: by make_plan, or, for models that mark images without start tokens, by
+  /// InsertPlan::from_runs or from_placeholders.
   at::Tensor forward(const at::Tensor& input_ids, const std::vector<ImageForInsert>& images, const InsertPlan& plan,
                      const at::Tensor& position_ids = {});
 
@@ -87,7 +87,7 @@ class ImageInsertEmbeddingImpl : public ParallelModule {
   bool owners_project(const std::vector<ImageForInsert>& images) const;
 
   ImageInsertEmbeddingOptions options_;
-  std::shared_ptr<LanguageModelEmbeddingImpl> words_;  ///< borrowed, not registered
+  std::shared_ptr<LanguageModelEmbeddingImpl> words_;  ///< not registered as a child
 };
 TORCH_MODULE(ImageInsertEmbedding);
 

@@ -56,8 +56,8 @@ std::string place_text(size_t num_images, const std::vector<Occurrence>& occurre
   return fmt::format("the last occurrence is in batch row {}", occurrences.back().batch);
 }
 
-/// Rows of one batch row that are taken already, by their first position. Runs are offered last writer first, so what
-/// is free is theirs.
+/// The runs of one batch row. They are offered in reverse order of writing, so a run keeps those of its positions that
+/// are still free.
 class BatchRow {
  public:
   void offer(const InsertRun& run) {
@@ -92,7 +92,7 @@ bool comes_before(const InsertRun& one, const InsertRun& other) {
   return one.batch != other.batch ? one.batch < other.batch : one.position < other.position;
 }
 
-/// Of `writes`, in the order of writing, what is left in the end, by batch row and position.
+/// What is left of `writes`, given in the order of writing, after later ones overwrote earlier ones; sorted.
 std::vector<InsertRun> what_remains(const std::vector<InsertRun>& writes, int64_t B) {
   auto sorted = writes;
   std::sort(sorted.begin(), sorted.end(), comes_before);
@@ -145,7 +145,7 @@ InsertPlan InsertPlan::build(std::span<const int64_t> input_ids, int64_t B, int6
     if (occurrences.size() != group.rows.size()) {
       TORCH_CHECK_VALUE(policy == MismatchPolicy::kTruncate, count_text(group, occurrences), ": ",
                         place_text(group.rows.size(), occurrences));
-      // The reference is silent where one of the two is missing altogether.
+      // Like the reference, no warning if there are no images or no start tokens at all.
       if (!occurrences.empty() && !group.rows.empty()) {
         plan.warnings_.push_back(count_text(group, occurrences) + ": inserting the overlap");
       }
@@ -226,7 +226,7 @@ InsertPlan InsertPlan::from_placeholders(std::span<const int64_t> input_ids, int
 void InsertPlan::set_runs(std::vector<InsertRun> runs) {
   runs_ = std::move(runs);
   embedding_rows_ = row_indices(runs_, B_).embedding_rows;
-  // Without ids B may be any number, and batch rows that nothing is inserted in needn't be told apart.
+  // With S = 0 any B is allowed: allocate nothing of size B unless there are runs.
   if (runs_.empty()) return;
   for (int64_t batch = 0; batch <= B_; ++batch) {
     const auto first = std::lower_bound(runs_.begin(), runs_.end(), batch,

@@ -1,4 +1,4 @@
-// Where the rows of image features land in an embedding.
+// Which embedding rows the rows of image features overwrite.
 //
 // Pure index arithmetic on the host: no tensors, no communication, no device. Every rank that builds a plan from the
 // same ids gets the same plan.
@@ -17,10 +17,10 @@ enum class MismatchPolicy {
   kTruncate,  ///< insert the overlap and warn with both counts, as the reference does
 };
 
-/// The images of one insertion group, as the plan sees them.
+/// What a plan needs to know of one insertion group.
 struct InsertGroup {
-  int64_t start_token = 0;    ///< its images' rows begin after this id
-  std::vector<int64_t> rows;  ///< feature rows of each image, in order
+  int64_t start_token = 0;    ///< the id after which an image is inserted
+  std::vector<int64_t> rows;  ///< number of feature rows of each image, in order
 };
 
 /// A run of feature rows and the embedding rows it overwrites.
@@ -33,7 +33,7 @@ struct InsertRun {
   bool operator==(const InsertRun&) const = default;
 };
 
-/// Which feature row ends in which embedding row, for a whole batch.
+/// Which feature row overwrites which embedding row, for a whole batch.
 class InsertPlan {
  public:
   /// Plans the insertion of each group's images after the occurrences of its start token: the k-th occurrence, batch
@@ -47,8 +47,8 @@ class InsertPlan {
   static InsertPlan build(std::span<const int64_t> input_ids, int64_t B, int64_t S, std::span<const InsertGroup> groups,
                           MismatchPolicy policy);
 
-  /// The plan of runs that the caller worked out, in any order.
-  /// @param image_rows  feature rows of each image, which InsertRun::feature_row counts through.
+  /// A plan from runs that the caller computed, in any order.
+  /// @param image_rows  number of feature rows of each image; InsertRun::feature_row counts over all of them.
   /// @throws c10::ValueError naming the place of a run that isn't inside [B, S] or inside its image, or overlaps
   /// another.
   static InsertPlan from_runs(std::vector<InsertRun> runs, int64_t B, int64_t S,
@@ -57,7 +57,7 @@ class InsertPlan {
   /// The plan for sequences with one placeholder token per feature row, as Hugging Face's processors write them
   /// (transformers, Qwen2-VL): the k-th placeholder, batch row by batch row, takes the k-th feature row of all images.
   /// @param input_ids  [B, S], row by row.
-  /// @throws c10::ValueError naming both numbers if there are not as many placeholders as rows.
+  /// @throws c10::ValueError naming both numbers if there are not as many placeholders as feature rows.
   static InsertPlan from_placeholders(std::span<const int64_t> input_ids, int64_t B, int64_t S, int64_t placeholder,
                                       const std::vector<int64_t>& image_rows);
 
@@ -67,17 +67,17 @@ class InsertPlan {
   const std::vector<InsertRun>& runs() const { return runs_; }
   /// The rows s*B + b that images overwrite, in the order of the runs.
   const std::vector<int64_t>& embedding_rows() const { return embedding_rows_; }
-  /// Feature rows of each image of all groups in order, and the first row of each (one more entry: the total).
+  /// Number of feature rows of each image of all groups in order, and its first row (one more entry: the total).
   const std::vector<int64_t>& image_rows() const { return image_rows_; }      ///< one per image
   const std::vector<int64_t>& image_begins() const { return image_begins_; }  ///< prefix sums, from 0
   /// Images of all groups, inserted or not.
   int64_t num_images() const { return static_cast<int64_t>(image_rows_.size()); }
   /// Their feature rows, including those that are cut or overwritten.
   int64_t num_feature_rows() const { return image_begins_.back(); }
-  /// What a mismatch under kTruncate has to tell; empty if there was none.
+  /// One warning per group that kTruncate cut to the overlap.
   const std::vector<std::string>& warnings() const { return warnings_; }
 
-  /// The runs that end in rows [begin, end) of the sequence, cut to it: what a sequence-parallel rank owns.
+  /// The runs at positions [begin, end), cut to that range: what a sequence-parallel rank owns.
   /// O(B log runs + runs owned).
   std::vector<InsertRun> owned_by(int64_t begin, int64_t end) const;
 
@@ -88,7 +88,7 @@ class InsertPlan {
   int64_t S_ = 0;
   std::vector<InsertRun> runs_;
   std::vector<int64_t> embedding_rows_;
-  std::vector<size_t> batch_begins_;  ///< of each batch row the first of its runs; one more entry: their number
+  std::vector<size_t> batch_begins_;  ///< per batch row: index of its first run; one more entry: the number of runs
   std::vector<int64_t> image_rows_;
   std::vector<int64_t> image_begins_{0};
   std::vector<std::string> warnings_;
@@ -96,10 +96,10 @@ class InsertPlan {
 
 /// For every row of `runs`, in order: its flat number s*B + b in [S, B], and its feature row.
 struct RowIndices {
-  std::vector<int64_t> embedding_rows;  ///< where a row ends: s*B + b
-  std::vector<int64_t> feature_rows;    ///< where it comes from
+  std::vector<int64_t> embedding_rows;  ///< the row that is overwritten, s*B + b
+  std::vector<int64_t> feature_rows;    ///< the row that replaces it
 };
-/// Spells the runs out row by row. Pure.
+/// Expands runs into single rows.
 RowIndices row_indices(std::span<const InsertRun> runs, int64_t B);
 
 }  // namespace megatron_cpp::step37

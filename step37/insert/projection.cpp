@@ -21,7 +21,7 @@ double init_std(const ImageInsertEmbeddingOptions& options) {
   return std::sqrt(2.0 / static_cast<double>(options.encoder_output_dim()));
 }
 
-/// Of a parallel linear layer that this module holds without registering it: the parameters are this module's own.
+/// Registers the parameters of `linear`, an unregistered member of `projector`, as those of `projector`.
 template <class Projector, class Linear>
 void adopt_parameters(Projector& projector, const Linear& linear) {
   projector.weight = projector.register_parameter("weight", linear->weight);
@@ -40,7 +40,7 @@ class ColumnProjector final : public AlignProjector {
     adopt_parameters(*this, linear_);
   }
   at::Tensor forward(const at::Tensor& rows, bool were_gathered) override {
-    // Every rank's columns give a part of the gradient of the features that all have.
+    // Each rank's columns give one term of the feature gradient; the terms are summed here or by the gather's backward.
     const auto input = were_gathered ? LinearInput::kOwn : LinearInput::kReplicated;
     return linear_with_communication(rows, weight, bias, input, accumulate_into_grad_, tp_);
   }
@@ -81,7 +81,7 @@ class ReplicatedProjector final : public AlignProjector {
     return linear_with_communication(rows, weight, bias, LinearInput::kOwn, accumulate_into_grad_, tp_);
   }
   std::vector<ParameterShard> own_parameters() const override {
-    // A rank sees the images that it projects.
+    // A rank's gradient covers only the images that it projects.
     const auto domain = tp_->getSize() > 1 ? GradientDomain::kReplicatedPartial : GradientDomain::kReplicated;
     std::vector<ParameterShard> parameters{
         replicated_parameter("weight", weight, domain, InitialValue::normal(init_std_), true)};

@@ -1,4 +1,4 @@
-// One all-to-all that sends rows of an embedding from the ranks that made them to the ranks that own them.
+// One all-to-all that sends embedding rows from the ranks that computed them to their owners.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,41 +10,41 @@
 
 namespace megatron_cpp::step37::internal {
 
-/// Which rows of the embedding travel: one list per owner, equal on every rank.
+/// The embedding rows to send: one list per owner, equal on every rank.
 struct TravellingRows {
   explicit TravellingRows(int t) : pieces(static_cast<size_t>(t)), whole(static_cast<size_t>(t)) {}
 
-  /// A row of which every rank makes its H/t columns: its number among the owner's rows, and among what a rank made.
+  /// A row of which every rank computes its H/t columns.
   struct Piece {
-    int64_t row;
-    int64_t made_row;
+    int64_t row;       ///< index among the rows of its owner
+    int64_t made_row;  ///< index in the tensor that it is sent from
   };
   std::vector<std::vector<Piece>> pieces;
-  /// A row that one rank, its holder, makes whole.
+  /// A row that only its holder computes, whole.
   struct Whole {
-    int64_t row;
-    int64_t made_row;
+    int64_t row;       ///< as in Piece
+    int64_t made_row;  ///< as in Piece
     int64_t holder;
   };
   std::vector<std::vector<Whole>> whole;
 };
 
-/// The route of such rows, and the way back for their gradients. To construct one is not collective; the index lists go
-/// to the device in one copy.
+/// Sends such rows to their owners, and their gradients back. The constructor is not collective and copies all index
+/// lists to the device at once.
 class RowRoute {
  public:
   RowRoute(const TravellingRows& rows, int64_t hidden_size, const c10::Device& device, parallel::GroupPtr tp);
 
-  /// From the ranks that made the rows to their owners, forward.
-  /// @param pieces  [.., H/t], this rank's columns; rows that don't travel aren't read. Undefined if none do.
-  /// @param whole   [.., H], the rows this rank made. Undefined if none travel whole.
-  /// @param owned   [S*B/t, H]: what arrives is written into it.
+  /// Forward: sends rows from the ranks that computed them to their owners.
+  /// @param pieces  [n, H/t], this rank's columns; only rows listed in TravellingRows are read. Undefined if none are.
+  /// @param whole   [m, H], the rows that this rank computed whole. Undefined if none are listed.
+  /// @param owned   [S*B/t, H]: receives the rows that this rank owns.
   /// Collective over tp.
   void to_owners(const at::Tensor& pieces, const at::Tensor& whole, const at::Tensor& owned) const;
 
-  /// From the owners to the ranks that made the rows, backward.
-  /// @param owned          [S*B/t, H], this rank's rows.
-  /// @param pieces, whole  as above: what arrives is written into them.
+  /// Backward: sends gradients from the owners of the rows to the ranks that computed them.
+  /// @param owned          [S*B/t, H], gradient of the rows that this rank owns.
+  /// @param pieces, whole  as above: receive the gradients.
   /// Collective over tp.
   void send_back(const at::Tensor& owned, const at::Tensor& pieces, const at::Tensor& whole) const;
 
@@ -54,18 +54,18 @@ class RowRoute {
   void for_each_peer(const at::Tensor& buffer, const std::vector<int64_t>& pieces, const std::vector<int64_t>& whole,
                      const Visit& visit) const;
   std::vector<int64_t> elements(const std::vector<int64_t>& pieces, const std::vector<int64_t>& whole) const;
-  /// Row numbers of the k-th list.
+  /// The k-th of the lists that `rows` concatenates; `counts` are their lengths.
   at::Tensor list(const at::Tensor& rows, const std::vector<int64_t>& counts, size_t k) const;
 
   parallel::GroupPtr tp_;
   int64_t hidden_size_;
   int64_t piece_width_;
-  // Counts of rows by peer: what this rank makes for each owner, and what it owns from each rank.
+  // Number of rows per peer: those this rank computes for that owner, and those it owns and gets from that rank.
   std::vector<int64_t> pieces_made_, whole_made_, pieces_owned_, whole_owned_;
-  at::Tensor made_piece_rows_;   // this rank's numbers of the pieces it made, by owner
-  at::Tensor owned_piece_rows_;  // among this rank's own; the same from every rank
-  at::Tensor made_whole_rows_;   // this rank's numbers of the whole rows it made, by owner
-  at::Tensor owned_whole_rows_;  // among this rank's own, by holder
+  at::Tensor made_piece_rows_;   // indices into `pieces`, grouped by owner
+  at::Tensor owned_piece_rows_;  // indices into `owned`, the same for every sender
+  at::Tensor made_whole_rows_;   // indices into `whole`, grouped by owner
+  at::Tensor owned_whole_rows_;  // indices into `owned`, grouped by holder
 };
 
 }  // namespace megatron_cpp::step37::internal
