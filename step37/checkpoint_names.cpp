@@ -13,7 +13,7 @@ struct Renaming {
   std::string_view published;
 };
 
-/// Beginnings of whole names.
+/// Prefixes of whole names.
 constexpr std::array<Renaming, 6> kPrefixes = {{
     {"language_model.embedding.word_embeddings.", "model.embed_tokens."},
     {"language_model.decoder.layers.", "model.layers."},
@@ -23,7 +23,7 @@ constexpr std::array<Renaming, 6> kPrefixes = {{
     {"vision_model.", "vision_model."},
 }};
 
-/// What follows "model.layers.N.".
+/// Prefixes of what follows "model.layers.N.".
 constexpr std::array<Renaming, 6> kLayerParts = {{
     {"self_attention.linear_qkv.", "self_attn."},
     {"self_attention.linear_proj.", "self_attn.o_proj."},

@@ -38,7 +38,7 @@ void Step37Config::validate(int tensor_parallel_size) const {
 Step37ModelImpl::Step37ModelImpl(const Step37Config& config, const ModelGroups& groups)
     : config_(config), tp_(groups.tp) {
   config_.validate(tp_->getSize());
-  // The tower of each rank sees its own pictures only.
+  // Each rank runs the tower only on the pictures that it holds.
   const auto domain = tp_->getSize() > 1 ? GradientDomain::kReplicatedPartial : GradientDomain::kReplicated;
   vision_model = register_module("vision_model", VisionTower(config_.vision, domain));
   language_model = register_module("language_model", GPTModel(config_.text, config_.execution, groups));

@@ -15,15 +15,15 @@
 #include "step37/insert/image_insert_embedding.h"
 #include "step37/vision/vision_tower.h"
 
-/// Step3.7: vision tower, image insert and the model they make with the decoder of megatron_cpp/.
+/// Step3.7: vision tower, image insert, and the whole model with the decoder of megatron_cpp/.
 namespace megatron_cpp::step37 {
 
-/// Sizes of the parts, how the insert is laid out, and what is trained.
+/// Sizes of the parts, sharding of the insert, and which parts are frozen.
 struct Step37Config {
   TransformerConfig text;          ///< the decoder and its embedding
   TransformerExecution execution;  ///< how they run
   VisionConfig vision;             ///< the tower; its output_dim() is the projector's C
-  bool projector_bias = false;     ///< whether projected rows get one, [H]
+  bool projector_bias = false;     ///< whether the projector has a bias [H]
   ProjectorSharding projector_sharding = ProjectorSharding::kReplicated;  ///< features are where the tower ran
   InsertExchange exchange = InsertExchange::kFused;                       ///< see InsertExchange
   /// See ImageInsertEmbeddingOptions::checked.
@@ -33,28 +33,27 @@ struct Step37Config {
   bool freeze_projector = false;       ///< align_projector
   bool freeze_language_model = false;  ///< embedding, decoder and output layer
 
-  /// @throws c10::ValueError naming what doesn't fit, as the parts' own validate() do.
+  /// @throws c10::ValueError naming what doesn't fit, as the validate() of each part does.
   void validate(int tensor_parallel_size) const;
 };
 
-/// One micro-batch. Equal on every rank of the tensor-parallel group, but for the pictures of `images`, of which a rank
-/// may have its own only (ImageForInsert::held).
+/// One micro-batch. Equal on every rank of the tensor-parallel group, except that a rank may have only the pictures of
+/// `images` that it holds (ImageForInsert::held).
 struct Step37Batch {
   at::Tensor input_ids;                ///< [B, S] int64 on the CPU
-  at::Tensor labels;                   ///< [B, S] int64: the token each position predicts, -100 where no loss counts
+  at::Tensor labels;                   ///< [B, S] int64: the token to predict at each position, -100 for no loss
   AttentionInput attention;            ///< positions and sub-sequences of the whole sequence
   std::vector<ImageForInsert> images;  ///< patches before images
 };
 
-/// Pictures through the tower, their features into the word embedding, that through the decoder.
+/// The vision tower turns pictures into features, which are inserted into the decoder's input.
 class Step37ModelImpl : public torch::nn::Module {
  public:
   /// Parameters have no values yet: load them, or call initialize_parameters. Not collective.
   Step37ModelImpl(const Step37Config& config, const ModelGroups& groups);
 
   /// @return  logits [S, B, V'/t], this rank's columns of the padded vocabulary.
-  /// The tower runs on whole pictures, spread over the ranks: on those this rank has, whose number may differ between
-  /// ranks, none included. The projector takes their features wherever they are.
+  /// Each picture goes through the tower on one rank; the number of pictures may differ between ranks and may be 0.
   /// Collective over tp. Throws c10::ValueError as the parts do.
   at::Tensor forward(const Step37Batch& batch);
 
@@ -65,13 +64,13 @@ class Step37ModelImpl : public torch::nn::Module {
   /// As given to the constructor.
   const Step37Config& config() const { return config_; }
 
-  VisionTower vision_model{nullptr};                     ///< on every rank, each running it on its own pictures
-  GPTModel language_model{nullptr};                      ///< takes the finished embedding as decoder_input
-  ImageInsertEmbedding image_insert_embedding{nullptr};  ///< borrows language_model->embedding
+  VisionTower vision_model{nullptr};                     ///< replicated; each rank runs it on the pictures it holds
+  GPTModel language_model{nullptr};                      ///< takes the result of the insert as decoder_input
+  ImageInsertEmbedding image_insert_embedding{nullptr};  ///< uses language_model->embedding
 
  private:
-  /// Of pictures that every rank was given, keeps those whose tower run is this rank's: whole pictures, balanced by
-  /// patches. Others, and precomputed features, stay as they are.
+  /// Splits the pictures that every rank was given over the ranks, balanced by number of patches, and keeps those of
+  /// this rank. Groups that are `held` or have features are left alone.
   void keep_own_pictures(std::vector<ImageForInsert>& images) const;
 
   Step37Config config_;

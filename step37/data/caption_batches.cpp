@@ -65,7 +65,7 @@ CaptionPack pack_from_json(const Json& json) {
   return pack;
 }
 
-/// `step` of tensor-parallel rank 0 on every rank of the group.
+/// Sends `step` of tensor-parallel rank 0 to every rank of the group.
 CaptionStep broadcast_step(const CaptionStep& step, const parallel::GroupPtr& tp) {
   if (tp->getSize() == 1) return step;
   std::string bytes;
@@ -88,7 +88,7 @@ CaptionStep broadcast_step(const CaptionStep& step, const parallel::GroupPtr& tp
   return result;
 }
 
-/// Adds a pack to a step's counts, and as a micro-batch if it is this data-parallel rank's.
+/// Adds a pack to the counts of a step, and, if it belongs to this data-parallel rank, as a micro-batch.
 void add_pack(CaptionStep& step, CaptionPack pack, bool own) {
   step.num_loss_tokens += pack.packed.loss_mask.sum().item<int64_t>();
   // The padding is a sub-sequence of its own, the last one; without padding there is none.
@@ -98,7 +98,7 @@ void add_pack(CaptionStep& step, CaptionPack pack, bool own) {
   if (own) step.micro_batches.push_back(std::move(pack));
 }
 
-/// Every `size` of `packs` as one. Their number is a multiple of it.
+/// Concatenates each `size` packs into one. The number of packs is a multiple of `size`.
 std::vector<CaptionPack> concatenated(std::vector<CaptionPack> packs, int64_t size) {
   if (size == 1) return packs;
   std::vector<CaptionPack> result;
@@ -114,7 +114,7 @@ std::vector<CaptionPack> concatenated(std::vector<CaptionPack> packs, int64_t si
   return result;
 }
 
-/// Whether the picture's file or its caption's isn't what it was when the folder was searched.
+/// Whether the picture file or its caption file has changed since the folder was searched.
 bool has_changed(const PictureReference& reference, const std::filesystem::path& file) {
   if (reference.modified == 0) return false;
   const auto caption = std::filesystem::path(file).replace_extension(".txt");
@@ -124,7 +124,7 @@ bool has_changed(const PictureReference& reference, const std::filesystem::path&
          modification_time(caption) > reference.modified;
 }
 
-/// One picture's views as uint8, black where the file is broken.
+/// The views of one picture as uint8, black if the file is broken.
 PictureViews views_of(const PictureReference& reference, const CaptionFormat& format,
                       const std::filesystem::path& folder, PictureFaults& faults) {
   using Kind = PictureFaults::Kind;
@@ -285,7 +285,7 @@ CaptionStep CaptionLoader::make_step() {
     } else if (result == SamplePacker::Result::kFull) {
       add_pack(step, {packer_.finish(), std::exchange(open_pictures_, {})}, own.contains(pack_number));
       ++pack_number;
-      sampler_.restore(before);  // the sample goes into the next pack, be it of this step or the next
+      sampler_.restore(before);  // the sample goes into the next pack, which may be in the next step
     } else {
       ++dropped_in_a_row;
       TORCH_CHECK_VALUE(dropped_in_a_row <= sampler_.num_samples(), "no sample fits a pack of ",

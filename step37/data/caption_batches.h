@@ -1,4 +1,4 @@
-// Batches of captioned pictures for training: packed on one rank, decoded where they are needed, ahead of the step.
+// Batches of captioned pictures for training: packed on one rank, decoded one step ahead on the rank that needs them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,32 +23,32 @@
 
 namespace megatron_cpp::step37 {
 
-/// A picture as a batch refers to it: enough to lay its tokens out without opening it.
+/// Refers to a picture, with what is needed to compute its tokens without opening it.
 struct PictureReference {
   std::string path;  ///< relative to the data folder
   int64_t width = 0;
   int64_t height = 0;
-  int64_t bytes = 0;     ///< of the file, as it was when the folder was searched; this and the next: 0 if not known
-  int64_t modified = 0;  ///< as CaptionedPicture's
+  int64_t bytes = 0;     ///< as CaptionedPicture::bytes; 0 if not known
+  int64_t modified = 0;  ///< as CaptionedPicture::modified; 0 if not known
 };
 
-/// A packed sequence, or several concatenated, and the pictures in it, in the order of their tokens.
+/// A packed sequence, or several concatenated, and its pictures in the order of their tokens.
 struct CaptionPack {
   PackedBatch packed;
   std::vector<PictureReference> pictures;
 };
 
-/// The micro-batches of a data-parallel rank for one step, and what the step's loss is divided by.
+/// The micro-batches of a data-parallel rank for one step, and the counts of the global batch.
 struct CaptionStep {
   std::vector<CaptionPack> micro_batches;
   int64_t num_loss_tokens = 0;  ///< of the global batch
   int64_t num_tokens = 0;       ///< of the global batch, padding left out
   int64_t num_pictures = 0;     ///< of the global batch
-  SamplerState next;            ///< where the sampler stands after the step
+  SamplerState next;            ///< state of the sampler after the step
 };
 
-/// How captioned pictures become samples: begin, the picture's tokens, the caption's, end. The loss counts the caption
-/// and the end.
+/// How captioned pictures become samples: begin token, picture tokens, caption tokens, end token. The loss counts the
+/// caption and the end token.
 struct CaptionFormat {
   CropOptions crops;
   PictureTokenIds picture_ids{};
@@ -57,7 +57,7 @@ struct CaptionFormat {
 };
 CaptionFormat caption_format(const Tokenizer& tokenizer, const CropOptions& crops);
 
-/// The token ids of a picture with an empty caption: what generation starts from.
+/// The begin token and the tokens of the picture, from which generation starts.
 std::vector<int64_t> prompt_tokens(const PictureReference& picture, const CaptionFormat& format);
 Sample caption_sample(const PictureReference& picture, const std::vector<int64_t>& caption,
                       const CaptionFormat& format);
@@ -66,34 +66,34 @@ Sample caption_sample(const PictureReference& picture, const std::vector<int64_t
 /// a black picture of that size, with a warning).
 PictureReference reference_to(const std::filesystem::path& folder, const std::string& path, int64_t side);
 
-/// Which tensor-parallel rank decodes a picture and runs the tower on it, all its views together: balanced by patches.
+/// The tensor-parallel rank that decodes each picture and runs the tower on all its views: balanced by patches.
 std::vector<int64_t> assign_pictures(const std::vector<PictureReference>& pictures, const CropOptions& crops, int t);
 
-/// Decodes this rank's pictures of a pack into groups for the model (crops first, pictures second), pixels uint8 on the
-/// CPU. A broken picture becomes a black one; that, damage and changed files are noted in `faults`. Thread-safe; not
+/// Decodes this rank's pictures of a pack into groups for the model: crops, then global views; pixels are uint8 on the
+/// CPU. A broken picture becomes a black one. Broken, damaged and changed files are noted in `faults`. Thread-safe; not
 /// collective.
 std::vector<ImageForInsert> load_pictures(const CaptionPack& pack, const CaptionFormat& format,
                                           const std::filesystem::path& folder, int tp_rank, int tp_size,
                                           PictureFaults& faults);
 
-/// The model's batch of a pack: pixels go to `device` as uint8, without waiting for it, and are normalised there.
+/// Makes the model's batch from a pack: copies pixels to `device` as uint8, without waiting, and normalises them there.
 Step37Batch to_model_batch(const CaptionPack& pack, std::vector<ImageForInsert> images, const at::Device& device);
 
-/// Packs samples on tensor-parallel rank 0, sends ids and picture names to its group, and decodes in the background one
-/// step ahead.
+/// Packs samples on tensor-parallel rank 0, sends token ids and picture references to its group, and decodes pictures
+/// in the background, one step ahead.
 class CaptionLoader {
  public:
   struct Options {
     std::filesystem::path folder;
     CaptionFormat format;
     PackingOptions packing;
-    int64_t global_batch_size = 1;  ///< packs a step, over all data-parallel ranks
-    int64_t micro_batch_size = 1;   ///< packs of a micro-batch; times the ranks a divisor of global_batch_size
+    int64_t global_batch_size = 1;  ///< packs per step, over all data-parallel ranks
+    int64_t micro_batch_size = 1;   ///< packs per micro-batch; times data-parallel size a divisor of global_batch_size
     uint64_t seed = 0;
-    c10::Device device = c10::Device(c10::kCPU);  ///< that pictures will go to: for a GPU they wait in pinned memory
-    /// Pictures that may turn out to be unreadable; one more ends the run.
+    c10::Device device = c10::Device(c10::kCPU);  ///< that the model runs on; for a GPU pixels are in pinned memory
+    /// The number of pictures that may be unreadable; one more ends the run.
     int64_t max_unreadable = std::numeric_limits<int64_t>::max();
-    /// The file that keeps what the folder's search found, removed when a file turns out to have changed; may be empty.
+    /// The index file of the picture folder, removed if a picture has changed; may be empty.
     std::filesystem::path index;
   };
   /// What tensor-parallel rank 0 packs from; empty on the other ranks.
@@ -102,7 +102,7 @@ class CaptionLoader {
     std::vector<std::vector<int64_t>> captions;  ///< token ids, one per picture
   };
 
-  /// @param start   where to go on; of the step that next() returns first.
+  /// @param start   state of the sampler before the first step that next() returns.
   /// @param faults  must outlive the loader.
   CaptionLoader(Options options, Source source, const parallel::ProcessGroups& groups, const SamplerState& start,
                 PictureFaults& faults);
@@ -110,8 +110,8 @@ class CaptionLoader {
   CaptionLoader(const CaptionLoader&) = delete;
   CaptionLoader& operator=(const CaptionLoader&) = delete;
 
-  /// A step's micro-batches with this rank's decoded pictures, one entry each. Collective over the world: it sends the
-  /// step after this one on its way, over tp, and shares what was wrong with pictures.
+  /// The micro-batches of a step with this rank's decoded pictures, one entry per micro-batch. Collective over the
+  /// world: shares the faults of pictures, and starts loading the next step, which is broadcast over tp.
   /// @throws c10::ValueError on every rank if more than max_unreadable pictures were unreadable.
   struct LoadedStep {
     CaptionStep step;
@@ -128,14 +128,13 @@ class CaptionLoader {
   parallel::ProcessGroups groups_;
   Sampler sampler_;
   SamplePacker packer_;
-  std::vector<PictureReference> open_pictures_;  ///< of the samples in packer_
+  std::vector<PictureReference> open_pictures_;  ///< pictures of the samples in packer_
   PictureFaults& faults_;
   std::future<LoadedStep> ahead_;
 };
 
-/// Packs `source` once, in order, up to `max_packs` packs: for validation. Tensor-parallel rank 0 packs; collective
-/// over tp. A micro-batch is one pack. Pack i belongs to data-parallel rank i modulo their number; the counts are of
-/// all packs.
+/// Packs `source` once, in order, into at most `max_packs` packs, for validation. Tensor-parallel rank 0 packs;
+/// collective over tp. A micro-batch is one pack; pack i goes to data-parallel rank i % dp. Counts are of all packs.
 CaptionStep pack_once(const CaptionLoader::Source& source, const std::optional<int64_t>& max_packs,
                       const CaptionLoader::Options& options, const parallel::ProcessGroups& groups);
 

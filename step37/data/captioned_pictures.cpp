@@ -47,7 +47,7 @@ bool has_picture_extension(const fs::path& name) {
   return is_one_of(lower_case(name.extension().string()), kExtensions);
 }
 
-/// What file managers, network drives and file systems keep for themselves; ".*" are these and a user's own.
+/// Files and folders of file managers, network drives and file systems, and all names that begin with a dot.
 bool is_hidden(const std::string& name) {
   constexpr std::string_view kSystemFolders[] = {"$recycle.bin",
                                                  "#recycle",
@@ -77,13 +77,13 @@ struct FileStatus {
   bool folder = false;
   int64_t bytes = 0;
   int64_t modified = 0;  ///< ns since 1970
-  int64_t changed = 0;   ///< ns since 1970: what is in it, its name or its rights
+  int64_t changed = 0;   ///< ns since 1970, st_ctime: last change of contents, name or permissions
   std::pair<uint64_t, uint64_t> identity{};
 };
 
 int64_t nanoseconds(const timespec& time) { return int64_t{time.tv_sec} * 1'000'000'000 + time.tv_nsec; }
 
-/// Of what a link points at.
+/// Follows links.
 FileStatus status_of(const fs::path& path) {
   struct stat status {};
   if (stat(path.c_str(), &status) != 0) return {.error = errno};
@@ -97,7 +97,7 @@ FileStatus status_of(const fs::path& path) {
 
 std::string reason(int error) { return std::generic_category().message(error); }
 
-/// The file's first bytes, at most `limit`; false with errno if it can't be read.
+/// Reads at most `limit` bytes from the beginning of the file; returns false and sets errno if it can't.
 bool read_beginning(const fs::path& path, size_t limit, std::string& text) {
   std::ifstream file(path, std::ios::binary);
   if (!file) return false;
@@ -121,7 +121,7 @@ struct FolderNames {
   std::vector<std::string> folders;
   std::vector<std::string> links;
   std::vector<std::string> files;
-  std::vector<std::string> hidden;  ///< folders, and pictures by their names
+  std::vector<std::string> hidden;  ///< folders, and files whose names are those of pictures
 };
 
 /// @throws fs::filesystem_error.
@@ -143,23 +143,24 @@ FolderNames list_folder(const fs::path& folder) {
   return names;
 }
 
-/// A picture by its name, with the name of its caption file, or an empty one.
+/// File names of a picture and of its caption.
 struct NamedPicture {
   std::string picture;
-  std::string caption;
+  std::string caption;  ///< empty if there is none
 };
 
-/// Sorted by the picture's name. Other files with a caption beside them are added to `others`.
+/// Finds the caption file of each picture; sorted by the name of the picture. Other files that have a caption file are
+/// added to `others`.
 std::vector<NamedPicture> pair_up(const fs::path& folder, const std::vector<std::string>& files,
                                   std::vector<std::string>& others) {
-  // The exact ".txt" wins over ".TXT" and ".Txt", whose bytes are less: it comes last.
+  // ".txt" wins over ".TXT" and ".Txt": names are sorted by bytes, so it comes last and overwrites them.
   std::unordered_map<std::string, std::string> captions;  // by stem
   for (const auto& file : files) {
     const fs::path name(file);
     if (lower_case(name.extension().string()) == ".txt") captions[name.stem().string()] = file;
   }
   std::vector<NamedPicture> pictures;
-  std::set<std::string_view> pictured;  // caption files whose picture has a picture's name
+  std::set<std::string_view> pictured;  // caption files of pictures with a known extension
   const auto caption_of = [&](const std::string& file) { return captions.find(fs::path(file).stem().string()); };
   for (const auto& file : files) {
     if (!has_picture_extension(file)) continue;
@@ -190,7 +191,7 @@ struct Finding {
   std::string reason;
 };
 
-/// Reads caption and header; takes both from `earlier` if size and time are the same.
+/// Reads the caption and the header of a picture; takes both from `earlier` if size and time are the same.
 Finding look_at(const fs::path& root, const std::string& path, const fs::path& caption_path,
                 const CaptionedPicture* earlier) {
   Finding finding;
@@ -211,7 +212,7 @@ Finding look_at(const fs::path& root, const std::string& path, const fs::path& c
     finding.picture = *earlier;
     return finding;
   }
-  constexpr size_t kMaxCaption = 1 << 20;  // a caption is in the beginning of any file
+  constexpr size_t kMaxCaption = 1 << 20;  // of a larger file only the beginning is searched for a caption
   std::string text;
   if (!read_beginning(caption_path, std::min(kMaxCaption, static_cast<size_t>(caption.bytes)), text)) {
     return fail(&LeftOuts::unreadable_captions, reason(errno));
@@ -232,7 +233,7 @@ std::string joined(const std::string& folder, const std::string& name) {
   return folder.empty() ? name : folder + "/" + name;
 }
 
-/// `action(0)` to `action(count - 1)`, on several threads: most of the time goes into waiting for a disk or a network.
+/// Calls action(0) to action(count - 1) on several threads, because most time is spent waiting for disk or network.
 template <class Action>
 void for_each_index(size_t count, const Action& action) {
   constexpr size_t kThreads = 8;
@@ -247,7 +248,7 @@ void for_each_index(size_t count, const Action& action) {
   for (auto& done : parts) done.get();
 }
 
-/// Whether everything left out of a folder would need a change of its list of files to come in.
+/// Whether what was left out of a folder stays left out until its list of files changes.
 bool is_settled(const LeftOuts& left_out) {
   return left_out.unreadable_pictures.count + left_out.empty_captions.count + left_out.unreadable_captions.count +
              left_out.captions_not_utf8.count + left_out.captions_with_control.count + left_out.other_files.count +
@@ -264,7 +265,7 @@ class Scan {
     TORCH_CHECK_VALUE(status.error == 0 && status.folder, "picture folder ", printable(folder.string()),
                       " isn't a folder", status.error == 0 ? "" : ": " + reason(status.error));
     index_.folder = fs::canonical(folder, error).string();
-    // A link to one of the folders that this one is in would lead here again.
+    // A link to a parent folder would lead here again.
     for (fs::path above(index_.folder); above.has_relative_path();) {
       above = above.parent_path();
       seen_.insert(status_of(above).identity);
@@ -279,7 +280,7 @@ class Scan {
   PictureIndex run() {
     std::vector<std::string> links;
     walk("", links);
-    // Links last, so that a folder that is here by itself has its own name; links found behind links at the very end.
+    // Links come last, so that a folder that is also here without a link keeps its own path; walk() appends to `links`.
     for (size_t i = 0; i < links.size(); ++i) walk(std::string(links[i]), links);
     return std::move(index_);
   }
@@ -289,7 +290,7 @@ class Scan {
     const auto status = status_of(root_ / path);
     if (status.error == 0 && !seen_.insert(status.identity).second) return;
     index_.folders.push_back(scanned(path, status));
-    // Copies: the vector grows below.
+    // A copy, as index_.folders grows below.
     const auto folders = index_.folders.back().folders;
     for (const auto& name : index_.folders.back().links) links.push_back(joined(path, name));
     for (const auto& name : folders) walk(joined(path, name), links);
@@ -314,7 +315,7 @@ class Scan {
       folder.left_out.unreadable_folders.add(shown(path) + ": " + error.code().message());
       return folder;
     }
-    // What changes within a tick of the file system's clock keeps the time.
+    // A change within one tick of the file system's clock doesn't change its time: don't trust recent times.
     constexpr int64_t kTwoSeconds = 2'000'000'000;
     const auto now = std::chrono::system_clock::now().time_since_epoch();
     const auto now_ns = std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
@@ -329,7 +330,7 @@ class Scan {
     return folder;
   }
 
-  /// In portions, between which there is time to tell about progress.
+  /// In portions, to report progress between them.
   void look_at_all(const std::vector<NamedPicture>& names, const ScannedFolder* earlier, ScannedFolder& folder) {
     constexpr size_t kPortion = 4096;
     for (size_t begin = 0; begin < names.size(); begin += kPortion) {
@@ -372,7 +373,7 @@ class Scan {
   int64_t num_pictures_ = 0;
 };
 
-/// FNV-1a, then the finalizer of SplitMix64: FNV alone hardly carries a name's last letters into the leading bits.
+/// FNV-1a, then the finalizer of SplitMix64: in FNV alone the last letters hardly change the leading bits.
 uint64_t mixed_hash(std::string_view text) {
   auto hash = parallel::stable_hash(text);
   hash = (hash ^ (hash >> 30)) * 0xbf58476d1ce4e5b9ULL;
@@ -388,7 +389,7 @@ std::string singular(std::string text) {
   return text;
 }
 
-// An index as bytes: numbers of 8 bytes, texts and lists behind their lengths.
+// An index as bytes: numbers have 8 bytes; texts and lists follow their lengths.
 
 constexpr std::string_view kIndexMark = "megatron_cpp picture index 1\n";
 
@@ -422,7 +423,7 @@ struct Reader {
     value = static_cast<int64_t>(bits);
     bytes.remove_prefix(8);
   }
-  /// No text and no list is longer than what is left.
+  /// The length of a text or list, which can't exceed the bytes that are left.
   size_t length() {
     int64_t value = 0;
     (*this)(value);
@@ -441,7 +442,7 @@ struct Reader {
   }
 };
 
-/// What both do, in one order.
+/// Visits the fields of an index in one order, for Writer and Reader.
 template <class Archive, class Index>
 void archive_index(Archive& archive, Index& index) {
   archive(index.folder);

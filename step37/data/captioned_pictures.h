@@ -1,12 +1,12 @@
-// A folder of pictures, each with its caption in a text file beside it.
+// A folder of pictures, each with its caption in a text file of the same name.
 //
 // Layout: `a/b/name.png` and `a/b/name.txt`, whose first line that isn't blank is the English caption. This is how
 // Debian's package tuxpaint-stamps-default is laid out: 785 captioned pictures. Which files are pictures:
 //   - names that end in .png .jpg .jpeg .jpe .jfif .webp .gif .bmp .dib .tif .tiff, in any case, and
-//   - other files with a caption beside them and no picture of the same name, if their first bytes are a picture's.
-// Left out: hidden files and folders (".*", so ._name of macOS, too), and folders that systems keep for themselves
-// (lost+found, __MACOSX, @eaDir, $RECYCLE.BIN, ...), unless the searched folder itself lies in one. Linked folders are
-// followed, each once: a folder is never searched twice, nor one that the searched folder lies in.
+//   - other files that have a caption file and no picture of the same name, if they begin with a picture's signature.
+// Left out: hidden files and folders (".*", also ._name of macOS), and system folders (lost+found, __MACOSX, @eaDir,
+// $RECYCLE.BIN, ...), unless the searched folder itself is inside one. Links to folders are followed, but no folder is
+// searched twice, and no parent of the searched folder is searched.
 #pragma once
 
 #include <cstdint>
@@ -25,13 +25,13 @@ struct CaptionedPicture {
   int64_t width = 0;     ///< pixels, upright
   int64_t height = 0;    ///< pixels, upright
   int64_t bytes = 0;     ///< of the picture file
-  int64_t modified = 0;  ///< when picture or caption file, whichever is newer, was last changed: ns since 1970
+  int64_t modified = 0;  ///< last modification of picture or caption file, whichever is later: ns since 1970
 };
 
 /// Files or folders that were left out for one reason.
 struct LeftOut {
   int64_t count = 0;
-  std::string first;  ///< printable, by the folder's path; with the system's or the decoder's reason where there is one
+  std::string first;  ///< printable path of the first, with the reason from the system or the decoder if there is one
 
   void add(std::string_view printable_path) {
     if (count++ == 0) first = printable_path;
@@ -44,17 +44,17 @@ struct LeftOut {
 
 /// Everything that can be left out of a folder.
 struct LeftOuts {
-  LeftOut unreadable_pictures;  ///< they have a caption
+  LeftOut unreadable_pictures;  ///< with a caption
   LeftOut without_caption_file;
   LeftOut empty_captions;  ///< no line that isn't blank
   LeftOut unreadable_captions;
   LeftOut captions_not_utf8;      ///< and without the byte order mark of another encoding
   LeftOut captions_with_control;  ///< characters other than tabs
-  LeftOut other_files;            ///< they have a caption, but are no pictures
-  LeftOut hidden;                 ///< folders, and pictures by their names
+  LeftOut other_files;            ///< with a caption, but no pictures
+  LeftOut hidden;                 ///< folders, and files whose names are those of pictures
   LeftOut unreadable_folders;
 
-  /// Visits every member, in this order, with what to say of it: "N pictures without a caption file".
+  /// Calls visit(member, description) for every member, in this order.
   template <class Self, class Visit>
   static void visit(Self& self, const Visit& visit) {
     visit(self.unreadable_pictures, "pictures that can't be read");
@@ -69,33 +69,33 @@ struct LeftOuts {
   }
 };
 
-/// One folder, without those below it.
+/// One folder, without its subfolders.
 struct ScannedFolder {
   std::string path;                        ///< relative to the searched folder; empty for that one
-  int64_t changed = 0;                     ///< when its list of files last changed, ns since 1970; 0: look again
+  int64_t changed = 0;                     ///< when its list of files last changed, ns since 1970; 0: search it again
   std::vector<CaptionedPicture> pictures;  ///< sorted by the bytes of `path`
   std::vector<std::string> folders;        ///< names of the folders in it, sorted
   std::vector<std::string> links;          ///< names of the links to folders in it, sorted
   LeftOuts left_out;
 };
 
-/// All folders of a search: what a later one starts from, so that it needn't open every file again.
+/// All folders of a search. A later search starts from it and opens only files that changed.
 struct PictureIndex {
   std::string folder;  ///< canonical path of the searched folder
   std::vector<ScannedFolder> folders;
 };
 
-/// What a folder holds.
+/// The captioned pictures of a folder and its subfolders.
 struct CaptionedPictures {
   std::filesystem::path folder;
   std::vector<CaptionedPicture> pictures;  ///< sorted by the bytes of `path`
   LeftOuts left_out;
 };
 
-/// Searches `folder` and the folders below it. Captions are read, and of pictures the beginning; several files at once.
-/// A folder that hasn't changed since `earlier` was made is taken from there; in others, files of the same size and
-/// time are. Not collective: one rank's job. The result depends on the files alone, not on locale or directory order.
-/// @param earlier   of the same folder; that of another is as good as none
+/// Searches `folder` and its subfolders. Reads captions and the headers of pictures, several files at once. Folders
+/// that haven't changed since `earlier` are taken from it, and in other folders files with the same size and time.
+/// Not collective: call it on one rank. The result depends only on the files, not on locale or directory order.
+/// @param earlier   an earlier search; ignored if it is of another folder
 /// @param progress  called now and then with the number of pictures found so far; may be empty
 /// @throws c10::ValueError naming the folder if it isn't one or can't be read.
 PictureIndex scan_folder(const std::filesystem::path& folder, PictureIndex earlier = {},
@@ -106,17 +106,17 @@ PictureIndex scan_folder(const std::filesystem::path& folder, PictureIndex earli
 /// @throws c10::ValueError naming the folder if it has no captioned picture that can be read.
 CaptionedPictures pictures_of(PictureIndex index, const std::filesystem::path& folder);
 
-/// What was left out, a sentence for each reason: "20 of 24 pictures can't be read (first: p/x.jpg: it is HEIF, ...)".
+/// What was left out, one text per reason: "20 of 24 pictures can't be read (first: p/x.jpg: it is HEIF, ...)".
 std::vector<std::string> sentences(const CaptionedPictures& found);
 
-/// An index as bytes and back; nothing if they aren't one, or are of another version of this program.
+/// Writes an index to bytes and reads it back; nullopt if the bytes are no index of this format version.
 std::string to_bytes(const PictureIndex& index);
 std::optional<PictureIndex> index_from_bytes(std::string_view bytes);
 
-/// Both: searches a folder.
+/// scan_folder, then pictures_of.
 CaptionedPictures scan_captioned_pictures(const std::filesystem::path& folder);
 
-/// The time of a file's last change, ns since 1970; 0 if it isn't there.
+/// The time of the last modification of a file, ns since 1970; 0 if it isn't there.
 int64_t modification_time(const std::filesystem::path& file);
 
 /// A caption, or why there is none.
@@ -127,21 +127,20 @@ struct Caption {
 };
 
 /// The caption in the text of a caption file: its first line that isn't blank, without byte order mark and surrounding
-/// blanks. Lines end in a line feed, a carriage return or both. The mark tells UTF-16 and UTF-32; all else is UTF-8.
+/// blanks. Lines end in a line feed, a carriage return or both. Text without a UTF-16 or UTF-32 mark is read as UTF-8.
 Caption caption_from_text(std::string_view text);
 
 /// `text` without blanks (space, tab, \r, \v, \f) at its ends.
 std::string_view trim(std::string_view text);
 
-/// Pictures to train on and pictures to measure on, in the order they were given.
+/// Pictures for training and pictures for validation, in the order in which they were given.
 struct PictureSplit {
   std::vector<CaptionedPicture> training;
   std::vector<CaptionedPicture> held_out;
 };
 
-/// Whether a picture is held out: its path, hashed to a number in [0, 1), falls below `fraction`. It depends on this
-/// one path, so pictures that come or go never move another one to the other side, and a larger fraction holds out a
-/// superset.
+/// Whether a picture is held out: its path, hashed to a number in [0, 1), is below `fraction`. As it depends on this
+/// path only, adding or removing other pictures changes nothing, and a larger fraction holds out a superset.
 /// @throws c10::ValueError if `fraction` isn't in [0, 1].
 bool is_held_out(std::string_view relative_path, double fraction);
 

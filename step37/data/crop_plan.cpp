@@ -32,8 +32,8 @@ int64_t window_side(int64_t width, int64_t height, const CropOptions& options) {
 
 int64_t snap(int64_t side, int64_t window) {
   if (side < window) return side;
-  // 0.2 * window is rounded as in the reference: written in integers, some remainders of exactly 20 % would go the
-  // other way.
+  // 0.2 * window in floating point, as in the reference: integers would round some remainders of exactly 20 % the other
+  // way.
   const bool up = static_cast<double>(side % window) > 0.2 * static_cast<double>(window);
   return window * (side / window + (up ? 1 : 0));
 }

@@ -24,7 +24,7 @@
 namespace megatron_cpp::step37::internal {
 namespace {
 
-/// What the header says, where stb_image doesn't look: it reads zeros behind the end of a file.
+/// The header, to check the size of the file: stb_image would read zeros after its end.
 struct BmpHeader {
   int64_t pixels_at = 0;
   int64_t width = 0;
@@ -51,7 +51,7 @@ BmpHeader bmp_header(std::span<const uint8_t> bytes) {
 }  // namespace
 
 StoredPicture decode_bmp(std::span<const uint8_t> bytes, int64_t max_pixels) {
-  constexpr int64_t kMaxSide = 1 << 24;  // stb_image's
+  constexpr int64_t kMaxSide = 1 << 24;  // limit of stb_image
   const auto header = bmp_header(bytes);
   if (header.width <= 0 || header.height <= 0 || header.width > kMaxSide || header.height > kMaxSide) {
     throw std::runtime_error(fmt::format("its sides are {} x {}", header.width, header.height));

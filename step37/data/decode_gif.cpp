@@ -29,8 +29,8 @@ void check(const GifFileType& gif, int status) {
   if (status != GIF_OK) fail(gif.Error);
 }
 
-/// Reads on to the first frame's description.
-/// @return the frame's transparent colour, -1 without one.
+/// Reads up to the descriptor of the first frame.
+/// @return the transparent colour of the frame, -1 if it has none.
 int find_first_frame(GifFileType& gif) {
   int transparent = NO_TRANSPARENT_COLOR;
   for (;;) {
@@ -54,7 +54,7 @@ int find_first_frame(GifFileType& gif) {
   }
 }
 
-/// One row of the frame onto the picture; what lies outside is left out.
+/// Copies one row of the frame to the picture; pixels outside the picture are left out.
 void paint(const std::vector<GifPixelType>& line, const GifImageDesc& frame, int row, const ColorMapObject& colours,
            int transparent, StoredPicture& picture) {
   const int64_t y = int64_t{frame.Top} + row;

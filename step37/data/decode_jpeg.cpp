@@ -1,4 +1,4 @@
-// jpeglib.h wants <cstdio> before it.
+// jpeglib.h needs <cstdio> before it.
 // clang-format off
 #include <cstdio>
 #include <jpeglib.h>
@@ -18,8 +18,7 @@
 namespace megatron_cpp::step37::internal {
 namespace {
 
-// libjpeg reports errors by leaving through longjmp, which skips destructors: the functions that call it own nothing,
-// and work on one of these.
+// libjpeg reports errors by longjmp, which skips destructors: functions that call it keep all their objects in here.
 struct JpegDecoding {
   std::span<const uint8_t> bytes;
   int64_t max_pixels = 0;
@@ -40,7 +39,7 @@ struct JpegDecoding {
   std::longjmp(decoding.jump, 1);
 }
 
-/// Keeps the first warning that means lost pixels; others are of no consequence.
+/// Keeps the first warning that means lost pixels; other warnings are ignored.
 void note_damage(j_common_ptr jpeg, int level) {
   auto& damage = static_cast<JpegDecoding*>(jpeg->client_data)->damage;
   if (level >= 0 || damage[0] != 0) return;
@@ -59,7 +58,7 @@ void note_damage(j_common_ptr jpeg, int level) {
   }
 }
 
-/// A progressive file may hold thousands of scans, each as slow as a picture, in few bytes.
+/// A small progressive file may have thousands of scans, each as slow to decode as a whole picture.
 void check_scans(j_common_ptr jpeg) {
   constexpr int kMostScans = 500;
   auto& decoding = *static_cast<JpegDecoding*>(jpeg->client_data);
@@ -68,7 +67,7 @@ void check_scans(j_common_ptr jpeg) {
   std::longjmp(decoding.jump, 1);
 }
 
-/// CMYK to RGB. Adobe's files, which are nearly all, hold 255 minus each value.
+/// CMYK to RGB. Files written by Adobe programs (nearly all) store 255 minus each value.
 void cmyk_to_rgba(const uint8_t* cmyk, uint8_t* rgba, int64_t num_pixels, bool is_inverted) {
   for (int64_t i = 0; i < 4 * num_pixels; i += 4) {
     for (int64_t channel = 0; channel < 3; ++channel) {

@@ -14,8 +14,7 @@ namespace megatron_cpp::step37 {
 namespace internal {
 namespace {
 
-// libpng reports errors by leaving through longjmp, which skips destructors: the functions that call it own nothing,
-// and work on one of these.
+// libpng reports errors by longjmp, which skips destructors: functions that call it keep all their objects in here.
 struct PngDecoding {
   std::span<const uint8_t> bytes;
   int64_t max_pixels = 0;
@@ -40,7 +39,7 @@ void read_png_bytes(png_structp png, png_bytep target, size_t count) {
   bytes = bytes.subspan(count);
 }
 
-/// libpng 1.6.39 takes as much memory as an eXIf chunk says that it is long.
+/// libpng 1.6.39 allocates whatever length an eXIf chunk claims.
 /// @throws std::runtime_error if a chunk before the pixels is longer than the file.
 void check_chunks(std::span<const uint8_t> bytes) {
   constexpr size_t kSignature = 8;
@@ -61,7 +60,7 @@ bool decode_png(PngDecoding& decoding) {
   png_structp png = decoding.png;
   png_set_read_fn(png, &decoding, read_png_bytes);
 #if defined(MCPP_FUZZ)
-  png_set_crc_action(png, PNG_CRC_QUIET_USE, PNG_CRC_QUIET_USE);  // nothing would get past the check sums
+  png_set_crc_action(png, PNG_CRC_QUIET_USE, PNG_CRC_QUIET_USE);  // or the checksums would reject every mutated file
 #endif
   png_read_info(png, decoding.info);
   decoding.picture.width = png_get_image_width(png, decoding.info);

@@ -18,7 +18,7 @@ namespace {
 struct TiffBytes {
   std::span<const uint8_t> bytes;
   uint64_t position = 0;
-  std::array<char, 200> error{};  ///< the first
+  std::array<char, 200> error{};  ///< the first error
 };
 
 TiffBytes& bytes_of(thandle_t handle) { return *static_cast<TiffBytes*>(handle); }
@@ -41,7 +41,7 @@ toff_t seek_tiff(thandle_t handle, toff_t offset, int whence) {
 int keep_error(TIFF*, void* user, const char*, const char* format, std::va_list arguments) {
   auto& error = static_cast<TiffBytes*>(user)->error;
   if (error[0] == 0) std::vsnprintf(error.data(), error.size(), format, arguments);
-  return 1;  // it goes nowhere else
+  return 1;  // libtiff doesn't print it
 }
 
 TIFF* open_tiff(TiffBytes& file, int64_t max_pixels) {
@@ -51,7 +51,7 @@ TIFF* open_tiff(TiffBytes& file, int64_t max_pixels) {
   const auto ignore = [](TIFF*, void*, const char*, const char*, std::va_list) { return 1; };
   TIFFOpenOptionsSetErrorHandlerExtR(options.get(), keep_error, &file);
   TIFFOpenOptionsSetWarningHandlerExtR(options.get(), ignore, nullptr);
-  // Of what a tag says that it takes; a pixel may have several samples of 16 bits.
+  // Limits allocations for sizes that tags claim; a pixel may have several samples of 16 bits.
   TIFFOpenOptionsSetMaxSingleMemAlloc(options.get(), std::max<int64_t>(max_pixels * 16, 1 << 24));
   return TIFFClientOpenExt(
       "TIFF", "r", &file, read_tiff, [](thandle_t, void*, tmsize_t) { return tmsize_t{0}; }, seek_tiff,
@@ -59,7 +59,7 @@ TIFF* open_tiff(TiffBytes& file, int64_t max_pixels) {
       [](thandle_t, void**, toff_t*) { return 0; }, [](thandle_t, void*, toff_t) {}, options.get());
 }
 
-/// The image interface keeps what it allocates until it is ended.
+/// Frees what TIFFRGBAImageBegin allocated.
 struct RgbaImage {
   TIFFRGBAImage image{};
   bool begun = false;
@@ -102,7 +102,7 @@ StoredPicture decode_tiff(std::span<const uint8_t> bytes, int64_t max_pixels) {
   if (TIFFRGBAImageGet(&reader.image, raster.data(), width, height) == 0) fail("its TIFF pixels are broken");
   picture.pixels.resize(raster.size() * 4);
   for (size_t i = 0; i < raster.size(); ++i) {
-    // libtiff has multiplied colours by their opacity: what is left of white is added here.
+    // libtiff has multiplied colours by alpha: adding 255 - alpha puts them over white.
     const uint32_t white = 255 - TIFFGetA(raster[i]);
     const uint32_t colours[] = {TIFFGetR(raster[i]), TIFFGetG(raster[i]), TIFFGetB(raster[i])};
     for (size_t channel = 0; channel < 3; ++channel) {

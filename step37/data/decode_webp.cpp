@@ -18,7 +18,7 @@ WebPBitstreamFeatures features_of(const WebPData& data) {
   return features;
 }
 
-/// Whether the file has EXIF data, which stands behind the pixels.
+/// Whether the file has EXIF data, which comes after the pixels.
 bool has_exif(std::span<const uint8_t> bytes) {
   constexpr size_t kFlags = 20;
   return bytes.size() > kFlags && bytes[12] == 'V' && bytes[15] == 'X' && (bytes[kFlags] & EXIF_FLAG) != 0;
@@ -51,7 +51,7 @@ StoredPicture decode_webp(std::span<const uint8_t> bytes, int64_t max_pixels) {
   }
   if (!wanted) return picture;
 
-  // Of an animation the first frame, which may be smaller than the picture: the rest is transparent.
+  // The first frame of an animation may be smaller than the picture: the rest stays transparent.
   Frame frame;
   if (WebPDemuxGetFrame(demuxer.get(), 1, &frame.iterator) == 0) throw std::runtime_error("it holds no picture");
   const auto& [width, height] = std::pair<int64_t, int64_t>(frame.iterator.width, frame.iterator.height);

@@ -23,7 +23,7 @@ namespace {
 
 constexpr int64_t kWholeFile = std::numeric_limits<int64_t>::max();
 
-/// A file of a few bytes may say that it holds gigabytes of pixels.
+/// Limits memory: the header of a small file may claim gigabytes of pixels.
 constexpr int64_t kMaxPixels = 1 << 27;
 
 /// At most `limit` bytes from the file's beginning.
@@ -33,7 +33,7 @@ std::vector<uint8_t> read_bytes(const std::filesystem::path& path, int64_t limit
   const auto status = std::filesystem::status(path, error);
   if (status.type() == std::filesystem::file_type::not_found) throw std::runtime_error("it isn't there");
   if (error) throw std::runtime_error(error.message());
-  // Opening a pipe would wait for its writer.
+  // Opening a pipe would block until another process writes to it.
   if (!std::filesystem::is_regular_file(status)) throw std::runtime_error("it isn't a file");
   std::ifstream file(path, std::ios::binary);
   if (!file) throw std::runtime_error(std::generic_category().message(errno));
@@ -47,8 +47,8 @@ std::vector<uint8_t> read_bytes(const std::filesystem::path& path, int64_t limit
   return bytes;
 }
 
-/// @throws std::runtime_error if a picture of these sides isn't read. Of a sliver the pixels of the square count that
-/// plan_crops may have it padded to.
+/// Very narrow pictures count as the square that plan_crops may pad them to.
+/// @throws std::runtime_error if the picture is too large.
 void check_size(const PictureSize& size) {
   const auto [shorter, longer] = std::minmax(size.width, size.height);
   if ((shorter < 32 ? longer : shorter) * longer <= kMaxPixels) return;
@@ -56,8 +56,7 @@ void check_size(const PictureSize& size) {
                                        size.width, size.height, kMaxPixels));
 }
 
-/// What the header says.
-/// @throws std::runtime_error as decode_picture_file does, or if it is too large.
+/// @throws std::runtime_error as decode_picture_file does, or if the picture is too large.
 PictureSize size_in_header(const std::vector<uint8_t>& bytes) {
   const auto header = decode_picture_file(bytes, /*max_pixels=*/0);
   const PictureSize size{header.width, header.height};
@@ -65,7 +64,7 @@ PictureSize size_in_header(const std::vector<uint8_t>& bytes) {
   return size;
 }
 
-/// `value` with opacity `alpha` over white. 255 is odd, so there are no ties and adding 127 rounds to nearest.
+/// `value` with opacity `alpha` over white. 255 is odd, so there are no ties, and adding 127 rounds to nearest.
 uint8_t over_white(int value, int alpha) {
   return static_cast<uint8_t>((value * alpha + 255 * (255 - alpha) + 127) / 255);
 }
@@ -108,7 +107,7 @@ DecodedPicture decode_picture(const std::filesystem::path& path) {
 }
 
 PictureHeader read_picture_header(const std::filesystem::path& path) {
-  // Few files have more than 64 KiB before their size; a run looks at every picture before it begins.
+  // A run reads the header of every picture, and few files have their size after the first 64 KiB.
   for (const int64_t limit : {int64_t{1} << 16, kWholeFile}) {
     try {
       return {size_in_header(read_bytes(path, limit)), {}};
@@ -150,7 +149,7 @@ at::Tensor resize(const at::Tensor& picture, int64_t height, int64_t width) {
 at::Tensor normalize(const at::Tensor& pictures) {
   check_pictures(pictures, "normalize");
   TORCH_CHECK_VALUE(pictures.dim() == 4, "normalize wants pictures [N, 3, H, W], got ", pictures.sizes());
-  // https://github.com/openai/CLIP, clip.py: _transform. Numbers, not tensors: making a tensor on a GPU waits for it.
+  // https://github.com/openai/CLIP, clip.py: _transform. Numbers, not tensors: copying a tensor to a GPU would wait.
   constexpr std::array<double, 3> kMean{0.48145466, 0.4578275, 0.40821073};
   constexpr std::array<double, 3> kDeviation{0.26862954, 0.26130258, 0.27577711};
   const auto normalized = pictures.to(at::kFloat).div_(255);

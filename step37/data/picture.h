@@ -13,17 +13,17 @@ namespace megatron_cpp::step37 {
 struct DecodedPicture {
   at::Tensor pixels;   ///< [3, height, width] uint8 RGB on the CPU; undefined if decoding failed
   std::string error;   ///< empty, or a sentence that names the file
-  std::string damage;  ///< empty, or a sentence that names the file: it is damaged, and a part of the pixels made up
+  std::string damage;  ///< empty, or a sentence that names the file: it is damaged, and some pixels are made up
 
   bool ok() const { return error.empty(); }
 };
 
-/// Decodes a picture file of any format of decode_picture_file, which its bytes tell, not its name. Transparent
+/// Decodes a picture file of any format that decode_picture_file knows, by its bytes, not its name. Transparent
 /// pictures are composited over white: round((alpha * value + (255 - alpha) * 255) / 255), exactly. At most 2^27
 /// pixels, where a picture less than 32 pixels wide or high counts as the square that plan_crops may pad it to. Safe to
-/// call from several threads. A file that is missing, empty or broken isn't an exception: a data set of millions has
-/// some, and training goes on with black_picture and a warning that repeats `error`. (Of a JPEG cut short there is what
-/// arrived, and `damage`.)
+/// call from several threads. A missing, empty or broken file sets `error` instead of throwing: a data set of millions
+/// has some, and training continues with black_picture and a warning. A truncated JPEG gives the pixels that are there,
+/// and sets `damage`.
 DecodedPicture decode_picture(const std::filesystem::path& path);
 
 /// Sides of a picture in pixels.
@@ -35,7 +35,7 @@ struct PictureSize {
 /// The sides of a picture as decode_picture gives them, or the reason why there are none.
 struct PictureHeader {
   PictureSize size;
-  std::string error;  ///< empty, or why, without the file's name: "it is HEIF, which isn't read"
+  std::string error;  ///< empty, or the reason without the name of the file: "it is HEIF, which isn't read"
 
   bool ok() const { return error.empty(); }
 };

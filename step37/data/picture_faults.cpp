@@ -17,7 +17,7 @@ void PictureFaults::note(const std::string& path, Kind kind, const std::string& 
   if (known_.emplace(path, kind).second) news_.push_back({path, kind, text});
 }
 
-/// CBOR, whose texts may hold any byte.
+/// As CBOR: its strings may contain any byte.
 std::string PictureFaults::take_news() {
   std::vector<Fault> news;
   {

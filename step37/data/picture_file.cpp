@@ -21,7 +21,7 @@ std::string_view text_of(std::span<const uint8_t> bytes) {
   return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
-/// The decoder of the format that a file begins as; null if there is none.
+/// The decoder for the signature at the beginning of a file; null if there is none.
 Decoder decoder_of(std::string_view file) {
   using namespace std::string_view_literals;
   if (file.starts_with("\x89PNG\r\n\x1a\n")) return internal::decode_png;
@@ -37,7 +37,7 @@ Decoder decoder_of(std::string_view file) {
   return nullptr;
 }
 
-/// What a file is that has no decoder, as far as its beginning says.
+/// The name of a known format without decoder, by the beginning of the file.
 std::string_view other_format(std::string_view file) {
   using namespace std::string_view_literals;
   constexpr std::pair<std::string_view, std::string_view> kMarks[] = {
@@ -65,7 +65,7 @@ std::string_view other_format(std::string_view file) {
   return {};
 }
 
-/// The pixels turned so that the first row is the top. Width and height change places for orientations above 4.
+/// Turns the picture upright. Orientations above 4 swap width and height.
 RgbaPicture upright(StoredPicture stored) {
   const int orientation = stored.orientation;
   RgbaPicture picture = std::move(stored);

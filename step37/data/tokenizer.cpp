@@ -43,7 +43,7 @@ std::string comma_separated_picture_symbols() {
 
 // 4 special ids, the picture symbols and 256 bytes.
 constexpr int64_t kFixedPieces = 4 + static_cast<int64_t>(kPictureSymbols.size()) + 256;
-constexpr double kCoverage = 0.9995;  // SentencePiece's default, of the captions' characters
+constexpr double kCoverage = 0.9995;  // SentencePiece's default character_coverage
 
 std::unordered_map<std::string, std::string> trainer_arguments(int64_t vocab_size) {
   return {
@@ -57,10 +57,10 @@ std::unordered_map<std::string, std::string> trainer_arguments(int64_t vocab_siz
       {"bos_id", "1"},
       {"eos_id", "2"},
       {"pad_id", "3"},
-      // What makes decode the inverse of encode.
+      // Needed for decode(encode(text)) == text.
       {"normalization_rule_name", "identity"},
       {"remove_extra_whitespaces", "false"},
-      // Longer captions would be skipped.
+      // SentencePiece skips longer captions.
       {"max_sentence_length", "1000000"},
       {"num_threads", "1"},
       {"minloglevel", "2"},
@@ -83,8 +83,8 @@ struct CharacterCount {
   int64_t count;
 };
 
-/// The characters that make up kCoverage of the captions, the most frequent first, counted as SentencePiece does: a
-/// space is a character, and stands before every caption.
+/// The characters that make up kCoverage of the captions, most frequent first, counted as SentencePiece does: space is
+/// a character, and each caption has one in front.
 std::vector<CharacterCount> frequent_characters(const std::vector<std::string>& captions) {
   std::unordered_map<std::string, int64_t> counts;
   int64_t total = 0;
@@ -110,8 +110,7 @@ std::vector<CharacterCount> frequent_characters(const std::vector<std::string>& 
   return sorted;
 }
 
-/// `captions` without all but the `most` most frequent characters: a space takes their place, across which no piece
-/// goes.
+/// Keeps the `most` most frequent characters of `captions` and replaces the others by a space, which no piece spans.
 std::vector<std::string> without_rare_characters(const std::vector<std::string>& captions,
                                                  const std::vector<CharacterCount>& frequent, int64_t most) {
   std::unordered_set<std::string> kept;
@@ -142,7 +141,7 @@ std::string check_model(const SentencePieceProcessor& model) {
 
 struct Tokenizer::Impl {
   SentencePieceProcessor model;
-  std::string name;  ///< of the file or of what the model was learnt from, for messages
+  std::string name;  ///< the file, or what the model was trained on, for messages
 };
 
 Tokenizer::Tokenizer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -158,7 +157,7 @@ Tokenizer Tokenizer::train(const std::vector<std::string>& captions, int64_t voc
   TORCH_CHECK_VALUE(room > 1, "data.vocabulary_size ", vocab_size, " is too small: at least ", kFixedPieces + 2,
                     " are needed for bytes and symbols, and ", kFixedPieces + wanted,
                     " for the characters of the captions");
-  // One of them is the space, which stands in for the rare ones.
+  // room - 1, as one piece is the space that replaces rare characters.
   const auto known = room < wanted ? without_rare_characters(captions, frequent, room - 1) : captions;
   CaptionIterator iterator(known);
   std::string serialized;
@@ -222,7 +221,7 @@ std::string Tokenizer::decode(const std::vector<int64_t>& ids) const {
 
 int64_t Tokenizer::id_of(std::string_view symbol) const {
   const int id = impl_->model.PieceToId(symbol);
-  // PieceToId answers the unknown id for what isn't there.
+  // PieceToId returns the unknown id for symbols that aren't there.
   TORCH_CHECK_VALUE(id != impl_->model.unk_id() || symbol == impl_->model.IdToPiece(id), impl_->name, " has no symbol ",
                     symbol);
   return id;

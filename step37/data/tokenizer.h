@@ -18,27 +18,27 @@ inline constexpr std::array<std::string_view, 6> kPictureSymbols = {"<im_start>"
 /// A vocabulary and the rules to apply it.
 ///
 /// decode(encode(text)) == text for every valid UTF-8 text without U+2581 (with which SentencePiece writes a space) and
-/// without NUL: text isn't normalised, and characters outside the vocabulary are spelled in bytes. Invalid UTF-8 is
+/// without NUL: text isn't normalised, and characters outside the vocabulary are encoded as bytes. Invalid UTF-8 is
 /// read as U+FFFD.
 ///
-/// No text turns into a picture symbol: they are SentencePiece *control* symbols, which have an id but are never
-/// matched in text (user-defined symbols would be). A caption that says "<im_start>" is encoded as these ten letters;
-/// who wants the symbol takes id_of("<im_start>").
+/// No text is encoded as a picture symbol: they are SentencePiece *control* symbols, which have an id but are never
+/// matched in text (user-defined symbols would be). The text "<im_start>" is encoded as these ten letters;
+/// id_of("<im_start>") gives the symbol.
 ///
 /// Const member functions may be called from several threads.
 class Tokenizer {
  public:
-  /// Byte-pair encoding learnt from `captions`: chosen over SentencePiece's unigram model because it reaches any
-  /// vocabulary size that a few hundred captions can fill, and is made of counts alone, so the same captions in the
-  /// same order give the same model. Ids: 0 unknown, 1 begin, 2 end, 3 padding, then kPictureSymbols, then the 256
-  /// bytes, then pieces of text.
-  /// @param vocab_size an upper bound: short texts may not have that many pieces. If it is too small for the captions'
-  ///                   characters, the rarest are spelled in bytes (needed() says what is enough).
+  /// Byte-pair encoding trained on `captions`: chosen over SentencePiece's unigram model because it reaches any
+  /// vocabulary size that a few hundred captions can fill, and depends on counts only, so the same captions in the same
+  /// order give the same model. Ids: 0 unknown, 1 begin, 2 end, 3 padding, then kPictureSymbols, then the 256 bytes,
+  /// then pieces of text.
+  /// @param vocab_size an upper bound: short texts may not have that many pieces. If it is too small for all characters
+  ///                   of the captions, the rarest are encoded as bytes; needed() gives a sufficient size.
   /// @throws c10::ValueError naming data.vocabulary_size if there is no caption, or `vocab_size` is below 268.
   static Tokenizer train(const std::vector<std::string>& captions, int64_t vocab_size);
 
-  /// The different characters that make up 99.95 % of the captions (SentencePiece's measure), a space among them, and
-  /// the vocabulary that has a piece for each: what train() wants for a caption's characters to be pieces.
+  /// The number of different characters that make up 99.95 % of the captions (SentencePiece's character_coverage),
+  /// space included, and the smallest vocab_size with which train() makes a piece of each.
   struct Needed {
     int64_t num_characters = 0;
     int64_t vocab_size = 0;

@@ -14,8 +14,7 @@ struct ByteRange {
   unsigned char last;
 };
 
-/// Characters that begin with a byte of `lead` are of so many bytes; the second is in `second`, the others are in
-/// [0x80, 0xbf].
+/// A character that begins with a byte in `lead` has `length` bytes: the second in `second`, others in [0x80, 0xbf].
 struct Form {
   ByteRange lead;
   size_t length;
@@ -34,7 +33,7 @@ bool is_in(char byte, ByteRange range) {
   return value >= range.first && value <= range.last;
 }
 
-/// Bytes of the character that `text`, which isn't empty, begins with; 0 if it begins with none.
+/// Number of bytes of the first character of `text`, which isn't empty; 0 if it doesn't begin with a character.
 size_t first_length(std::string_view text) {
   for (const auto& form : kForms) {
     if (!is_in(text.front(), form.lead)) continue;
@@ -46,14 +45,14 @@ size_t first_length(std::string_view text) {
   return 0;
 }
 
-/// Of one character in UTF-8. C0 and C1 controls and DEL.
+/// Whether one UTF-8 character is a C0 or C1 control or DEL.
 bool is_control(std::string_view character) {
   const auto first = static_cast<unsigned char>(character.front());
   if (character.size() == 1) return first < 0x20 || first == 0x7f;
   return first == 0xc2 && static_cast<unsigned char>(character[1]) < 0xa0;
 }
 
-/// U+200E, U+200F, U+2028 to U+202E, U+2066 to U+2069: they would break or turn the line they are printed on.
+/// U+200E, U+200F, U+2028 to U+202E, U+2066 to U+2069: they would break or reverse the printed line.
 bool is_line_or_direction_mark(std::string_view character) {
   if (!character.starts_with("\xe2")) return false;
   const auto code = (character[1] & 0x3f) << 6 | (character[2] & 0x3f);  // below U+2000
@@ -80,7 +79,7 @@ void append_utf8(std::string& text, uint32_t code) {
   }
 }
 
-/// Units of `size` bytes to UTF-8. A unit that is cut becomes U+FFFD, as does half of a surrogate pair.
+/// Code units of `size` bytes to UTF-8. A truncated unit becomes U+FFFD, as does half of a surrogate pair.
 std::string from_units(std::string_view text, size_t size, bool little_endian) {
   const auto unit = [&](size_t at) -> uint32_t {
     if (at + size > text.size()) return 0xfffd;

@@ -98,7 +98,7 @@ struct VisionTowerImpl::LayerScale : torch::nn::Module {
 
 /// Cosine and sine of each patch's angles, [patches, 1, 1, head_dim / 2] float: one angle per pair.
 struct VisionTowerImpl::Rotary {
-  /// @param x  [N, patches, 2, heads, head_dim], q and k. Turned in float at least, returned in x's dtype.
+  /// @param x  [N, patches, 2, heads, head_dim], q and k. Rotated in float32 or wider, returned in the dtype of x.
   at::Tensor rotate(const at::Tensor& x) const {
     const auto pairs = x.unflatten(-1, {x.size(-1) / 2, 2});
     const auto even = pairs.select(-1, 0);

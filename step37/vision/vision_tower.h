@@ -1,7 +1,7 @@
 // The vision tower of Step3.7 (Perception Encoder G/14): pictures to rows of image features.
 //
-// Replicated: every rank of a tensor-parallel group holds the whole tower. Nothing here communicates; which rank runs
-// the tower on which pictures is the caller's choice, and with it how gradients are completed (GradientDomain).
+// Replicated: every rank of a tensor-parallel group has the whole tower. Nothing here communicates. The caller chooses
+// which rank runs the tower on which pictures, and the GradientDomain that fits that choice.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,7 +23,7 @@ struct VisionConfig {
   int64_t layers = 47;            ///< transformer blocks
   int64_t heads = 16;             ///< of every block, width / heads channels each
   int64_t mlp_width = 8960;       ///< channels between the mlp's two matrices
-  double layer_scale_init = 0.1;  ///< where ls_1 and ls_2 start
+  double layer_scale_init = 0.1;  ///< initial value of ls_1 and ls_2
   double layer_norm_eps = 1e-5;   ///< added to the variance in every norm
   double rope_theta = 10000.0;    ///< base of the rotary frequencies, the same for both axes
 
@@ -48,12 +48,12 @@ struct VisionConfig {
 /// mlp's activation is x sigmoid(1.702 x).
 /// Positions of a grid other than image_size / patch_size squared are resampled bilinearly (align_corners false).
 ///
-/// Parameters bear the published names without `vision_model.` in front. They are left unset here: load them, or call
-/// initialize_parameters. Not collective.
+/// Parameters have the published names without the prefix `vision_model.`. The constructor leaves them uninitialized:
+/// load them, or call initialize_parameters. Not collective.
 class VisionTowerImpl : public ParallelModule {
  public:
-  /// @param domain  of every gradient: kReplicated if each rank runs all pictures, kReplicatedPartial if it runs its
-  /// own.
+  /// @param domain  of all gradients: kReplicated if every rank runs all pictures, kReplicatedPartial if each rank runs
+  ///                some of them.
   /// @throws c10::ValueError as VisionConfig::validate does, and if `domain` is kSharded.
   VisionTowerImpl(const VisionConfig& config, GradientDomain domain);
 
