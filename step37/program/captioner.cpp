@@ -25,7 +25,7 @@ Step37Batch one_sequence(const std::vector<int64_t>& tokens, int64_t pad_to, int
   return batch;
 }
 
-/// Features of the picture, made once, where they are.
+/// Runs the tower on the views of the picture, on the rank that holds them.
 std::vector<ImageForInsert> features_of(Step37Model& model, const PictureReference& picture,
                                         const CaptionerOptions& options, const parallel::GroupPtr& tp,
                                         const at::Device& device) {
@@ -50,7 +50,7 @@ std::string caption_picture(Step37Model& model, const Tokenizer& tokenizer, cons
   const auto images = features_of(model, picture, options, tp, device);
   auto tokens = prompt_tokens(picture, options.format);
   auto caption = prompt;
-  // No caption has these; a second start of a picture would want a second picture.
+  // Tokens that no caption has; a second <im_start> would require a second picture.
   const auto& ids = options.format.picture_ids;
   const auto not_text = at::tensor({ids.im_start, ids.im_patch, ids.im_end, ids.patch_start, ids.patch_end,
                                     ids.patch_newline, options.format.begin_id, options.pad_id},

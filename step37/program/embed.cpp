@@ -33,7 +33,7 @@ constexpr char kWordEmbeddings[] = "word_embeddings.weight";
 constexpr char kProjectorWeight[] = "align_projector.weight";
 constexpr char kProjectorBias[] = "align_projector.bias";
 
-/// A value of one of the command line's options.
+/// The value that the text of a command-line option names.
 template <class Value>
 Value choose(const std::string& option, const std::string& given, const std::map<std::string, Value>& known) {
   const auto found = known.find(given);
@@ -43,7 +43,7 @@ Value choose(const std::string& option, const std::string& given, const std::map
   TORCH_CHECK_VALUE(false, option, " ", given, ": expected one of ", names);
 }
 
-/// The tensors of a case: on every rank all but the word embedding, of which a rank reads its rows.
+/// The tensors of a case, on every rank. Each rank reads its part of the word embedding later.
 struct Case {
   at::Tensor input_ids;         // [B, S]
   at::Tensor grad_output;       // [S, B, H]
@@ -52,7 +52,7 @@ struct Case {
   int64_t V = 0;
   int64_t H = 0;
   std::vector<ImageForInsert> images;
-  /// Feature tensors by their names in the file, in order.
+  /// Feature tensors with their names in the file, in order.
   std::vector<std::pair<std::string, at::Tensor>> features;
 };
 
@@ -84,9 +84,8 @@ std::vector<std::string> feature_names(const SafetensorsFile& file, const std::s
   return names;
 }
 
-/// Refuses tensors that a case of these names doesn't have: one that is misspelt would be missed without a word.
-/// expected.* is what tests compare with. One in a dtype that can't be read can't have been meant for a case, and is
-/// only warned of, on one rank.
+/// Refuses tensors with unknown names, since a misspelt name would be ignored silently. Names expected.* are for tests.
+/// A tensor of a dtype that can't be read gives only a warning, if `warns`: it can't belong to a case.
 void check_names(const SafetensorsFile& file, const std::set<std::string>& known, bool warns) {
   for (const auto& [name, entry] : file.entries()) {
     if (known.count(name) > 0 || name.starts_with("expected.")) continue;
@@ -169,7 +168,7 @@ int64_t largest_over_ranks(int64_t value, const parallel::GroupPtr& group) {
   return parallel::all_reduce(at::full({1}, value, at::kLong), group, parallel::Reduction::kMax).item<int64_t>();
 }
 
-/// The run itself: what it does in the order it happens.
+/// The steps of a run, in the order in which embed() calls them.
 class EmbedRun {
  public:
   EmbedRun(const EmbedArguments& arguments, parallel::GroupPtr plain_tp, at::Device device)
@@ -244,7 +243,7 @@ class EmbedRun {
     gradient_reduction_ = after_reduction - after_backward;
   }
 
-  /// Gathers everything to full size; collective, and what it sends isn't counted.
+  /// Gathers all results to full size. Collective; not included in the counts.
   std::vector<NamedTensor> gather() {
     std::vector<NamedTensor> results;
     results.push_back({"output", arguments_.sequence_parallel ? parallel::all_gather(output_, plain_tp_) : output_});
@@ -253,7 +252,7 @@ class EmbedRun {
     if (!arguments_.frozen_features) {
       for (const auto& [name, tensor] : case_.features) {
         auto gradient = tensor.grad().defined() ? tensor.grad() : at::zeros_like(tensor);
-        // In the replicated sharding each image's gradient is where the image was projected.
+        // In the replicated sharding the gradient of an image is on the rank that projected it.
         if (projector_sharding_ == ProjectorSharding::kReplicated) gradient = parallel::all_reduce(gradient, plain_tp_);
         if (projector_sharding_ == ProjectorSharding::kRow)
           gradient = parallel::all_gather_last_dim(gradient, plain_tp_);
@@ -281,13 +280,13 @@ class EmbedRun {
     return all;
   }
 
-  /// Every rank has read all features; what a row-sharded projector takes are its channels of them.
+  /// Every rank has read all features; for a row-sharded projector, keeps this rank's channels.
   void distribute_features() {
     if (projector_sharding_ != ProjectorSharding::kRow) return;
     const int64_t C = case_.projector_weight.size(1);
     const auto channels = parallel::even_shard(C, plain_tp_->getSize(), plain_tp_->getRank(), "encoder_output_dim");
     const auto own = [&](const at::Tensor& tensor) {
-      if (tensor.size(-1) != C) return tensor;  // refused, with its name, where features are checked
+      if (tensor.size(-1) != C) return tensor;  // the insert refuses it with a better message
       return tensor.detach()
           .narrow(-1, channels.begin, channels.length())
           .contiguous()
@@ -356,7 +355,7 @@ int embed(parallel::Runtime& runtime, const EmbedArguments& arguments) {
   check_no_tilde("--stats", arguments.stats);
   const auto groups = parallel::make_process_groups(runtime, {.tp = runtime.size()});
   EmbedRun run(arguments, groups.tp, runtime.device());
-  // A file may be broken on one host only; after this every rank has the same case or none.
+  // The file may be broken on one host only: then all ranks throw.
   parallel::agree_on([&] { run.read(); }, groups.world);
   run.build();
   parallel::agree_on([&] { run.load_parameters(); }, groups.world);

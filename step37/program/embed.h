@@ -12,7 +12,7 @@ class Runtime;
 
 namespace megatron_cpp::step37 {
 
-/// The command line of `step37 embed`; the names are the options'.
+/// The command line of `step37 embed`; members are named after the options.
 struct EmbedArguments {
   std::filesystem::path input;
   std::filesystem::path output;
@@ -29,10 +29,9 @@ struct EmbedArguments {
   std::filesystem::path stats;  ///< empty: none
 };
 
-/// Reads the case on every rank (each its part of the weights), runs the embedding with all ranks as one
-/// tensor-parallel group, gathers the results and writes them on rank 0. Returns the exit status. Collective over all
-/// ranks.
-/// @throws on every rank alike: c10::ValueError for options that don't go together, sizes that don't divide and counts
+/// Reads the case on every rank, runs the embedding with all ranks as one tensor-parallel group, gathers the results
+/// and writes them on rank 0. Returns the exit status. Collective over all ranks.
+/// @throws on every rank: c10::ValueError for options that can't be combined, sizes that t doesn't divide and counts
 ///         that don't match; parallel::AgreedError for a file that can't be read or written, and for tensors in it that
 ///         are missing or don't fit.
 int embed(parallel::Runtime& runtime, const EmbedArguments& arguments);

@@ -25,7 +25,7 @@ struct FullBufferWatch::State {
     if (!tensor.defined() || !tensor.has_storage() || tensor.scalar_type() != dtype || tensor.sizes() != shape) return;
     const auto& storage = tensor.storage();
     auto* const identity = storage.unsafeGetStorageImpl();
-    // An expanded view of a small tensor is no full buffer.
+    // An expanded view of a small tensor isn't a full buffer.
     if (static_cast<int64_t>(storage.nbytes()) < bytes() || ignored.count(identity) > 0) return;
     for (auto entry = alive.begin(); entry != alive.end();) {
       entry = entry->second.expired() ? alive.erase(entry) : std::next(entry);
@@ -43,8 +43,8 @@ struct FullBufferWatch::State {
 
 namespace {
 
-// A callback is a plain function: the watch it reports to is found here. On a GPU the backward pass runs on a thread of
-// autograd's, which takes over the callbacks of the thread that called it, but not its variables.
+// The watch that the callbacks report to. It can't be thread-local: on a GPU, backward runs on an autograd thread,
+// which inherits the callbacks of the calling thread, but not its variables.
 std::mutex current_mutex;
 FullBufferWatch::State* current = nullptr;
 

@@ -31,7 +31,7 @@ int generate(parallel::Runtime& runtime, const GenerateArguments& arguments) {
   check_no_tilde("--checkpoint", arguments.checkpoint);
   check_no_tilde("--image", arguments.image);
   const auto prompt = trimmed_prompt(arguments.prompt);
-  // One rank looks: it warns once, and `latest` may move on between two ranks' looks at it.
+  // Only one rank looks: it warns once, and `latest` may change between two looks.
   std::string found;
   parallel::agree_on(
       [&] {
@@ -50,7 +50,7 @@ int generate(parallel::Runtime& runtime, const GenerateArguments& arguments) {
         model = Step37Model(model_config(state.config, tokenizer->vocab_size()), groups.tp);
         reader.load(sharded_tensors(parameter_shards(*model), published_name, groups), UnusedTensors::kAllow);
         model->to(runtime.device());
-        // A picture of a data set may be broken, the one a user asks for may not.
+        // Unlike a broken picture in a data set, a broken picture on the command line is an error.
         const auto decoded = decode_picture(arguments.image);
         TORCH_CHECK_VALUE(decoded.ok(), decoded.error);
       },

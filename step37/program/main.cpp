@@ -51,7 +51,7 @@ void add_pretrain(CLI::App& app, Command& command) {
   pretrain->add_option("overrides", arguments->overrides, "section.key=value, in place of the file's value");
   const std::map<std::string, step37::ProgressStyle> styles = {{"line", step37::ProgressStyle::kLine},
                                                                {"plain", step37::ProgressStyle::kPlain}};
-  // mpirun gives ranks a terminal of its own even where its output goes to a file: the caller knows better.
+  // Ranks can't find out: mpirun gives them a terminal of its own even if its output goes to a file.
   pretrain->add_option("--progress", arguments->progress, "line (for a terminal) or plain")
       ->transform(CLI::CheckedTransformer(styles));
   pretrain->callback([arguments, &command] {
@@ -93,8 +93,8 @@ int main(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    // Every process has the same command line, and no MPI is needed to find it wrong. One speaks; the others end well,
-    // since a launcher would end that one, too, before it has spoken.
+    // Every rank has the same wrong command line. Only one prints the error; the others exit with 0, because a launcher
+    // might otherwise kill that one before it has printed.
     return parallel::launcher_rank(parallel::process_environment()) == 0 ? app.exit(error) : 0;
   }
   return parallel::Runtime::run(command);

@@ -32,7 +32,7 @@
 namespace megatron_cpp::step37 {
 namespace {
 
-/// This program, as a shell in the working directory starts it.
+/// The path of this program, for a shell in the working directory.
 std::string this_program() {
   std::error_code error;
   const auto path = std::filesystem::read_symlink("/proc/self/exe", error);
@@ -84,7 +84,7 @@ class PretrainRun {
 
  private:
   bool is_main() const { return runtime_.rank() == 0; }
-  /// Tensor-parallel rank 0 makes its group's batches.
+  /// Whether this rank packs batches for its tensor-parallel group.
   bool packs() const { return groups_.tp->getRank() == 0; }
 
   void say(const std::string& text) const {
@@ -103,7 +103,7 @@ class PretrainRun {
                     this_program(), shell_quoted_path(checkpoint), shell_quoted_path(picture)));
   }
 
-  /// Before anything is read or removed. Names don't depend on the size of the vocabulary, and every rank has all.
+  /// Called before anything is read or removed. Parameter names don't depend on the size of the vocabulary.
   void check_scales() const {
     const auto& options = config_.training;
     if (options.learning_rate_scales.empty() && options.weight_decay_scales.empty()) return;
@@ -153,13 +153,13 @@ class PretrainRun {
           const WaitForAll wait(runtime_);
           if (!is_main()) return;
           if (resume_from_) {
-            // One made of today's captions would give the pieces other numbers under the trained weights.
+            // A new tokenizer would give the pieces other ids than the weights were trained with.
             TORCH_CHECK_VALUE(std::filesystem::exists(files_.tokenizer()), files_.tokenizer().string(),
                               " is missing: the run can't go on with another tokenizer; run.fresh=true starts over");
             return;
           }
           const auto tokenizer = train_tokenizer(pictures_.training_captions, config_.data.vocabulary_size);
-          // Now that everything given is known to be usable.
+          // Only now, when all input is known to be usable.
           if (config_.run.fresh) remove_earlier_run(files_);
           tokenizer.save(files_.tokenizer());
         },
@@ -206,7 +206,7 @@ class PretrainRun {
         groups_.world);
   }
 
-  /// For the next start.
+  /// Writes the picture index for the next start.
   void keep_index() {
     parallel::agree_on(
         [&] {
@@ -280,14 +280,13 @@ class PretrainRun {
                                   {.keep_last = config_.checkpoint.keep});
   }
 
-  /// The signal that asked one of the ranks to stop, on all of them; 0: none did. Collective: one all-reduce of one
-  /// number, on the CPU.
+  /// The signal that asked any rank to stop, equal on all ranks; 0: none. Collective: all-reduces a number on the CPU.
   int agreed_stop_signal() const {
     const auto own = at::full({1}, StopSignals::received(), at::kInt);
     return parallel::all_reduce(own, groups_.world, parallel::Reduction::kMax).item<int>();
   }
 
-  /// Trains what is left. Returns the signal that stopped it, after a checkpoint; 0: all steps are done.
+  /// Trains the remaining steps. Returns the signal that stopped it, after saving a checkpoint; 0: all steps are done.
   int train(const RunState& state) {
     std::optional<MetricsFile> metrics;
     parallel::agree_on(
@@ -298,7 +297,7 @@ class PretrainRun {
     const auto validation = pack_once(pictures_.held_out, config_.validation.packs, loader_options_, groups_);
     CaptionLoader loader(loader_options_, pictures_.training, groups_, state.sampler, faults_);
     Progress progress(state.optimizer_steps + 1, config_.training.steps, progress_style_);
-    const StopSignals signals;  // from here on there is something to save
+    const StopSignals signals;  // before this there is nothing to save
     int signal = 0;
     SamplerState sampler;  // after the step
     TrainingLoopCallbacks callbacks;
@@ -314,7 +313,7 @@ class PretrainRun {
       progress.show(line);
     };
     callbacks.save = [&](int64_t step) { save_checkpoint(step, sampler); };
-    // Signals reach the ranks at different steps, or one rank alone.
+    // A signal may reach the ranks at different steps, or only one rank.
     callbacks.stops = [&] {
       signal = agreed_stop_signal();
       return signal != 0;
@@ -346,7 +345,7 @@ class PretrainRun {
             .counts = {{"tokens", step.num_tokens}, {"images", step.num_pictures}}};
   }
 
-  /// Mean over the loss tokens of the held-out packs; nothing if there are none.
+  /// Mean over the loss tokens of the held-out packs; nullopt if there are none.
   std::optional<double> validation_loss(const CaptionStep& validation) {
     if (validation.num_loss_tokens == 0) return std::nullopt;
     const at::NoGradGuard no_grad;
@@ -438,7 +437,7 @@ int pretrain(parallel::Runtime& runtime, const PretrainArguments& arguments) {
   options.timeout = std::chrono::seconds(config.run.timeout_seconds);
   options.master_address = config.run.master_address;
   const auto groups = parallel::make_process_groups(runtime, rank_grid(config, runtime.size()), options);
-  // Every rank reads its host's copy of the configuration.
+  // Every rank has read the configuration file on its own host.
   std::vector<parallel::NamedText> values;
   for (const auto& [key, value] : settings(config)) values.push_back({key, value});
   parallel::check_equal_texts(values, groups.world);

@@ -42,7 +42,7 @@ void Progress::show(const StepMetrics& metrics) {
   if (style_ == ProgressStyle::kPlain) {
     std::puts(line.c_str());
   } else {
-    // A measured validation loss and the last step stay on the screen.
+    // Lines with a validation loss and of the last step stay on the screen.
     const bool stays = metrics.validation_loss.has_value() || metrics.step == total_steps_;
     std::fputs(fmt::format("\r{}\033[K{}", line, stays ? "\n" : "").c_str(), stdout);
   }

@@ -1,4 +1,4 @@
-// What a training run shows while it runs: a line on the screen.
+// Prints the progress of a training run.
 #pragma once
 
 #include <chrono>
@@ -16,7 +16,7 @@ enum class ProgressStyle {
 
 class Progress {
  public:
-  /// Counts time from here. `first_step` is the first of this run, counted from 1.
+  /// Starts the clock. `first_step` is the first step that this start trains, counted from 1.
   Progress(int64_t first_step, int64_t total_steps, ProgressStyle style);
   void show(const StepMetrics& metrics);
 

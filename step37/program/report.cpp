@@ -35,7 +35,7 @@ std::string base64(std::string_view bytes) {
 constexpr const char* kNumbers[] = {"loss",   "grad_norm",         "learning_rate",  "tokens",
                                     "images", "tokens_per_second", "validation_loss"};
 
-/// A line of metrics.jsonl: `step` and those of kNumbers that it has.
+/// Reads `step` and those of kNumbers that are there from a line of metrics.jsonl.
 json parse_step(const std::string& line, const std::string& where) {
   const auto object = json::parse(line, nullptr, /*allow_exceptions=*/false);
   TORCH_CHECK_VALUE(object.is_object(), where, ": not a JSON object: ", line.substr(0, 80));
@@ -75,7 +75,7 @@ std::vector<double> values_of(const std::vector<json>& steps, const char* name) 
   return values;
 }
 
-/// Sums, and the median speed, of all steps; those that were never measured are left out.
+/// Sums over all steps, and the median speed; values that were never measured are left out.
 json totals_of(const std::vector<json>& steps) {
   json totals = json::object();
   for (const char* name : {"tokens", "images"}) {
@@ -90,8 +90,8 @@ json totals_of(const std::vector<json>& steps) {
   return totals;
 }
 
-/// Adds `mean_loss`: means over windows of up to a twentieth of the run, centred at each step; narrower where the curve
-/// begins, because it is steep there, and one-sided where it ends.
+/// Adds `mean_loss` to each step: the mean over a window of up to a twentieth of the run, centred at the step; narrower
+/// at the beginning of the run, where the curve is steep, and one-sided at its end.
 void add_mean_loss(std::vector<json>& steps) {
   std::vector<double> sums{0.0};
   for (const double loss : values_of(steps, "loss")) sums.push_back(sums.back() + loss);
@@ -102,8 +102,8 @@ void add_mean_loss(std::vector<json>& steps) {
   }
 }
 
-/// At most about 1000 steps: of each stretch those of the lowest and the highest loss, so that spikes stay, and of the
-/// lowest validation loss; the ends too.
+/// Keeps about 1000 steps at most: the first, the last, and of each stretch those with the lowest and highest loss, so
+/// that spikes stay, and with the lowest validation loss.
 std::vector<json> thinned(std::vector<json> steps) {
   constexpr size_t kStretches = 330;
   if (steps.size() <= 3 * kStretches) return steps;
@@ -154,7 +154,7 @@ std::string render_report(const ReportInput& input) {
                                {"generated", picture.generated},
                                {"thumbnail", base64(picture.thumbnail)}});
   }
-  // ASCII, and no '<': nothing in it can end the element that it stands in.
+  // The JSON has no '<', so that nothing in it can end the <script> element.
   std::string html(kReportTemplate);
   constexpr std::string_view kPlace = "{{RUN}}";
   std::string data;

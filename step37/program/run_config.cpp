@@ -25,9 +25,9 @@
 namespace megatron_cpp::step37 {
 namespace {
 
-/// What is asked of a key's value beside its type.
+/// Requirements on the value of a key besides its type.
 struct Rule {
-  bool required = false;  ///< a file or an override has to give it
+  bool required = false;  ///< the file or an override has to give it
   int64_t least = std::numeric_limits<int64_t>::min();
   int64_t most = std::numeric_limits<int32_t>::max();  ///< so that no arithmetic overflows
 };
@@ -44,7 +44,7 @@ void visit_keys(Config& config, const Visit& visit) {
   constexpr Rule kRequired{.required = true};
   constexpr Rule kAtLeast0{.least = 0};
   constexpr Rule kAtLeast1{.least = 1};
-  constexpr int64_t kMaxLayers = 10000;  // far beyond any model: a slip of the pen mustn't take all memory
+  constexpr int64_t kMaxLayers = 10000;  // more than any model has: a typing error mustn't use up all memory
   each(kAny, KEY(run, directory), KEY(run, fresh), KEY(run, device), KEY(run, share_gpus), KEY(run, master_address),
        KEY(run, checked));
   each(kAtLeast1, KEY(run, timeout_seconds));
@@ -82,7 +82,7 @@ void visit_keys(Config& config, const Visit& visit) {
 }
 #undef KEY
 
-/// The name a key has today: files, command lines and checkpoints may have an old one.
+/// The current name of a key: files, command lines and checkpoints may use an old one.
 std::string todays_name(const std::string& key) {
   static const std::map<std::string, std::string> names{{"parallel.tensor", "parallel.tp"},
                                                         {"parallel.data", "parallel.dp"},
@@ -105,8 +105,8 @@ std::vector<std::string> section_names() {
   return names;
 }
 
-// Values as text. Each type of the list has write_value and read_value, which returns what the text has to be, or
-// nothing if it is that.
+// Values as text. Each type has write_value and read_value. read_value returns an empty string, or, if the text is
+// wrong, a description of what it has to be.
 
 template <class Value>
 using Names = std::vector<std::pair<std::string, Value>>;
@@ -194,9 +194,9 @@ std::string read_value(const std::string& text, ParameterScales& value) {
   return is_read ? "" : "names with a factor each, as a: 0.1, b.c: 2";
 }
 
-// Names that are nearly right.
+// Suggestions for misspelt names.
 
-/// Levenshtein's: insertions, deletions and replacements that turn `a` into `b`.
+/// Levenshtein distance: the number of insertions, deletions and replacements that turn `a` into `b`.
 size_t edit_distance(std::string_view a, std::string_view b) {
   std::vector<size_t> row(b.size() + 1);
   std::iota(row.begin(), row.end(), size_t{0});
@@ -211,7 +211,7 @@ size_t edit_distance(std::string_view a, std::string_view b) {
   return row.back();
 }
 
-/// The nearest of `names`, the first of equals. A name without a section is compared with keys without theirs too.
+/// The most similar of `names`. If `wrong` has no section, it is also compared with keys without their sections.
 std::string nearest(const std::string& wrong, const std::vector<std::string>& names) {
   return *std::ranges::min_element(names, {}, [&](const std::string& name) {
     const auto whole = edit_distance(wrong, name);
@@ -226,19 +226,19 @@ void check_known(const char* kind, const std::string& name, const std::vector<st
   TORCH_CHECK_VALUE(known, "unknown ", kind, " ", name, " in ", where, "; did you mean ", nearest(name, names), "?");
 }
 
-// What a file or the overrides give: text by key.
+// Values from a file or from overrides, by key.
 
 struct Given {
-  std::string key;        ///< as it is written there; it may be an old name
-  std::string text;       ///< of a value, or of a map of such, as of ParameterScales
+  std::string key;        ///< as written, so maybe an old name
+  std::string text;       ///< of a value, or of a map of values (ParameterScales)
   std::string where;      ///< file:line or the override
-  std::string form = {};  ///< what stands there if it is no single value
+  std::string form = {};  ///< the kind of YAML node, if it isn't a single value
 };
 using GivenValues = std::map<std::string, Given>;
 
 /// The name on the left of a colon.
 std::string name_of(const YAML::Node& key, const std::filesystem::path& path) {
-  // A message would end at a NUL.
+  // Error messages would end at a NUL.
   TORCH_CHECK_VALUE(key.IsScalar() && key.Scalar().find('\0') == std::string::npos, location(path, key.Mark()),
                     ": a name that isn't plain text");
   return key.Scalar();
@@ -252,7 +252,7 @@ Given given_value(const std::string& key, const YAML::Node& value, const std::st
   return {key, text, where, "a section"};
 }
 
-/// Adds a value under today's name of its key.
+/// Adds a value under the current name of its key.
 void add_value(GivenValues& values, const Given& given, bool may_replace) {
   const auto name = todays_name(given.key);
   check_known("key", name, key_names(), given.where);
@@ -270,7 +270,7 @@ GivenValues values_of_file(const std::filesystem::path& path) {
   TORCH_CHECK_VALUE(root.IsMap() || root.IsNull(), location(path, root.Mark()),
                     ": not a configuration: expected sections with keys, as training: and steps: 100 below it");
   GivenValues values;
-  std::map<std::string, std::string> sections;  // and where they are
+  std::map<std::string, std::string> sections;  // with their locations
   for (const auto& section : root) {
     const auto section_name = name_of(section.first, path);
     const auto where = location(path, section.first.Mark());
@@ -308,7 +308,7 @@ void set_values(const GivenValues& values, RunConfig& config) {
     }
     auto value = member;
     const bool is_right_map = given.form == "a section" && std::is_same_v<decltype(value), ParameterScales>;
-    // Text that isn't UTF-8 is no value of any type.
+    // "\xff" isn't UTF-8, so no type accepts it.
     const auto must_be = read_value(given.form.empty() || is_right_map ? given.text : "\xff", value);
     const std::string shown = !given.form.empty() ? given.form : given.text.empty() ? "nothing" : given.text;
     TORCH_CHECK_VALUE(must_be.empty(), key, " in ", given.where, " must be ", must_be, ", got ", shown);
@@ -390,7 +390,7 @@ void validate(const RunConfig& config, int num_ranks) {
                     " x data-parallel size ", grid.dp);
   const int64_t S = training.sequence_length;
   if (config.parallel.sequence_parallel) parallel::even_shard_size(S, grid.tp, "training.sequence_length");
-  // The begin symbol, <im_start>, the picture's rows, <im_end>, and a caption of one token at least.
+  // Begin token, <im_start>, the picture's rows, <im_end>, and a caption of at least one token.
   const int64_t picture_tokens = crop_options(config).global_tokens() + 3;
   TORCH_CHECK_VALUE(S > picture_tokens, "training.sequence_length ", S, " has no room for a caption: a picture of ",
                     config.vision.image_size, " pixels takes ", picture_tokens, " positions");
@@ -409,7 +409,7 @@ parallel::RankGrid rank_grid(const RunConfig& config, int num_ranks) {
   int64_t dp = sizes.dp;
   if (dp == 0) dp = tp == 0 ? 1 : std::max<int64_t>(num_ranks / tp, 1);
   if (tp == 0) tp = std::max<int64_t>(num_ranks / dp, 1);
-  // Bounded first, so that the product can't overflow.
+  // Bounds first, so that the product can't overflow.
   TORCH_CHECK_VALUE(tp <= num_ranks && dp <= num_ranks && tp * dp == num_ranks, num_ranks,
                     num_ranks == 1 ? " rank is" : " ranks are", " not parallel.tp ", tp, " x parallel.dp ", dp,
                     ": start as many, or set parallel.tp=", std::gcd(tp, num_ranks), " and leave parallel.dp out");
@@ -417,7 +417,7 @@ parallel::RankGrid rank_grid(const RunConfig& config, int num_ranks) {
 }
 
 Step37Config model_config(const RunConfig& config, int64_t vocabulary_size) {
-  check_bounds(config);  // of a checkpoint's, too
+  check_bounds(config);  // `config` may come from a checkpoint
   const auto& model = config.model;
   Step37Config result;
   result.text = {.vocabulary_size = vocabulary_size,

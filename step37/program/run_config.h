@@ -17,23 +17,23 @@
 
 namespace megatron_cpp::step37 {
 
-// A section of the file is a struct, a key one of its members, of the same name. "Required": without a value that fits
-// every run, the file or an override has to give one.
+// Each section of the file is a struct here, and each of its keys a member of the same name. "Required": there is no
+// default; the file or an override has to give a value.
 
 struct RunSection {
-  std::string directory;                ///< where results go; default: runs/<the configuration file's stem>
+  std::string directory;                ///< where results go; default: runs/<stem of the configuration file>
   bool fresh = false;                   ///< start over instead of resuming from the latest checkpoint
   std::string device = "auto";          ///< auto, cpu or cuda
   bool share_gpus = false;              ///< ranks may compute on the same GPU
   int64_t timeout_seconds = 600;        ///< how long a collective may wait for its peers
-  std::string master_address;           ///< NCCL: an address of rank 0's host that all hosts reach; empty: its name
+  std::string master_address;           ///< NCCL: address of the host of rank 0; empty: its host name
   bool checked = checked_by_default();  ///< ranks compare what must be equal before they exchange embeddings
 };
 
 struct ParallelSection {
   int64_t tp = 1;   ///< tensor parallel: ranks that share a copy of the model; 0: all ranks / dp
-  int64_t dp = 0;   ///< data parallel: copies of the model; 0: all ranks / tp, or 1 if that is 0, too
-  int64_t cp = 1;   ///< context parallel; this and the following: others than 1 are refused
+  int64_t dp = 0;   ///< data parallel: copies of the model; 0: all ranks / tp, or 1 if tp is 0, too
+  int64_t cp = 1;   ///< context parallel; of this and the following sizes only 1 is supported
   int64_t pp = 1;   ///< pipeline parallel
   int64_t ep = 1;   ///< expert parallel
   int64_t etp = 1;  ///< expert-tensor parallel
@@ -45,11 +45,11 @@ struct ParallelSection {
 
 struct DataSection {
   std::string directory;           ///< required: a folder for scan_captioned_pictures
-  double held_out = 0.05;          ///< share of the pictures that is never trained on, in [0, 1)
-  double max_unreadable = 0.5;     ///< share of the pictures that may be unreadable, in [0, 1]; all of them never may
+  double held_out = 0.05;          ///< fraction of the pictures that is never trained on, in [0, 1)
+  double max_unreadable = 0.5;     ///< fraction of the pictures that may be unreadable, in [0, 1]; never all of them
   int64_t vocabulary_size = 1000;  ///< pieces of the tokenizer, trained on the captions
   bool crops = false;              ///< cut large pictures into crops besides the global view
-  int64_t crop_side = 504;         ///< pixels; not looked at without crops
+  int64_t crop_side = 504;         ///< pixels; ignored without crops
   int64_t max_side = 3024;         ///< pixels; larger pictures are scaled down
 };
 
@@ -78,29 +78,29 @@ struct VisionSection : VisionConfig {
   bool freeze = false;
 };
 
-/// All of AdamWOptions are keys, too; scales are written as "vision_model: 0.1, language_model.embedding: 2".
+/// The members of AdamWOptions are keys, too; scales are written as "vision_model: 0.1, language_model.embedding: 2".
 struct TrainingSection : AdamWOptions {
   int64_t steps = 0;  ///< required: optimizer steps of the whole run
   int64_t seed = 1234;
-  int64_t global_batch_size = 1;   ///< packs a step, over all replicas
+  int64_t global_batch_size = 1;   ///< packs per step, over all replicas
   int64_t micro_batch_size = 1;    ///< packs in one forward and backward pass
   int64_t sequence_length = 2048;  ///< positions of a pack
   double learning_rate = 1e-3;     ///< at the end of the warm-up
   double min_learning_rate = 0.0;  ///< at the last step
   int64_t warmup_steps = 0;
   LearningRateDecay learning_rate_decay = LearningRateDecay::kCosine;  ///< or linear, constant, wsd
-  int64_t decay_steps = 0;      ///< of wsd: the last steps, in which the rate goes down
+  int64_t decay_steps = 0;      ///< wsd: number of last steps in which the rate decays
   double clip_grad_norm = 1.0;  ///< 0: no clipping
 };
 
 struct ValidationSection {
   int64_t interval = 0;          ///< steps; 0: at the end only
-  std::optional<int64_t> packs;  ///< of the held-out pictures; written `all` where it isn't a number
+  std::optional<int64_t> packs;  ///< number of packs of held-out pictures; nullopt, written `all`: all packs
 };
 
 struct CheckpointSection {
   int64_t interval = 0;  ///< steps; 0: at the end only
-  int64_t keep = 2;      ///< newest checkpoints that stay
+  int64_t keep = 2;      ///< number of newest checkpoints to keep
 };
 
 struct ReportSection {
@@ -118,38 +118,37 @@ struct RunConfig {
   ValidationSection validation;
   CheckpointSection checkpoint;
   ReportSection report;
-  std::vector<std::string> warnings;  ///< one for each key that was given under its old name; no setting
+  std::vector<std::string> warnings;  ///< one for each key that was given by its old name; not a setting
 };
 
-/// Reads a YAML file of sections, then applies `overrides`, "section.key=value" each, in order; the last one holds.
-/// The text after the first '=' is the value as it is, without YAML's quotes or escapes. Values are checked for their
-/// type only: call validate(). Old names of keys are taken, too (RunConfig::warnings). Not collective.
-/// @throws c10::ValueError naming the key, and the file and line or the override it stands in:
-///         a file that can't be read or isn't YAML; a section or key that doesn't exist (with the nearest that does),
-///         is given twice in the file, or under both its names in the file or the overrides; a value of another type;
-///         an override without '='; a required key that neither gives.
+/// Reads a YAML file of sections, then applies `overrides`, "section.key=value" each, in order; later ones win. The
+/// text after the first '=' is the value, without YAML's quotes or escapes. Only the types of values are checked: call
+/// validate(). Old names of keys are accepted, too (RunConfig::warnings). Not collective.
+/// @throws c10::ValueError naming the key, and file and line or the override:
+///         a file that can't be read or isn't YAML; a section or key that doesn't exist (with the most similar name),
+///         is given twice in the file, or by both its names in the file or the overrides; a value of another type;
+///         an override without '='; a required key that is missing.
 RunConfig load_run_config(const std::filesystem::path& path, const std::vector<std::string>& overrides = {});
 
-/// The configuration that `key_values`, "section.key=value" each, give by themselves: what settings() returned, out of
-/// a checkpoint. Not collective.
+/// The configuration from `key_values`, "section.key=value" each, without a file: the settings() in a checkpoint. Not
+/// collective.
 /// @throws c10::ValueError as load_run_config does for overrides.
 RunConfig run_config_from_settings(const std::vector<std::string>& key_values);
 
-/// Every key, "section.key", with its value, section by section. "key=value" of each, given to
-/// load_run_config as overrides of any file, makes the same configuration again.
+/// Every key, "section.key", with its value, section by section. As overrides "key=value" of any file they give the
+/// same configuration.
 std::vector<std::pair<std::string, std::string>> settings(const RunConfig& config);
 
 /// Checks everything that can be checked before the data are read. Not collective.
 /// @throws c10::ValueError naming the key and the numbers:
-///         ranks that the parallel sizes don't give; a device that isn't one; counts below what makes sense;
-///         global_batch_size not divisible by micro_batch_size * dp; sequence_length not divisible by tp under sequence
-///         parallelism, or too short for one picture; a directory that starts with ~; held_out outside [0, 1); pictures
-///         that don't fit the tower; and whatever the schedule's, AdamW's, the crops' and the model's own validate()
-///         find.
+///         a number of ranks that isn't tp * dp; an unknown device; numbers that are too small; global_batch_size not
+///         divisible by micro_batch_size * dp; sequence_length not divisible by tp under sequence parallelism, or too
+///         short for one picture; a directory that starts with ~; held_out outside [0, 1); picture sizes that don't fit
+///         the tower; and the errors of validate() of schedule, AdamW, crops and model.
 void validate(const RunConfig& config, int num_ranks);
 
-/// How `num_ranks` ranks are split: the zeros of ParallelSection filled in.
-/// @throws c10::ValueError with the numbers if a kind of parallelism is asked for that isn't there, or tp * dp isn't
+/// The sizes of ParallelSection for `num_ranks` ranks, with zeros filled in.
+/// @throws c10::ValueError with the numbers if an unsupported kind of parallelism is asked for, or tp * dp isn't
 ///         num_ranks.
 parallel::RankGrid rank_grid(const RunConfig& config, int num_ranks);
 
@@ -159,7 +158,7 @@ Step37Config model_config(const RunConfig& config, int64_t vocabulary_size);
 
 LearningRateSchedule learning_rate_schedule(const RunConfig& config);
 
-/// How pictures are cut. Without data.crops crop_side is the global view's, so that it always fits the patches.
+/// How pictures are cut. Without data.crops, crop_side is the global side, so that it always fits the patches.
 CropOptions crop_options(const RunConfig& config);
 
 }  // namespace megatron_cpp::step37

@@ -23,13 +23,13 @@
 namespace megatron_cpp::step37 {
 namespace {
 
-/// The bytes of the index that an earlier start left; none if there isn't one.
+/// The bytes of the index file; empty if there is none.
 std::string read_index(const std::filesystem::path& path) {
   std::ifstream file(path, std::ios::binary);
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
-/// On rank 0. What it prints is for whoever waits: a folder of millions takes minutes.
+/// On rank 0. Prints progress, as a folder of millions takes minutes.
 PictureIndex search(const std::filesystem::path& folder, PictureIndex earlier) {
   using Clock = std::chrono::steady_clock;
   auto told = Clock::now();
@@ -43,7 +43,7 @@ PictureIndex search(const std::filesystem::path& folder, PictureIndex earlier) {
 }
 
 /// Prints what was left out. Returns how many more pictures may turn out to be unreadable.
-/// @throws c10::ValueError if it is too much already.
+/// @throws c10::ValueError if too many are unreadable already.
 int64_t check_found(const CaptionedPictures& found, double max_unreadable) {
   const auto unreadable = found.left_out.unreadable_pictures.count;
   const auto total = unreadable + static_cast<int64_t>(found.pictures.size());
@@ -67,7 +67,7 @@ CaptionLoader::Source source_of(std::vector<CaptionedPicture> pictures, std::vec
   return source;
 }
 
-/// A few pictures with the size of their files, to compare hosts' copies by: as text, a 0 after each part.
+/// Names and file sizes of a few pictures, as text with a NUL after each, to compare the folders of different hosts.
 std::string samples_of(const std::vector<CaptionedPicture>& pictures) {
   constexpr size_t kSamples = 64;
   std::string text;
@@ -79,7 +79,7 @@ std::string samples_of(const std::vector<CaptionedPicture>& pictures) {
   return text;
 }
 
-/// @throws c10::ValueError naming the first of `samples` that isn't here as it is on rank 0's host.
+/// @throws c10::ValueError naming the first of `samples` that differs from the host of rank 0.
 void check_samples(const std::filesystem::path& folder, const std::string& samples) {
   std::istringstream parts(samples);
   std::string path;
@@ -127,7 +127,7 @@ RunPictures find_pictures(const parallel::Runtime& runtime, const parallel::Proc
         if (index != on_disk) result.index = index;
       },
       groups.world);
-  // All replicas pack from one list, whatever their hosts' folders hold besides.
+  // All replicas pack from the list of rank 0, even if a folder on another host has more pictures.
   if (packs && groups.dp->getSize() > 1) {
     index = parallel::broadcast_text(index, 0, groups.dp);
     if (!is_main) found = pictures_of(index_from_bytes(index).value(), folder);

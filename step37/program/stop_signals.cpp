@@ -8,7 +8,7 @@
 namespace megatron_cpp::step37 {
 namespace {
 
-// What a signal handler may touch.
+// Lock-free atomics, the only variables that a signal handler may use.
 std::atomic<int> stop_signal{0};
 std::atomic<int64_t> first_time{0};
 static_assert(std::atomic<int>::is_always_lock_free && std::atomic<int64_t>::is_always_lock_free);
@@ -26,7 +26,7 @@ void handle(int signal) {
     stop_signal = signal;
   } else if (meaning_of_signal(first, now) == SignalMeaning::kEnd) {
     std::signal(signal, SIG_DFL);
-    std::raise(signal);  // taken when this handler returns
+    std::raise(signal);  // takes effect when this handler returns
   }
 }
 

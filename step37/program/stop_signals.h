@@ -7,24 +7,23 @@
 
 namespace megatron_cpp::step37 {
 
-/// The exit status of a run that was asked to stop and has saved a checkpoint: start it again, and it goes on.
-/// (sysexits.h calls it EX_TEMPFAIL.)
+/// The exit status of a run that was asked to stop and has saved a checkpoint, from which the next start resumes
+/// (EX_TEMPFAIL in sysexits.h).
 inline constexpr int kInterruptedStatus = 75;
 
 /// What a signal means.
 enum class SignalMeaning {
-  kStop,   ///< the first: finish the step and save
-  kAgain,  ///< the same request a second time: a launcher and a terminal both pass it on
-  kEnd,    ///< a further one: end at once
+  kStop,   ///< the first signal: finish the step and save
+  kAgain,  ///< the same request again, because both a launcher and a terminal passed it on: ignore it
+  kEnd,    ///< a second request: end at once
 };
 
-/// What a signal means `now`, if the first came at `first` (0: none has). Times in nanoseconds.
+/// The meaning of a signal at time `now`, if the first one came at `first` (0: none yet). Times in nanoseconds.
 SignalMeaning meaning_of_signal(int64_t first, int64_t now);
 
-/// While it lives, the first SIGTERM, SIGINT or SIGUSR1 of this process is noted instead of ending it; one that comes
-/// more than a tenth of a second later ends it at once, as that signal does by itself. SIGUSR1 is for launchers, which
-/// end their ranks at the other two, but pass this one on. A signal that was ignored before stays ignored. One at a
-/// time.
+/// While an object lives, the first SIGTERM, SIGINT or SIGUSR1 is noted instead of ending the process; one that comes
+/// more than a tenth of a second later ends the process at once. SIGUSR1 is for launchers: at the other two they kill
+/// their ranks, but they pass this one on. A signal that was ignored before stays ignored. One object at a time.
 class StopSignals {
  public:
   StopSignals();
@@ -32,7 +31,7 @@ class StopSignals {
   StopSignals(const StopSignals&) = delete;
   StopSignals& operator=(const StopSignals&) = delete;
 
-  /// The number of the signal that asked this process to stop; 0: none has.
+  /// The number of the signal that asked this process to stop; 0: none.
   static int received();
 
  private:

@@ -33,7 +33,7 @@ int64_t integer_at(const nlohmann::json& json, const char* key) {
   return *value;
 }
 
-/// A link that leads to nothing.
+/// Whether `path` is a link to nothing.
 bool dangles(const std::filesystem::path& path) {
   std::error_code ignored;
   return std::filesystem::is_symlink(path, ignored) && !std::filesystem::exists(path, ignored);
@@ -44,7 +44,7 @@ void refuse_dangling_link(const std::filesystem::path& path) {
                     ", which isn't there");
 }
 
-/// As the shell names it, with the links that led there, which the system's own answer lacks.
+/// The working directory as in $PWD, with links that getcwd() would resolve.
 std::filesystem::path current_folder() {
   const char* shell = std::getenv("PWD");
   if (shell != nullptr && shell[0] == '/') {
@@ -63,7 +63,7 @@ void check_run_files(const RunFiles& files) {
   const auto checkpoints = std::filesystem::status(files.checkpoints(), unknown);
   TORCH_CHECK_VALUE(!exists(checkpoints) || is_directory(checkpoints), files.checkpoints().string(), " is no folder");
   for (const auto& path : {files.metrics(), files.tokenizer(), files.report(), files.lock()}) {
-    // A file that isn't there yet is made where the link says, if there is such a folder.
+    // A link to a file that doesn't exist yet is allowed if its folder exists: the file is created there.
     if (dangles(path) && !exists(megatron_cpp::internal::link_target(path).parent_path(), unknown)) {
       refuse_dangling_link(path);
     }
@@ -140,8 +140,8 @@ RunState run_state_from_text(const std::string& text, const std::string& where) 
 }
 
 void check_resumable(const RunConfig& began, const RunConfig& now, const std::string& where) {
-  // What the weights were trained as, and what the sampler's position is counted in. Frozen parameters have no moments
-  // in the checkpoint; the tokenizer stays the first one.
+  // Settings that define the weights, the sampler's order (seed), the parameters that have optimizer moments in the
+  // checkpoint (freeze) and the tokenizer.
   const auto is_fixed = [](const std::string& key) {
     if (key == "data.vocabulary_size" || key == "training.seed") return true;
     return (key.starts_with("model.") || key.starts_with("vision.")) && key != "model.init_std";
@@ -186,7 +186,7 @@ std::filesystem::path tokenizer_of_checkpoint(const std::filesystem::path& given
     }
     return absolute.parent_path();
   };
-  // `given` is a step folder or `latest`, or the folder that holds them.
+  // `given` is a step folder, `latest`, or the folder that contains them.
   std::error_code unknown;
   const bool holds_steps = equivalent(given, folder.parent_path(), unknown);
   const auto run = holds_steps ? parent(given) : parent(parent(given));

@@ -1,4 +1,4 @@
-// The pieces of a training run that its directory keeps: the model's settings, tokenizer and weights.
+// What a run directory and its checkpoints contain: settings, tokenizer and state of a training run.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@
 
 namespace megatron_cpp::step37 {
 
-/// Where a run keeps things.
+/// Paths in a run directory.
 struct RunFiles {
   std::filesystem::path directory;
   std::filesystem::path checkpoints() const { return directory / "checkpoints"; }
@@ -26,12 +26,12 @@ struct RunFiles {
   std::filesystem::path lock() const { return directory / "lock"; }
 };
 
-/// Keeps a run's directory to one process as long as it lives: flock(2) on a file there, which the system gives back
-/// whatever way the process ends.
+/// Locks a run directory for one process as long as the object lives: flock(2) on a file there, which the system
+/// releases however the process ends.
 class RunLock {
  public:
-  /// A file system that has no locks gives a warning.
-  /// @throws c10::ValueError naming the file if another process has it, or it can't be made.
+  /// Warns if the file system has no locks.
+  /// @throws c10::ValueError naming the file if another process holds the lock, or it can't be created.
   explicit RunLock(const std::filesystem::path& path);
   ~RunLock();
   RunLock(const RunLock&) = delete;
@@ -41,19 +41,19 @@ class RunLock {
   int file_;
 };
 
-/// Refuses a directory that a run couldn't be kept in: `checkpoints`, or another name here, is a link to what isn't
-/// there; `checkpoints` is no folder; or what is read again, metrics and tokenizer, is there and no regular file.
-/// Writes nothing.
-/// @throws c10::ValueError naming the path, and where the link leads.
+/// Refuses a directory that can't hold a run: the directory or `checkpoints` is a link to nothing, or another file a
+/// link into a folder that doesn't exist; `checkpoints` is no folder; another file is a folder; or metrics or tokenizer
+/// is no regular file. Writes nothing.
+/// @throws c10::ValueError naming the path, and the target of a link.
 void check_run_files(const RunFiles& files);
 
-/// Removes what an earlier run has left. Links stay: what they lead to is emptied or removed.
+/// Removes the files of an earlier run. Links stay; their targets are emptied or removed.
 /// @throws std::filesystem::filesystem_error
 void remove_earlier_run(const RunFiles& files);
 
-/// By what a checkpoint knows its tokenizer again.
+/// Identifies the tokenizer of a checkpoint.
 struct TokenizerMark {
-  std::string hash;  ///< of the model file's bytes, hexadecimal
+  std::string hash;  ///< of the bytes of the model file, hexadecimal
   int64_t vocabulary_size = 0;
 
   bool operator==(const TokenizerMark&) const = default;
@@ -63,35 +63,35 @@ struct TokenizerMark {
 /// @throws c10::ValueError naming the file if it can't be read.
 TokenizerMark mark_of(const std::filesystem::path& path, const Tokenizer& tokenizer);
 
-/// What a checkpoint keeps beside tensors.
+/// What a checkpoint contains besides tensors.
 struct RunState {
   RunConfig config;
   SamplerState sampler;
   int64_t optimizer_steps = 0;
-  std::optional<TokenizerMark> tokenizer = std::nullopt;  ///< nothing in checkpoints of versions that didn't keep it
+  std::optional<TokenizerMark> tokenizer = std::nullopt;  ///< nullopt in checkpoints of old versions
 };
 std::string to_text(const RunState& state);
 /// @throws c10::ValueError naming `where` and what is wrong with the text.
 RunState run_state_from_text(const std::string& text, const std::string& where);
 
-/// What the model is, as JSON, for CheckpointContents::model: the settings of the sections model and vision.
+/// The settings of the sections model and vision as JSON, for CheckpointContents::model.
 std::string model_text(const RunConfig& config);
 
-/// Refuses settings that a run can't change once it has begun: of the sections model (but init_std) and vision all, and
+/// Refuses changes of settings that a run must keep: all of the sections model (except init_std) and vision, and
 /// data.vocabulary_size and training.seed. Others (steps, learning rate, batch, layout, data, ...) may change.
-/// @param began  as the checkpoint `where` keeps it.
+/// @param began  the configuration in the checkpoint `where`.
 /// @throws c10::ValueError naming each key with both values.
 void check_resumable(const RunConfig& began, const RunConfig& now, const std::string& where);
 
-/// The tokenizer of the run that wrote a checkpoint, for the model in it.
-/// @param checkpoint  its folder, for messages.
-/// @throws c10::ValueError as Tokenizer::load; and naming both if `path` is another tokenizer than the state's.
+/// Loads the tokenizer `path` and checks that it is the one in `state`, which a checkpoint contains.
+/// @param checkpoint  folder of the checkpoint, for messages.
+/// @throws c10::ValueError as Tokenizer::load, and naming both tokenizers if they differ.
 Tokenizer load_tokenizer(const std::filesystem::path& path, const RunState& state,
                          const std::filesystem::path& checkpoint);
 
-/// Where the tokenizer of a checkpoint lies: two folders above it, as a run leaves it. The path `given` by the user
-/// comes first, since a link `checkpoints` may lead to another disk, then `folder`, the step folder with links
-/// resolved. Returns where it would be if it is in neither place.
+/// The path of the tokenizer of a checkpoint, two folders above the step folder. Looks there first from `given`, the
+/// path that the user gave, since `checkpoints` may be a link to another disk, then from `folder`, the step folder with
+/// links resolved. Returns the path from `folder` if the file is in neither place.
 std::filesystem::path tokenizer_of_checkpoint(const std::filesystem::path& given, const std::filesystem::path& folder);
 
 /// Sequences are padded to a multiple of lcm(64, t, 16), as the reference pads its packs.

@@ -24,7 +24,7 @@ std::string read_text(const std::filesystem::path& path) {
   return text.str();
 }
 
-/// Looks where documents start, and at nothing else.
+/// Collects where documents start, and ignores everything else.
 class DocumentStarts : public YAML::EventHandler {
  public:
   std::vector<YAML::Mark> marks;
@@ -43,8 +43,8 @@ class DocumentStarts : public YAML::EventHandler {
   void OnMapEnd() override {}
 };
 
-/// Where a second document starts, if one does. Not YAML::LoadAll: to yaml-cpp up to 0.8 a comma or bracket out of
-/// place is one empty document after the other, and LoadAll collects them until memory is full.
+/// Where a second document starts, if there is one. Not by YAML::LoadAll: yaml-cpp up to 0.8 reads a misplaced comma or
+/// bracket as an endless series of empty documents, which LoadAll collects until memory is full.
 std::optional<YAML::Mark> second_document(const std::string& text) {
   std::istringstream stream(text);
   YAML::Parser parser(stream);

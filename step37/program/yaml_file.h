@@ -1,4 +1,4 @@
-// A YAML file of one document.
+// Reads a YAML file with one document.
 #pragma once
 
 #include <yaml-cpp/node/node.h>
