@@ -1,5 +1,5 @@
-// The image insert under another vision-language model: a word embedding with a sharding of its own, borrowed through
-// ParallelEmbedding, start tokens and feature width of its own, tiles before pictures.
+// The image insert in another vision-language model, with its own sharding of the word embedding (a class derived from
+// ParallelEmbedding), its own start tokens and feature width, and tiles before pictures.
 //
 //   cmake -S examples/other_vlm -B build_vlm -DCMAKE_PREFIX_PATH=PREFIX && cmake --build build_vlm
 //   mpirun -np 2 --bind-to none build_vlm/other_vlm

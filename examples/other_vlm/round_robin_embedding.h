@@ -1,5 +1,5 @@
-// A word embedding with a sharding of its own: ids are dealt out like cards, id v lies in row v / t on rank v % t.
-// Frequent ids, which tokenizers number first, are spread evenly.
+// A word embedding with its own sharding: id v is in row v / t of the table of rank v % t. This spreads frequent ids,
+// which tokenizers number first, evenly over the ranks.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -21,7 +21,7 @@ class RoundRobinEmbedding : public megatron_cpp::ParallelEmbedding {
     weight = table_->weight;
   }
 
-  /// Every row of the whole comes from the one rank that has its id: the whole is the sum of the ranks' findings.
+  /// Each row of the result comes from the one rank that has its id; the other ranks contribute zeros to the sum.
   megatron_cpp::Part layout() const override { return megatron_cpp::Part::kSummand; }
 
   at::Tensor partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out = {}) override {
@@ -44,7 +44,7 @@ class RoundRobinEmbedding : public megatron_cpp::ParallelEmbedding {
     return {ranks.const_data_ptr<int64_t>(), ranks.const_data_ptr<int64_t>() + ranks.numel()};
   }
 
-  /// Row i of the rank's table is row i*t + rank of the whole.
+  /// Row i of this rank's table is row i*t + rank of the global table.
   std::vector<megatron_cpp::ParameterShard> own_parameters() const override {
     megatron_cpp::ParameterShard shard{.name = "table.weight",
                                        .parameter = weight,

@@ -1,6 +1,6 @@
 // A LibTorch program with its own model, loop and optimizer: tensor- and sequence-parallel in pairs of ranks,
 // data-parallel beyond. Parameters are bfloat16; the program keeps float32 copies of them and of their gradients, and
-// sums the gradients itself. The task: name what is in a (made-up) picture, which stands at placeholder tokens.
+// all-reduces the gradients itself. The task: name what is in a (made-up) picture, which replaces placeholder tokens.
 //
 //   cmake -S examples/own_optimizer -B build_own -DCMAKE_PREFIX_PATH=PREFIX && cmake --build build_own
 //   mpirun -np 2 --bind-to none build_own/own_optimizer
@@ -65,7 +65,7 @@ class ModelImpl : public megatron_cpp::ParallelModule {
     return head->forward(x + down->forward(at::gelu(mean)));
   }
 
-  /// Every rank has them, but the norm sees this rank's positions and the projector its pictures: parts, to be summed.
+  /// Replicated, but the norm runs on this rank's positions and the projector on its pictures: gradients are partial.
   std::vector<megatron_cpp::ParameterShard> own_parameters() const override {
     const auto partial = megatron_cpp::GradientDomain::kReplicatedPartial;
     return {megatron_cpp::replicated_parameter("norm", norm, partial, megatron_cpp::InitialValue::constant(1), false),
@@ -111,7 +111,7 @@ int train(const parallel::ProcessGroups& groups) {
     targets.slice(1, kImageRows, kImageRows + 2).copy_(ids.slice(1, kImageRows + 1, kImageRows + 3));
 
     auto loss_sum = at::zeros({1});
-    for (int64_t micro_batch = 0; micro_batch < 2; ++micro_batch) {  // this replica's half of each half of the batch
+    for (int64_t micro_batch = 0; micro_batch < 2; ++micro_batch) {  // two micro-batches per replica
       const auto own = [&](const at::Tensor& whole) { return whole.chunk(2 * dp)[2 * dp_rank + micro_batch]; };
       const auto logits = model->forward(own(ids), own(pictures).to(at::kBFloat16)).to(at::kFloat);
       const auto losses = megatron_cpp::vocab_parallel_cross_entropy(logits, own(targets).t().contiguous(),

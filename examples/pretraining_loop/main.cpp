@@ -1,5 +1,5 @@
-// A model of one's own around the image insert, and the library's training loop: tensor- and sequence-parallel in pairs
-// of ranks, data-parallel beyond. The task: name what is in a (made-up) picture.
+// A custom model around the image insert, trained by the library's training loop: tensor- and sequence-parallel in
+// pairs of ranks, data-parallel beyond. The task: name what is in a (made-up) picture.
 //
 //   cmake -S examples/pretraining_loop -B build_loop -DCMAKE_PREFIX_PATH=PREFIX && cmake --build build_loop
 //   mpirun -np 2 --bind-to none build_loop/pretraining_loop
@@ -30,7 +30,7 @@ constexpr int64_t kImageStart = 40, kImagePatch = 41, kImageEnd = 42, kEnd = 43,
 constexpr int64_t S = 8, kBatch = 16, kImageRows = 4;  // <im_start> 4 x <im_patch> <im_end> word <end>
 constexpr double kFirstLoss = 3.92265;                 // at every number of ranks
 
-/// The user's decoder: position by position, but for a causal mean that lets words see the picture before them.
+/// A custom decoder: an MLP per position, with a causal mean that lets words see the picture before them.
 class DecoderImpl : public megatron_cpp::ParallelModule {
  public:
   explicit DecoderImpl(const parallel::GroupPtr& tp) {
@@ -51,7 +51,7 @@ class DecoderImpl : public megatron_cpp::ParallelModule {
     return head->forward(x + down->forward(at::gelu(mean)));
   }
 
-  /// The norm is on every rank, but sees the positions of this rank only: its gradient is a part, to be summed.
+  /// The norm is replicated, but runs on the positions of this rank only: its gradient is partial.
   std::vector<megatron_cpp::ParameterShard> own_parameters() const override {
     return {megatron_cpp::replicated_parameter("norm", norm, megatron_cpp::GradientDomain::kReplicatedPartial,
                                                megatron_cpp::InitialValue::constant(1), /*weight_decay=*/false)};
@@ -67,7 +67,7 @@ struct Batch {
   at::Tensor ids, targets, features;  // [B, S], [S, B], [B, kImageRows, C]
 };
 
-/// This data-parallel rank's rows of the step's batch; a picture is its word's pattern with noise.
+/// This data-parallel rank's part of the batch of a step; a picture is the pattern of its word plus noise.
 Batch make_batch(int64_t step, const at::Tensor& patterns, int dp, int dp_rank) {
   at::manual_seed(step);
   const auto words = at::randint(kNumWords, {kBatch}, at::kLong);
@@ -91,7 +91,7 @@ int run(parallel::Runtime& runtime) {
   const auto insert = model.register_module("insert", step37::ImageInsertEmbedding(embedding, C, H));
   const auto decoder = model.register_module("decoder", Decoder(groups.tp));
 
-  // Every parameter says how its gradient is completed; the trainer does so once a step, with two collectives.
+  // Each parameter has a GradientDomain: the ranks over which the trainer sums its gradient, once per step.
   const auto parameters = megatron_cpp::parameter_shards(model);
   megatron_cpp::initialize_parameters(parameters, /*seed=*/1);
   constexpr int64_t kSteps = 61;

@@ -26,7 +26,7 @@ int run(parallel::Runtime& runtime) {
   const auto tp = parallel::make_process_groups(runtime, {.tp = t}).tp;
   const auto own = [&](const at::Tensor& whole, int64_t dim) { return whole.chunk(t, dim)[runtime.rank()]; };
 
-  // Up: every rank has F/t columns of the output; down: the same F/t of its input. Between layers, S/t positions each.
+  // up splits its output and down its input into F/t units per rank; outside the MLP each rank has S/t positions.
   megatron_cpp::ColumnParallelLinear up(megatron_cpp::ColumnParallelLinearOptions(H, F).sequence_parallel(true), tp);
   megatron_cpp::RowParallelLinear down(megatron_cpp::RowParallelLinearOptions(F, H).sequence_parallel(true), tp);
   megatron_cpp::initialize_parameters(up->own_parameters(), /*seed=*/1);
