@@ -1,5 +1,5 @@
-// What the tests of the image insert share: cases, a dense counterpart of one process, the layer in every variant, and
-// what each rank must have of a gradient. The data are exact, so that comparisons are of bits.
+// Shared by the tests of the image insert: cases, a dense reference in one process, the layer in every variant, and
+// checks of the gradients on each rank. All values are exact in floating point: results are compared bit by bit.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,7 +18,7 @@
 
 namespace megatron_cpp::insert_world {
 
-// Every t in {1, 2, 3, 4} divides H, C and S; V is padded by every t but 1.
+// Every t in {1, 2, 3, 4} divides H, C and S; none but 1 divides V, which is then padded.
 inline constexpr int64_t kV = 19;
 inline constexpr int64_t kH = 12;
 inline constexpr int64_t kC = 12;
@@ -49,7 +49,7 @@ struct Scenario {
   step37::MismatchPolicy on_mismatch = step37::MismatchPolicy::kError;
 };
 
-/// Five images of two groups, a tensor and a list, on either side of the shards' borders.
+/// Five images in two groups, a tensor and a list, on both sides of the borders of sequence shards.
 Scenario two_groups();
 
 /// Images that begin before others end, that are cut at S, and a start token in the last position.
@@ -57,7 +57,7 @@ Scenario overlaps();
 
 std::vector<Scenario> scenarios();
 
-/// `images` with every feature tensor replaced by what `change` makes of it.
+/// `images` with every feature tensor replaced by change(tensor).
 template <class Change>
 std::vector<step37::ImageForInsert> changed(std::vector<step37::ImageForInsert> images, const Change& change) {
   for (auto& group : images) {
@@ -71,12 +71,12 @@ std::vector<step37::ImageForInsert> changed(std::vector<step37::ImageForInsert> 
 }
 
 std::vector<at::Tensor> tensors_of(const std::vector<step37::ImageForInsert>& images);
-/// One tensor [L, C] an image of the group.
+/// One tensor [L, C] per image of the group.
 std::vector<at::Tensor> blocks_of(const step37::ImageForInsert& group);
-/// Feature rows of each image of all groups.
+/// Number of feature rows of each image of all groups.
 std::vector<int64_t> rows_of(const std::vector<step37::ImageForInsert>& images);
 
-// ---- The dense counterpart ----
+// ---- The dense reference ----
 
 struct Sizes {
   int64_t V = kV, H = kH, C = kC;
@@ -96,10 +96,10 @@ struct Results {
   std::vector<step37::ImageForInsert> feature_gradients;
 };
 
-/// The gradient, zero where there is none.
+/// tensor.grad(), or zeros if it is undefined.
 at::Tensor gradient_of(const at::Tensor& tensor);
 
-/// Embeds everything, then overwrites row after row, and derives (output * loss_weights).sum() by all there is.
+/// Embeds everything, then overwrites row after row; the gradients are those of (output * loss_weights).sum().
 Results dense(const Scenario& scenario, const Parameters& parameters, bool with_bias, const at::Tensor& loss_weights);
 
 // ---- The layer ----
@@ -119,7 +119,7 @@ struct Variant {
   std::string name() const;
 };
 
-/// Everything that isn't refused, on t ranks.
+/// All combinations that the insert allows, for t ranks.
 std::vector<Variant> variants(int t);
 
 /// All variants for all t that divide the world.
@@ -138,21 +138,21 @@ inline constexpr Trainable kTrainable[] = {{true, true, true},   {true, true, fa
 /// Where features are before the insert.
 enum class Placement {
   kEverywhere,
-  kSliced,     ///< every rank has its C/t channels of all: for the row sharding
+  kSliced,     ///< every rank has its C/t channels of all features: for the row sharding
   kOnHolders,  ///< each image on one rank
 };
 std::string name_of(Placement placement);
 
 struct Placed {
   Placement placement = Placement::kEverywhere;
-  std::vector<int64_t> holders;  ///< of each image of all groups
-  bool give_holders = false;     ///< else they are the balanced ones, which the layer finds itself
+  std::vector<int64_t> holders;  ///< per image of all groups
+  bool give_holders = false;     ///< whether to pass them; if not, they must be the balanced ones of the layer
 };
 
-/// On the ranks that hold them if nobody says otherwise.
+/// On the holders that the layer computes by itself.
 Placed on_balanced_holders(const std::vector<step37::ImageForInsert>& images, int t);
 
-/// One of each placement that a variant takes: everywhere, on single ranks dealt in turn backwards, sliced by channel.
+/// The placements that a variant allows: everywhere, on holders t-1, ..., 0, t-1, ..., sliced by channel.
 std::vector<Placed> placements(const Variant& variant, const std::vector<step37::ImageForInsert>& images);
 
 struct LayerOptions {
@@ -160,7 +160,7 @@ struct LayerOptions {
   bool bias = true;
   bool accumulate_into_grad = false;        ///< of the projector
   bool words_accumulate_into_grad = false;  ///< of the embedding
-  bool checked = false;                     ///< on, checked mode would be counted too
+  bool checked = false;                     ///< off, so that its collectives aren't counted
 };
 
 struct Layer {
@@ -174,15 +174,15 @@ struct Layer {
   at::Tensor words() const;
   at::Tensor weight() const;
   at::Tensor bias() const;  ///< undefined without bias
-  /// This rank's part of a [S, B, H], [V, H], [H, C], [H].
+  /// This rank's part of a global [S, B, H], [V, H], [H, C] or [H].
   at::Tensor own_sequence(const at::Tensor& whole) const;
   at::Tensor own_words(const at::Tensor& whole) const;
   at::Tensor own_weight(const at::Tensor& whole) const;
   at::Tensor own_bias(const at::Tensor& whole) const;
-  /// What this rank passes of `images`, or expects of their gradients.
+  /// The part of `images` (or of their gradients) that this rank passes (or expects).
   std::vector<step37::ImageForInsert> own_images(const std::vector<step37::ImageForInsert>& images,
                                                  const Placed& placed) const;
-  /// The same on the test's device, as leaves of their own.
+  /// The same on the device of the test, as new leaves.
   std::vector<step37::ImageForInsert> leaves(const std::vector<step37::ImageForInsert>& images,
                                              const Placed& placed = {}, bool trainable = true) const;
 
@@ -191,7 +191,7 @@ struct Layer {
   template <class... More>
   at::Tensor forward(const at::Tensor& ids, const std::vector<step37::ImageForInsert>& images,
                      const More&... more) const {
-    auto module = insert;  // a const holder gives a const module, whose forward isn't
+    auto module = insert;  // a const ModuleHolder gives a const module, and forward isn't const
     return module->forward(ids, images, more...);
   }
   void backward(const at::Tensor& output, const at::Tensor& loss_weights) const;
@@ -199,22 +199,22 @@ struct Layer {
 
 Layer make_layer(const Variant& variant, const Parameters& parameters, const LayerOptions& options = {});
 
-/// Another insert over the layer's word embedding.
+/// Another insert with the word embedding of `layer`.
 step37::ImageInsertEmbedding make_insert(const Layer& layer, const Parameters& parameters,
                                          const step37::ImageInsertEmbeddingOptions& options);
 
-/// Whether a projector's gradient is what its domain promises: this rank's part of `whole` ([H, C] or [H]), or where
-/// the projector is replicated, a summand of it. Collective over the layer's group.
+/// Whether the gradient of a projector parameter fits its GradientDomain: it is this rank's part of `whole` ([H, C] or
+/// [H]), or, if the projector is replicated, the sum over the ranks is `whole`. Collective over the group of `layer`.
 testing::AssertionResult projector_gradient_is(const Layer& layer, const at::Tensor& parameter,
                                                const at::Tensor& whole);
 
-/// Whether the features that this rank passed have the gradients that they should: complete ones, but in a replicated
-/// projector that took features from every rank, those of this rank's images. Collective over the layer's group.
+/// Whether the features that this rank passed have the right gradients: complete ones, but with a replicated projector
+/// and features on every rank only those of the images that this rank projects. Collective over the group of `layer`.
 testing::AssertionResult feature_gradients_are(const Layer& layer, const std::vector<step37::ImageForInsert>& passed,
                                                const std::vector<step37::ImageForInsert>& whole, const Placed& placed);
 
-/// Whether everything trainable has its gradient and nothing else has one. For at least one image group. Collective
-/// over the layer's group.
+/// Whether everything trainable has its gradient and nothing else has one. Needs at least one image group. Collective
+/// over the group of `layer`.
 testing::AssertionResult gradients_are(const Layer& layer, const std::vector<step37::ImageForInsert>& passed,
                                        const Results& expected, const Trainable& trainable, const Placed& placed = {});
 

@@ -18,7 +18,7 @@
 namespace megatron_cpp::test_support {
 namespace {
 
-/// Processes with `mark` among their arguments.
+/// Number of processes with `mark` in their command line.
 int processes_with(const std::string& mark) {
   int count = 0;
   for (const auto& entry : std::filesystem::directory_iterator("/proc")) {
@@ -34,7 +34,7 @@ int processes_with(const std::string& mark) {
 
 }  // namespace
 
-// (Appended piece by piece: g++ 12 warns of `"'" + string` without cause.)
+// (Appended piece by piece: g++ 12 warns about `"'" + string` without reason.)
 std::string quoted(const std::string& path) {
   std::string result = "'";
   return result.append(path).append("'");

@@ -1,29 +1,29 @@
-// Starting a program as a user does, and looking at what it says.
+// Runs a program as a user does, and examines its output.
 #pragma once
 
 #include <string>
 
 namespace megatron_cpp::test_support {
 
-/// `path` for the shell.
+/// `path` in single quotes, for the shell.
 std::string quoted(const std::string& path);
 
 struct Outcome {
-  int status = -1;     ///< the exit status, -1 if it was ended by a signal
+  int status = -1;     ///< the exit status, -1 if a signal ended it
   std::string output;  ///< stdout and stderr
 };
 
-/// Runs a command of the shell and waits for its end.
+/// Runs a shell command and waits for its end.
 Outcome run_command(const std::string& command);
 
-/// How a program is started on `ranks` ranks: put this in front of it.
+/// The beginning of a command that starts a program on `ranks` ranks.
 std::string mpiexec(int ranks);
 
-/// Fails the running test if a process with `mark` among its arguments is still there in 5 seconds: mpirun's daemons
-/// may take a moment to end what they started.
+/// Fails the running test if a process with `mark` in its command line still exists after 5 seconds: mpirun's daemons
+/// may take a moment to end their processes.
 void expect_no_process_left(const std::string& mark);
 
-/// How often `part` is in `text`, without overlaps.
+/// The number of occurrences of `part` in `text`, without overlaps.
 int occurrences(const std::string& text, const std::string& part);
 
 }  // namespace megatron_cpp::test_support

@@ -1,5 +1,4 @@
-// What a test is told about where things are, by its environment: paths in a unit would make ccache miss in every
-// clone.
+// Paths that tests get from environment variables: compiled-in paths would make ccache miss in every clone.
 #pragma once
 
 #include <cstdlib>
@@ -17,7 +16,7 @@ inline std::string setting(const std::string& name) {
   return value;
 }
 
-/// The golden cases: the folder MCPP_TEST_CASES, and tests/cases for whoever starts a test in the clone's root.
+/// The folder of golden cases: MCPP_TEST_CASES, or tests/cases if a test is started by hand in the root of the clone.
 inline std::filesystem::path cases() {
   const char* value = std::getenv("MCPP_TEST_CASES");
   return value == nullptr ? "tests/cases" : value;

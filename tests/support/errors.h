@@ -1,4 +1,4 @@
-// What an action throws or warns of, and whether that says what it should.
+// Checks the errors and warnings of an action.
 #pragma once
 
 #include <c10/util/Exception.h>
@@ -30,13 +30,13 @@ std::string value_error(const Action& action) {
   return error_of<c10::ValueError>(action);
 }
 
-/// Whether `text` has `part` in it.
+/// Whether `text` contains `part`.
 inline testing::AssertionResult contains(std::string_view text, std::string_view part) {
   if (text.find(part) != std::string_view::npos) return testing::AssertionSuccess() << text << "\n  has: " << part;
   return testing::AssertionFailure() << text << "\n  lacks: " << part;
 }
 
-/// Whether `action` throws an Error whose text has `part` in it.
+/// Whether `action` throws an Error whose text contains `part`.
 template <class Error = c10::ValueError, class Action>
 testing::AssertionResult throws(const Action& action, const std::string& part) {
   std::string text = "nothing thrown";
@@ -51,7 +51,7 @@ testing::AssertionResult throws(const Action& action, const std::string& part) {
   return testing::AssertionFailure() << text << "\n  instead of: " << part;
 }
 
-/// Collects warnings while it lives, and so keeps them from the test's output.
+/// Collects warnings while it lives, instead of printing them.
 class Warnings : public c10::WarningHandler {
  public:
   void process(const c10::Warning& warning) override { texts.push_back(warning.msg()); }

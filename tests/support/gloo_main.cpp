@@ -1,4 +1,4 @@
-// The main of tests over Gloo: the ranks come from environment variables, and MPI stays unstarted.
+// main() of tests over Gloo: ranks come from environment variables, and MPI is never started.
 #include <gtest/gtest.h>
 #include <mpi.h>
 

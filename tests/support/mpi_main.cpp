@@ -1,4 +1,4 @@
-// The main of every multi-rank test: verdicts agreed by all ranks, a watchdog that names the test that hangs.
+// main() of every multi-rank test: a test fails on all ranks if it fails on one; a watchdog names a test that hangs.
 #include <gtest/gtest.h>
 #include <mpi.h>
 
@@ -74,11 +74,11 @@ class Watchdog {
   std::thread thread_;
 };
 
-/// Failures are printed by the rank that has them, at once; the verdict of a test is agreed by all ranks.
+/// A rank prints its failures at once; after each test, the ranks exchange whether it failed or was skipped.
 class RankListener final : public testing::EmptyTestEventListener {
  public:
   RankListener(testing::TestEventListener* printer, Watchdog& watchdog) : printer_(printer), watchdog_(watchdog) {
-    MPI_Comm_dup(MPI_COMM_WORLD, &comm_);  // own context: never matches a message of the code under test
+    MPI_Comm_dup(MPI_COMM_WORLD, &comm_);  // own communicator: can't match messages of the code under test
     MPI_Comm_rank(comm_, &rank_);
     MPI_Comm_size(comm_, &size_);
   }

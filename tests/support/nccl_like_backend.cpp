@@ -18,7 +18,7 @@ namespace {
 
 using WorkPtr = c10::intrusive_ptr<c10d::Work>;
 
-/// What a stream of NCCL's has to do, in order.
+/// A queue of collectives that run late, like a CUDA stream.
 class LateCollectives {
  public:
   int64_t add(std::function<void()> collective) {
@@ -77,7 +77,7 @@ const at::Tensor& single(const std::vector<at::Tensor>& tensors) {
   return tensors.front();
 }
 
-/// What is there before a collective has written to it.
+/// Fills the output of a collective that hasn't run yet with garbage.
 void spoil(const at::Tensor& output) {
   if (at::isFloatingType(output.scalar_type())) {
     output.detach().fill_(std::numeric_limits<double>::quiet_NaN());

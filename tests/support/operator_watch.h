@@ -1,4 +1,4 @@
-// Which LibTorch operators ran, and what they returned.
+// Records which LibTorch operators run, and the tensors that they return.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,8 +14,8 @@
 
 namespace megatron_cpp::test_support {
 
-/// Follows operators while it lives: those of the thread that made it, and of the threads on which autograd runs its
-/// backward passes on a GPU, since these take over the thread's callbacks. One at a time in a process.
+/// Records operators while it lives: on the thread that created it, and on the autograd threads of its backward passes
+/// on a GPU, which inherit the callbacks of the thread. One object at a time in a process.
 class OperatorWatch {
  public:
   OperatorWatch() {
@@ -37,7 +37,7 @@ class OperatorWatch {
   OperatorWatch(const OperatorWatch&) = delete;
   OperatorWatch& operator=(const OperatorWatch&) = delete;
 
-  /// How often each operator ran, also inside others.
+  /// How often each operator ran, including calls inside other operators.
   std::map<std::string, int64_t> counts() const {
     const std::scoped_lock lock(mutex_);
     return counts_;
@@ -50,7 +50,7 @@ class OperatorWatch {
 #ifdef NDEBUG
   static constexpr bool kSeesCopies = true;
 #else
-  /// In debug builds RecordFunction::inputs() reads a member that those of LibTorch's release library don't have.
+  /// In debug builds RecordFunction::inputs() reads a member that LibTorch's release library doesn't have.
   static constexpr bool kSeesCopies = false;
 #endif
   /// Copies from the CPU to another device; 0 unless kSeesCopies.
@@ -63,19 +63,19 @@ class OperatorWatch {
     const std::scoped_lock lock(mutex_);
     return copies_to_host_;
   }
-  /// New int64 tensors: lists of rows are such.
+  /// Number of new int64 tensors, such as index lists.
   int64_t new_lists() const {
     const std::scoped_lock lock(mutex_);
     return new_lists_;
   }
-  /// Of the floating-point tensors that operators returned, the largest one's memory; a view counts as what it views.
+  /// Size of the largest storage of a floating-point tensor that an operator returned; views count with their storage.
   int64_t largest_bytes() const {
     const std::scoped_lock lock(mutex_);
     return largest_bytes_;
   }
 
  private:
-  // A callback is a plain function: the watch is found here.
+  // Callbacks are plain functions, and find the watch in current_.
   static std::unique_ptr<at::ObserverContext> begin_operator(const at::RecordFunction& function) {
     const std::scoped_lock lock(mutex_);
     if (current_ == nullptr) return nullptr;

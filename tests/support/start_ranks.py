@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Starts a program on several ranks as torchrun does, by environment variables: start_ranks.py RANKS PROGRAM [ARGUMENT ...]
 
-Once a rank fails the others are ended; its status is that of the whole.
+When a rank fails, the others are killed, and its exit status is returned.
 """
 import os
 import socket

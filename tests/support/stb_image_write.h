@@ -1,4 +1,4 @@
-// stb_image_write, which comes as a header with its definitions: static here, and without its warnings.
+// stb_image_write, a header with definitions: static here, with its warnings switched off.
 #pragma once
 
 #pragma GCC diagnostic push

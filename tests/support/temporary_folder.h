@@ -1,4 +1,4 @@
-// A folder of a test's own, and files written and read in one piece.
+// A temporary folder for a test, and functions that write and read whole files.
 #pragma once
 
 #include <stdlib.h>  // mkdtemp
@@ -13,7 +13,7 @@
 
 namespace megatron_cpp::test_support {
 
-/// Writes the file `path`, and makes the folders that it is in.
+/// Writes the file `path`, and creates its parent folders.
 inline void write_file(const std::filesystem::path& path, std::string_view bytes) {
   std::filesystem::create_directories(path.parent_path());
   std::ofstream stream(path, std::ios::binary);
@@ -27,7 +27,7 @@ inline std::string read_file(const std::filesystem::path& path) {
   return {std::istreambuf_iterator<char>(stream), {}};
 }
 
-/// A new folder, removed with everything in it at the end. Of one process; ranks share a SharedFolder.
+/// A new folder, which the destructor removes with everything in it. For one process; SharedFolder is for all ranks.
 class TemporaryFolder {
  public:
   TemporaryFolder() {
@@ -44,7 +44,7 @@ class TemporaryFolder {
 
   const std::filesystem::path& path() const { return path_; }
 
-  /// The file `name`, which may be in folders below, with these bytes.
+  /// Writes the file `name`, a path relative to the folder, and returns its path.
   std::filesystem::path write(const std::string& name, std::string_view bytes) const {
     auto file = path_ / name;
     write_file(file, bytes);

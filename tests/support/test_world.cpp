@@ -29,7 +29,7 @@ World& world() {
 
 int world_size() { return parallel::ranks_in_environment() ? parallel::world_size_in_environment() : runtime().size(); }
 
-/// A group of the same ranks whose CPU tensors go through a staged backend, as those of a shared GPU do.
+/// A group of the same ranks whose CPU tensors go through a staged backend, as tensors of a shared GPU do.
 parallel::GroupPtr staged(const parallel::GroupPtr& group) {
   auto result = c10::make_intrusive<c10d::ProcessGroup>(group->getRank(), group->getSize());
   result->setBackend(at::kCPU, c10d::ProcessGroup::CUSTOM, parallel::make_staged_backend(group->getBackend(at::kCPU)));

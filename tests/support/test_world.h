@@ -16,17 +16,17 @@
 
 namespace megatron_cpp::test_support {
 
-/// The runtime of this process, on the device that TEST_DEVICE names (cpu if unset). Not where ranks come from
-/// environment variables (gloo_main.cpp): it starts MPI.
+/// The runtime of this process, on the device that TEST_DEVICE names (cpu if unset). It starts MPI, so it isn't for
+/// tests whose ranks come from environment variables (gloo_main.cpp).
 parallel::Runtime& runtime();
 
-/// The device of the tests: the runtime's, or without one the CPU.
+/// The device of the tests: that of the runtime, or the CPU if ranks come from environment variables.
 c10::Device device();
 
-/// Groups with tensor-parallel size `tp`, which must divide the world, and data-parallel size world/tp. Collective over
-/// the world on the first call for each size. They come from environment variables where these have ranks. TEST_BACKEND
-/// in the environment puts another backend between all groups but the world and MPI: like_nccl (nccl_like_backend.h) or
-/// staged (parallel/nccl/staged_backend.h).
+/// Groups with tensor-parallel size `tp`, which must divide the world, and data-parallel size world/tp, over MPI or, if
+/// ranks come from environment variables, over Gloo. Collective over the world on the first call for each size. The
+/// environment variable TEST_BACKEND puts another backend between the groups (except the world) and MPI: like_nccl
+/// (nccl_like_backend.h) or staged (parallel/nccl/staged_backend.h).
 const parallel::ProcessGroups& groups(int tp);
 
 /// groups(world size).tp: the whole world as one tensor-parallel group.
@@ -38,16 +38,16 @@ const parallel::GroupPtr& single();
 /// The sizes that divide the world, in increasing order.
 std::vector<int> divisors_of_world();
 
-/// `tensor` on the test's device.
+/// `tensor` on device().
 at::Tensor on_device(const at::Tensor& tensor);
 
 /// This rank's part of `whole`: one of equal chunks along `dim`, in the order of the ranks of `tp`.
 at::Tensor part(const at::Tensor& whole, int64_t dim, const parallel::GroupPtr& tp);
 
-/// Ends the runtime; the test main calls it after the last test.
+/// Ends the runtime; main() calls it after the last test.
 void end_test_world();
 
-/// A new folder that all ranks know; rank 0 makes it and removes it with everything in it. Making and removing are
+/// A new folder for all ranks; rank 0 creates it, and removes it with everything in it. Constructor and destructor are
 /// collective over the world.
 class SharedFolder {
  public:
@@ -59,14 +59,14 @@ class SharedFolder {
   const std::filesystem::path& path() const { return path_; }
 
  private:
-  std::optional<TemporaryFolder> own_;  ///< rank 0's
+  std::optional<TemporaryFolder> own_;  ///< on rank 0
   std::filesystem::path path_;
 };
 
 /// True on every rank if `condition` holds on every rank. Collective over the world.
 bool on_all_ranks(bool condition);
 
-/// What `action` throws on this rank as "Type: text"... "" if nothing. Only the text counts.
+/// The text of the exception that `action` throws on this rank; "" if none.
 template <class Action>
 std::string message_of(const Action& action) {
   try {
