@@ -1,26 +1,24 @@
 # add_mpi_test(NAME x_test SOURCES x_test.cpp LIBRARIES y RANKS 1 2 4 [TIMEOUT s] [ARGS ...] [GPU])
 #
-# GPU: one of those that scripts/gpu_check.sh takes to a machine with a GPU; it finds them by the label gpu.
-# One executable, one ctest test per rank count (x_test.np2). ctest's TIMEOUT is the outer net; the watchdog of
-# tests/support/mpi_main.cpp fires 10 s earlier and names the test that hangs.
+# One executable, one ctest test per rank count (x_test.np2). The watchdog of tests/support/mpi_main.cpp fires 10 s before
+# ctest's TIMEOUT and names the test that hangs. GPU: gives the test the label gpu, so that scripts/gpu_check.sh includes it.
 set(MPI_TEST_FLAGS "")
 if(MPI_CXX_LIBRARY_VERSION_STRING MATCHES "Open MPI")
   set(MPI_TEST_FLAGS --oversubscribe --bind-to none)
 endif()
-# Golden cases are read from the tree, wherever it is built. hwloc, which MPI asks for the machine, complains where a
-# container has no /sys.
+# Golden cases are read from the source tree. HWLOC_HIDE_ERRORS: hwloc, which MPI uses, complains in containers without /sys.
 set(MCPP_TEST_ENVIRONMENT
   "MCPP_TEST_CASES=${PROJECT_SOURCE_DIR}/tests/cases;OMP_NUM_THREADS=1;OMPI_MCA_mpi_yield_when_idle=1;OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;HWLOC_HIDE_ERRORS=2")
 if(MCPP_SANITIZE)
-  # Up to GCC 13 and LLVM 16 the sanitizers' __tls_get_addr takes some blocks of dynamic thread-local memory for those of
-  # glibc 2.19, by their place in a page, and LeakSanitizer then reads memory that isn't there ("Tracer caught signal 11",
-  # google/sanitizers issue 1322). Whether that happens is the heap's chance.
+  # Up to GCC 13 and LLVM 16, the __tls_get_addr of sanitizers mistakes some blocks of dynamic thread-local memory for those
+  # of glibc 2.19, depending on their address, and LeakSanitizer then reads unmapped memory ("Tracer caught signal 11",
+  # google/sanitizers issue 1322).
   list(APPEND MCPP_TEST_ENVIRONMENT "ASAN_OPTIONS=intercept_tls_get_addr=0"
     "LSAN_OPTIONS=suppressions=${PROJECT_SOURCE_DIR}/tests/support/leaks.supp:print_suppressions=0")
 endif()
 set(MCPP_TEST_DEVICE "cpu" CACHE STRING "Device the multi-rank tests run on: cpu or cuda")
 
-# For scripts/affected_tests.py: which source a test program has, one a line in test_sources.txt.
+# For scripts/affected_tests.py: writes lines "PROGRAM SOURCE" to test_sources.txt.
 function(list_test_sources program)
   foreach(source IN LISTS ARGN)
     cmake_path(ABSOLUTE_PATH source BASE_DIRECTORY ${CMAKE_CURRENT_SOURCE_DIR} NORMALIZE)
@@ -56,7 +54,7 @@ function(add_mpi_test)
       --gtest_output=xml:${CMAKE_BINARY_DIR}/test-results/${test}.xml)
     math(EXPR watchdog "${T_TIMEOUT} - 10")
     set_tests_properties(${test} PROPERTIES PROCESSORS ${n} TIMEOUT ${T_TIMEOUT} LABELS "${labels};np${n}"
-      # One mpirun at a time: Open MPI 4 fails to start now and then ("orte_session_dir failed") while another one of the
+      # One mpirun at a time: Open MPI 4 sometimes fails to start ("orte_session_dir failed") while another mpirun of the
       # same user ends and removes the session folder that both use.
       RESOURCE_LOCK mpirun
       ENVIRONMENT "TEST_RANKS=${n};TEST_WATCHDOG_S=${watchdog};TEST_DEVICE=${MCPP_TEST_DEVICE};${MCPP_TEST_ENVIRONMENT}")

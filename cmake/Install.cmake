@@ -1,26 +1,25 @@
-# What `cmake --install` puts where, so that another project's find_package(megatron_cpp) gives it the same targets.
+# Installs the libraries as a CMake package: find_package(megatron_cpp) gives other projects the same targets as here.
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
-# Installed files find each other wherever the prefix is moved, and LibTorch where they were built with it.
+# Installed files find each other after the prefix is moved, and LibTorch at the path they were built with.
 set(CMAKE_INSTALL_RPATH "$ORIGIN" "$ORIGIN/../${CMAKE_INSTALL_LIBDIR}")
 set(CMAKE_INSTALL_RPATH_USE_LINK_PATH ON)
 
-# A folder of their own: parallel/ is a name that others have too.
+# A separate include folder, because other projects have a parallel/, too.
 set(MCPP_INSTALL_INCLUDEDIR ${CMAKE_INSTALL_INCLUDEDIR}/${PROJECT_NAME})
 set(MCPP_INSTALL_CMAKEDIR ${CMAKE_INSTALL_LIBDIR}/cmake/${PROJECT_NAME})
 
-# mcpp_rpath(target): the same library path in the build as installed, for what is installed. Otherwise CMake ends the build's
-# with colons, to have room for the other, and the loader takes what is empty beside a colon for the folder that the user
-# stands in.
+# mcpp_rpath(target): gives an installed target the same RPATH in the build as after installation. Otherwise CMake pads the
+# RPATH of the build with colons, and the loader reads an empty entry as the current folder.
 function(mcpp_rpath target)
   set_target_properties(${target} PROPERTIES BUILD_WITH_INSTALL_RPATH ON
     LIBRARY_OUTPUT_DIRECTORY "${PROJECT_BINARY_DIR}/${CMAKE_INSTALL_LIBDIR}"
     RUNTIME_OUTPUT_DIRECTORY "${PROJECT_BINARY_DIR}/bin")
 endfunction()
 
-# mcpp_public_library(layer): target megatron_cpp_<layer>, which users know as megatron_cpp::<layer>, in builds and
-# installed, with the headers of its file set HEADERS. Those of parallel/ and step37/ are also found as
+# mcpp_public_library(layer): makes the target megatron_cpp_<layer> available as megatron_cpp::<layer>, in builds and after
+# installation, with the headers of its file set HEADERS. Headers of parallel/ and step37/ can also be included as
 # <megatron_cpp/parallel/...> and <megatron_cpp/step37/...>.
 function(mcpp_public_library layer)
   set(target megatron_cpp_${layer})
@@ -50,7 +49,7 @@ function(mcpp_public_library layer)
   endif()
 endfunction()
 
-# The targets' export, the package's config and version, and the LibTorch logic that both trees share.
+# Installs the exported targets, the config and version files of the package, and LibTorch.cmake, which the package uses, too.
 function(mcpp_install_package)
   install(EXPORT megatron_cpp_targets NAMESPACE megatron_cpp:: DESTINATION ${MCPP_INSTALL_CMAKEDIR})
   configure_package_config_file(${PROJECT_SOURCE_DIR}/cmake/megatron_cppConfig.cmake.in

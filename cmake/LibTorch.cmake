@@ -1,7 +1,7 @@
-# Imported targets for LibTorch, straight from its files.
+# Imported targets for LibTorch, made directly from its files.
 #
-# The wheel's own find_package(Torch) demands a CUDA toolkit with nvcc that matches, and picks up a system NCCL that
-# lacks symbols; neither is needed to compile and link against the wheel. Hence these targets:
+# The wheel's own find_package(Torch) requires a matching CUDA toolkit with nvcc, and may find a system NCCL that lacks
+# symbols; neither is needed to compile and link against the wheel. Hence these targets:
 #   LibTorch::torch       headers, libtorch_cpu, libc10; a target with the property LIBTORCH_OWN_FMT gets LibTorch's fmt, too
 #   LibTorch::torch_cuda  libtorch_cuda, libc10_cuda, the wheel's NCCL and CUDA headers; only if LibTorch has CUDA
 #
@@ -13,7 +13,7 @@ if(Torch_ROOT AND NOT IS_ABSOLUTE "${Torch_ROOT}")
   set_property(CACHE Torch_ROOT PROPERTY VALUE "${absolute}")
 endif()
 if(Torch_ROOT MATCHES "[,;]")
-  # It gets into `-Wl,-rpath,...`, which the compiler splits at commas.
+  # The path becomes part of `-Wl,-rpath,...`, which the compiler splits at commas.
   message(FATAL_ERROR "Torch_ROOT='${Torch_ROOT}' must have neither comma nor semicolon: no linker's option can name it. "
     "Move it, or give a link to it that has none.")
 endif()
@@ -33,12 +33,12 @@ endforeach()
 if(NOT LibTorch_VERSION)
   message(FATAL_ERROR "The LibTorch at ${Torch_ROOT} doesn't say its version (include/torch/headeronly/version.h).")
 endif()
-# An installed package takes one version alone, and says so itself.
+# An installed package requires exactly one version; megatron_cppConfig.cmake checks that.
 if(LibTorch_VERSION VERSION_LESS 2.11 AND NOT megatron_cpp_LIBTORCH_VERSION)
   message(FATAL_ERROR "LibTorch ${LibTorch_VERSION} at ${Torch_ROOT} is too old; 2.11 is the oldest.")
 endif()
 
-# As CMAKE_FIND_PACKAGE_TARGETS_GLOBAL says for packages.
+# Imported targets are global if CMAKE_FIND_PACKAGE_TARGETS_GLOBAL is set, as for packages.
 set(torch_scope "")
 if(CMAKE_FIND_PACKAGE_TARGETS_GLOBAL)
   set(torch_scope GLOBAL)
@@ -50,9 +50,9 @@ if(NOT TARGET LibTorch::torch)
     set_target_properties(LibTorch::${library} PROPERTIES IMPORTED_LOCATION "${Torch_ROOT}/lib/lib${library}.so")
   endforeach()
   add_library(LibTorch::torch INTERFACE IMPORTED ${torch_scope})
-  # The wheel's include/ has other projects' headers beside its own (fmt 12, protobuf's, pybind11, ...), which would come before
-  # those that a user of ours compiles against, and link with. So a user sees LibTorch's own folders by links of their own,
-  # and the rest behind the system's.
+  # The wheel's include/ also has headers of other projects (fmt 12, protobuf, pybind11, ...), which would hide the versions
+  # that a user's project links with. So users get LibTorch's own folders through symbolic links, and the whole include/
+  # after the system's folders (-idirafter).
   set(torch_include "${CMAKE_BINARY_DIR}/libtorch_include")
   file(MAKE_DIRECTORY "${torch_include}")
   foreach(folder ATen c10 caffe2 torch)
@@ -65,9 +65,9 @@ if(NOT TARGET LibTorch::torch)
     "$<IF:${own_fmt},${Torch_ROOT}/include,${torch_include}>" "${Torch_ROOT}/include/torch/csrc/api/include")
   target_compile_options(LibTorch::torch INTERFACE "$<$<NOT:${own_fmt}>:SHELL:-idirafter \"${Torch_ROOT}/include\">")
   target_link_libraries(LibTorch::torch INTERFACE LibTorch::torch_cpu LibTorch::c10)
-  # fmt 12 without its library, which is inside libtorch_cpu, hidden.
+  # fmt 12 is header-only here: its library is inside libtorch_cpu, with hidden symbols.
   target_compile_definitions(LibTorch::torch INTERFACE $<${own_fmt}:FMT_HEADER_ONLY=1> USE_DISTRIBUTED USE_C10D)
-  # libtorch_cpu of a CUDA wheel needs libcudart and libcupti, which lie beside it; shared libraries of ours libtorch_cuda.
+  # libtorch_cpu of a CUDA wheel needs libcudart and libcupti in these folders; our shared libraries need libtorch_cuda.
   foreach(folder IN LISTS torch_nvidia_folders ITEMS "${Torch_ROOT}/lib")
     target_link_options(LibTorch::torch INTERFACE "LINKER:-rpath-link,${folder}")
   endforeach()
@@ -75,7 +75,7 @@ endif()
 
 set(LibTorch_HAS_CUDA OFF)
 if(EXISTS "${Torch_ROOT}/lib/libtorch_cuda.so")
-  # NO_CACHE: they go with Torch_ROOT, which may change.
+  # NO_CACHE: results depend on Torch_ROOT, which may change.
   find_path(LibTorch_NCCL_INCLUDE nccl.h HINTS "${NCCL_ROOT}/include" "${Torch_ROOT}/../nvidia/nccl/include"
     NO_DEFAULT_PATH NO_CACHE)
   find_library(LibTorch_NCCL_LIBRARY NAMES nccl libnccl.so.2 HINTS "${NCCL_ROOT}/lib"
@@ -83,7 +83,7 @@ if(EXISTS "${Torch_ROOT}/lib/libtorch_cuda.so")
   file(GLOB cuda_include_folders "${Torch_ROOT}/../nvidia/cu1*/include" "${Torch_ROOT}/../nvidia/cuda_runtime/include")
   find_path(LibTorch_CUDA_INCLUDE cuda_runtime_api.h HINTS ${cuda_include_folders} ENV CUDA_HOME
     PATH_SUFFIXES include NO_DEFAULT_PATH NO_CACHE)
-  # cuda_runtime.h, which c10's headers include, needs crt/, which the wheel does not bring: nvidia-cuda-crt does.
+  # cuda_runtime.h, which headers of c10 include, needs crt/, which is not in the wheel, but in the package nvidia-cuda-crt.
   find_path(LibTorch_CUDA_CRT_INCLUDE crt/host_config.h HINTS ${cuda_include_folders} ENV CUDA_HOME
     PATH_SUFFIXES include NO_DEFAULT_PATH NO_CACHE)
   find_library(LibTorch_CUDART_LIBRARY NAMES libcudart.so.13 libcudart.so.12 cudart HINTS ${torch_nvidia_folders}

@@ -1,5 +1,5 @@
-# The launcher that CMake has found must be the one of the MPI that it has found: with another one's each rank believes that it is
-# alone. With two MPIs on a machine FindMPI may take its parts from both.
+# Checks that the launcher belongs to the MPI library that CMake has found: with two MPIs on a machine FindMPI may mix them,
+# and under the wrong launcher each rank thinks that it is the only one.
 execute_process(COMMAND ${MPIEXEC_EXECUTABLE} --version OUTPUT_VARIABLE launcher_version ERROR_VARIABLE launcher_version)
 set(launcher_kind "")
 if(launcher_version MATCHES "Open MPI")

@@ -2,6 +2,6 @@
 
 namespace megatron_cpp {
 
-// Carries the precompiled header that every library and test reuses (see the top CMakeLists.txt).
+// Source of the target with the precompiled header that every library and test reuses (see the top CMakeLists.txt).
 
 }  // namespace megatron_cpp
