@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Prints the test programs that the files named on standard input concern, one a line, most concerned first.
+"""Prints the test programs that depend on the files named on standard input, one per line, most affected first.
 
     scripts/changed_files.sh '*.cpp' '*.h' | scripts/affected_tests.py BUILD
 
-BUILD/test_sources.txt, which CMake writes, says which sources a program has. A test file concerns its program; a header, and
-the source beside it, the programs that include the header; one that no test includes what its users concern.
+BUILD/test_sources.txt, which CMake writes, lists the sources of each program. A test file affects its program. A header, or
+the source of the same name, affects the programs that include the header, or, if no test does, those that its users affect.
 """
 import re
 import sys

@@ -3,10 +3,10 @@
 #
 #   scripts/bench.sh [--ranks N] [--quick] [--full] [--update] [--strict] [cmake options, such as -DMCPP_WERROR=ON]
 #
-# --ranks N   ranks of each benchmark: 1, 2 or 4 (sizes are divisible by these); 2 without it
-# --quick     few rounds, one dtype for most: does everything run? Its ratios are rough.
-# --full      the image insert in all its settings: 12 GB of memory and half an hour more; without it 4 GB are enough
-# --update    makes the ratios of this run the ones to compare with
+# --ranks N   ranks of each benchmark: 1, 2 (the default) or 4
+# --quick     few rounds, one dtype for most, to see whether everything runs; its ratios are rough
+# --full      all settings of the image insert: needs 12 GB of memory instead of 4 GB, and half an hour more
+# --update    stores the ratios of this run in benchmarks/ratios.json
 # --strict    exit status 1 if a ratio got worse by more than 25 %; a shared machine is too noisy for that
 #
 # Writes build/bench/results.json and build/bench/report.html. docs/benchmarks.md says what is measured.
@@ -41,7 +41,7 @@ results=build/bench
 mkdir -p "$results"
 rm -f "$results"/*.jsonl
 
-# to_file NAME COMMAND...: its lines of JSON become build/bench/NAME.jsonl.
+# to_file NAME COMMAND...: writes the JSON lines of COMMAND to build/bench/NAME.jsonl.
 to_file() {
   local name=$1
   shift

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Sets up what the build needs (Debian packages, LibTorch) and builds. May be run again at any time: what is there is
-# kept, what an interrupted run left half done is done again.
+# Installs what the build needs (Debian packages, LibTorch) and builds. May be run again at any time: it keeps what is
+# complete, and repeats what an interrupted run left incomplete.
 #
 #   scripts/build.sh [--preset NAME] [--target NAME] [cmake options, such as -DMCPP_WERROR=ON]
 #
-# Presets are those of CMakePresets.json: release without one, debug, sanitize, ...; each builds in a folder of its own.
-# LibTorch comes from the PyPI wheel, in a virtual environment under the user's cache folder that all clones share; set
-# Torch_ROOT to the torch/ (or libtorch/) folder of your own to use that instead.
+# Presets are those of CMakePresets.json: release (the default), debug, sanitize, ...; each has its own build folder.
+# LibTorch comes from the PyPI wheel, in a virtual environment in the user's cache folder that all clones share. To use
+# another LibTorch, set Torch_ROOT to its torch/ (or libtorch/) folder.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 torch_version=2.15.0
@@ -29,8 +29,8 @@ while [[ $# -gt 0 ]]; do
 done
 
 install_libtorch() {
-  local name=torch-$torch_version-1  # the last number changes when the packages in it do
-  # nvidia-cuda-crt: headers that compiling against the wheel's CUDA parts needs and the wheel does not bring.
+  local name=torch-$torch_version-1  # the last number changes with the list of packages
+  # nvidia-cuda-crt: headers that are needed to compile against the wheel's CUDA parts, but not in the wheel.
   python_environment "$name" "torch==$torch_version" "nvidia-cuda-crt==$cuda_version"
   Torch_ROOT=$(echo "$cache/$name"/lib/python3*/site-packages/torch)
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Prints the files that changed since CI_BASE, one a line: what short checks look at. CI_BASE is a commit; without it the
-# newest one that is older than a day. Without git, or without such a commit, every file counts as changed.
+# Prints the files that changed since the commit CI_BASE, one per line, for the short checks. Without CI_BASE it is the
+# newest commit that is older than a day. Without git, or without such a commit, every file counts as changed.
 #
 #   scripts/changed_files.sh [NAME...]   only those with such names, as in '*.cpp' '*.h'
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -14,7 +14,7 @@ if [[ -z $base ]] && git rev-parse -q --verify HEAD >/dev/null 2>&1; then
 fi
 if [[ -n $base ]]; then
   git rev-parse -q --verify "$base^{commit}" >/dev/null || fail "CI_BASE=$base is no commit of this clone"
-  # New files that aren't committed yet count, too.
+  # Includes new files that aren't committed yet.
   { git diff --name-only --diff-filter=d "$base" -- "$@"; git ls-files --others --exclude-standard -- "$@"; } | sort -u
 else
   names=()

@@ -2,10 +2,10 @@
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-# The folder that stands for / where limits are read; tests have one of their own.
+# The root of the file system when limits are read; tests replace it by another folder.
 system=${system:-}
 
-# Prints a command, so that it can be pasted.
+# Prints a command in a form that can be pasted into a shell.
 show() {
   printf '+%s\n' "$(printf ' %q' "$@")" >&2
 }
@@ -16,7 +16,7 @@ run() {
   "$@"
 }
 
-# Prints the comment at the head of the script: its help.
+# Prints the comment at the beginning of the script, its help text.
 usage() {
   awk 'NR > 1 { if (!/^#( |$)/) exit; sub(/^# ?/, ""); print }' "$0"
 }
@@ -30,23 +30,21 @@ fail() {
   exit 1
 }
 
-# absolute WHAT PATH: prints PATH as seen from elsewhere, too. The shell expands ~ at the beginning of a word only, so it
-# arrives as it stands in key=~/folder.
+# absolute WHAT PATH: prints PATH as an absolute path. Refuses ~, which the shell doesn't expand in key=~/folder.
 absolute() {
   [[ $2 != "~" && $2 != "~"/* ]] || fail "$1 $2 starts with ~, which isn't expanded here: write \$HOME"
   [[ -z $2 || $2 == /* ]] || { printf '%s\n' "$PWD/$2"; return; }
   printf '%s\n' "$2"
 }
 
-# use_cache: sets `cache`, the folder for what all clones of a user share. Asked for where it is needed: not everybody has
-# a HOME.
+# use_cache: sets `cache`, the folder that all clones of a user share. Called only where it is needed: HOME may be unset.
 use_cache() {
   local base=${XDG_CACHE_HOME:-${HOME:+$HOME/.cache}}
   [[ -n $base ]] || fail "there is no HOME for LibTorch and pictures: set XDG_CACHE_HOME to a folder with room for them"
   cache=$(absolute XDG_CACHE_HOME "$base")/megatron_cpp
 }
 
-# need_space FOLDER GIGABYTES WHAT: refuses to begin what can't be finished. What df doesn't know is not held against it.
+# need_space FOLDER GIGABYTES WHAT: fails if FOLDER has less free space than that. Does nothing if df can't tell.
 need_space() {
   local free
   free=$(df -Pk -- "$1" 2>/dev/null | awk 'NR == 2 { print $4 }') || true
@@ -55,7 +53,7 @@ need_space() {
   fail "no room for $3: $free GB are free in $1, and $2 are needed to set it up. Set XDG_CACHE_HOME to a folder on a larger disk"
 }
 
-# as_root COMMAND...: as root, by sudo if need be.
+# as_root COMMAND...: runs COMMAND as root, with sudo if necessary.
 as_root() {
   local sudo=()
   if [[ $(id -u) -ne 0 ]]; then
@@ -69,8 +67,8 @@ system_name() {
   (. "$system/etc/os-release" 2>/dev/null && printf '%s\n' "${PRETTY_NAME:-}") || printf 'an unknown system\n'
 }
 
-# install_packages [--of SYSTEM] NAME...: those of Debian's packages that aren't there yet; any of those in `a|b` will do,
-# and a is what is installed. SYSTEM: the release that has them, where others don't.
+# install_packages [--of SYSTEM] NAME...: installs the Debian packages that are missing. `a|b`: either is enough, and a is
+# installed if both are missing. SYSTEM: the only release that has these packages, for the error message.
 install_packages() {
   local of="Debian 12 and 13, and Ubuntu 24.04"
   if [[ $1 == --of ]]; then
@@ -88,8 +86,8 @@ install_packages() {
   [[ ${#missing[@]} -gt 0 ]] || return 0
   printf 'Debian packages that are missing: %s\n' "${missing[*]}" >&2
   command -v apt-get >/dev/null || fail "this system has no apt-get; install the equivalents of: ${missing[*]}"
-  # A set-up that was killed may have left dpkg half way. Whether that, or a source of apt's that doesn't answer, matters is for
-  # the installation to find out.
+  # A killed installation may have left dpkg incomplete. This and a package source that doesn't answer are only warnings: the
+  # installation fails if they matter.
   as_root dpkg --configure -a || warn "dpkg --configure -a failed"
   as_root apt-get update -qq || warn "apt-get update failed: going on with the lists that are there"
   as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
@@ -97,23 +95,23 @@ install_packages() {
     fail "apt-get can't install: ${missing[*]}. $of have them under these names; this is $(system_name)"
 }
 
-# python_environment NAME PACKAGE...: the virtual environment $cache/NAME with these packages of PyPI, which all clones
-# share. A new list of packages wants a new name.
+# python_environment NAME PACKAGE...: creates the virtual environment $cache/NAME, which all clones share, with these PyPI
+# packages. A new list of packages needs a new name.
 python_environment() {
   use_cache
   local environment=$cache/$1 name=$1 gigabytes=1
   shift
-  # 5.3 GB, and the wheels that it is unpacked from.
+  # 5.3 GB, plus the wheels.
   [[ $* != *torch==* ]] || gigabytes=9
   mkdir -p "$cache" || fail "$cache can't be made: set XDG_CACHE_HOME to a folder of yours"
-  # Two clones may set up at the same time: the second waits and finds it done.
+  # If two clones start at the same time, the second one waits for the first.
   exec 9>"$environment.lock"
   flock 9
   if [[ ! -e $environment/complete ]]; then
     rm -rf "$environment"
     need_space "$cache" "$gigabytes" "$name"
     run /usr/bin/python3 -m venv "$environment"
-    # What pip unpacks on the way goes beside it: the room was looked for there, and /tmp is often small.
+    # pip's temporary files go here, where the free space was checked; /tmp is often small.
     mkdir "$environment/tmp"
     TMPDIR=$environment/tmp run "$environment/bin/python" -m pip install --quiet --disable-pip-version-check --no-cache-dir "$@"
     rm -rf "$environment/tmp"
@@ -122,17 +120,17 @@ python_environment() {
   flock -u 9
 }
 
-# use_oldest_libtorch: sets up the oldest LibTorch that the project builds with, and sets Torch_ROOT to it. It is also the one
-# of the machines with a GPU that scripts/gpu_check.sh is for.
+# use_oldest_libtorch: installs the oldest LibTorch that the project supports, and sets Torch_ROOT to it. The GPU machines
+# of scripts/gpu_check.sh have it, too.
 use_oldest_libtorch() {
-  local name=torch-2.11.0-1  # the last number changes when the packages in it do
+  local name=torch-2.11.0-1  # the last number changes with the list of packages
   python_environment "$name" torch==2.11.0 "nvidia-cuda-crt==13.0.*"
   Torch_ROOT=$(echo "$cache/$name"/lib/python3*/site-packages/torch)
   export Torch_ROOT
 }
 
-# cgroup_folders CONTROLLER: the folders, own one first, in which the limits of this process's control groups stand, of
-# version 2 and of version 1 (CONTROLLER: cpu or memory).
+# cgroup_folders CONTROLLER: prints the folders with the limits of this process's control groups, versions 2 and 1,
+# innermost group first. CONTROLLER: cpu or memory.
 cgroup_folders() {
   local id controllers path mount
   [[ -r $system/proc/self/cgroup ]] || return 0
@@ -146,7 +144,7 @@ cgroup_folders() {
     else
       continue
     fi
-    # In a container the path is often the host's, and the mount shows the own group at its root.
+    # In a container the path is often that of the host, while the mount has the process's group at its root.
     while [[ -n $path && $path != / ]]; do
       [[ ! -d $mount$path ]] || printf '%s\n' "$mount$path"
       path=${path%/*}
@@ -155,15 +153,15 @@ cgroup_folders() {
   done <"$system/proc/self/cgroup"
 }
 
-# A number out of a file, or nothing: "max" and -1 are no limit, and v1's is a number near 2^63.
+# Prints the limit in a file, or nothing if there is none: "max", -1, or in version 1 a number near 2^63.
 limit_in() {
   local value=
   [[ ! -r $1 ]] || read -r value _ <"$1" || true
   [[ ! $value =~ ^[0-9]{1,17}$ ]] || printf '%s\n' "$value"
 }
 
-# cores: how many this process may use, by its affinity and by its control groups' CPU time. nproc alone goes by
-# OMP_NUM_THREADS, which isn't for compilers, and knows no control groups.
+# cores: prints the number of cores that this process may use, by its affinity and the CPU quota of its control groups.
+# nproc alone ignores control groups, and obeys OMP_NUM_THREADS, which isn't meant for compilers.
 cores() {
   local count folder quota period
   count=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
@@ -179,13 +177,13 @@ cores() {
   printf '%d\n' $((count > 0 ? count : 1))
 }
 
-# gpus: how many GPUs a program sees here.
+# gpus: prints the number of GPUs that a program can use here.
 gpus() {
   local count=0 visible=${CUDA_VISIBLE_DEVICES-all}
   if command -v nvidia-smi >/dev/null; then
     count=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || true
   fi
-  # A list hides the rest; from -1 on it hides everything.
+  # CUDA_VISIBLE_DEVICES hides GPUs that it doesn't list, and all those after an entry -1.
   if [[ $visible != all ]]; then
     visible=$(tr ',' '\n' <<<"$visible" | awk '/^ *-/ || !/[^ ]/ { exit } { ++n } END { print n + 0 }')
     [[ $visible -ge $count ]] || count=$visible
@@ -193,7 +191,7 @@ gpus() {
   printf '%d\n' "$count"
 }
 
-# available_memory: in MB, of the machine and of the control groups; files that are cached can be given up.
+# available_memory: prints the available memory in MB, of the machine and the control groups; cached files count as free.
 available_memory() {
   local available folder limit name used cached left
   available=$(awk '/^MemAvailable:/ { print int($2 / 1024) }' "$system/proc/meminfo")
@@ -213,7 +211,7 @@ available_memory() {
   printf '%d\n' $((${available:-0} > 0 ? available : 0))
 }
 
-# compile_jobs: as many as there are cores and memory for: one compiler takes up to 2 GB with LibTorch's headers.
+# compile_jobs: prints the number of compilers for these cores and this memory: each needs up to 2 GB for LibTorch's headers.
 compile_jobs() {
   local jobs memory_jobs
   jobs=$(cores)
@@ -222,13 +220,13 @@ compile_jobs() {
   printf '%d\n' $((jobs > 0 ? jobs : 1))
 }
 
-# mpirun and the programs under it: root is fine in a container, and waiting ranks leave their core to those that work.
+# For mpirun and its programs: allows root, for containers, and makes waiting ranks yield their core.
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_mpi_yield_when_idle=1
-# hwloc complains where a container has no /sys.
+# hwloc complains in containers without /sys.
 export HWLOC_HIDE_ERRORS=2
 
-# use_launcher BUILD: sets `launcher`, which starts programs of that build folder on `-np N` ranks, with the flags that it
-# wants. It is the one of the MPI that they were built with: the first mpirun in PATH may be another's.
+# use_launcher BUILD: sets `launcher`, the command with flags that starts programs of that build folder on `-np N` ranks. It
+# belongs to the MPI that they were built with; the first mpirun in PATH may belong to another MPI.
 use_launcher() {
   local mpiexec
   [[ -r $1/CMakeCache.txt ]] || fail "there is no $1/CMakeCache.txt: run scripts/build.sh before"
@@ -236,8 +234,8 @@ use_launcher() {
   command -v "${mpiexec:-mpiexec}" >/dev/null ||
     fail "${mpiexec:-mpiexec}, which starts the programs in $1, isn't there: build again (scripts/build.sh)"
   launcher=("${mpiexec:-mpiexec}")
-  # Open MPI takes as many ranks as there are cores unless told otherwise, and binds each to its own, two ranks' threads to one.
-  # MPICH's Hydra does neither, and knows no such flags.
+  # By default Open MPI refuses more ranks than cores, and binds all threads of a rank to one core. MPICH's Hydra does
+  # neither, and doesn't know these flags.
   if [[ $("${launcher[0]}" --version 2>&1) == *"Open MPI"* ]]; then
     launcher+=("${open_mpi_flags[@]}")
   fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prints which share of the lines the tests ran, file by file and in all: after scripts/test.sh --preset coverage.
+# Prints the line coverage of the tests, per file and in total. Run scripts/test.sh --preset coverage first.
 #
 #   scripts/coverage.sh [--html FILE]   FILE: a page that shows each line
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

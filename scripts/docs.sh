@@ -9,7 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 command -v doxygen >/dev/null || install_packages doxygen
 
-# The headers of a library's FILE_SET: those that are installed.
+# Prints the installed headers of a library: those of its FILE_SET.
 public_headers() {
   awk -v folder="$1" '/FILE_SET HEADERS/ { on = 1 }
     on { for (i = 1; i <= NF; ++i) if ($i ~ /\.h\)?$/) { sub(/\)/, "", $i); print folder "/" $i } }
@@ -22,7 +22,7 @@ mapfile -t headers < <(for folder in parallel megatron_cpp step37; do public_hea
 mkdir -p build/docs
 printf '+ doxygen docs/Doxyfile (%d headers)\n' "${#headers[@]}" >&2
 { cat docs/Doxyfile; printf 'INPUT = README.md CONTRIBUTING.md CHANGELOG.md docs %s\n' "${headers[*]}"; } | doxygen -
-# Doxygen leaves pictures and links to what is no input as the pages have them.
+# Doxygen doesn't copy pictures, and doesn't change links to files that aren't its input.
 mkdir -p build/docs/figures
 cp docs/figures/*.svg docs/figures/*.jsonl build/docs/figures/
 sed -i -E 's#href="(\.\./)?((parallel|megatron_cpp|step37|examples)(/[a-z0-9_/.]*\.cpp)?)"#href="../../\2"#g' \

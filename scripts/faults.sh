@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Kills, stops and makes throw random ranks in random collectives of a training step, and checks that the job ends, names
-# the rank, and leaves no process behind.
+# Injects faults into random ranks in random collectives of a training step: the rank is killed, stopped, or throws. Checks
+# that the job ends, names the rank, and leaves no process behind.
 #
 #   scripts/faults.sh [COUNT]   200 faults unless told otherwise; FAULTS_SEED=N repeats a run
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

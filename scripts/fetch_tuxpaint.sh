@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fetches the captioned pictures of Debian's package tuxpaint-stamps-default (796 PNG, 785 with a caption) through apt,
-# without installing it, into the user's cache folder, and points data/tuxpaint at them. Cheap to run again. No options.
+# without installing it, into the user's cache folder, and links data/tuxpaint to them. Quick if they are there. No options.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 [[ ${1:-} != --help ]] || { usage; exit 0; }
@@ -21,10 +21,10 @@ Use a folder of your own instead: scripts/pretrain.sh data.directory=/path/to/pi
   partial=$pictures.partial
   rm -rf "$pictures" "$partial"
   mkdir -p "$partial/download"
-  # As root apt would fetch as user _apt, who may not write here; it does so with a warning that says nothing to a user.
+  # Without the option apt, run as root, would download as user _apt, who can't write here, and print a confusing warning.
   download() { (cd "$partial/download" && run apt-get download -qq -o APT::Sandbox::User=root "$package"); }
-  # Images often come without apt's lists. One source of several that doesn't answer makes the update fail, and is mostly not
-  # the one that has the pictures.
+  # Container images often have no package lists. One source that doesn't answer makes the update fail, but usually not the
+  # download.
   download || { (as_root apt-get update -qq) || warn "apt-get update failed: going on with the lists that are there"; download; } ||
     fail "apt-get can't download $package, of Debian and Ubuntu; this is $(system_name).
 Use a folder of your own instead: scripts/pretrain.sh data.directory=/path/to/pictures"

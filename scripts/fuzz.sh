@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# Builds the fuzz targets (tests/fuzz) with Clang's libFuzzer and sanitizers, and runs them one after the other, each
-# from its committed corpus and what earlier runs found worth keeping in build-fuzz/corpus/NAME.
+# Builds the fuzz targets (tests/fuzz) with Clang's libFuzzer and sanitizers, and runs them one after the other, each with
+# its committed corpus and the inputs that earlier runs added in build-fuzz/corpus/NAME.
 #
 #   scripts/fuzz.sh [--runs N] [--seconds N] [TARGET...]
 #
-# --runs: inputs a target is given, 20000 by default; --seconds: how long it runs, in place of the default number of
-# inputs, or at the most where both are given. Without TARGET all of them run.
-# Ends with 1 at the first finding, and says which file has the input.
+# --runs: number of inputs per target, 20000 by default; --seconds: time limit per target, which replaces the default of
+# --runs. Without TARGET all targets run. Ends with status 1 at the first finding, and names the file with the input.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 runs=
@@ -22,7 +21,7 @@ while [[ $# -gt 0 ]]; do
   esac
 done
 
-[[ -n $runs ]] || runs=$([[ $seconds -gt 0 ]] && echo -1 || echo 20000)  # -1: as many as there is time for
+[[ -n $runs ]] || runs=$([[ $seconds -gt 0 ]] && echo -1 || echo 20000)  # -1: no limit
 
 corpora=$root/tests/fuzz/corpus
 [[ ${#targets[@]} -gt 0 ]] || mapfile -t targets < <(ls "$corpora")
@@ -45,7 +44,7 @@ for target in "${targets[@]}"; do
   grown=$root/build-fuzz/corpus/$target
   mkdir -p "$found" "$grown"
   max_len=2048
-  [[ $target != captions ]] || max_len=512  # time goes with the tokenizer otherwise
+  [[ $target != captions ]] || max_len=512  # longer inputs spend all time in the tokenizer
   options=(-runs="$runs" -max_total_time="$seconds" -max_len="$max_len" -timeout=10 -rss_limit_mb=2048
     -malloc_limit_mb=600 -print_final_stats=1 -artifact_prefix="$found/")
   dictionary=$root/tests/fuzz/$target.dict

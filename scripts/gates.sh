@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# The long checks, which take hours on two cores: those of what a change touches before it is called done. .ci/run does
-# the short form of most.
+# Runs the long checks, which take hours on two cores. Before a change is done, run those that it concerns; .ci/run has
+# short forms of most.
 #
-#   scripts/gates.sh [NAME...]   all, in this order, or those that are named:
+#   scripts/gates.sh [NAME...]   the named checks, or all in this order:
 #
 #   tidy      clang-tidy on every file
 #   sanitize  every check of the address and undefined-behaviour sanitizers, one- and two-rank tests
 #   headers   each public header compiled alone
-#   consumers projects that have this one as a part of theirs, built whole
+#   consumers complete builds of projects that include this one as a subproject
 #   oldest    a build against the oldest LibTorch, and the two-rank tests of parallel/
 #   shared    a build with shared libraries, installed, moved and used, and the two-rank tests
 #   mpich     a build with MPICH and the two-rank tests under it
 #   faults    200 ranks killed, stopped or throwing in the middle of a training step
 #   fuzz      a million inputs for every reader of outside data
-#   coverage  the share of the lines that the one- and two-rank tests run
+#   coverage  the line coverage of the unit, one- and two-rank tests
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 [[ ${1:-} != --help ]] || { usage; exit 0; }

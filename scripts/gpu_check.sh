@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Makes a folder that checks a machine with a GPU, and runs it. docs/gpu.md says what each part shows.
+# Builds a folder with checks for a machine with a GPU, and runs them. docs/gpu.md says what each part shows.
 #
-#   scripts/gpu_check.sh build [FOLDER]                        build-gpu/bundle without one; its path has no blanks
+#   scripts/gpu_check.sh build [FOLDER]                        default: build-gpu/bundle; the path must have no blanks
 #   scripts/gpu_check.sh run FOLDER [PART...] [--output DIR]   as FOLDER/run.sh; its --help lists the parts
 #
-# build: on Debian 12, against torch 2.11.0 of CUDA 13.0, which it sets up in the cache. The folder holds programs, tests,
-# test cases, pictures, Open MPI and every shared library that neither LibTorch nor glibc brings, 40 MiB at most. Its last
-# line is "GPU check: FOLDER".
-# run: with the LibTorch of the python3 in PATH, without a network, a compiler or an MPI. Parts are letters, all without
-# any. Without a GPU parts run on the CPU at small sizes, or say so. Exit status 0 if nothing that ran was wrong.
+# build: needs Debian 12; uses torch 2.11.0 for CUDA 13.0, which it installs in the cache. The folder contains programs,
+# tests, test cases, pictures, Open MPI and all shared libraries that aren't part of LibTorch or glibc, 40 MiB at most. The
+# last line of output is "GPU check: FOLDER".
+# run: uses the LibTorch of the python3 in PATH; needs no network, compiler or MPI. Parts are letters; the default is all.
+# Without a GPU, parts run on the CPU at small sizes, or say so. Exit status 0 if nothing that ran was wrong.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 build() {
@@ -20,7 +20,7 @@ build() {
   esac
   [[ $# -le 1 ]] || fail "build takes one folder, not also $2 (see --help)"
   [[ ! $folder =~ [[:space:]] ]] || fail "'$folder': the folder's path must have no blanks"
-  # Programs run on this system's glibc and newer ones: one that is newer than the target's would be of no use.
+  # Programs need the glibc of the system that they were built on, or a newer one: build on an old system.
   grep -qs '^VERSION_CODENAME=bookworm' "$system/etc/os-release" ||
     fail "build wants Debian 12, whose programs run on later systems; this is $(system_name)"
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Sets up, builds, fetches the pictures and trains Step3.7 on them. Run again, it goes on where it stopped. Ctrl-C
-# finishes the step and saves it first (status 75); a second Ctrl-C doesn't.
+# Builds, fetches the pictures and trains Step3.7 on them. The next run resumes where this one stopped. Ctrl-C finishes the
+# step and saves a checkpoint first (status 75); a second Ctrl-C ends at once.
 #
 #   scripts/pretrain.sh [--ranks N] [--config FILE] [section.key=value ...]
 #
-#   scripts/pretrain.sh                                      configs/tuxpaint.yaml on two ranks; one where there is one GPU
+#   scripts/pretrain.sh                                      configs/tuxpaint.yaml on two ranks, or on one if there is one GPU
 #   scripts/pretrain.sh data.directory=my/pictures run.directory=runs/mine
 #   scripts/pretrain.sh --ranks 4 parallel.tp=2              two replicas of two ranks
 #
-# Folders in settings and in FILE are relative to the folder you are in; those of configs/tuxpaint.yaml, which is taken
-# without --config, to the clone. The pictures are fetched if the configuration names data/tuxpaint and no setting another
-# folder. Where neither says which device is meant (run.device), it is the GPUs if there are any, otherwise the CPU.
+# Paths in settings and in FILE are relative to the current folder; without --config (configs/tuxpaint.yaml), to the clone.
+# The pictures are fetched if the configuration uses data/tuxpaint and no setting names another folder. If neither sets
+# run.device, it is cuda if there is a GPU, otherwise cpu.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 ranks=
@@ -25,7 +25,7 @@ while [[ $# -gt 0 ]]; do
     --help) usage; exit 0 ;;
     data.directory=* | run.directory=*)
       path=$(absolute "${1%%=*}" "${1#*=}")
-      [[ $PWD != "$root" ]] || path=${1#*=}  # as the user has it, where that says the same
+      [[ $PWD != "$root" ]] || path=${1#*=}  # as written, because it means the same in the clone
       overrides+=("${1%%=*}=$path")
       [[ $1 != data.directory=* ]] || pictures=$path
       shift
@@ -37,7 +37,7 @@ while [[ $# -gt 0 ]]; do
 done
 [[ -z $ranks || $ranks =~ ^[1-9][0-9]*$ ]] || fail "--ranks $ranks: expected a number of ranks"
 [[ -z $config || -r $config ]] || fail "--config $config: there is no such file, or no right to read it"
-# Without --config everything is the clone's.
+# Without --config, paths are relative to the clone.
 [[ -n $config ]] || { config=$root/configs/tuxpaint.yaml; cd "$root"; }
 
 "$root/scripts/build.sh" --target step37
@@ -46,7 +46,7 @@ if [[ -z $pictures ]] && grep -q data/tuxpaint "$config"; then
   [[ data/tuxpaint -ef $root/data/tuxpaint ]] || overrides+=("data.directory=$root/data/tuxpaint")
 fi
 
-# Said here, so that a GPU that the driver can't use is an error rather than a slow run.
+# Chosen here, not by run.device=auto, so that a GPU that can't be used is an error and not a slow run on the CPU.
 gpus=0
 ! grep -qs '^MCPP_BUILT_WITH_NCCL:.*=ON' "$root/build/CMakeCache.txt" || gpus=$(gpus)
 if [[ -z $device ]] && ! grep -qE '(^|[{,[:blank:]])device:' "$config"; then
@@ -54,10 +54,10 @@ if [[ -z $device ]] && ! grep -qE '(^|[{,[:blank:]])device:' "$config"; then
   overrides+=("run.device=$device")
 fi
 [[ -n $ranks ]] || ranks=$([[ $device == cuda && $gpus -eq 1 ]] && echo 1 || echo 2)
-# One rank has nobody to share the model with, whatever the configuration was written for.
+# On one rank the tensor-parallel size must be 1, whatever the configuration says.
 [[ $ranks -ne 1 || " ${overrides[*]}" =~ \ parallel\.(tp|tensor)= ]] || overrides+=(parallel.tp=1)
 
-# Cores are shared out among the ranks.
+# Divides the cores among the ranks.
 cores=$(cores)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 progress=plain
@@ -67,8 +67,8 @@ program=$root/build/bin/step37
 [[ $PWD != "$root" ]] || program=build/bin/step37
 launch=("${launcher[@]}" -np "$ranks" "$program" pretrain --config "$config" --progress "$progress" "${overrides[@]}")
 
-# mpirun ends its ranks a second after Ctrl-C or SIGTERM. SIGUSR1 it passes on: they finish the step, save it and end with
-# status 75. At a second one they end at once.
+# mpirun kills its ranks a second after Ctrl-C or SIGTERM, but passes SIGUSR1 on: at the first one the ranks finish the step,
+# save a checkpoint and end with status 75, at a second one they end at once.
 show "${launch[@]}"
 set -m  # mpirun in a process group of its own, which Ctrl-C doesn't reach
 "${launch[@]}" </dev/null &

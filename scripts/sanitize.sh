@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs tests on one and two ranks under the quick address and undefined-behaviour sanitizers, in build-quick/: those that
-# are named, or those of the files that scripts/changed_files.sh prints. scripts/gates.sh runs every test, with every check.
+# Runs one- and two-rank tests under the quick address and undefined-behaviour sanitizers, in build-quick/: the named tests,
+# or those of the files that scripts/changed_files.sh prints. scripts/gates.sh runs every test, with every check.
 #
-#   scripts/sanitize.sh [--minutes N] [TEST...]   --minutes: begins nothing after that, and says what was left
+#   scripts/sanitize.sh [--minutes N] [TEST...]   --minutes: stops after N minutes, and prints which tests were left
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 minutes=
@@ -32,12 +32,12 @@ for test in "${tests[@]}"; do
     left+=("$test")
     continue
   fi
-  # What it has built by then is there for the next time.
+  # If the time ends during a build, the next call continues it.
   limit=()
   [[ -z $minutes ]] || limit=(timeout --kill-after=10 "$remaining")
   status=0
   "${limit[@]}" scripts/build.sh --preset quick --target "$test" || status=$?
-  # Its programs are built with the test where there are some.
+  # The target also builds the programs that the test starts.
   [[ $status -ne 0 ]] || "${limit[@]}" scripts/test.sh --preset quick --no-build -R "^$test(\\.np[12]|_corpus)?\$" || status=$?
   if [[ -n $minutes && $status -ge 124 ]]; then
     left+=("$test")

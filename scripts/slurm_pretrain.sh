@@ -6,8 +6,8 @@
 #   sbatch --nodes 2 --ntasks-per-node 4 --gpus-per-node 4 scripts/slurm_pretrain.sh parallel.tp=4
 #   sbatch --ntasks 2 --time 02:00:00 scripts/slurm_pretrain.sh run.directory=runs/mine
 #
-# Near its time limit the job finishes the step, saves it and puts itself back into the queue; after the failure of a node
-# Slurm does that. It then goes on from the latest checkpoint, whatever run.fresh says.
+# Near its time limit the job finishes the step, saves a checkpoint and requeues itself; after the failure of a node Slurm
+# requeues it. It then resumes from the latest checkpoint, whatever run.fresh says.
 #SBATCH --job-name=step37
 #SBATCH --output=step37-%j.log
 #SBATCH --open-mode=append
@@ -22,7 +22,7 @@ source scripts/common.sh
 
 config=configs/tuxpaint.yaml
 overrides=()
-# A GPU that was asked for and can't be used is an error rather than a slow run.
+# If GPUs were requested but can't be used, the run fails, instead of running slowly on the CPU.
 [[ ${SLURM_JOB_GPUS:+some}${SLURM_GPUS_ON_NODE:-0} == 0 ]] || overrides=(run.device=cuda)
 while [[ $# -gt 0 ]]; do
   case $1 in
@@ -31,22 +31,22 @@ while [[ $# -gt 0 ]]; do
     *) fail "unknown option $1: expected --config FILE or section.key=value" ;;
   esac
 done
-# Starting over was asked for once, here or in the file: the job that Slurm starts again goes on.
+# run.fresh=true, here or in the file, applies to the first start only: a requeued job resumes.
 [[ ${SLURM_RESTART_COUNT:-0} -eq 0 ]] || overrides+=(run.fresh=false)
 
-# srun doesn't take --cpus-per-task over from sbatch.
+# srun doesn't inherit --cpus-per-task from sbatch.
 cores=${SLURM_CPUS_PER_TASK:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cores}
 launch=(srun --mpi=pmix --cpu-bind=none --kill-on-bad-exit=1 --cpus-per-task="$cores")
-# A Slurm without PMIx: mpirun asks Slurm where to start its ranks.
+# If Slurm has no PMIx: mpirun asks Slurm where to start the ranks.
 if [[ $(srun --mpi=list 2>&1) != *pmix* ]]; then
   open_mpi_flags=(--bind-to none)
   use_launcher build
   launch=("${launcher[@]}")
 fi
 
-# srun and mpirun pass SIGUSR1 on to the ranks, which finish the step, save it and end with status 75. Ranks that need
-# longer than Slurm has time for are ended when the job goes back into the queue, and lose what is after the checkpoint.
+# srun and mpirun pass SIGUSR1 on to the ranks, which finish the step, save a checkpoint and end with status 75. Ranks that
+# take longer than 90 seconds are killed when the job is requeued, and lose the steps after the last checkpoint.
 at_time_limit() {
   kill -USR1 "$launched" || true
   local second status=0
@@ -56,7 +56,7 @@ at_time_limit() {
   done
   if ! kill -0 "$launched" 2>/dev/null; then
     wait "$launched" || status=$?
-    [[ $status -gt 1 ]] || exit "$status"  # 0: all steps were done; 1: an error, which would come again
+    [[ $status -gt 1 ]] || exit "$status"  # 0: all steps are done; 1: an error, which would occur again
   fi
   run scontrol requeue "$SLURM_JOB_ID"
 }

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Sets up, builds and runs all tests.
+# Builds and runs the tests, all unless ctest options select some.
 #
 #   scripts/test.sh [--preset NAME] [--device cpu|cuda] [--target NAME | --no-build] [ctest options, such as -R linear]
 #
-# Presets are those of CMakePresets.json: release without one, debug, sanitize, quick, coverage, oldest, shared,
-# mpich. --target builds no more than that.
-# --device cuda runs the multi-rank tests over NCCL; ranks share GPUs where they outnumber them.
+# Presets are those of CMakePresets.json: release (the default), debug, sanitize, quick, coverage, oldest, shared, mpich.
+# --target builds only that target.
+# --device cuda runs the multi-rank tests over NCCL; ranks share GPUs if there are more ranks than GPUs.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 preset=release
@@ -28,6 +28,6 @@ done
 
 [[ -z $build ]] || "$root/scripts/build.sh" --preset "$preset" "${target[@]}" -DMCPP_TEST_DEVICE="$device"
 cd "$root"
-# Lines are counted from here on, and not on top of those of another build.
+# Removes the line counts of earlier runs.
 [[ $preset != coverage ]] || find build-coverage -name '*.gcda' -delete
 run ctest --preset "$preset" -j "$(cores)" "${options[@]}"

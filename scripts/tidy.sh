@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs clang-tidy (.clang-tidy) and fails if it has something to say. It is PyPI's: from version 21 on it passes over
-# the declarations of system headers, which with LibTorch's is three quarters of Debian's time.
+# Runs clang-tidy (.clang-tidy) and fails if it has findings. Uses clang-tidy from PyPI: since version 21 it skips the
+# declarations in system headers, which with LibTorch's headers takes a quarter of the time of Debian's version.
 #
 #   scripts/tidy.sh                          every source file
-#   scripts/tidy.sh --changed [--minutes N]  those that scripts/changed_files.sh prints; begins none after N minutes, and
-#                                            says which were left
+#   scripts/tidy.sh --changed [--minutes N]  those that scripts/changed_files.sh prints; stops after N minutes, and prints
+#                                            which files were left
 #   scripts/tidy.sh FILE.cpp ...
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -29,9 +29,9 @@ elif [[ ${#files[@]} -eq 0 ]]; then
   mapfile -t files < <(git ls-files '*.cpp')
 fi
 
-# A build folder of its own, never built: clang can't read g++'s precompiled headers.
+# A separate build folder, which is only configured: clang can't read the precompiled headers of g++.
 scripts/build.sh --preset tidy --target help >/dev/null
-# Examples are projects of their own; nccl_groups.cpp is listed only where LibTorch has CUDA.
+# Examples are separate projects, and nccl_groups.cpp is compiled only if LibTorch has CUDA.
 listed=()
 unlisted=()
 for file in "${files[@]}"; do
