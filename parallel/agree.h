@@ -1,4 +1,4 @@
-// Turning what one rank finds into an error on every rank.
+// Turns a failure on one rank into an error on every rank.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +10,13 @@
 
 namespace megatron_cpp::parallel {
 
-/// Throws AgreedError on every rank if `ok` is false on any: with the message of the lowest rank that isn't ok, and how
-/// many ranks weren't. For start-up and data loading, where a check depends on what one rank sees (a file on its host);
-/// never inside forward or backward. Collective over `group`: one small all-gather, and when something is wrong two
-/// broadcasts.
+/// Throws AgreedError on every rank if `ok` is false on any rank. The error has the message of the lowest such rank and
+/// says how many ranks failed, unless all did. For start-up and data loading, where a check depends on what one rank
+/// sees (a file on its host); never inside forward or backward. Collective over `group`: one small all-gather, and two
+/// broadcasts after a failure.
 void agree(bool ok, const std::string& message, const GroupPtr& group);
 
-/// Runs `action` on every rank; if it throws anything on any, all throw as agree() does.
+/// Runs `action`; if it throws anything on any rank, all ranks throw as agree() does. Collective over `group`.
 template <class Action>
 void agree_on(const Action& action, const GroupPtr& group) {
   bool ok = true;
@@ -35,21 +35,21 @@ void agree_on(const Action& action, const GroupPtr& group) {
 
 /// A value that must be the same on every rank.
 struct NamedValue {
-  std::string name;  ///< how messages call it ("the sequence length")
-  int64_t value;     ///< this rank's
+  std::string name;  ///< its name in messages ("the sequence length")
+  int64_t value;     ///< on this rank
 };
 
-/// Throws AgreedError on every rank, naming the first value that differs and the lowest rank that has another than rank
-/// 0, if any does. Collective over `group`, with values of the same names: one small all-gather.
+/// Throws AgreedError on every rank if a value differs between ranks; it names the first such value and the lowest rank
+/// where it differs from rank 0. Collective over `group`, with values of the same names: one small all-gather.
 void check_equal(const std::vector<NamedValue>& values, const GroupPtr& group);
 
 /// A text that must be the same on every rank.
 struct NamedText {
-  std::string name;  ///< what messages call it
-  std::string text;  ///< this rank's
+  std::string name;  ///< its name in messages
+  std::string text;  ///< on this rank
 };
 
-/// The same for texts, none of which holds a 0 character. Collective over `group`, with texts of the same names: two
+/// The same for texts, which must not contain a 0 character. Collective over `group`, with texts of the same names: two
 /// broadcasts and what agree() sends.
 void check_equal_texts(const std::vector<NamedText>& texts, const GroupPtr& group);
 

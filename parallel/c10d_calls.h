@@ -1,8 +1,8 @@
-// The collectives of c10d on one input and one output tensor, which LibTorch 2.15 calls by other names than 2.11 does.
+// c10d's collectives on one input and one output tensor, which have other names in LibTorch 2.15 than in 2.11.
 //
 // Backends (c10d::Backend) override and call the old names, _allgather_base, _reduce_scatter_base and alltoall_base:
-// 2.15 hands its new names on to them. A group (c10d::ProcessGroup) is called by the functions here: of its old names
-// 2.15 says that they are deprecated.
+// the new names of 2.15 call these. Call a group (c10d::ProcessGroup) through the functions here: 2.15 deprecates its
+// old names.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,9 +14,9 @@
 
 namespace megatron_cpp::parallel {
 
-// Templates, so that only the branch that exists is looked at. `Group` is c10d::ProcessGroup.
+// Templates, so that only the branch that this LibTorch has is compiled. `Group` is c10d::ProcessGroup.
 
-/// `input` of every rank, one after the other, into `output`. What is returned may be null where asyncOp is false.
+/// Gathers `input` of every rank into `output`, in the order of the ranks.
 template <class Group>
 auto all_gather_single(Group& group, at::Tensor& output, at::Tensor& input) {
   if constexpr (requires { group.all_gather_single(output, input); }) {
@@ -26,7 +26,7 @@ auto all_gather_single(Group& group, at::Tensor& output, at::Tensor& input) {
   }
 }
 
-/// This rank's share of the sum of all inputs into `output`.
+/// Sums `input` over the ranks and writes this rank's share to `output`.
 template <class Group>
 auto reduce_scatter_single(Group& group, at::Tensor& output, at::Tensor& input) {
   if constexpr (requires { group.reduce_scatter_single(output, input); }) {
@@ -36,7 +36,8 @@ auto reduce_scatter_single(Group& group, at::Tensor& output, at::Tensor& input) 
   }
 }
 
-/// Rows of `input` to other ranks, their rows into `output`; empty splits are equal ones.
+/// Sends rows of `input` to each rank and receives rows of each into `output`; empty splits mean equal splits. The Work
+/// may be null if options.asyncOp is false.
 template <class Group>
 auto all_to_all_single(Group& group, at::Tensor& output, at::Tensor& input, std::vector<int64_t>& output_splits,
                        std::vector<int64_t>& input_splits, const c10d::AllToAllOptions& options) {

@@ -25,7 +25,7 @@ c10d::ReduceOp reduce_op(Reduction reduction) {
   TORCH_INTERNAL_ASSERT(false);
 }
 
-/// Runs a collective so that what goes wrong in it names it. Backends do that in the errors they make themselves.
+/// Runs a collective and names it in exceptions, except in those that backends make themselves, which name it already.
 /// @param tensor  undefined for a barrier.
 template <class Call>
 auto named(const char* operation, const at::Tensor& tensor, const GroupPtr& group, const Call& call) {
@@ -47,11 +47,11 @@ void wait_for(const c10::intrusive_ptr<c10d::Work>& work) {
   if (work) work->wait();
 }
 
-/// Starts the collective that `call` issues: a finished result, or one whose Work is held until it is waited for.
+/// Starts the collective that `call` issues; the result holds its Work until it is waited for.
 template <class Call>
 PendingTensor pending(const char* operation, at::Tensor output, at::Tensor input, GroupPtr group, const Call& call) {
   auto work = named(operation, input, group, call);
-  // The input must outlive the collective on its stream: it goes with the Work.
+  // Held with the Work, since the input must outlive the collective on its stream.
   return {std::move(output), [operation, work = std::move(work), input = std::move(input), group = std::move(group)] {
             named(operation, input, group, [&] { wait_for(work); });
           }};
@@ -77,7 +77,6 @@ at::Tensor rows_to_columns(const at::Tensor& gathered, int t) {
 
 at::Tensor columns_to_rows(const at::Tensor& input, int t) { return at::cat(input.chunk(t, -1), 0); }
 
-// A 0-dimensional tensor would lose its place in the dimension that is gathered.
 void check_has_dimension(const at::Tensor& input, const char* operation) {
   TORCH_CHECK_VALUE(input.dim() > 0, operation, ": a tensor without dimensions has no rows");
 }
@@ -145,7 +144,7 @@ at::Tensor all_gather_uneven(const at::Tensor& input, const std::vector<int64_t>
   const auto contiguous = input.detach().contiguous();
   auto output = at::empty(shape, contiguous.options());
   std::vector<std::vector<at::Tensor>> outputs{output.split_with_sizes(rows)};
-  // ProcessGroupGloo gathers shares of one size only: there each rank broadcasts its own.
+  // ProcessGroupGloo gathers only shares of equal size: with it each rank broadcasts its rows.
   if (group->getBackend(contiguous.device().type())->getBackendName() == "gloo") {
     outputs.front()[own].copy_(contiguous);
     for (size_t rank = 0; rank < rows.size(); ++rank) {

@@ -1,9 +1,9 @@
 // Collectives on tensors, out of place and without gradient (mappings.h has the differentiable ones).
 //
 // All are collective over `group`: every rank calls them with the same shapes and dtype, in the same order. Inputs are
-// made contiguous; a group of one rank sends nothing and returns its input (detached). They throw what the backend
-// throws: c10::DistBackendError when a peer doesn't arrive in time; anything else that goes wrong in a backend becomes
-// a c10::DistBackendError that names operation, shape, group and rank.
+// made contiguous; a group of one rank sends nothing and returns its input (detached). They pass on the backend's
+// c10::DistBackendError (a peer doesn't arrive in time) and c10::ValueError; any other exception of a backend becomes a
+// c10::DistBackendError that names operation, shape, group and rank.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,10 +15,10 @@
 
 namespace megatron_cpp::parallel {
 
-/// What all_reduce makes of the values of the ranks, element by element.
+/// How all_reduce combines the ranks' values, element by element.
 enum class Reduction { kSum, kMax, kMin };
 
-/// A result that is being computed: on NCCL the collective runs beside what is issued after it.
+/// The result of a collective that may still be running: on NCCL it overlaps with work issued after it.
 class PendingTensor {
  public:
   /// `tensor` is complete once `wait` has returned.
@@ -45,7 +45,7 @@ at::Tensor all_gather(const at::Tensor& input, const GroupPtr& group);
 
 /// [rows[r], ...] of each rank r -> [sum of rows, ...], in the order of the ranks; ranks may have none. Sends this
 /// rank's rows to each of the others.
-/// @param rows  one number a rank, equal on every rank.
+/// @param rows  one number per rank, the same list on every rank.
 at::Tensor all_gather_uneven(const at::Tensor& input, const std::vector<int64_t>& rows, const GroupPtr& group);
 
 /// Starts an all_gather.
@@ -65,8 +65,8 @@ PendingTensor start_reduce_scatter(const at::Tensor& input, const GroupPtr& grou
 /// @throws c10::ValueError if C % t != 0.
 at::Tensor reduce_scatter_last_dim(const at::Tensor& input, const GroupPtr& group);
 
-/// Sends input_splits[q] rows to each rank q, in order, and receives output_splits[q] from it; empty splits: equal.
-/// Sends what isn't kept.
+/// Sends input_splits[q] rows to each rank q, in order, and receives output_splits[q] from it; empty splits mean equal
+/// splits. Sends all but this rank's own rows.
 at::Tensor all_to_all(const at::Tensor& input, const std::vector<int64_t>& output_splits,
                       const std::vector<int64_t>& input_splits, const GroupPtr& group);
 

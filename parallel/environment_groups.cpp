@@ -23,7 +23,7 @@
 namespace megatron_cpp::parallel {
 namespace {
 
-/// An environment variable, and Slurm's that stands in for it.
+/// An environment variable, and Slurm's variable that is read if it is missing.
 struct Variable {
   const char* name;
   const char* of_slurm = nullptr;
@@ -45,7 +45,7 @@ std::string text(const Variable& variable) {
   return value;
 }
 
-/// @param highest  in range, as is `lowest`.
+/// The variable's value, which must be in [lowest, highest].
 int number(const Variable& variable, int lowest, int highest) {
   const auto digits = text(variable);
   int value = 0;
@@ -89,7 +89,7 @@ GroupPtr make_group(const c10::intrusive_ptr<c10d::Store>& store, const std::str
   return group;
 }
 
-/// `device`, or GPU number LOCAL_RANK if it has none.
+/// `device`, or GPU number LOCAL_RANK if it has no index.
 c10::Device gpu_of_this_rank(c10::Device device) {
   if (device.has_index()) return device;
   const auto num_gpus = at::detail::getCUDAHooks().deviceCount();
@@ -110,7 +110,7 @@ ProcessGroups process_groups_from_environment(const RankGrid& grid, const Proces
                                               c10::Device device) {
   const int size = world_size_in_environment();
   const int rank = number(kRank, 0, size - 1);
-  // Keys of their own for each call, the same on every rank: torchrun serves one store for all starts of a job.
+  // Each call uses its own keys, the same on every rank: torchrun keeps one store for all restarts of a job.
   static int num_calls = 0;
   const char* start = std::getenv("TORCHELASTIC_RESTART_COUNT");
   const auto prefix = fmt::format("megatron_cpp/{}/{}/", start == nullptr ? "" : start, num_calls++);
@@ -125,7 +125,7 @@ ProcessGroups process_groups_from_environment(const RankGrid& grid, const Proces
     agree_on([&] { device = gpu_of_this_rank(device); }, groups.world);
     add_gpu_backends(groups, store, {.device = device, .timeout = options.timeout});
   }
-  barrier(groups.world);  // rank 0 may end, and its store with it, as soon as all have found each other
+  barrier(groups.world);  // all ranks have connected: rank 0 may exit, and its store with it
   return groups;
 }
 

@@ -1,4 +1,4 @@
-// What a backend returns that has finished a collective before its call returns.
+// The Work of a collective that has finished when the backend's call returns.
 #pragma once
 
 #include <ATen/core/Tensor.h>

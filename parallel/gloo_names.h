@@ -1,6 +1,6 @@
-// LibTorch has Gloo inside its libraries, but brings none of the headers of Gloo that its ProcessGroupGloo.hpp
-// includes. CMakeLists.txt puts this one in their place: the names that ProcessGroupGloo.hpp uses. ProcessGroupGloo
-// holds these classes by pointers, so that its layout is the same without their members.
+// LibTorch's libraries contain Gloo, but the Gloo headers that its ProcessGroupGloo.hpp includes aren't shipped.
+// CMakeLists.txt puts this header in their place; it declares the names that ProcessGroupGloo.hpp uses.
+// ProcessGroupGloo holds these classes by pointer only, so its layout doesn't depend on their members.
 #pragma once
 
 #include <chrono>

@@ -10,7 +10,7 @@
 namespace megatron_cpp::parallel {
 namespace {
 
-/// Two ranks that would take the same GPU, the first such pair; -1 if each has its own.
+/// The first two ranks that would take the same GPU; -1 if each has its own GPU.
 struct SharingRanks {
   int64_t first = -1;
   int64_t second = -1;

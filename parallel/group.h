@@ -1,4 +1,4 @@
-// The one way a group of ranks reaches a layer: as an argument of type GroupPtr.
+// The type of a group of ranks; layers take it as an argument.
 #pragma once
 
 #include <c10/util/intrusive_ptr.h>

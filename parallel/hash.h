@@ -10,7 +10,7 @@ namespace megatron_cpp::parallel {
 
 inline constexpr uint64_t kHashBasis = 14695981039346656037ULL;
 
-/// FNV-1a (Fowler, Noll, Vo; RFC 9923), 64 bits; `hash` is that of what comes before.
+/// FNV-1a (Fowler, Noll, Vo; RFC 9923), 64 bits; `hash` is the hash of the bytes before these.
 inline uint64_t stable_hash(std::span<const std::byte> bytes, uint64_t hash = kHashBasis) {
   for (const auto byte : bytes) hash = (hash ^ static_cast<uint64_t>(byte)) * 1099511628211ULL;
   return hash;

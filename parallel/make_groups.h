@@ -1,4 +1,4 @@
-// What every source of groups does alike: the kinds in their order, and what is checked before ranks part by the grid.
+// Makes the groups of all kinds and checks the grid; shared by groups from MPI and from the environment.
 #pragma once
 
 #include <functional>
@@ -8,10 +8,10 @@
 
 namespace megatron_cpp::parallel::internal {
 
-/// Makes the group of a kind that has this rank: number `index` among the groups of that kind, over `world_ranks`.
+/// Makes this rank's group of a kind: number `index` among the groups of that kind, over `world_ranks`.
 using MakeGroup = std::function<GroupPtr(const char* kind, int index, const std::vector<int>& world_ranks)>;
 
-/// The groups of this rank, number `rank` of a world of `size`. Collective over the world; throws as
+/// Makes the groups of rank `rank` in a world of `size` ranks. Collective over the world; throws as
 /// make_process_groups.
 ProcessGroups make_groups_of_all_kinds(const RankGrid& grid, int rank, int size, const MakeGroup& make_group);
 

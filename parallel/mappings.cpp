@@ -32,7 +32,7 @@ at::Tensor sum(const at::Tensor& input, const GroupPtr& group) { return all_redu
 at::Tensor sequence_to_hidden(const at::Tensor& input, const GroupPtr& group) {
   const int t = group->getSize();
   even_shard_size(input.size(-1), t, "hidden size");
-  // Block q of the rows that are sent holds this rank's S/t rows of the columns that rank q gets.
+  // Block q of the sent rows holds the columns of rank q, for this rank's S/t positions.
   return all_to_all(at::cat(input.chunk(t, -1), 0), {}, {}, group);
 }
 

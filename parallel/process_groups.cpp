@@ -29,22 +29,22 @@ GroupPtr make_group(Runtime& runtime, int color, const std::string& name, const 
   group->setBackend(
       at::kCPU, c10d::ProcessGroup::CUSTOM,
       c10::make_intrusive<MpiBackend>(std::move(communicator), name, MpiBackendOptions{.timeout = options.timeout}));
-  group->setGroupName(name);  // kept by the backends: not before there is one
+  group->setGroupName(name);  // the backends store it, so after setBackend
   runtime.shut_down_at_exit(group);
   return group;
 }
 
-/// Where the other ranks find rank 0, as it sees itself.
+/// The address under which the other ranks reach rank 0.
 std::string own_address(const Runtime& runtime, const ProcessGroupsOptions& options) {
   if (!options.master_address.empty()) return options.master_address;
-  // On one host whatever its name, which a container may not be able to resolve.
+  // A container may not be able to resolve its own host name.
   if (runtime.local_size() == runtime.size()) return "127.0.0.1";
   std::array<char, 256> name{};
   TORCH_CHECK(gethostname(name.data(), name.size() - 1) == 0, "gethostname failed: ", std::strerror(errno));
   return name.data();
 }
 
-/// World rank 0 opens the store on a free port; everyone connects to the address that it sends around.
+/// World rank 0 opens the store on a free port; all ranks connect to the address that it broadcasts.
 c10::intrusive_ptr<c10d::Store> open_store(const Runtime& runtime, const GroupPtr& world,
                                            const ProcessGroupsOptions& options) {
   c10d::TCPStoreOptions store_options;
@@ -77,7 +77,7 @@ ProcessGroups internal::make_groups_of_all_kinds(const RankGrid& grid, int rank,
   std::vector<int> all(static_cast<size_t>(size));
   std::iota(all.begin(), all.end(), 0);
   groups.world = make_group(kGroupKinds.front().name, 0, all);
-  // Before ranks part by them: where these differ, they would wait for each other until the timeout.
+  // Checked first: ranks that make groups by different grids would wait for each other until the timeout.
   const std::vector<NamedText> alike = {{"the version of megatron_cpp", MCPP_VERSION},
                                         {"the version of LibTorch", TORCH_VERSION},
                                         {"the layout of the ranks", grid.text()}};

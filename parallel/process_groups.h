@@ -22,18 +22,18 @@ struct ProcessGroupsOptions {
   std::string master_address{};
 };
 
-/// One c10d::ProcessGroup for each kind of parallelism. A value; the groups live as long as a copy does, or the runtime
-/// that made them. Those of make_process_groups carry MPI for tensors on the CPU, those of
-/// process_groups_from_environment (environment_groups.h) Gloo; both carry NCCL for tensors on a GPU that the rank has.
+/// One c10d::ProcessGroup for each kind of parallelism. A value type: the groups live as long as a copy of it, or the
+/// runtime that made them. Those of make_process_groups carry MPI for tensors on the CPU, those of
+/// process_groups_from_environment (environment_groups.h) Gloo; both carry NCCL for tensors on the rank's GPU.
 ///
-/// A program may also fill it with c10d groups of its own and give it, or one of its groups, to whatever takes them:
-///  - the groups are those of the grid: a group's ranks are grid.group_of(rank, dims) with the `dims` of kGroupKinds,
-///    numbered in this order. Groups of the same ranks may be one object, and so may all those of one rank;
-///  - each has a backend for tensors on the CPU, and where the model is on a GPU one for tensors there. Called are
-///    broadcast, barrier, allreduce (sum, maximum, minimum), allgather (of uneven shares, too, unless the backend is
-///    named "gloo"), and all-gather, reduce-scatter and all-to-all of single tensors;
-///  - the program chooses timeouts, and shuts the groups down after the last layer. A group that nothing it calls
-///    needs may stay null.
+/// A program may also fill it with its own c10d groups:
+///  - the ranks of each group must be grid.group_of(rank, dims), in this order, with the `dims` of kGroupKinds. Groups
+///    of the same ranks may be one object, and so may all groups of one rank;
+///  - each needs a backend for tensors on the CPU, and if the model is on a GPU one for tensors there. This library
+///    calls broadcast, barrier, allreduce (sum, maximum, minimum), allgather (of uneven shares, too, unless the backend
+///    is named "gloo"), and all-gather, reduce-scatter and all-to-all of single tensors;
+///  - the program chooses timeouts, and shuts the groups down after their last use. A group that is never used may stay
+///    null.
 struct ProcessGroups {
   RankGrid grid;   ///< how the ranks of `world` are laid out
   GroupPtr world;  ///< all ranks: start-up, agreement, checkpoints
@@ -46,11 +46,11 @@ struct ProcessGroups {
   const GroupPtr& of(std::string_view kind) const;
 };
 
-/// What the groups of one kind are made over.
+/// A kind of groups and the dimensions of the grid that they span.
 struct GroupKind {
-  const char* name;                ///< of its groups, in messages and recordings
+  const char* name;                ///< name of its groups in messages
   const char* dims;                ///< as RankGrid::groups takes them
-  GroupPtr ProcessGroups::*group;  ///< this rank's
+  GroupPtr ProcessGroups::*group;  ///< this rank's group
 };
 
 /// All kinds, in the order in which their groups are made. The world comes first.
@@ -66,8 +66,8 @@ inline constexpr std::array<GroupKind, 4> kGroupKinds = {{{"world", "tp-cp-dp-pp
 ///         yet (context, expert and pipeline parallelism).
 ProcessGroups make_process_groups(Runtime& runtime, const RankGrid& grid, const ProcessGroupsOptions& options = {});
 
-/// Shuts the groups down before the runtime ends, so that their communicators, of which an MPI has some thousand, are
-/// freed with the last copy. Collective over all ranks, none of which may communicate in them afterwards.
+/// Shuts the groups down before the runtime ends, so that their communicators are freed with the last copy: an MPI has
+/// only some thousand. Collective over all ranks; no rank may use the groups afterwards.
 void destroy_process_groups(Runtime& runtime, const ProcessGroups& groups);
 
 }  // namespace megatron_cpp::parallel

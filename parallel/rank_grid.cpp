@@ -16,7 +16,7 @@ struct Dimension {
   bool in_group = false;
 };
 
-/// A grid, its fastest dimension first.
+/// The dimensions of a grid, the fastest first.
 using Dimensions = std::array<Dimension, 4>;
 
 Dimensions dense_grid(const RankGrid& grid) {
@@ -42,7 +42,7 @@ Dimension* find(Dimensions& grid, std::string_view name) {
   return found == grid.end() ? nullptr : &*found;
 }
 
-/// The grid whose dimensions `dims` names, with these marked.
+/// The grid that has the dimensions in `dims`, with these marked in_group.
 Dimensions grid_with_group(const RankGrid& grid, std::string_view dims) {
   const auto names = split(dims);
   const auto is_of_experts = [](std::string_view name) { return name == "etp" || name == "ep" || name == "edp"; };

@@ -17,20 +17,19 @@ struct RankGrid {
   int cp = 1;                             ///< context parallel
   int dp = 1;                             ///< data parallel
   int pp = 1;                             ///< pipeline parallel
-  int ep = 1;                             ///< expert parallel: the experts are split over so many ranks
-  std::optional<int> etp = std::nullopt;  ///< tensor parallel of each expert; as tp, unless given
+  int ep = 1;                             ///< expert parallel: ranks that the experts are split over
+  std::optional<int> etp = std::nullopt;  ///< tensor parallel within each expert; default: tp
 
   /// Ranks in all: tp * cp * dp * pp.
   int world_size() const { return tp * cp * dp * pp; }
-  /// Tensor parallel ranks of each expert: `etp`, or `tp` where that isn't given.
+  /// Tensor-parallel ranks of each expert: `etp`, or `tp` if that isn't given.
   int expert_tp() const { return etp.value_or(tp); }
-  /// Expert data parallel: what remains, tp * cp * dp / (etp * ep). As many ranks hold a copy of the same expert.
+  /// Expert data parallel: tp * cp * dp / (etp * ep), the number of copies of each expert.
   /// @throws c10::ValueError if that is no whole number.
   int edp() const;
 
-  /// @throws c10::ValueError naming all sizes and the world's if a size is below 1, their product isn't `world_size`,
-  /// or
-  ///         the experts' sizes don't divide it.
+  /// @throws c10::ValueError naming all sizes if a size is below 1, their product isn't `world_size`, or the experts'
+  ///         sizes don't divide it.
   void validate(int world_size) const;
 
   /// The groups over `dims`: ranks that differ in these coordinates only, in increasing order; the groups in increasing

@@ -10,7 +10,7 @@
 namespace megatron_cpp::parallel {
 namespace {
 
-/// Hands every call to another backend, and first tells the observer.
+/// Calls the observer, then passes the call on to another backend.
 class ObservedBackend final : public c10d::Backend {
  public:
   ObservedBackend(c10::intrusive_ptr<c10d::Backend> inner, std::shared_ptr<const CollectiveObserver> observer)
@@ -96,7 +96,7 @@ GroupPtr observe(const GroupPtr& group, CollectiveObserver observer) {
   const auto shared_observer = std::make_shared<const CollectiveObserver>(std::move(observer));
   auto observed = c10::make_intrusive<c10d::ProcessGroup>(group->getRank(), group->getSize());
   for (const auto& device : group->getDeviceTypes()) {
-    // One backend type stands for one backend in a c10d group, whatever the device: the two need different ones.
+    // A c10d group has one backend per backend type, so the two devices need different types.
     const auto type = device.is_cpu() ? c10d::ProcessGroup::CUSTOM : c10d::ProcessGroup::NCCL;
     observed->setBackend(device.type(), type,
                          c10::make_intrusive<ObservedBackend>(group->getBackend(device.type()), shared_observer));

@@ -1,4 +1,4 @@
-// Seeing what is communicated: the only counter that tests, benchmarks and `--stats` read, and the observer under it.
+// Counts the collectives of a group, for tests, benchmarks and `--stats`.
 #pragma once
 
 #include <array>
@@ -11,7 +11,7 @@
 
 namespace megatron_cpp::parallel {
 
-/// What is counted apart.
+/// Kinds of collectives, which are counted separately.
 enum class CollectiveKind { kAllReduce, kAllGather, kReduceScatter, kAllToAll, kBroadcast };
 inline constexpr int kNumCollectiveKinds = 5;  ///< entries of CollectiveKind
 
@@ -19,17 +19,16 @@ inline constexpr int kNumCollectiveKinds = 5;  ///< entries of CollectiveKind
 std::string_view collective_name(CollectiveKind kind);
 
 /// Called as a collective begins, on the thread that calls it, with the bytes that this rank sends for it by the
-/// standard count: all-reduce 2(t-1)/t, all-gather and reduce-scatter (t-1)/t of the full tensor, all-to-all what goes
-/// to other ranks, broadcast (t-1)/t; uneven exchanges what is really sent.
+/// standard count: all-reduce 2(t-1)/t, all-gather and reduce-scatter (t-1)/t of the full tensor, broadcast (t-1)/t;
+/// all-to-all and uneven all-gather the bytes that this rank sends to other ranks.
 using CollectiveObserver = std::function<void(CollectiveKind kind, int64_t bytes_sent)>;
 
-/// A group of the same ranks whose collectives go through `group`'s backends after `observer` was called; where that
-/// throws, the collective fails and sends nothing. Barriers aren't observed. `group` stays usable and isn't
-/// observed. Not collective.
+/// A group of the same ranks, which calls `observer` and then runs each collective on `group`'s backends; if `observer`
+/// throws, the collective fails and sends nothing. Barriers, and calls on `group` itself, aren't observed. Not
+/// collective.
 GroupPtr observe(const GroupPtr& group, CollectiveObserver observer);
 
-/// Collectives of a group since its recording began, and the bytes this rank sends for them as CollectiveObserver has
-/// them.
+/// Collectives of a group since its recording began, and the bytes this rank sends for them, as in CollectiveObserver.
 struct CommunicationCount {
   std::array<int64_t, kNumCollectiveKinds> collectives{};  ///< calls, by CollectiveKind
   int64_t bytes_sent = 0;                                  ///< by this rank
@@ -45,11 +44,11 @@ struct CommunicationCount {
 /// A group and the running count of what is sent through it. The count of a part of a program is the difference of
 /// two copies of `*count`.
 struct RecordedGroup {
-  GroupPtr group;                                   ///< use this one, and it is counted
-  std::shared_ptr<const CommunicationCount> count;  ///< so far; goes on counting as long as the group lives
+  GroupPtr group;                                   ///< collectives on this group are counted
+  std::shared_ptr<const CommunicationCount> count;  ///< the running count, updated as long as the group lives
 };
 
-/// Counts what observe() sees.
+/// Counts the collectives that observe() reports.
 RecordedGroup record(const GroupPtr& group);
 
 }  // namespace megatron_cpp::parallel

@@ -92,9 +92,9 @@ class RehearsalBackend final : public c10d::Backend {
     return std::accumulate(tensors.begin(), tensors.end(), int64_t{0},
                            [](int64_t sum, const at::Tensor& tensor) { return sum + bytes(tensor); });
   }
-  /// (t-1)/t of them.
+  /// (t-1)/t of `whole`.
   int64_t shared(int64_t whole) const { return whole * (size_ - 1) / size_; }
-  /// First row and rows of what this rank keeps.
+  /// First row and number of rows of the part that this rank keeps.
   std::pair<int64_t, int64_t> own_part(const at::Tensor& tensor, const std::vector<int64_t>& splits) const {
     if (splits.empty()) {
       check(tensor.size(0) % size_ == 0, "all_to_all", tensor.size(0), " rows");
@@ -105,7 +105,7 @@ class RehearsalBackend final : public c10d::Backend {
           "all_to_all", splits.size(), " splits of ", tensor.size(0), " rows");
     return {std::accumulate(splits.begin(), splits.begin() + rank_, int64_t{0}), splits[static_cast<size_t>(rank_)]};
   }
-  /// As NCCL does it: without asyncOp the current stream goes on after the collective, and there is no Work.
+  /// As in NCCL, without asyncOp the current stream waits for the collective, and there is no Work.
   WorkPtr run(bool is_async, std::vector<at::Tensor> tensors, int64_t filled_bytes, int64_t sent_bytes,
               const std::function<void()>& fill) {
     if (!stream_) {
@@ -147,7 +147,7 @@ GroupPtr make_rehearsal_group(int rank, int size, const RehearsalOptions& option
   if (options.device.is_cuda()) {
     auto stream = options.gigabytes_per_second > 0 ? make_paced_stream(options.device, options.gigabytes_per_second)
                                                    : std::shared_ptr<PacedStream>{};
-    // One backend type stands for one backend in a c10d group, whatever the device.
+    // A c10d group has one backend per backend type.
     group->setBackend(at::kCUDA, c10d::ProcessGroup::NCCL, make_rehearsal_backend(rank, size, std::move(stream)));
   }
   return group;

@@ -23,8 +23,8 @@
 #include "parallel/mpi/peer_process.h"
 
 #if defined(__SANITIZE_ADDRESS__)
-// MPI unloads its modules when it ends, before leaks are looked for: what leaked in them would have no name, and
-// couldn't be told from leaks of ours (tests/support/leaks.supp).
+// MPI_Finalize unloads MPI's modules before leaks are searched for. Leaks in them would then have no symbol names, and
+// tests/support/leaks.supp couldn't suppress them.
 extern "C" int dlclose(void* /*module*/) { return 0; }
 #endif
 
@@ -62,12 +62,12 @@ Runtime::Runtime() {
 }
 
 void Runtime::choose_device(const DeviceOptions& options) {
-  // What a rank sees counts on all of them, and whoever was told something else must not go another way.
+  // What each rank sees and was asked for: every rank decides from all of these, so that all decide alike.
   struct Sight {
     uint64_t gpu = 0;
     uint64_t options = 0;
   };
-  // Ranks that see one GPU each, as Slurm may arrange it, call all of them number 0: what they are tells them apart.
+  // Slurm may show each rank only one GPU, which is number 0 on every rank: the identities tell these GPUs apart.
   const c10::DeviceIndex num_devices =
       has_nccl() && options.device != "cpu" ? at::detail::getCUDAHooks().deviceCount() : c10::DeviceIndex{0};
   const auto device = static_cast<c10::DeviceIndex>(num_devices == 0 ? 0 : local_rank_ % num_devices);
@@ -113,8 +113,7 @@ void Runtime::shut_down(const GroupPtr& group) {
 }
 
 bool Runtime::all_fail_alike(const std::string& message) const {
-  // From each rank on its own, so that it is known who isn't there. Kept for good: where the job is about to end MPI
-  // may still read and write them.
+  // One message per rank, so that missing ranks are known. Never freed: MPI may use these while the job aborts.
   struct Messages {
     uint64_t mine;
     std::vector<uint64_t> theirs;

@@ -8,9 +8,8 @@
 
 namespace megatron_cpp::parallel {
 
-/// How the S positions of a sequence are shared out among the ranks of a group. What needs to know who has which rows
-/// asks this class and doesn't divide by itself, so that layouts in several pieces per rank (context parallelism) have
-/// one place to come to.
+/// How the S positions of a sequence are distributed over the ranks of a group. All code asks this class which rank
+/// owns which positions, so that layouts with several pieces per rank (context parallelism) can be added in one place.
 class SequenceLayout {
  public:
   /// Every rank owns `ranges[rank]`, in increasing order; together they are [0, S), and no two overlap.
@@ -23,15 +22,15 @@ class SequenceLayout {
 
   int64_t sequence_length() const { return sequence_length_; }        ///< S
   int num_ranks() const { return static_cast<int>(ranges_.size()); }  ///< of the group
-  /// The positions of a rank, in the order in which its rows have them.
+  /// The positions of a rank, in the order of its rows.
   const std::vector<Range>& ranges_of(int rank) const { return ranges_.at(static_cast<size_t>(rank)); }
   /// How many positions a rank owns.
   int64_t num_positions_of(int rank) const;
 
-  /// Where a position of the sequence is.
+  /// The owner of a position of the sequence.
   struct Place {
-    int rank = 0;          ///< its owner
-    int64_t position = 0;  ///< its number among the owner's
+    int rank = 0;          ///< the rank that owns it
+    int64_t position = 0;  ///< its number among the positions of that rank
   };
   /// The place of `position`, in [0, S).
   Place place_of(int64_t position) const;

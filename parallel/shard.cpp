@@ -24,7 +24,7 @@ std::vector<int> balanced_assignment(const std::vector<int64_t>& costs, int t) {
   std::vector<size_t> order(costs.size());
   std::iota(order.begin(), order.end(), size_t{0});
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return costs[a] > costs[b]; });
-  using Load = std::pair<int64_t, int>;  // (cost so far, rank): the least load of the lowest rank comes first
+  using Load = std::pair<int64_t, int>;  // (cost so far, rank): least load first, then lowest rank
   std::priority_queue<Load, std::vector<Load>, std::greater<>> loads;
   for (int rank = 0; rank < t; ++rank) loads.emplace(0, rank);
   std::vector<int> rank_of(costs.size());

@@ -25,8 +25,8 @@ Range even_shard(int64_t total, int t, int r, std::string_view what, std::string
 /// total / t, with the check and the message of even_shard.
 int64_t even_shard_size(int64_t total, int t, std::string_view what, std::string_view group_name = "tensor-parallel");
 
-/// Assigns whole items (pictures) to t ranks so that their costs are balanced: the dearest first, each to the rank that
-/// has least so far; ties go to the earlier item and the lower rank. Ranks may get none.
+/// Assigns whole items (pictures) to t ranks so that their costs are balanced: largest cost first, to the least loaded
+/// rank; ties go to the earlier item and the lower rank. Ranks may get none.
 /// @param costs  one per item, >= 0.
 /// @return       the rank of each item. O(items log items + items log t).
 std::vector<int> balanced_assignment(const std::vector<int64_t>& costs, int t);

@@ -22,7 +22,7 @@ std::optional<int> number(const Environment& environment, const char* name) {
   return value;
 }
 
-/// "Open MPI v4.1.4" of all that an MPI says about itself.
+/// "Open MPI v4.1.4": the name and version in the text of MPI_Get_library_version.
 std::string short_name(const std::string& library) {
   std::string name;
   for (const char letter : library.substr(0, library.find_first_of(",\n"))) {
@@ -59,11 +59,11 @@ std::string launcher_obstacle(const Environment& environment, int mpi_size, cons
   if (mpi_size != 1) return {};
   const auto library = short_name(mpi_library);
   constexpr std::array kWorldSizes = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"};
-  // A launcher that started one process, within what another one started: the inner one counts.
+  // A launcher that started one process inside a job of another launcher: the inner one counts.
   for (const char* name : kWorldSizes) {
     if (number(environment, name) == 1) return {};
   }
-  // SLURM_NTASKS isn't among the signs: it is there in a shell inside an allocation, too.
+  // SLURM_NTASKS isn't used: it is also set in a shell inside an allocation.
   for (const char* name : {kWorldSizes[0], kWorldSizes[1], kWorldSizes[2], "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS"}) {
     const auto size = number(environment, name);
     if (!size || *size <= 1) continue;
@@ -74,7 +74,7 @@ std::string launcher_obstacle(const Environment& environment, int mpi_size, cons
         "was built with ({2}){3}",
         *size, name, library, is_slurm ? ", or with srun --mpi=pmix" : "");
   }
-  // PMIx says which of them a process is, but not how many they are.
+  // PMIx sets the rank of a process, but not the number of processes.
   const auto rank = launcher_rank(environment);
   if (rank > 0 && environment.count("PMIX_RANK") != 0 && environment.count("OMPI_COMM_WORLD_RANK") == 0) {
     return fmt::format(

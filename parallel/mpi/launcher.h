@@ -1,4 +1,4 @@
-// What the launcher of this process (mpirun, mpiexec, srun) says about it, before and beside MPI.
+// What the environment says about the launcher of this process (mpirun, mpiexec, srun), without MPI.
 #pragma once
 
 #include <map>
@@ -9,16 +9,15 @@ namespace megatron_cpp::parallel {
 /// Names and values of environment variables.
 using Environment = std::map<std::string, std::string>;
 
-/// This process's own.
+/// The variables of this process.
 Environment process_environment();
 
-/// This process's number among those that its launcher started; 0 if no launcher says one. Not collective, and usable
-/// without MPI: for who speaks of what every process finds alike.
+/// The rank that the launcher gave this process; 0 if it gave none. Not collective, and usable without MPI, so that
+/// only one process prints an error that every process finds.
 int launcher_rank(const Environment& environment);
 
-/// Why processes that a launcher started together don't know of each other; empty if nothing speaks for that. An MPI
-/// that another MPI's launcher starts sees one rank in each process: each would do the whole work, into the same files.
-/// Pure.
+/// An error text if the launcher has started several processes but MPI sees one rank in each, because the launcher
+/// belongs to another MPI; otherwise empty. Each process would do the whole work and write the same files. Pure.
 /// @param environment  as it was before MPI_Init, which may add to it.
 /// @param mpi_size     ranks that MPI sees.
 /// @param mpi_library  what MPI_Get_library_version says.

@@ -22,7 +22,7 @@ namespace {
 
 using Milliseconds = std::chrono::milliseconds;
 
-/// MPI moves values of the same width; what they mean is settled here.
+/// MPI only moves values of this width; it never computes with them.
 MPI_Datatype transport_type(const at::Tensor& tensor) {
   switch (tensor.element_size()) {
     case 1:
@@ -62,7 +62,7 @@ void check_tensor(const at::Tensor& tensor, const char* operation, const std::st
   }
 }
 
-/// A contiguous tensor that holds, or will hold, the values of `tensor`: itself, or a new one to copy from or to.
+/// `tensor` itself if it is contiguous, otherwise a new tensor to fill and to copy back from.
 at::Tensor contiguous_or_new(const at::Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : at::empty(tensor.sizes(), tensor.options());
 }
@@ -71,12 +71,11 @@ void copy_back(const at::Tensor& target, const at::Tensor& values) {
   if (!target.is_same(values)) target.copy_(values);
 }
 
-/// Up to this many bytes an all-reduce gathers everything and sums: one message instead of two.
+/// Up to this many bytes an all-reduce gathers all inputs and sums them: one MPI collective instead of two.
 constexpr int64_t kGatherBytes = 1 << 14;
 
-/// From this many bytes of input on, a reduction goes through the shared window: it takes 0.4 of the messages' time
-/// there where each rank has a core (reduce-scatter and all-reduce, 2 ranks), and breaks even where 4 ranks share 2
-/// cores.
+/// From this many bytes of input on, a reduction uses the shared window: it takes 0.4 of the time of MPI messages if
+/// each rank has a core (reduce-scatter and all-reduce, 2 ranks), and the same time if 4 ranks share 2 cores.
 constexpr int64_t kWindowBytes = 1 << 14;
 
 }  // namespace
@@ -108,7 +107,7 @@ void MpiBackend::finish(MPI_Request request, const CollectiveCall& call, InFligh
     MCPP_MPI_CHECK(MPI_Test(&request, &done, MPI_STATUS_IGNORE));
     if (done != 0) return;
   } while (wait.go_on());
-  // Never freed, on purpose; findable for leak checkers.
+  // Never freed, but reachable for leak checkers.
   static auto& kept = *new std::vector<InFlight>;
   kept.push_back(std::move(in_flight));
   throw_timed_out(call, call.roll_call->reason(call));
@@ -167,7 +166,7 @@ SharedWindow* MpiBackend::window_for(const at::Tensor& input, const CollectiveCa
   TORCH_CHECK_WITH(DistBackendError, window_state_ != WindowState::kBeingMade, call.operation, " of ", call.elements,
                    " elements cannot begin (", call.where, "): an earlier one of the group has failed");
   if (window_state_ == WindowState::kNotTried) {
-    window_state_ = WindowState::kBeingMade;  // and so it stays if a rank doesn't come
+    window_state_ = WindowState::kBeingMade;  // stays so if a rank doesn't arrive
     auto made = SharedWindow::make(rank_, size_, options_.shared_memory_limit, where_, [&](const at::Tensor& mine) {
       auto all = at::empty({size_}, mine.options());
       gather_to_all(all, mine, call);
@@ -188,7 +187,7 @@ void MpiBackend::all_reduce_by_messages(const at::Tensor& output, const at::Tens
     reduce_in_rank_order(output, parts.unbind(0), reduction);
     return;
   }
-  // Reduce-scatter and all-gather, each rank reducing ceil(elements / t) of them: (t-1)/t of the bytes, twice.
+  // Reduce-scatter, ceil(elements / t) elements for each rank, then all-gather: sends (t-1)/t of the bytes twice.
   const int64_t share = (elements + size_ - 1) / size_;
   std::vector<int64_t> shares(static_cast<size_t>(size_));
   for (int peer = 0; peer < size_; ++peer) {
@@ -288,7 +287,7 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::_reduce_scatter_base(at::Tensor& outp
                     output.sizes(), " ", output.scalar_type(), " (", where_, ")");
   check_reduction(options.reduceOp, input.scalar_type(), "reduce_scatter", where_);
   const auto values = input.contiguous();
-  // Apart from the input: a share is written while the window still takes others from there.
+  // Not in the input's memory: a share is written while other shares of the input are still read.
   const bool is_apart = output.is_contiguous() && !output.is_alias_of(input);
   const auto buffer = is_apart ? output : at::empty(output.sizes(), output.options());
   const auto this_call = call("reduce_scatter", values.numel(), options.timeout);

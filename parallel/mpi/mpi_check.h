@@ -9,7 +9,7 @@ namespace megatron_cpp::parallel {
 /// A failed MPI call: its text, MPI's reason, the rank, file and line.
 class MpiError : public std::runtime_error {
  public:
-  /// Of a `call` at file:line that returned `code`.
+  /// For a `call` at file:line that returned `code`.
   MpiError(int code, const char* call, const char* file, int line);
 };
 

@@ -5,8 +5,8 @@
 
 namespace megatron_cpp::parallel {
 
-/// Owns a communicator of its own (a duplicate or a split), so that its messages never match anybody else's. Move-only;
-/// freed on destruction, at the latest before MPI_Finalize.
+/// Owns a duplicated or split communicator, so that its messages never match those of other code. Move-only; freed on
+/// destruction, unless MPI has been finalized before.
 class MpiCommunicator {
  public:
   /// A duplicate of MPI_COMM_WORLD. Collective over all ranks.
@@ -23,7 +23,7 @@ class MpiCommunicator {
 
   /// Takes over; `other` is empty afterwards.
   MpiCommunicator(MpiCommunicator&& other) noexcept;
-  /// Takes over; `other` has what this one had.
+  /// Swaps the communicators of both.
   MpiCommunicator& operator=(MpiCommunicator&& other) noexcept;
   MpiCommunicator(const MpiCommunicator&) = delete;
   MpiCommunicator& operator=(const MpiCommunicator&) = delete;

@@ -28,7 +28,7 @@ std::string target_of(const char* link) {
   return length < 0 ? std::string{} : std::string(target.data(), static_cast<size_t>(length));
 }
 
-/// None if there is no such process any more.
+/// Nothing if the process is gone.
 std::optional<ProcessLook> look_at(int64_t pid, int64_t start) {
   const auto look = parse_process_stat(text_of(fmt::format("/proc/{}/stat", pid)), sysconf(_SC_CLK_TCK));
   return look && look->start == start ? look : std::nullopt;
@@ -40,7 +40,7 @@ PeerProcess own_process() {
   PeerProcess own;
   own.pid = getpid();
   const auto look = parse_process_stat(text_of("/proc/self/stat"), sysconf(_SC_CLK_TCK));
-  if (!look) return own;  // no /proc: a place of nobody, where nothing is looked at
+  if (!look) return own;  // no /proc: place 0 means that no process can be seen
   own.start = look->start;
   own.place = stable_hash(text_of("/proc/sys/kernel/random/boot_id") + target_of("/proc/self/ns/pid"));
   return own;
@@ -87,10 +87,10 @@ bool PeerPatience::is_over(Clock::time_point now) {
 bool PeerPatience::is_over(const ProcessLook& first, const std::optional<ProcessLook>& now, milliseconds waited,
                            bool always_asleep) {
   if (!now || std::string("TtZX").find(now->state) != std::string::npos) return true;
-  // Several threads can use up a second of computing at once: time must have passed as well.
+  // Several threads together use a second of CPU time early, so two seconds must have passed as well.
   if (waited < std::chrono::seconds(2)) return false;
   const auto used = now->cpu_time - first.cpu_time;
-  // Whoever waits for its peers never sleeps. Something else in its process may, and then uses little time.
+  // A rank that waits for its peers polls: it uses CPU time, even if the process's main thread sleeps.
   return used >= std::chrono::seconds(1) || (always_asleep && used < milliseconds(50)) ||
          waited >= std::chrono::seconds(60);
 }

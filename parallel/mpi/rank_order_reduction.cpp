@@ -69,7 +69,7 @@ void check_reduction(const ReduceOp& reduction, at::ScalarType dtype, const char
 }
 
 void reduce_in_rank_order(const at::Tensor& output, at::ArrayRef<at::Tensor> parts, ReduceOp::RedOpType reduction) {
-  // Of two numbers LibTorch itself computes sum and product in float32 and rounds once; a minimum is never rounded.
+  // LibTorch itself computes the sum or product of two numbers in float32 and rounds once; MIN and MAX never round.
   const bool is_rounded_once =
       reduction == ReduceOp::MIN || reduction == ReduceOp::MAX || (parts.size() <= 2 && reduction != ReduceOp::AVG);
   if (at::isReducedFloatingType(output.scalar_type()) && !is_rounded_once) {

@@ -1,4 +1,4 @@
-// Reducing what several ranks hold, in the order of the ranks: the same bits wherever it is done.
+// Reduces the values of several ranks in the order of the ranks: the same bits on every rank.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,7 +8,8 @@
 
 namespace megatron_cpp::parallel {
 
-/// @throws c10::ValueError if `reduction` is not SUM, AVG, PRODUCT, MIN or MAX, or is AVG of a dtype without fractions.
+/// @throws c10::ValueError if `reduction` is not SUM, AVG, PRODUCT, MIN or MAX, or is AVG of a dtype that isn't
+///         floating-point.
 /// @param operation, where  for messages: "all_reduce", "group tp, rank 0 of 2".
 void check_reduction(const c10d::ReduceOp& reduction, at::ScalarType dtype, const char* operation,
                      const std::string& where);

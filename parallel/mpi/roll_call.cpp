@@ -31,7 +31,7 @@ RollCall::Message RollCall::message(const CollectiveCall& call, int64_t about) {
 }
 
 void RollCall::send(const Message& message, int rank, int tag) {
-  // MPI reads it until the receiver, who may be stopped, takes it: kept for good, and findable for leak checkers.
+  // Never freed, but reachable for leak checkers: MPI reads it until the receiver, which may be stopped, takes it.
   static auto& kept = *new std::vector<std::unique_ptr<Message>>;
   kept.push_back(std::make_unique<Message>(message));
   MPI_Request request = MPI_REQUEST_NULL;
@@ -52,7 +52,7 @@ void RollCall::answer(const CollectiveCall& call) {
   Message question;
   for (int rank = receive(question, kAsk); rank >= 0; rank = receive(question, kAsk)) {
     send(message(call, question.number), rank, kAnswer);
-    // Who asks waits, too; unless the question is of a collective that was given up long ago.
+    // The asking rank waits in that collective, unless it is an earlier one, which that rank has given up.
     if (question.number >= call.number) heard_[static_cast<size_t>(rank)] = question;
   }
 }
@@ -80,7 +80,7 @@ std::string RollCall::reason(const CollectiveCall& call) {
   const auto somebody_may_answer = [&] {
     const auto ranks = missing();
     const auto now = Clock::now();
-    // Of every one, so that each look is taken.
+    // Not any_of: is_over() must look at every process.
     return std::count_if(ranks.begin(), ranks.end(),
                          [&](int rank) { return !patience[static_cast<size_t>(rank)].is_over(now); }) > 0;
   };

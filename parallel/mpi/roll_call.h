@@ -1,4 +1,4 @@
-// Who isn't there, asked once a collective has waited too long.
+// Finds out which ranks are missing once a collective has timed out.
 #pragma once
 
 #include <array>
@@ -15,49 +15,47 @@
 namespace megatron_cpp::parallel {
 
 /// MPI doesn't tell a waiting rank whom it waits for. A rank whose collective has timed out therefore asks all others,
-/// over a communicator of its own; ranks that wait themselves answer with what they wait in, and who doesn't answer
-/// isn't waiting: stopped, hung, or busy with something else. Nothing is sent as long as no collective times out.
+/// over a separate communicator. Ranks that wait answer with the collective they wait in; a rank that doesn't answer is
+/// stopped, hung, or busy with something else. Nothing is sent as long as no collective times out.
 class RollCall {
  public:
   /// Collective over the communicator's ranks.
   explicit RollCall(const MpiCommunicator& communicator);
 
-  /// Answers ranks that have asked. A rank that waits in `call` calls this now and then.
+  /// Answers ranks that have asked. A rank that waits in `call` calls this repeatedly.
   void answer(const CollectiveCall& call);
 
-  /// Asks, and waits for the answers of those that may give one, as PeerPatience has it. A rank whose process is
-  /// stopped or gone isn't waited for.
-  /// @return  "rank 1 is silent", or what ranks are in that are in another collective than this one, or that all wait.
+  /// Asks all ranks, and waits for each answer as long as PeerPatience allows.
+  /// @return  "rank 1 is silent", or which rank waits in which other collective, or that all wait.
   std::string reason(const CollectiveCall& call);
 
  private:
   struct Message {
-    int64_t number = -1;               ///< of the collective that the sender waits in
-    int64_t about = -1;                ///< of an answer: the number that was asked about
-    int64_t elements = 0;              ///< what the sender's collective is about
+    int64_t number = -1;               ///< number of the collective that the sender waits in
+    int64_t about = -1;                ///< in an answer: the number that was asked about
+    int64_t elements = 0;              ///< elements of that collective
     std::array<char, 32> operation{};  ///< its name, ending in 0
   };
 
   static Message message(const CollectiveCall& call, int64_t about);
   void send(const Message& message, int rank, int tag);
-  /// Takes what has arrived with `tag`, if anything has; the sender, or -1.
+  /// Receives a message with `tag` if one has arrived. Returns its sender, or -1.
   int receive(Message& message, int tag);
 
   MpiCommunicator communicator_;
   std::vector<PeerProcess> processes_;         ///< of each rank
-  std::vector<std::optional<Message>> heard_;  ///< of each rank: what it waits in
+  std::vector<std::optional<Message>> heard_;  ///< of each rank: its last message
 };
 
 /// One wait for the peers of a collective.
 class PeerWait {
  public:
-  /// @param spins  how many looks come before a core is left to whoever has work: short waits stay short.
+  /// @param spins  number of polls without yielding the core, so that short waits stay short.
   PeerWait(const CollectiveCall& call, int64_t spins) : call_(call), spins_(spins) {}
 
-  /// Comes between two looks for the peers, and answers who asks for this rank. False once the collective has waited
-  /// longer than its timeout.
+  /// Call it between two polls. Answers ranks that ask. False once the wait is longer than the collective's timeout.
   bool go_on();
-  /// Whether it is over with spinning.
+  /// Whether the spins are used up.
   bool is_long() const { return begin_.has_value(); }
 
  private:

@@ -28,13 +28,13 @@ namespace {
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kStages = 3;
 
-// Parts that stay in cache between being written and being read, yet take far longer to sum than LibTorch takes to
-// start: of 64 to 512 KiB, 128 KiB was the fastest at 4 and 33.5 MB, float32 and bfloat16, 2 and 4 ranks (AMD EPYC).
-// Large groups get smaller ones: 16 MiB leaves room for other groups where a container allows 64 MiB.
+// A part should stay in cache between write and read, yet take far longer to sum than LibTorch's call overhead: of 64
+// to 512 KiB, 128 KiB was the fastest at 4 and 33.5 MB, float32 and bfloat16, 2 and 4 ranks (AMD EPYC). Large groups
+// get smaller parts: 16 MiB leaves room for other groups if a container allows 64 MiB.
 constexpr int64_t kLargestPart = 1 << 17;
 constexpr int64_t kLargestWindow = 1 << 24;
 
-/// One line for the failures, then a line per rank and stage; the parts begin on a page of their own.
+/// One cache line for the failures, then one per rank and stage; the parts begin on a new page.
 int64_t header_bytes(int size) {
   constexpr int64_t kPage = 4096;
   return ((1 + size * kStages) * kCacheLine + kPage - 1) / kPage * kPage;
@@ -65,7 +65,7 @@ struct Name {
 
 }  // namespace
 
-/// Counts the steps of one stage; alone on its cache line, so that ranks don't slow each other down.
+/// Counts the steps of one stage; on its own cache line, to avoid false sharing.
 struct alignas(kCacheLine) SharedWindow::Counter {
   std::atomic<int64_t> value{0};
   static_assert(std::atomic<int64_t>::is_always_lock_free, "ranks share it: a lock would be each process's own");
@@ -87,7 +87,7 @@ SharedWindow::Memory SharedWindow::map(const std::string& name, int64_t bytes, i
   check(bytes <= byte_limit, ENOSPC);
   const int file = shm_open(name.c_str(), O_RDWR | (create ? O_CREAT | O_EXCL : 0), 0600);
   check(file >= 0, errno);
-  // Without room set aside, a full /dev/shm would be a SIGBUS on the first write.
+  // Without reserved space a full /dev/shm would cause a SIGBUS on the first write.
   int error = 0;
   do {
     error = create ? posix_fallocate(file, 0, bytes) : 0;
@@ -111,7 +111,7 @@ std::optional<SharedWindow> SharedWindow::make(int rank, int size, int64_t byte_
   const auto tags = of_all(random_tag());
   if (!hosts.eq(hosts[0]).all().item<bool>()) return std::nullopt;
 
-  // From here on all ranks are there: the name exists for a moment only.
+  // All ranks have arrived here, so the name exists only for a moment.
   Name name{segment_name(tags[0].item<int64_t>()), rank == 0};
   Memory memory(nullptr, Unmap{0});
   const auto try_to_map = [&](bool create) {
@@ -143,7 +143,7 @@ std::optional<SharedWindow> SharedWindow::make(int rank, int size, int64_t byte_
 SharedWindow::SharedWindow(Memory memory, int rank, int size)
     : memory_(std::move(memory)), rank_(rank), size_(size), part_bytes_(part_bytes_for(size)) {}
 
-// New shared memory is zero, which is where every counter begins.
+// New shared memory is zero, the start of every counter.
 SharedWindow::Counter& SharedWindow::failures() const {
   return *std::launder(reinterpret_cast<Counter*>(memory_.get()));
 }

@@ -14,13 +14,13 @@
 
 namespace megatron_cpp::parallel {
 
-/// A window into which each of t ranks of a host writes one part for each rank. It is small, whatever the size of the
-/// tensors: they go through it in steps, all ranks the same ones. A step has three stages, each announced by a counter
-/// of the rank that is through: its parts are copied in, its own part of all ranks is reduced, and it has read all that
-/// it needs. kDepth steps can be under way at a time.
+/// Shared memory in which each of t ranks of a host has one part for each rank. Its size doesn't depend on that of the
+/// tensors: they go through it in steps, the same steps on every rank. A step has three stages on each rank: it has
+/// copied its parts in, it has reduced its own part of all ranks, and it has read all it needs. A rank announces each
+/// stage by a counter. Up to kDepth steps are in progress at a time.
 ///
-/// Nothing of it has a name once `make` has returned, so a killed job leaves nothing behind. Not thread-safe: one
-/// collective at a time, like the group it belongs to. Move-only.
+/// The memory has no name any more once `make` has returned, so a killed job leaves nothing behind. Not thread-safe:
+/// one collective at a time, like the group it belongs to. Move-only.
 class SharedWindow {
  public:
   enum class Stage { kCopiedIn, kReduced, kDone };
@@ -40,7 +40,7 @@ class SharedWindow {
 
   /// Bytes of one part in a window for `size` ranks, a multiple of a cache line. Not collective.
   static int64_t part_bytes_for(int size);
-  /// What such a window takes from the host, in bytes. Not collective.
+  /// Bytes of shared memory of such a window. Not collective.
   static int64_t bytes_for(int size);
 
   int rank() const { return rank_; }
@@ -48,21 +48,22 @@ class SharedWindow {
   int64_t part_bytes() const { return part_bytes_; }
 
   /// Begins a collective of `count` steps and returns the number of its first.
-  /// @throws c10::DistBackendError if an earlier collective failed: what the window holds then is anyone's guess.
+  /// @throws c10::DistBackendError if an earlier collective failed: the window's contents are then undefined.
   int64_t begin_steps(int64_t count, const CollectiveCall& call);
 
-  /// What `from` passes to rank `to` in `step`. from's part for itself is where it leaves what it has reduced.
+  /// The memory through which rank `from` passes values to rank `to` in `step`. With `to` = `from` it holds the result
+  /// that rank `from` has reduced.
   std::byte* part(int from, int to, int64_t step) const;
 
-  /// Tells the other ranks that this one is through `stage` of `step`, and that they may read what it wrote.
+  /// Tells the other ranks that this one has finished `stage` of `step`, and that they may read what it wrote.
   void announce(Stage stage, int64_t step);
 
-  /// Returns when every rank is through `stage` of `step` (at once for steps before the first).
-  /// @throws c10::DistBackendError when that takes longer than call.timeout (naming who is silent or elsewhere), or
-  ///         another rank has given up.
+  /// Returns when every rank has finished `stage` of `step` (at once for steps before the first).
+  /// @throws c10::DistBackendError when that takes longer than call.timeout (naming ranks that are silent or in another
+  ///         collective), or another rank has given up.
   void wait_for_all(Stage stage, int64_t step, const CollectiveCall& call);
 
-  /// Makes the window unusable on every rank, for good: a rank left a collective half way.
+  /// Makes the window unusable on every rank, for good: this rank has left a collective unfinished.
   void give_up() noexcept;
 
  private:

@@ -13,7 +13,7 @@ namespace {
 
 using Stage = SharedWindow::Stage;
 
-/// What of a tensor passes in one step between two ranks.
+/// The elements of a tensor that one rank passes to another in one step.
 struct Chunk {
   int64_t begin;   ///< first element
   int64_t length;  ///< elements; 0 behind the end of a share
@@ -21,7 +21,7 @@ struct Chunk {
 
 class WindowReduction {
  public:
-  /// @param share  elements that a rank reduces, except the last ones, for which fewer or none may be left.
+  /// @param share  elements that each rank reduces; the last ranks may have fewer or none.
   WindowReduction(SharedWindow& window, const at::Tensor& input, int64_t share, c10d::ReduceOp::RedOpType reduction,
                   const CollectiveCall& call)
       : window_(window),
@@ -36,7 +36,8 @@ class WindowReduction {
         steps_((share + chunk_ - 1) / chunk_),
         first_(window.begin_steps(steps_, call)) {}
 
-  // A step's stages are passed one step apart: what a rank waits for was announced a stage ago.
+  // An iteration copies step n in, reduces step n - 1 and copies step n - 2 out: what it waits for was announced
+  // before.
   void reduce_scatter(std::byte* output) {
     for (int64_t step = 0; step <= steps_; ++step) {
       if (step < steps_) copy_in(step);
@@ -65,7 +66,7 @@ class WindowReduction {
     return {begin, std::max<int64_t>(0, end - begin)};
   }
 
-  /// This rank's values for the others.
+  /// Copies this rank's values for the others into the window.
   void copy_in(int64_t step) {
     window_.wait_for_all(Stage::kDone, first_ + step - SharedWindow::kDepth, call_);
     for (int peer = 0; peer < window_.size(); ++peer) {
@@ -77,7 +78,7 @@ class WindowReduction {
     window_.announce(Stage::kCopiedIn, first_ + step);
   }
 
-  /// This rank's chunk of all ranks, reduced to `target`.
+  /// Reduces this rank's chunk of all ranks into `target`.
   void reduce(int64_t step, std::byte* target) {
     window_.wait_for_all(Stage::kCopiedIn, first_ + step, call_);
     const Chunk own = chunk(window_.rank(), step);
@@ -91,7 +92,7 @@ class WindowReduction {
     reduce_in_rank_order(view(target, own.length), parts_, reduction_);
   }
 
-  /// What every rank has reduced.
+  /// Copies the chunks that all ranks have reduced to `output`.
   void copy_out(int64_t step, std::byte* output) {
     window_.wait_for_all(Stage::kReduced, first_ + step, call_);
     for (int peer = 0; peer < window_.size(); ++peer) {
@@ -101,7 +102,7 @@ class WindowReduction {
     window_.announce(Stage::kDone, first_ + step);
   }
 
-  /// Only parts of reduce_in_rank_order are made from const memory: they aren't written to.
+  /// Only inputs of reduce_in_rank_order are made from const memory; it doesn't write to them.
   at::Tensor view(const std::byte* values, int64_t length) const {
     return at::from_blob(const_cast<std::byte*>(values), {length}, options_);
   }
@@ -122,7 +123,7 @@ class WindowReduction {
   std::vector<at::Tensor> parts_;
 };
 
-/// Peers must not wait for, nor later read, what a rank that throws has left undone.
+/// Gives the window up if `action` throws, so that peers neither wait for this rank nor read unfinished parts.
 template <class Action>
 void give_up_on_exception(SharedWindow& window, const Action& action) {
   try {
@@ -145,7 +146,7 @@ void reduce_scatter_in_window(SharedWindow& window, const at::Tensor& output, co
 
 void all_reduce_in_window(SharedWindow& window, const at::Tensor& output, const at::Tensor& input,
                           c10d::ReduceOp::RedOpType reduction, const CollectiveCall& call) {
-  // Shares begin on cache lines, as far as the tensor does: no line is written by two ranks.
+  // Shares are whole cache lines, so that each begins on a cache line if the tensor does.
   const int64_t line = 64 / input.element_size();
   const int64_t per_rank = (input.numel() + window.size() - 1) / window.size();
   const int64_t share = (per_rank + line - 1) / line * line;

@@ -10,11 +10,11 @@
 namespace megatron_cpp::parallel {
 
 /// Reduces `input` of every rank in the order of the ranks; rank r keeps the r-th of t equal shares. Each rank reads
-/// its input once and writes its share once; between them the values stay in cache, where there is enough of it.
+/// its input once and writes its share once; in between the values stay in cache, if it is large enough.
 /// @param output  [n], contiguous, shares no memory with `input`.
 /// @param input   [t * n], contiguous, of output's dtype.
-/// Collective over the window's ranks. Throws c10::DistBackendError when a rank doesn't come; the window is of no use
-/// after that, nor after any other exception.
+/// Collective over the window's ranks. Throws c10::DistBackendError when a rank doesn't arrive; after any exception the
+/// window is unusable.
 void reduce_scatter_in_window(SharedWindow& window, const at::Tensor& output, const at::Tensor& input,
                               c10d::ReduceOp::RedOpType reduction, const CollectiveCall& call);
 

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kScratchBytes = 1 << 26;
 
-/// Complete when what its stream had been given is done.
+/// Complete when the work queued on its stream so far is done.
 class EventWork final : public c10d::Work {
  public:
   EventWork(const c10::cuda::CUDAStream& stream, std::vector<at::Tensor> tensors)
@@ -51,7 +51,7 @@ class CudaPacedStream final : public PacedStream {
     target_ = at::empty({kScratchBytes}, bytes);
     constexpr int kCopies = 16;
     constexpr int64_t kCycles = 10'000'000;
-    copy(kCopies * kScratchBytes);  // wakes the device up
+    copy(kCopies * kScratchBytes);  // warm-up
     copied_gigabytes_per_second_ = 1e-9 * kCopies * kScratchBytes / seconds_of([&] { copy(kCopies * kScratchBytes); });
     cycles_per_second_ = static_cast<double>(kCycles) / seconds_of([&] { at::cuda::sleep(kCycles); });
   }
@@ -90,7 +90,7 @@ class CudaPacedStream final : public PacedStream {
 
   double gigabytes_per_second_;
   c10::cuda::CUDAStream stream_;
-  at::Tensor source_;  // made on stream_, like target_: whoever gets their memory next comes after its copies
+  at::Tensor source_;  // allocated on stream_, like target_, so that their memory is reused only after its copies
   at::Tensor target_;
   double copied_gigabytes_per_second_ = 0;
   double cycles_per_second_ = 0;

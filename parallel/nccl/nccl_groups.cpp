@@ -18,7 +18,7 @@
 #include "parallel/hash.h"
 #include "parallel/nccl/staged_backend.h"
 
-// Of ATen/cuda/CUDAContextLight.h, which includes headers of cuBLAS, cuSPARSE and cuSOLVER that need not be there.
+// From ATen/cuda/CUDAContextLight.h, which includes cuBLAS, cuSPARSE and cuSOLVER headers that may be missing.
 namespace at::cuda {
 cudaDeviceProp* getDeviceProperties(c10::DeviceIndex device);
 }  // namespace at::cuda
@@ -28,12 +28,12 @@ namespace {
 
 void set_backend(const GroupPtr& group, const c10::intrusive_ptr<c10d::Backend>& backend) {
   const std::string name = group->getGroupName();
-  // One type stands for one backend in a c10d group, whatever the device: another one than the CPU's.
+  // A c10d group has one backend per backend type: this type differs from the CPU backend's.
   group->setBackend(at::kCUDA, c10d::ProcessGroup::NCCL, backend);
-  group->setGroupName(name);  // the new backend keeps it, too
+  group->setGroupName(name);  // the new backend stores it, too
 }
 
-/// Why NCCL doesn't connect ranks on one GPU; empty, and NCCL told to do it, if it does.
+/// Why NCCL can't connect ranks on one GPU. If it can, enables that and returns an empty text.
 std::string refusal_to_share() {
   int version = 0;
   ncclGetVersion(&version);
@@ -44,8 +44,8 @@ std::string refusal_to_share() {
   return {};
 }
 
-/// Connects `backend`, the world's, whose ranks share GPUs.
-/// @return  what NCCL says, the same on every rank, if it can't connect ranks that share a GPU.
+/// Connects the world's `backend`, where ranks share GPUs.
+/// @return  NCCL's error, the same on every rank, if it can't connect ranks that share a GPU; otherwise empty.
 std::string connect_sharing_ranks(c10d::ProcessGroupNCCL& backend, const GroupPtr& world, c10::Device device) {
   std::string refusal;
   try {
@@ -62,14 +62,14 @@ std::string connect_sharing_ranks(c10d::ProcessGroupNCCL& backend, const GroupPt
 }
 
 /// Adds a ProcessGroupNCCL to each group of several ranks.
-/// @return  what NCCL says, the same on every rank, if it can't connect ranks that share a GPU; otherwise that throws.
+/// @return  NCCL's error, the same on every rank, if it can't connect ranks that share a GPU. Any other failure throws.
 std::string add_nccl_backends(const ProcessGroups& groups, const c10::intrusive_ptr<c10d::Store>& store,
                               const GpuGroupsOptions& options) {
   const int world_rank = groups.world->getRank();
   c10::intrusive_ptr<c10d::ProcessGroupNCCL> world_backend;
   for (const auto& [kind, dims, member] : kGroupKinds) {
     const auto& group = groups.*member;
-    // Collectives of one rank return their input without asking a backend. All groups of this kind have the same size.
+    // Collectives of one rank need no backend. All groups of this kind have the same size.
     if (group->getSize() == 1) continue;
     const int index = groups.grid.group_index_of(world_rank, dims);
     const auto world_ranks = groups.grid.group_of(world_rank, dims);
@@ -86,13 +86,13 @@ std::string add_nccl_backends(const ProcessGroups& groups, const c10::intrusive_
     auto backend = c10::make_intrusive<c10d::ProcessGroupNCCL>(group_store, group->getRank(), group->getSize(),
                                                                std::move(nccl_options));
     if (!world_backend && options.shares_gpus) {
-      // The world has all that share: what NCCL refuses it refuses here, before any group has its backend.
+      // The world contains all ranks that share GPUs: if NCCL refuses, it refuses here, before any group has a backend.
       auto refusal = connect_sharing_ranks(*backend, group, options.device);
       if (!refusal.empty()) return refusal;
     } else {
       backend->eagerConnectSingleDevice(options.device);
     }
-    group->setBoundDeviceId(options.device);  // setBackend gives the backend what the group has
+    group->setBoundDeviceId(options.device);  // setBackend passes it on to the backend
     set_backend(group, backend);
     if (!world_backend) world_backend = backend;
   }
@@ -111,7 +111,7 @@ uint64_t gpu_identity(c10::DeviceIndex device) {
 
 void add_gpu_backends(const ProcessGroups& groups, const c10::intrusive_ptr<c10d::Store>& store,
                       const GpuGroupsOptions& options) {
-  // For good: what goes by the current device would otherwise make a context on GPU 0 for every rank.
+  // Not restored: code that uses the current device would otherwise create a context on GPU 0 for every rank.
   c10::cuda::set_device(options.device.index());
   if (groups.world->getSize() == 1) return;
   std::string refusal;

@@ -12,14 +12,14 @@ namespace {
 
 using WorkPtr = c10::intrusive_ptr<c10d::Work>;
 
-/// Memory on the host for what `tensor` holds.
+/// A host tensor of the shape of `tensor`, pinned for a GPU tensor.
 at::Tensor host_room(const at::Tensor& tensor) {
   return at::empty(tensor.sizes(), tensor.options().device(at::kCPU).pinned_memory(tensor.is_cuda()));
 }
 
 at::Tensor to_host(const at::Tensor& tensor) {
   auto host = host_room(tensor);
-  host.copy_(tensor.detach());  // blocking: after what the current stream has been given
+  host.copy_(tensor.detach());  // blocking: waits for the work queued on the current stream
   return host;
 }
 
@@ -30,7 +30,7 @@ std::vector<at::Tensor> to_host(const std::vector<at::Tensor>& tensors) {
   return host;
 }
 
-/// On the current stream; pinned memory isn't given out again before the copy has been made.
+/// On the current stream; LibTorch reuses the pinned memory only after the copy.
 void from_host(const at::Tensor& tensor, const at::Tensor& host) { tensor.detach().copy_(host, /*non_blocking=*/true); }
 
 void from_host(const std::vector<at::Tensor>& tensors, const std::vector<at::Tensor>& host) {
@@ -44,7 +44,7 @@ class StagedBackend final : public c10d::Backend {
 
   const std::string getBackendName() const override { return "staged"; }
   void setTimeout(std::chrono::milliseconds timeout) override { host_->setTimeout(timeout); }
-  /// Nothing to shut down: the host's backend belongs to whoever made it.
+  /// Nothing to shut down: the owner of the host backend shuts that down.
   void shutdown() override {}
 
   WorkPtr broadcast(std::vector<at::Tensor>& tensors, const c10d::BroadcastOptions& options) override {

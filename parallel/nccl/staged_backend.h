@@ -1,4 +1,4 @@
-// Collectives on GPU tensors through the host's memory, where NCCL can't be had.
+// Collectives on GPU tensors through host memory, where NCCL can't be used.
 #pragma once
 
 #include <torch/csrc/distributed/c10d/Backend.hpp>
@@ -7,10 +7,10 @@ namespace megatron_cpp::parallel {
 
 /// A backend of the same ranks for tensors of any device: each call copies its tensors to the host (pinned memory, if
 /// they lie on a GPU), hands the copies to `host_backend`, and copies the results back. It waits for the current stream
-/// and has finished when it returns; work that is issued later sees the results.
+/// and for the collective; work queued on the current stream after it returns sees the results.
 ///
 /// For ranks that share a GPU, which NCCL refuses before 2.30. Tensors may have any strides; outputs must not share
-/// memory with inputs, except where c10d's call has one tensor for both. Collective and throwing as `host_backend` is.
+/// memory with inputs, except where c10d's call has one tensor for both. Collective, and throws, as `host_backend`.
 /// @param host_backend  takes tensors on the CPU; may serve a group's CPU tensors as well. One call at a time.
 c10::intrusive_ptr<c10d::Backend> make_staged_backend(c10::intrusive_ptr<c10d::Backend> host_backend);
 
