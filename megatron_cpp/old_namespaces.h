@@ -1,5 +1,5 @@
 // The namespaces of 0.1, for programs written for it; to be removed with the version after the next. A program includes
-// it by name: nothing here does, since others may have namespaces of these names.
+// this header itself: the library doesn't, since a program may have namespaces of these names.
 #pragma once
 
 namespace megatron_cpp {

@@ -19,7 +19,7 @@ struct Sample {
 
 /// What becomes of a sample with more than max_length positions; none is ever cut.
 enum class OversizePolicy {
-  kDrop,    ///< left out: Result::kDropped, PackedSamples::dropped say so
+  kDrop,    ///< left out, and reported: Result::kDropped, PackedSamples::dropped
   kExtend,  ///< gets a sequence of its own, longer than max_length
 };
 
@@ -43,7 +43,7 @@ struct PackedBatch {
   at::Tensor cu_seqlens;    ///< [k + 1] int32: 0, then the end of each of the k sub-sequences; the last is S
 };
 
-/// One sequence of several, one behind the other: their sub-sequences stay apart, and so do their paddings.
+/// Joins several sequences into one; their sub-sequences stay separate, and so do their paddings.
 /// @throws c10::ValueError if there is none, or S doesn't fit in int32.
 PackedBatch concatenate(const std::vector<PackedBatch>& batches);
 
@@ -56,7 +56,7 @@ class SamplePacker {
   /// What became of a sample.
   enum class Result {
     kAdded,
-    kFull,     ///< doesn't fit behind what is there: call finish() and add it again
+    kFull,     ///< doesn't fit into the current sequence: call finish() and add it again
     kDropped,  ///< too long for any sequence, and the policy is kDrop
   };
 

@@ -1,4 +1,4 @@
-// In which order samples are drawn: endless, the same on every machine, resumable from a few numbers.
+// Draws samples without end: in the same order on every machine, resumable from a few numbers.
 #pragma once
 
 #include <cstdint>
@@ -56,9 +56,8 @@ class Sampler {
 };
 
 /// Draws from several data sets in given proportions: each draw goes to the data set that is furthest behind,
-/// the largest weight * (draws so far + 1) - draws from it, the first of equals. There's no chance in it, so that after
-/// any number of draws of two data sets each is less than one draw off its share, and for more it stays within their
-/// number.
+/// the largest weight * (draws so far + 1) - draws from it, the first of equals. Draws are not random: with two data
+/// sets each stays within one draw of its share, with n > 2 within n draws.
 class MixedSampler {
  public:
   /// A sample and where it comes from.
@@ -77,7 +76,7 @@ class MixedSampler {
   /// The next draw.
   Draw next();
 
-  /// One state per data set: which one comes next follows from their numbers of draws.
+  /// One state per data set; the numbers of draws determine which comes next.
   std::vector<SamplerState> state() const;
   /// @throws c10::ValueError if there are more or fewer states than data sets, and as Sampler::restore.
   void restore(const std::vector<SamplerState>& states);

@@ -15,7 +15,7 @@ bool has_prefix(const std::string& name, const std::string& prefix) {
 
 double scale_of(const std::string& name, const ParameterScales& scales) {
   double scale = 1.0;
-  for (const auto& [prefix, factor] : scales) {  // of prefixes of one name the longer comes later
+  for (const auto& [prefix, factor] : scales) {  // sorted, so that the longest matching prefix comes last
     if (has_prefix(name, prefix)) scale = factor;
   }
   return scale;

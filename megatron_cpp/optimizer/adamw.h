@@ -14,8 +14,8 @@
 
 namespace megatron_cpp {
 
-/// Factors by prefix of a parameter's name: "decoder.layers.1" is for all names that are it or go on after a dot, as
-/// "decoder.layers.1.mlp.weight" does. Of several the longest counts for a parameter; without any its factor is 1.
+/// Factors by prefix of a parameter's name: "decoder.layers.1" matches this name and names that continue it after a
+/// dot, such as "decoder.layers.1.mlp.weight". The longest matching prefix counts; without one the factor is 1.
 using ParameterScales = std::map<std::string, double>;
 
 /// AdamW's constants; the defaults are usual for pretraining decoders.
@@ -24,24 +24,24 @@ struct AdamWOptions {
   double beta2 = 0.95;                        ///< decay of the second moment (exp_avg_sq), in [0, 1)
   double eps = 1e-8;                          ///< added to the root of the second moment, above 0
   double weight_decay = 0.1;                  ///< not applied where ParameterShard::weight_decay is false
-  ParameterScales learning_rate_scales = {};  ///< each at least 0; of weight decay, too, as PyTorch's groups have it
-  ParameterScales weight_decay_scales = {};   ///< each at least 0; on top of that
+  ParameterScales learning_rate_scales = {};  ///< each at least 0; also scale weight decay, as in PyTorch
+  ParameterScales weight_decay_scales = {};   ///< each at least 0; scale weight decay only
 
   /// @throws c10::ValueError naming the value that is out of range.
   void validate() const;
-  /// Refuses a prefix that is no parameter's, most likely a typing error. Not called by AdamW, which knows the
-  /// parameters of its rank only.
-  /// @param names  of all the model's parameters, on whatever rank they are; at least one.
+  /// Refuses a prefix that matches no parameter, most likely a typing error. AdamW doesn't call it, since it knows only
+  /// the parameters of its rank.
+  /// @param names  of all parameters of the model, on all ranks; at least one.
   /// @throws c10::ValueError naming the prefix and some of `names`.
   void check_prefixes(const std::vector<std::string>& names) const;
 };
 
-/// Elements of a rank's parameter that its optimizer updates, and what it keeps of them. Float32 main parameters and a
-/// distributed optimizer are other ways to make slices; AdamW takes them as they are.
+/// Elements of a parameter that this rank's optimizer updates, and their moments. For float32 main parameters or a
+/// distributed optimizer only the slices would differ, not AdamW.
 struct ParameterSlice {
   ParameterShard shard;      ///< the parameter
-  parallel::Range elements;  ///< of the rank's tensor, numbered row-major
-  at::Tensor main;           ///< [elements], what is updated: a view of the parameter, or a copy of its own
+  parallel::Range elements;  ///< which elements of the rank's tensor, numbered row-major
+  at::Tensor main;           ///< [elements], the updated values: a view of the parameter, or a separate copy
   at::Tensor exp_avg;        ///< [elements], decaying mean of the gradient
   at::Tensor exp_avg_sq;     ///< [elements], decaying mean of its square
 
@@ -50,24 +50,24 @@ struct ParameterSlice {
   at::Tensor gradient() const;
 };
 
-/// One slice for each parameter that needs a gradient, all its elements, updated in place; moments of its dtype, 0.
+/// One slice per parameter that needs a gradient: all its elements, updated in place; moments of its dtype start at 0.
 std::vector<ParameterSlice> whole_slices(const std::vector<ParameterShard>& parameters);
 
 /// Decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), by LibTorch's fused kernel. Each rank updates its
-/// own slices from their gradients; equal replicas stay equal because their gradients are.
+/// own slices from their gradients; equal replicas stay equal because their gradients are equal.
 class AdamW {
  public:
   /// @param slices  of one dtype and device, gradients included.
   /// @throws c10::ValueError as AdamWOptions::validate does.
   AdamW(std::vector<ParameterSlice> slices, const AdamWOptions& options);
-  /// Of whole_slices(parameters).
+  /// Updates whole_slices(parameters).
   AdamW(const std::vector<ParameterShard>& parameters, const AdamWOptions& options);
 
   /// One update. Not collective.
   /// @throws c10::ValueError, before anything is changed, naming a parameter that has no .grad.
   void step(double learning_rate);
 
-  /// As given.
+  /// As given to the constructor.
   const std::vector<ParameterSlice>& slices() const { return slices_; }
   /// Updates so far.
   int64_t num_steps() const { return num_steps_; }

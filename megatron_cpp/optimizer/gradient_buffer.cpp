@@ -13,8 +13,8 @@
 namespace megatron_cpp {
 namespace {
 
-// On a GPU the optimizer's kernel loads 16 bytes at a time where every tensor begins at a multiple of them, and element
-// by element otherwise.
+// On a GPU the optimizer's kernel loads 16 bytes at a time if every tensor begins at a multiple of 16 bytes, and
+// element by element otherwise.
 int64_t padded_numel(const at::Tensor& parameter) {
   constexpr int64_t kLoadBytes = 16;
   const int64_t multiple = std::max<int64_t>(1, kLoadBytes / static_cast<int64_t>(parameter.element_size()));
@@ -66,7 +66,7 @@ at::Tensor squares_of_blocks(const std::vector<at::Tensor>& gradients) {
 }
 
 at::Tensor internal::squares_of_blocks_by_operators(const std::vector<at::Tensor>& gradients) {
-  // One kernel for the whole blocks of a tensor, and one for what remains of all of them.
+  // One kernel for the whole blocks of each tensor, and one for the remainders of all tensors.
   std::vector<at::Tensor> remainders;
   for (const auto& gradient : gradients) {
     const int64_t length = gradient.numel() % kNormBlock;
@@ -142,7 +142,7 @@ void GradientBuffer::reduce() {
 }
 
 at::Tensor GradientBuffer::squared_norm() const {
-  // A replicated parameter is counted by rank 0 of tp, a sharded one by everybody, each its part.
+  // Rank 0 of tp counts replicated parameters; every rank counts its part of the sharded ones.
   std::vector<at::Tensor> counted;
   for (size_t i = 0; i < parameters_.size(); ++i) {
     const bool is_counted = !parameters_[i].domain.sharded_over.empty() || groups_.tp->getRank() == 0;
@@ -150,7 +150,7 @@ at::Tensor GradientBuffer::squared_norm() const {
   }
   auto sum = at::zeros({1}, views_.front().options().dtype(at::kDouble));
   if (!counted.empty()) {
-    // One after the other: the last of the running sums doesn't depend on how a sum would be split.
+    // cumsum adds one after the other, so the result doesn't depend on how a parallel sum would be split.
     const auto sums = squares_of_blocks(counted).cumsum(0);
     sum = sums.narrow(0, sums.size(0) - 1, 1);
   }

@@ -1,4 +1,4 @@
-// The gradients of all parameters in few buffers: accumulated in place, completed by one collective a buffer.
+// Keeps the gradients of all parameters in a few flat buffers, with one all-reduce per buffer.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,13 +13,13 @@ namespace megatron_cpp {
 
 /// Owns a flat tensor, a bucket, for each dtype and group that gradients are summed over (GradientDomain), and makes
 /// every trainable parameter's .grad a view of its bucket, so that backward (with or without accumulate_into_grad) adds
-/// into it, micro-batch after micro-batch. Parameters that need no gradient have no place.
+/// into it, micro-batch after micro-batch. Parameters that need no gradient take no space.
 class GradientBuffer {
  public:
   /// @param parameters  all on one device.
-  /// @param groups      those that the domains name; "tp" in any case.
-  /// @throws c10::ValueError naming a parameter on another device or of a domain whose groups weren't made, or if no
-  ///         parameter needs a gradient. Not collective.
+  /// @param groups      those that the domains name, and always "tp".
+  /// @throws c10::ValueError naming a parameter on another device or sharded over another group than tp, or naming a
+  ///         group that wasn't made; or if no parameter needs a gradient. Not collective.
   GradientBuffer(const std::vector<ParameterShard>& parameters, const parallel::ProcessGroups& groups);
 
   /// Sets all gradients to 0 and re-attaches the views. Not collective.
@@ -27,16 +27,16 @@ class GradientBuffer {
 
   /// Completes the gradients after the last micro-batch of a step: sums each over the group that its domain names.
   /// Sums, no averages: the loss is divided by the tokens of the global batch before backward.
-  /// Comm: 1 all-reduce a bucket, of its gradients and the padding between them. Collective over these groups.
+  /// Comm: 1 all-reduce per bucket, of its gradients and the padding between them. Collective over these groups.
   void reduce();
 
   /// The L2 norm of the whole model's gradient, every parameter counted once however it is sharded or replicated.
   /// Squares are summed in double over blocks of kNormBlock elements of a rank's parameter, and the sums of the blocks
-  /// are added in their order: the result doesn't depend on who adds up which blocks.
-  /// Comm: 1 all-reduce of one element over tp. Collective over tp. After reduce(). Waits for the device.
+  /// are added in their order: the result doesn't depend on which rank sums which blocks.
+  /// Comm: 1 all-reduce of one element over tp. Collective over tp. Call it after reduce(). Waits for the device.
   double norm() const;
 
-  /// The square of norm(), [1] float64 on the parameters' device, which isn't waited for: a training step reads it
+  /// The square of norm(), [1] float64 on the parameters' device, without waiting for it: a training step reads it
   /// together with its loss. Comm: as norm().
   at::Tensor squared_norm() const;
 
@@ -65,19 +65,19 @@ class GradientBuffer {
   parallel::ProcessGroups groups_;
 };
 
-/// Elements of a parameter whose squares are summed before they are added to the gradient norm. A slice of a parameter
-/// that begins at a multiple of them has whole blocks.
+/// Elements per block of the gradient norm: squares are summed within a block, then the sums of the blocks are added. A
+/// slice of a parameter that begins at a multiple of this has whole blocks.
 inline constexpr int64_t kNormBlock = 1 << 16;
 
 /// The sum of the squares of each block of kNormBlock elements, tensor by tensor; the last block of each may be
 /// shorter.
 /// @param gradients  at least one, contiguous, of any floating dtypes, on one device.
-/// @return           [number of blocks] float64 there. Not collective.
+/// @return           [number of blocks] float64 on that device. Not collective.
 at::Tensor squares_of_blocks(const std::vector<at::Tensor>& gradients);
 
 namespace internal {
 
-/// The same by LibTorch's operators, for devices other than the CPU.
+/// The same with LibTorch's operators, for devices other than the CPU.
 at::Tensor squares_of_blocks_by_operators(const std::vector<at::Tensor>& gradients);
 
 }  // namespace internal

@@ -24,11 +24,11 @@ bool holds(const Box& box, const std::vector<int64_t>& element) {
   return true;
 }
 
-/// The first element in row-major order that no box holds; there is one. Each of its indices is 0 or an end of a box:
-/// otherwise the element before it in that dimension would be missing, too.
+/// The first element in row-major order that no box holds; there must be one. Each of its indices is 0 or an end of a
+/// box: otherwise the element before it in that dimension would be missing, too.
 std::vector<int64_t> first_missing(const std::vector<int64_t>& shape, const std::vector<Box>& boxes) {
   std::vector<int64_t> element(shape.size());
-  const auto next = [&](size_t d) {  // the next index worth a look in dimension d, or the size
+  const auto next = [&](size_t d) {  // the next candidate in dimension d, or the size
     int64_t smallest = shape[d];
     for (const auto& box : boxes) {
       const int64_t end = box.begin[d] + box.length[d];
@@ -160,7 +160,7 @@ std::optional<CoverFault> find_cover_fault(const std::vector<int64_t>& shape, co
   std::vector<size_t> order(boxes.size());
   std::iota(order.begin(), order.end(), size_t{0});
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return boxes[a].begin < boxes[b].begin; });
-  std::vector<size_t> open;  // those that may share a row of dimension 0 with boxes to come
+  std::vector<size_t> open;  // boxes that may share a row of dimension 0 with later boxes
   int64_t held = 0;
   for (const size_t i : order) {
     if (!shape.empty()) {

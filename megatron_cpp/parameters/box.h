@@ -14,7 +14,7 @@
 namespace megatron_cpp {
 
 /// A part of a tensor: in each dimension d the indices [begin[d], begin[d] + length[d]). A part without elements has a
-/// length of 0 somewhere. Of a tensor without dimensions the one part has none either, and one element.
+/// length of 0 in some dimension. A tensor without dimensions has one part, which has no dimensions and one element.
 struct Box {
   std::vector<int64_t> begin;   ///< index of the first element in the whole tensor
   std::vector<int64_t> length;  ///< shape of the part
@@ -25,7 +25,7 @@ struct Box {
   static Box rows(std::vector<int64_t> shape, int64_t dim, parallel::Range rows);
 
   int64_t numel() const;  ///< elements
-  /// Whether it lies in a tensor of this shape, with elements or without, whatever numbers it is made of.
+  /// Whether it lies in a tensor of this shape; it may have no elements. Any numbers may be given: nothing overflows.
   bool is_in(const std::vector<int64_t>& shape) const;
   /// "[0:4, 8:16]", for messages: begin and end of each dimension; an end beyond 63 bits is the largest that fits.
   std::string text() const;
@@ -38,12 +38,12 @@ std::optional<Box> intersection(const Box& a, const Box& b);
 /// A view of the elements of `part` in `tensor`, which holds `box`; `part` lies in `box`.
 at::Tensor view_of(const at::Tensor& tensor, const Box& box, const Box& part);
 
-/// Some of the elements of a box, numbered row-major in the box, as boxes: they share no element, and one after the
-/// other they have the elements in their order. At most 2d - 1 boxes in d dimensions.
+/// The elements `range` of a box, numbered row-major in it, as disjoint boxes in the order of the elements. They are at
+/// most 2d - 1 boxes in d dimensions.
 /// @param range  lies in [0, box.numel()).
 std::vector<Box> boxes_of_range(const Box& box, parallel::Range range);
 
-/// A box of a tensor, or some of its elements.
+/// A box of a tensor, or a range of its elements.
 struct TensorPart {
   Box box;  ///< where the elements lie in the whole tensor
   /// Which elements of the box, numbered row-major in it; all unless given. A tensor that holds the part then has one
@@ -53,7 +53,7 @@ struct TensorPart {
   /// Shape of a tensor that holds the part.
   std::vector<int64_t> shape() const;
   int64_t numel() const;  ///< elements
-  /// Whether it lies in a tensor of this shape, whatever numbers it is made of.
+  /// Whether it lies in a tensor of this shape. Any numbers may be given: nothing overflows.
   bool is_in(const std::vector<int64_t>& shape) const;
   /// The same elements as boxes, in their order in a tensor that holds the part.
   std::vector<Box> boxes() const;
@@ -73,7 +73,7 @@ struct CoverFault {
   Kind kind;                     ///< which of them
   size_t first = 0;              ///< number of a box
   size_t second = 0;             ///< number of another
-  std::vector<int64_t> element;  ///< the index of the first such element of these boxes, or of the tensor
+  std::vector<int64_t> element;  ///< index of the first such element
 };
 
 /// The first fault found, or nothing if each element of a tensor of this shape is in exactly one of the boxes.

@@ -19,7 +19,7 @@
 namespace megatron_cpp {
 namespace {
 
-/// Of the name, then the seed: the same on every machine.
+/// A hash of the name, then the seed: the same on every machine.
 uint64_t generator_key(uint64_t seed, std::string_view name) {
   std::array<std::byte, 8> bytes{};  // little-endian everywhere
   for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<std::byte>(seed >> (8 * i));
@@ -56,7 +56,7 @@ at::Tensor normal_values(const ParameterSegment& segment, uint64_t seed, float s
   const auto& shape = segment.global_shape;
   const auto& [first, length] = segment.box;
   auto values = at::empty(length, at::kFloat);
-  // Dimensions from `whole` on are all there; a run is some rows of the dimension before them.
+  // The box has dimensions `whole` and later completely; a run is some rows of the dimension before them.
   size_t whole = shape.size();
   int64_t row = 1;
   while (whole > 1 && length[whole - 1] == shape[whole - 1]) row *= shape[--whole];
@@ -65,7 +65,7 @@ at::Tensor normal_values(const ParameterSegment& segment, uint64_t seed, float s
   const int64_t num_runs = values.numel() / run;
   const uint64_t key = generator_key(seed, segment.name);
   float* data = values.mutable_data_ptr<float>();
-  // The number of a run's first element in the global tensor.
+  // The flat index of a run's first element in the global tensor.
   const auto begin_of_run = [&](int64_t number) {
     int64_t begin = first[dim] * row;
     int64_t stride = shape[dim] * row;
@@ -130,7 +130,7 @@ ParameterShard sharded_parameter(std::string name, const at::Tensor& parameter, 
 std::vector<ParameterShard> parameter_shards(const torch::nn::Module& root) {
   std::vector<ParameterShard> all;
   std::set<std::string> spoken_for;
-  // Walks down from `module`; a ParallelModule speaks for all below it that is no ParallelModule.
+  // A ParallelModule also lists the parameters of modules below it that are no ParallelModule.
   const std::function<void(const torch::nn::Module&, const std::string&)> visit = [&](const torch::nn::Module& module,
                                                                                       const std::string& prefix) {
     if (const auto* parallel_module = dynamic_cast<const ParallelModule*>(&module)) {

@@ -1,6 +1,6 @@
 // What a rank knows of each of its parameters: which part of which global tensor it is, how its gradient is completed,
-// and how it starts. Gradient reduction, gradient norm, optimizer, initialisation and checkpoints read this list and
-// nothing else.
+// and its initial value. Gradient reduction, gradient norm, optimizer, initialisation and checkpoints read this list
+// and nothing else.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,16 +13,16 @@
 
 #include "megatron_cpp/parameters/box.h"
 
-/// All of the project. Itself: tensor-parallel layers, decoder, optimizer, checkpoints and data packing, with
-/// Megatron-Core's names.
+/// Namespace of the whole project. Directly in it: tensor-parallel layers, decoder, optimizer, checkpoints and data
+/// packing, with Megatron-Core's names.
 namespace megatron_cpp {
 
-/// How a parameter and its gradient lie on the ranks. Both members name a kind of parallel::ProcessGroups; this is what
-/// gradient reduction and norm go by.
+/// How a parameter and its gradient are distributed over the ranks. Both members name a group of parallel::kGroupKinds;
+/// gradient reduction and norm use them.
 struct GradientDomain {
   /// The ranks of this group hold different parts of the parameter. Empty: every rank holds the whole parameter.
   std::string_view sharded_over;
-  /// The sum over the ranks of this group of what backward leaves on them is the gradient.
+  /// The gradient is the sum over this group of what backward leaves on each rank.
   std::string_view summed_over = "dp";
   /// Same groups.
   bool operator==(const GradientDomain&) const = default;
@@ -39,7 +39,7 @@ inline constexpr GradientDomain GradientDomain::kSharded{"tp", "dp"};
 inline constexpr GradientDomain GradientDomain::kReplicated{"", "dp"};
 inline constexpr GradientDomain GradientDomain::kReplicatedPartial{"", "tp_dp"};
 
-/// How a parameter starts: every element `value`, or normally distributed around 0 with standard deviation `value`.
+/// Initial values of a parameter: every element `value`, or normal around 0 with standard deviation `value`.
 struct InitialValue {
   /// The two distributions.
   enum class Kind { kConstant, kNormal };
@@ -52,15 +52,15 @@ struct InitialValue {
   static InitialValue normal(double standard_deviation) { return {Kind::kNormal, standard_deviation}; }
 };
 
-/// Elements of a global tensor, and where they lie in the rank's tensor: there they have the same shape.
+/// A box of a global tensor, and where it lies in the rank's tensor, with the same shape.
 struct ParameterSegment {
   std::string name;                   ///< dotted; in ParallelModule::own_parameters relative to the module
-  std::vector<int64_t> global_shape;  ///< without vocabulary padding: rows beyond it exist on no checkpoint
-  Box box;                            ///< the elements; none (a vocabulary shard that is all padding) is a length of 0
+  std::vector<int64_t> global_shape;  ///< without vocabulary padding, which is in no checkpoint
+  Box box;                            ///< the elements; a length of 0 if a vocabulary shard is all padding
   std::vector<int64_t> local_begin;   ///< index in the rank's tensor of the first of them
 
   /// Rows [global_begin, global_begin + length) of dimension `dim`, which are rows [local_begin, local_begin + length)
-  /// of the rank's tensor; in the other dimensions both have all there is.
+  /// of the rank's tensor; the other dimensions are whole in both.
   static ParameterSegment rows(std::string name, std::vector<int64_t> global_shape, int64_t dim, int64_t global_begin,
                                int64_t local_begin, int64_t length);
 
@@ -73,9 +73,9 @@ struct ParameterSegment {
 /// One parameter of this rank. A fused parameter (q, k and v in one matrix) has several segments; elements that belong
 /// to no segment are padding and stay 0.
 struct ParameterShard {
-  std::string name;       ///< dotted; in ParallelModule::own_parameters relative to the module
-  at::Tensor parameter;   ///< the module's own tensor, not a copy; its .grad is what gradients are read from
-  GradientDomain domain;  ///< how it lies on the ranks, and how its gradient is completed
+  std::string name;                        ///< dotted; in ParallelModule::own_parameters relative to the module
+  at::Tensor parameter;                    ///< the module's own tensor, not a copy; gradients are read from its .grad
+  GradientDomain domain;                   ///< how it is distributed, and how its gradient is completed
   std::vector<ParameterSegment> segments;  ///< at least one
   InitialValue initial_value;              ///< of the elements in segments
   bool weight_decay = true;                ///< false for norms and biases
@@ -85,7 +85,7 @@ struct ParameterShard {
 ParameterShard replicated_parameter(std::string name, const at::Tensor& parameter, GradientDomain domain,
                                     InitialValue initial_value, bool weight_decay);
 
-/// A parameter whose dimension `dim` is split evenly over a group: this rank holds rows [begin, begin + local size).
+/// A parameter whose dimension `dim` is split evenly over tp: this rank holds rows [begin, begin + local size).
 ParameterShard sharded_parameter(std::string name, const at::Tensor& parameter, std::vector<int64_t> global_shape,
                                  int64_t dim, int64_t begin, InitialValue initial_value, bool weight_decay);
 
@@ -98,12 +98,12 @@ class ParallelModule : public torch::nn::Module {
 };
 
 /// All parameters below `root`, in the order of the module tree, with full names.
-/// @throws c10::ValueError naming a parameter that no ParallelModule speaks for, or two do. Not collective.
+/// @throws c10::ValueError naming a parameter that no ParallelModule lists, or two do. Not collective.
 std::vector<ParameterShard> parameter_shards(const torch::nn::Module& root);
 
 /// Gives every parameter its initial value. An element depends on `seed`, its segment's name and its global index only
-/// (Philox 4x32-10, Salmon et al., SC 2011; Box-Muller), so every rank makes its own slice, and runs with different
-/// group sizes start alike. In place, without gradient; not collective.
+/// (Philox 4x32-10, Salmon et al., SC 2011; Box-Muller), so every rank fills its own part, and runs with different
+/// group sizes start with the same values. In place, without gradient; not collective.
 void initialize_parameters(const std::vector<ParameterShard>& parameters, uint64_t seed);
 
 }  // namespace megatron_cpp

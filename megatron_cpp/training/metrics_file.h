@@ -9,13 +9,13 @@
 
 namespace megatron_cpp {
 
-/// Appends one JSON object per optimizer step, each flushed when it is written: step, loss, grad_norm, learning_rate,
-/// the counts and tokens_per_second if "tokens" is among them, step_seconds, and validation_loss on steps that
-/// validate. One rank of a run writes it.
+/// Appends one JSON object per optimizer step, without buffering: step, loss, grad_norm, learning_rate, the counts and
+/// tokens_per_second if "tokens" is among them, step_seconds, and validation_loss on steps that validate. One rank of a
+/// run writes it.
 class MetricsFile {
  public:
-  /// Opens the file for a run that goes on after `last_step`: lines of later steps, and a line cut short by a kill, are
-  /// removed first, so that every step has exactly one.
+  /// Opens the file for a run that goes on after `last_step`. Lines of later steps, and a line cut short by a kill, are
+  /// removed first, so that every step has exactly one line.
   /// @throws c10::Error naming the file and the system's reason if it can't be read or written.
   MetricsFile(const std::filesystem::path& path, int64_t last_step);
 

@@ -6,18 +6,18 @@
 
 namespace megatron_cpp {
 
-/// One thing to do with one micro-batch.
+/// A forward or backward pass of one micro-batch.
 struct Action {
   /// What to do.
   enum class Kind { kForward, kBackward };
   Kind kind = Kind::kForward;  ///< forward before backward of the same micro-batch
-  int64_t micro_batch = 0;     ///< of this data-parallel rank
+  int64_t micro_batch = 0;     ///< its number on this data-parallel rank
 
   bool operator==(const Action&) const = default;  ///< same kind and micro-batch
 };
 
-/// A step without pipeline: each micro-batch forward and at once backward, so that the activations of one are kept at a
-/// time. Trainer does what the list says; a pipeline's list would send and receive between the stages.
+/// A step without pipeline: the backward pass of each micro-batch directly follows its forward pass, so that the
+/// activations of only one micro-batch are kept. Trainer executes this list; a pipeline needs another.
 std::vector<Action> one_after_the_other(int64_t num_micro_batches);
 
 }  // namespace megatron_cpp

@@ -26,7 +26,7 @@ StepResult Trainer::step(const std::function<at::Tensor(int64_t)>& loss_sum, int
   TORCH_CHECK_VALUE(num_loss_tokens > 0, "the global batch has no loss token");
   const int64_t step_number = optimizer_.num_steps() + 1;
   gradients_.zero();
-  // Of a rank without a micro-batch, too.
+  // Also on a rank without a micro-batch.
   auto loss =
       at::zeros({1}, gradients_.parameters().front().parameter.options().dtype(at::kDouble).requires_grad(false));
   std::map<int64_t, at::Tensor> means;  // of micro-batches between their forward and backward pass
@@ -40,7 +40,7 @@ StepResult Trainer::step(const std::function<at::Tensor(int64_t)>& loss_sum, int
     }
   }
   gradients_.reduce();
-  // The only wait for the device in a step, after everything up to the norm is on its way.
+  // The only wait for the device in a step; the work up to the norm is queued before it.
   const auto loss_and_square = at::cat({parallel::all_reduce(loss, groups_.dp), gradients_.squared_norm()}).cpu();
   StepResult result;
   result.loss = loss_and_square.const_data_ptr<double>()[0];

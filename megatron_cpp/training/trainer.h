@@ -15,7 +15,7 @@
 
 namespace megatron_cpp {
 
-/// What a step does with the gradients.
+/// Optimizer, learning rate and clipping.
 struct TrainerOptions {
   AdamWOptions adamw;                  ///< constants of the optimizer
   LearningRateSchedule learning_rate;  ///< of each step
@@ -26,32 +26,32 @@ struct TrainerOptions {
 struct StepResult {
   double loss = 0.0;           ///< mean over the loss tokens of the global batch
   double grad_norm = 0.0;      ///< before clipping
-  double learning_rate = 0.0;  ///< that the step was made with
+  double learning_rate = 0.0;  ///< of this step
 };
 
 /// Forward and backward over the micro-batches, gradient reduction, clipping by the global norm, AdamW.
 class Trainer {
  public:
-  /// @param parameters  the model's, from parameter_shards(); those that need no gradient are left alone.
+  /// @param parameters  the model's, from parameter_shards(); those that need no gradient aren't changed.
   Trainer(const std::vector<ParameterShard>& parameters, const parallel::ProcessGroups& groups,
           const TrainerOptions& options);
 
-  /// One step. The loss is the sum of the token losses over the loss tokens of the whole global batch, of all
-  /// micro-batches and data-parallel ranks together, so that tokens weigh alike wherever they are.
+  /// One step. The loss is the sum of the token losses of the global batch, over all micro-batches and data-parallel
+  /// ranks, divided by num_loss_tokens, so that all tokens have the same weight.
   /// @param num_micro_batches  of this data-parallel rank, equal over tp; 0 if the global batch has none left for it.
   /// @param loss_sum           for micro-batch i of this data-parallel rank, in [0, num_micro_batches): the sum of its
   ///                           token losses, a scalar, equal over tp.
   /// @param num_loss_tokens    of the global batch; equal on every rank.
-  /// Comm: what loss_sum does; GradientBuffer::reduce and norm; 1 all-reduce of one element over dp. Collective over tp
-  /// and dp. Waits for a GPU once, to read loss and norm together. Throws c10::ValueError, on every rank alike, if
-  /// there is no loss token, or loss or gradient is not finite (naming the step and both; the parameters are left as
+  /// Comm: that of loss_sum and of GradientBuffer::reduce and norm; 1 all-reduce of one element over dp. Collective
+  /// over tp and dp. Waits for a GPU once, to read loss and norm together. Throws c10::ValueError, on every rank alike,
+  /// if there is no loss token, or loss or gradient is not finite (naming the step and both; the parameters are left as
   /// they were).
   StepResult step(const std::function<at::Tensor(int64_t)>& loss_sum, int64_t num_micro_batches,
                   int64_t num_loss_tokens);
 
-  /// For resuming, and for checkpoints of its moments.
+  /// The optimizer, for resuming and for checkpoints of its moments.
   AdamW& optimizer() { return optimizer_; }
-  /// The same, to read.
+  /// The same, read-only.
   const AdamW& optimizer() const { return optimizer_; }
 
  private:

@@ -1,4 +1,4 @@
-// Step after step until the last: for any model, data and way of saving.
+// A training loop for any model, data and checkpoint format.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -29,13 +29,13 @@ struct StepMetrics {
   int64_t step = 0;                                          ///< counted from 1 over the whole run
   StepResult result = {};                                    ///< loss, gradient norm, learning rate
   std::vector<std::pair<std::string, int64_t>> counts = {};  ///< StepBatch::counts
-  double seconds = 0.0;                                      ///< the batch's loading included; differs between ranks
+  double seconds = 0.0;                                      ///< including loading the batch; differs between ranks
   std::optional<double> validation_loss = std::nullopt;      ///< on steps that validate
 };
 
-/// When a loop does what.
+/// Length of a run, and intervals of validation and checkpoints.
 struct TrainingLoopOptions {
-  int64_t steps = 0;                ///< of the whole run; a run that was resumed goes on up to here
+  int64_t steps = 0;                ///< of the whole run, also after resuming
   int64_t validation_interval = 0;  ///< steps between validations; 0: at the end only
   int64_t checkpoint_interval = 0;  ///< steps between checkpoints; 0: at the end only
 
@@ -43,20 +43,20 @@ struct TrainingLoopOptions {
   bool is_due(int64_t step, int64_t interval) const;
 };
 
-/// What a loop calls, in this order in each step. Every rank calls each at the same step; those that aren't given are
-/// left out.
+/// What a loop calls, in this order in each step; every rank calls each at the same step. All but next_batch may be
+/// empty.
 struct TrainingLoopCallbacks {
-  std::function<StepBatch()> next_batch;                        ///< the next step's; needed
+  std::function<StepBatch()> next_batch;                        ///< the batch of the next step
   std::function<std::optional<double>()> validation_loss = {};  ///< on steps that validate
   std::function<void(const StepMetrics&)> report = {};          ///< after each step: metrics file, progress
-  std::function<void(int64_t)> save = {};                       ///< a checkpoint after this many steps
+  std::function<void(int64_t)> save = {};                       ///< writes the checkpoint of this step
   /// Whether to stop after this step; equal on every rank (see parallel::all_reduce). The loop then saves.
   std::function<bool()> stops = {};
 };
 
-/// Trains with `trainer` from the step after trainer.optimizer().num_steps() on, so that whoever restored the optimizer
-/// resumes. Collective over all ranks of the trainer's groups.
-/// @return  the last step done; below options.steps if it was asked to stop, after a checkpoint.
+/// Trains with `trainer` from the step after trainer.optimizer().num_steps() on, so that a restored optimizer resumes.
+/// Collective over all ranks of the trainer's groups.
+/// @return  the last step done; below options.steps if `stops` ended the loop, after `save`.
 /// @throws c10::ValueError if there is no next_batch; and as Trainer::step and the callbacks do.
 int64_t run_training_loop(Trainer& trainer, const TrainingLoopOptions& options, const TrainingLoopCallbacks& callbacks);
 

@@ -38,14 +38,14 @@ at::Tensor window_mask(int64_t block, int64_t window, at::Device device) {
   return at::ones({block, block + window - 1}, at::TensorOptions(at::kBool).device(device)).triu_(0).tril_(window - 1);
 }
 
-/// One sub-sequence whose length is beyond the window, block of queries by block of queries.
+/// Attention of one sub-sequence longer than the window, one block of queries at a time.
 std::vector<at::Tensor> windowed_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                            int64_t window, const at::Tensor& mask) {
   const int64_t length = q.size(2);
   std::vector<at::Tensor> blocks;
   for (int64_t begin = 0; begin < length; begin += mask.size(0)) {
     const int64_t rows = std::min(mask.size(0), length - begin);
-    const int64_t before = std::min(begin, window - 1);  // keys in front of the block that it sees
+    const int64_t before = std::min(begin, window - 1);  // keys before the block that it attends to
     const auto block_mask = mask.narrow(0, 0, rows).narrow(1, window - 1 - before, before + rows);
     blocks.push_back(at::scaled_dot_product_attention(q.narrow(2, begin, rows),
                                                       k.narrow(2, begin - before, before + rows),
@@ -65,7 +65,7 @@ at::Tensor core_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
   const auto queries = group_queries(q, groups);
   const auto keys = group_keys(k, q.size(2) / groups);
   const auto values = group_keys(v, q.size(2) / groups);
-  at::Tensor mask;  // of all blocks of all sub-sequences
+  at::Tensor mask;  // shared by all blocks of all sub-sequences
   std::vector<at::Tensor> outputs;
   for (const auto& range : sub_sequences.ranges()) {
     const auto part = [&](const at::Tensor& x) { return x.narrow(2, range.begin, range.length()); };

@@ -22,10 +22,10 @@ namespace megatron_cpp {
 /// with i - W < j <= i: W positions in all, itself included.
 ///
 /// Query head n uses key/value head n / (heads / groups). float32, and everything on the CPU, goes through
-/// at::scaled_dot_product_attention, one call a sub-sequence; where a window is shorter than the sub-sequence, one call
-/// a block of max(W, 128) queries with the keys these see, so that its cost is the sub-sequence's length times W. Masks
-/// are at most [block, block + W - 1]. float16 and bfloat16 on CUDA take one variable-length flash-attention call, if
-/// D is a multiple of 8 and at most 256; that path has been compiled but not run yet.
+/// at::scaled_dot_product_attention, one call per sub-sequence; if the window is shorter than the sub-sequence, one
+/// call per block of max(W, 128) queries with the keys that these attend to, so that the cost is the sub-sequence's
+/// length times W. Masks are at most [block, block + W - 1]. float16 and bfloat16 on CUDA take one variable-length
+/// flash-attention call, if D is a multiple of 8 and at most 256; that path has been compiled but not run yet.
 /// @param q         [S, B, heads, D]
 /// @param k         [S, B, groups, D], groups a divisor of heads
 /// @param v         like k
@@ -45,7 +45,7 @@ class SelfAttentionImpl : public torch::nn::Module {
                     const TransformerExecution& execution, const parallel::GroupPtr& tp);
 
   /// @param input      [S, B, H], equal on every rank; with sequence_parallel [S/t, B, H], this rank's rows.
-  /// @param attention  of the whole sequence, equal on every rank; made with rotary() among others.
+  /// @param attention  of the whole sequence, equal on every rank; made with rotary().
   /// @return           the shape of `input`.
   /// Comm: forward 1 all-reduce of S·B·H elements, backward 1; sequence_parallel: forward 1 all-gather and 1
   /// reduce-scatter, backward 2 all-gathers (1 if linear_qkv needs no gradient) and 1 reduce-scatter. Collective over
@@ -53,11 +53,11 @@ class SelfAttentionImpl : public torch::nn::Module {
   /// sizes or without rotary().
   at::Tensor forward(const at::Tensor& input, const AttentionBatch& attention);
 
-  /// Of q and k.
+  /// The rotary embedding of q and k.
   const RotaryEmbedding& rotary() const { return rotary_; }
 
   ColumnParallelLinear linear_qkv{nullptr};  ///< q_proj [heads·D, H], k_proj, v_proj [groups·D, H], g_proj [heads, H]
-  RMSNorm q_norm{nullptr};  ///< [D], over each head; a rank has its heads' part of the gradient: kReplicatedPartial
+  RMSNorm q_norm{nullptr};  ///< [D], over each head; a rank's gradient is the part of its own heads: kReplicatedPartial
   RMSNorm k_norm{nullptr};  ///< like q_norm, over the key heads
   RowParallelLinear linear_proj{nullptr};  ///< o_proj [H, heads·D]
 

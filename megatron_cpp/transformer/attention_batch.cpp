@@ -10,7 +10,7 @@
 namespace megatron_cpp {
 namespace {
 
-/// The checked, contiguous cu_seqlens as sub-sequences.
+/// The sub-sequences of cu_seqlens, after checking it.
 std::vector<parallel::Range> packed_sub_sequences(const at::Tensor& cu_seqlens, int64_t S, int64_t B) {
   TORCH_CHECK_VALUE(B == 1, "cu_seqlens describe one packed batch row, but the batch has ", B);
   TORCH_CHECK_VALUE(

@@ -1,4 +1,4 @@
-// What a decoder's layers need to know of a batch: which tokens belong together, and at which positions they stand.
+// Positions and sub-sequences of the tokens of a batch, for the layers of a decoder.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,21 +13,22 @@
 
 namespace megatron_cpp {
 
-/// Where the tokens of a batch stand. Describes the whole sequence, on every rank, also under sequence parallelism.
+/// Positions and sub-sequences of the tokens of a batch. Describes the whole sequence, on every rank, also under
+/// sequence parallelism.
 struct AttentionInput {
   at::Tensor position_ids;  ///< [1, S] (for all batch rows) or [B, S] int64
   at::Tensor cu_seqlens;    ///< [k+1] int32 on the CPU: sub-sequence i is [cu_seqlens[i], cu_seqlens[i+1]) of the one
                             ///< batch row. Undefined: every batch row is one sequence.
 };
 
-/// The parts of the sequence that attention never crosses; every batch row has the same.
+/// The parts of the sequence between which there is no attention; every batch row has the same.
 class SubSequences {
  public:
   /// @param ranges  none of length 0; together they cover [0, S), in order.
   /// @param device  of the layers; a GPU gets its copy of the ends here, without waiting.
   SubSequences(std::vector<parallel::Range> ranges, int64_t batch_size, const c10::Device& device);
 
-  /// As given.
+  /// As given to the constructor.
   const std::vector<parallel::Range>& ranges() const { return ranges_; }
   /// Positions of the longest one.
   int64_t longest() const { return longest_; }
@@ -41,8 +42,8 @@ class SubSequences {
   at::Tensor ends_;
 };
 
-/// What the layers of a decoder need of an AttentionInput, checked, and on their device: made once a forward pass, so
-/// that no layer copies anything from the host. TransformerBlock makes one for its layers.
+/// An AttentionInput, checked and prepared on the device of the layers: made once per forward pass, so that no layer
+/// copies anything from the host. TransformerBlock makes one for its layers.
 class AttentionBatch {
  public:
   /// @param S, B      sizes of the whole sequence and of the batch.
@@ -57,7 +58,7 @@ class AttentionBatch {
   int64_t sequence_length() const { return sequence_length_; }          ///< S
   int64_t batch_size() const { return batch_size_; }                    ///< B
   const SubSequences& sub_sequences() const { return sub_sequences_; }  ///< of each batch row
-  /// Of these positions and one of the rotaries given.
+  /// The tables of `rotary` for these positions. Throws c10::ValueError if it wasn't among the rotaries given.
   const RotaryTables& tables(const RotaryEmbedding& rotary) const;
 
  private:

@@ -11,9 +11,9 @@ namespace megatron_cpp {
 
 /// How a decoder runs. Results differ in rounding only. The same on every rank.
 struct TransformerExecution {
-  bool sequence_parallel = false;     ///< between the tensor-parallel parts a rank holds its rows of the sequence
+  bool sequence_parallel = false;     ///< between tensor-parallel layers a rank holds only its rows of the sequence
   bool accumulate_into_grad = false;  ///< backward adds into existing gradients, see the layers' options
-  EmbeddingSharding embedding_sharding = EmbeddingSharding::kVocab;  ///< not of the output layer
+  EmbeddingSharding embedding_sharding = EmbeddingSharding::kVocab;  ///< of the word embedding, not of the output layer
 
   /// The options of a layer (ColumnParallelLinearOptions, ParallelEmbeddingOptions, ...) with the first two of these.
   template <class Options>
@@ -28,7 +28,7 @@ struct ModelGroups {
   /// Tensor (and sequence) parallelism alone.
   ModelGroups(parallel::GroupPtr tensor_parallel)
       : tp(std::move(tensor_parallel)) {}  // NOLINT(google-explicit-constructor)
-  /// Those of a program that the model is split over.
+  /// The groups of a program; the model is split over its tp.
   ModelGroups(const parallel::ProcessGroups& groups) : tp(groups.tp) {}  // NOLINT(google-explicit-constructor)
 
   parallel::GroupPtr tp;  ///< tensor and sequence parallel

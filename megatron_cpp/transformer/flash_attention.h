@@ -15,11 +15,11 @@ namespace megatron_cpp::internal {
 /// at most 256. It neither pads nor chooses another kernel, as at::scaled_dot_product_attention does.
 bool flash_attention_takes(c10::DeviceType device, at::ScalarType dtype, int64_t head_dim);
 
-/// Whether the kernel can read `x`, [rows, heads, head_dim], as it lies in memory. It loads 16 bytes at a time: `x`,
-/// each of its rows and each head must begin at a multiple of 16 bytes, and the elements of a head be side by side.
+/// Whether the kernel can read `x`, [rows, heads, head_dim], without a copy. It loads 16 bytes at a time: `x`, each of
+/// its rows and each head must begin at a multiple of 16 bytes, and the elements of a head be side by side.
 bool has_flash_alignment(const at::Tensor& x);
 
-/// core_attention by one call of the kernel over all sub-sequences. What it can't read as it lies is copied.
+/// core_attention by one call of the kernel over all sub-sequences. Copies tensors without has_flash_alignment().
 /// @param q, k, v        as in core_attention; flash_attention_takes() them.
 /// @param sub_sequences  on the device of q.
 at::Tensor flash_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,

@@ -15,7 +15,7 @@
 
 namespace megatron_cpp {
 
-/// output_layer(decoder(embedding(ids))); the embedding and the output layer share nothing.
+/// output_layer(decoder(embedding(ids))); the embedding and the output layer share no weight.
 class GPTModelImpl : public torch::nn::Module {
  public:
   /// @throws c10::ValueError as TransformerConfig::validate(t) does.

@@ -1,4 +1,4 @@
-// Root-mean-square norm with a scale that is stored as its distance from 1.
+// Root-mean-square norm whose weight is the scale minus 1.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,8 +16,8 @@ namespace megatron_cpp {
 /// has a part of the weight's gradient (kReplicatedPartial, if t > 1), otherwise kReplicated.
 GradientDomain hidden_norm_domain(bool sequence_parallel, const parallel::GroupPtr& tp);
 
-/// y = x / sqrt(mean(x²) + eps) * (1 + weight), over the last dimension; computed in float32 whatever the dtype, and
-/// rounded to it once. `weight` starts at zero and gets no weight decay.
+/// y = x / sqrt(mean(x²) + eps) * (1 + weight), over the last dimension; computed in float32 (float64 for float64
+/// inputs) and rounded once. `weight` starts at zero and gets no weight decay.
 /// Saved for backward: x and one float32 per row.
 class RMSNormImpl : public ParallelModule {
  public:

@@ -16,7 +16,7 @@ struct RotaryTables {
   at::Tensor sin;  ///< of the same angles
 };
 
-/// Frequencies of one layer: position p turns pair i by p * theta^(-2i/rotary_dim), scaled if asked.
+/// Frequencies of one layer: position p rotates pair i by p * theta^(-2i/rotary_dim) radians, scaled if given.
 class RotaryEmbedding {
  public:
   /// @param rotary_dim  elements of a head that are rotated, even.
@@ -27,7 +27,7 @@ class RotaryEmbedding {
   /// @return              on `device`, without waiting for it. Not collective.
   RotaryTables tables(const at::Tensor& position_ids, at::Device device) const;
 
-  /// Radians a position, of each pair: [rotary_dim/2] float32 on the CPU.
+  /// Radians per position, for each pair: [rotary_dim/2] float32 on the CPU.
   const at::Tensor& inverse_frequencies() const { return inverse_frequencies_; }
 
   /// Whether both were made alike: then their tables are equal.
@@ -39,7 +39,7 @@ class RotaryEmbedding {
   int64_t rotary_dim_;
   double theta_;
   std::optional<Llama3RopeScaling> scaling_;
-  at::Tensor inverse_frequencies_;  ///< [rotary_dim/2] float32 on the CPU; no buffer: to(bfloat16) must not round it
+  at::Tensor inverse_frequencies_;  ///< [rotary_dim/2] float32 on the CPU; not a buffer: to(bfloat16) must not round it
 };
 
 /// Rotates the first rotary_dim elements of each head; the others pass. Computed in float32, rounded to x's dtype.

@@ -17,8 +17,8 @@
 
 namespace megatron_cpp {
 
-/// final_layernorm(layer L-1(... layer 0(x))), one TransformerLayer per entry of config.layers, or some of these layers
-/// in a row: what one stage of a pipeline has. Modules are named by the number of the layer in the model
+/// final_layernorm(layer L-1(... layer 0(x))), one TransformerLayer per entry of config.layers, or a range of these
+/// layers, as in one stage of a pipeline. Modules are named by the number of the layer in the model
 /// ("layers.7.mlp..."), so that a parameter has the same name in whichever block it is.
 class TransformerBlockImpl : public torch::nn::Module {
  public:
@@ -30,11 +30,11 @@ class TransformerBlockImpl : public torch::nn::Module {
   /// @param hidden_states  [S, B, H], equal on every rank; with sequence_parallel [S/t, B, H], this rank's rows.
   /// @param attention      of the whole sequence, equal on every rank.
   /// @return               the shape of hidden_states.
-  /// Comm: that of the layers; the norm's none. Collective over tp. Throws c10::ValueError, before anything is sent, if
-  /// hidden_states have not three dimensions, and as AttentionBatch does.
+  /// Comm: that of the layers. Collective over tp. Throws c10::ValueError, before anything is sent, if hidden_states
+  /// have not three dimensions, and as AttentionBatch does.
   at::Tensor forward(const at::Tensor& hidden_states, const AttentionInput& attention);
 
-  /// What `layers` take beside hidden states like these: forward() makes it once for all of them. Not collective.
+  /// The AttentionBatch of these hidden states; forward() makes it once for all layers. Not collective.
   /// @throws c10::ValueError as forward does.
   AttentionBatch attention_batch(const at::Tensor& hidden_states, const AttentionInput& attention) const;
 

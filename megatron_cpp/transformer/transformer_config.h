@@ -11,9 +11,9 @@ namespace megatron_cpp {
 /// original_max_position_embeddings / low_freq_factor are stretched by `factor`, those below
 /// original_max_position_embeddings / high_freq_factor stay, and between them the two are blended linearly.
 struct Llama3RopeScaling {
-  double factor = 1.0;            ///< how much long wavelengths are stretched; 1: nothing is
-  double low_freq_factor = 1.0;   ///< wavelengths beyond the original context over this are stretched in full
-  double high_freq_factor = 4.0;  ///< wavelengths below the original context over this stay
+  double factor = 1.0;                              ///< how much long wavelengths are stretched; 1: not at all
+  double low_freq_factor = 1.0;                     ///< wavelengths above original context / this value are stretched
+  double high_freq_factor = 4.0;                    ///< wavelengths below original context / this value stay
   int64_t original_max_position_embeddings = 8192;  ///< positions the model was trained for before the scaling
 
   bool operator==(const Llama3RopeScaling&) const = default;  ///< every number alike
