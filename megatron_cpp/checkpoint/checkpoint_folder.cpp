@@ -54,8 +54,8 @@ std::optional<int64_t> step_inside(const fs::path& folder) {
   }
 }
 
-/// The folders called step-N, the highest step first. Also `latest`, where it is a folder itself: a copy of a run's
-/// directory may have made one of a link, and it may be the only checkpoint there.
+/// The folders called step-N, the highest step first. Also `latest`, if it is a folder itself: copying a run's
+/// directory may turn the link into a folder, which may be the only checkpoint there.
 std::vector<std::pair<int64_t, fs::path>> step_folders(const fs::path& directory) {
   std::vector<std::pair<int64_t, fs::path>> folders;
   std::error_code not_there;
@@ -67,12 +67,13 @@ std::vector<std::pair<int64_t, fs::path>> step_folders(const fs::path& directory
   if (is_own_folder(directory / kLatest)) {
     if (const auto step = step_inside(directory / kLatest)) folders.emplace_back(*step, directory / kLatest);
   }
-  // Of two with one step, the one called step-N first.
+  // Of two of the same step, the one called step-N first.
   std::sort(folders.rbegin(), folders.rend());
   return folders;
 }
 
-/// Clears the way for a link where `latest` is a folder. Its checkpoint gets the name of its step, unless that has one.
+/// If `latest` is a folder, renames it to the name of its step, or removes it if that name is taken. A folder without a
+/// checkpoint stays.
 /// @return whether a link can be made there.
 bool clear_latest_folder(const fs::path& latest) {
   if (!is_own_folder(latest)) return true;
@@ -93,7 +94,7 @@ bool clear_latest_folder(const fs::path& latest) {
   return true;
 }
 
-/// Without separators at the end, or a "." there.
+/// `path` without separators or "." at its end.
 fs::path without_ending(fs::path path) {
   while (path.has_parent_path() && (path.filename().empty() || path.filename() == ".")) path = path.parent_path();
   return path;
@@ -191,7 +192,7 @@ fs::path find_checkpoint(const fs::path& given) {
   const auto latest = directory / kLatest;
   const auto step = internal::step_of_latest(latest);
   const auto folders = internal::step_folders(directory);
-  // A link was made last; a folder is a copy of one, which later steps have not changed.
+  // A link names the newest checkpoint; a folder is a copy of a link and may be out of date.
   const bool is_newest = !is_own_folder(latest) || folders.empty() || *step >= folders.front().first;
   if (step && is_newest) return fs::canonical(latest);
   TORCH_CHECK_VALUE(!folders.empty(), path.string(), " is no checkpoint: neither ", kManifestFile, " nor ", kLatest,

@@ -1,4 +1,4 @@
-// The folders of a run's checkpoints: their names, and how one appears, becomes the latest, and goes.
+// Names, creates, publishes and removes the checkpoint folders of a run.
 #pragma once
 
 #include <cstdint>
@@ -16,16 +16,15 @@ std::filesystem::path partial_of(const std::filesystem::path& folder);
 /// Removes what a killed run left in `directory`, and makes an empty folder `partial` there.
 void prepare_folder(const std::filesystem::path& directory, const std::filesystem::path& partial);
 
-/// Renames `partial` to `folder`. A folder that had this name goes: at one stroke where the file system can exchange
-/// two names.
+/// Renames `partial` to `folder`. Replaces an existing `folder`, atomically if the file system can exchange two names.
 void move_into_place(const std::filesystem::path& partial, const std::filesystem::path& folder);
 
-/// Makes `latest` in `directory` a link to the folder `name`. A file system may have no links: then there is no
-/// `latest`, rather than an old one, and one warning.
+/// Makes `latest` in `directory` a link to the folder `name`. On a file system without links it removes an old `latest`
+/// and warns once.
 void point_latest(const std::filesystem::path& directory, const std::filesystem::path& name);
 
-/// Removes checkpoints up to `step` but the `keep_last` newest. Later ones are of a run that this one didn't start
-/// from. What goes wrong is a warning: the other ranks are through, and the new checkpoint is what counts.
+/// Removes checkpoints up to `step`, except the `keep_last` newest. Later ones belong to another run and stay. A
+/// failure is only a warning: the new checkpoint is complete, and the other ranks have gone on.
 void remove_old(const std::filesystem::path& directory, int64_t step, int64_t keep_last);
 
 }  // namespace megatron_cpp::internal

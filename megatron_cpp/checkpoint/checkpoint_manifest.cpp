@@ -23,7 +23,7 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 
-/// Version 2 names parts of any kind, and what a tensor is to its parameter; version 1 knew rows of one dimension.
+/// Version 2 has parts of any form and the roles of tensors; version 1 had only rows of one dimension.
 constexpr int64_t kFormatVersion = 2;
 
 constexpr std::array<std::pair<TensorRole, const char*>, 4> kRoles = {{{TensorRole::kParameter, "parameter"},
@@ -53,7 +53,7 @@ void check_pieces(const TensorId& id, const CheckpointTensor& tensor) {
   TORCH_CHECK_VALUE(false, tensor_text, ": element ", element, " is in no piece");
 }
 
-/// An object of a manifest that knows where it stands in the file.
+/// A JSON object of a manifest, with its file and key for messages.
 class ManifestObject {
  public:
   ManifestObject(const Json& json, const fs::path& file, std::string key)
@@ -133,7 +133,7 @@ Json manifest_json(const CheckpointManifest& manifest) {
           {"tensors", std::move(tensors)}};
 }
 
-/// Whether a file of this name can only be in the folder itself.
+/// Whether `name` is a plain file name, which can't lead out of the folder.
 bool is_file_name(std::string_view name) {
   constexpr std::string_view kSeparators("/\0", 2);
   return !name.empty() && name != "." && name != ".." && name.find_first_of(kSeparators) == std::string_view::npos;
@@ -174,7 +174,7 @@ NamedTensors parse_tensors(const ManifestObject& root) {
   return tensors;
 }
 
-/// Version 1 called dtypes as LibTorch does.
+/// Version 1 used LibTorch's names of dtypes.
 std::string dtype_of_version_1(const std::string& name) {
   for (const auto dtype : {at::kFloat, at::kDouble, at::kHalf, at::kBFloat16, at::kLong, at::kInt, at::kShort,
                            at::kChar, at::kByte, at::kBool}) {
@@ -183,7 +183,7 @@ std::string dtype_of_version_1(const std::string& name) {
   return name;
 }
 
-/// Version 1 told the moments by a prefix.
+/// Version 1 marked the moments by a prefix of the name.
 TensorId id_of_version_1(const std::string& name) {
   constexpr std::array<std::pair<std::string_view, TensorRole>, 2> kPrefixes = {
       {{"optimizer.exp_avg.", TensorRole::kExpAvg}, {"optimizer.exp_avg_sq.", TensorRole::kExpAvgSq}}};
@@ -307,7 +307,7 @@ void check_part(const ShardedTensor& tensor) {
 void check_files(const fs::path& folder, const CheckpointManifest& manifest) {
   for (const auto& [name, bytes] : manifest.file_bytes) {
     const auto file = folder / name;
-    std::error_code unknown;  // a name may be too long to be asked for
+    std::error_code unknown;  // the name may be too long for the file system
     TORCH_CHECK_VALUE(fs::is_regular_file(file, unknown), file.string(), " is missing");
     const auto found = static_cast<int64_t>(fs::file_size(file));
     TORCH_CHECK_VALUE(found == bytes, file.string(), " has ", found, " bytes, the manifest says ", bytes);

@@ -37,29 +37,29 @@ struct CheckpointManifest {
   std::map<TensorId, CheckpointTensor> tensors;
 };
 
-/// What manifests call a role: "exp_avg".
+/// The name of a role in manifests: "exp_avg".
 std::string role_text(TensorRole role);
 
 /// @throws c10::ValueError naming a tensor whose part isn't in it, or isn't of the shape of `local`.
 void check_part(const ShardedTensor& tensor);
 
-/// The name under which a part of a tensor is stored: no tool takes it for the name of a whole tensor.
+/// The name under which a part of a tensor is stored; no tool can take it for the name of a whole tensor.
 std::string stored_name(const TensorId& id, const TensorPart& part);
 
-/// What a file says of the parts in it: for each stored tensor a JSON text with name, role, dtype and shape of the
-/// whole tensor and the part that is stored.
+/// Metadata of a checkpoint file: for each stored tensor a JSON text with name, role, dtype and shape of the whole
+/// tensor and the part that is stored.
 std::map<std::string, std::string> file_metadata(const CheckpointManifest& manifest);
 
 /// The manifest as JSON; `indent` spaces a level, -1 for one line.
 std::string to_text(const CheckpointManifest& manifest, int indent);
 
-/// The manifest of what each rank lists (to_text of its part), in the order of the ranks; its file_bytes are still
-/// missing, and step, state, model and tokenizer are those of rank 0.
-/// @throws c10::ValueError naming rank and tensor if the lists contradict each other, or leave an element of a tensor
-///         out or hold it twice.
+/// Merges the manifests of the ranks (to_text of each), in the order of the ranks. file_bytes stays empty; state, model
+/// and tokenizer are those of rank 0.
+/// @throws c10::ValueError naming rank or tensor if the manifests contradict each other, or an element of a tensor is
+///         missing or there twice.
 CheckpointManifest merge_manifests(const std::vector<std::string>& parts);
 
-/// Reads and checks the manifest in `folder`, of format version 1 or 2: what it returns is consistent in itself.
+/// Reads and checks the manifest in `folder`, of format version 1 or 2. The result is consistent.
 /// @throws c10::ValueError naming the file and the key that is missing or wrong.
 CheckpointManifest read_manifest(const std::filesystem::path& folder);
 

@@ -18,7 +18,7 @@ using internal::CheckpointPiece;
 using internal::CheckpointTensor;
 using internal::kManifestFile;
 
-/// A box of a part, and where its elements begin in a tensor that holds the part, if that has one dimension.
+/// A box of a part, and the index of its first element in a one-dimensional tensor that holds the part.
 struct PlacedBox {
   Box box;
   int64_t first = 0;
@@ -35,7 +35,7 @@ std::vector<PlacedBox> placed_boxes(const TensorPart& part) {
   return result;
 }
 
-/// Calls `action` with each box of `piece` and of `wanted` that share elements, and these.
+/// Calls action(box of `piece`, box of `wanted`, shared box) for each pair of boxes that share elements.
 template <class Action>
 void for_each_overlap(const TensorPart& piece, const TensorPart& wanted, const Action& action) {
   const auto wanted_boxes = placed_boxes(wanted);

@@ -43,7 +43,7 @@ std::vector<std::string> gather_texts(const std::string& text, const parallel::G
 
 bool is_written(const ShardedTensor& tensor) { return tensor.main_replica && tensor.part.numel() > 0; }
 
-/// This rank's part of the manifest: also the tensors that it doesn't write, so that one which nobody writes is
+/// This rank's part of the manifest. Also lists tensors that it doesn't write, so that a tensor that no rank writes is
 /// noticed.
 CheckpointManifest manifest_part(const CheckpointContents& contents, const std::string& file) {
   TORCH_CHECK_VALUE(contents.step >= 0, "checkpoint of step ", contents.step);
@@ -136,7 +136,7 @@ fs::path save_checkpoint(const fs::path& directory, const CheckpointContents& co
   CheckpointManifest own_part;
   parallel::agree_on([&] { own_part = manifest_part(contents, own_file); }, world);
   const auto parts = gather_texts(internal::to_text(own_part, /*indent=*/-1), world);
-  CheckpointManifest manifest;  // of rank 0 alone
+  CheckpointManifest manifest;  // filled on rank 0 only
   try {
     const auto prepare = [&] {
       if (!is_first) return;
@@ -150,7 +150,7 @@ fs::path save_checkpoint(const fs::path& directory, const CheckpointContents& co
           if (is_first) publish(partial, folder, manifest);
         },
         world);
-  } catch (const parallel::AgreedError&) {  // on every rank: nobody writes any more
+  } catch (const parallel::AgreedError&) {  // on every rank, so no rank writes any more
     std::error_code ignored;
     if (is_first) fs::remove_all(partial, ignored);
     throw;

@@ -20,15 +20,15 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr int kMaxLinks = 40;  // as Linux follows
+constexpr int kMaxLinks = 40;  // as many as Linux follows
 constexpr size_t kLongestName = 255;
 
 std::string reason_text(int reason) { return std::strerror(reason); }
 
-/// The folder of a file's name.
+/// The folder that holds `path`.
 fs::path folder_of(const fs::path& path) { return path.has_parent_path() ? path.parent_path() : fs::path("."); }
 
-/// A name in the folder of `target` that nobody else has.
+/// A unique name in the folder of `target`.
 fs::path name_beside(const fs::path& target) {
   std::random_device random;
   const auto ending = fmt::format("{:08x}{:08x}.partial", random(), random());
@@ -37,7 +37,7 @@ fs::path name_beside(const fs::path& target) {
   return target.parent_path() / (fits ? name + "." + ending : ending);
 }
 
-/// Keeps a pipe whose reader has gone from ending the process: write(2) then says EPIPE.
+/// Blocks SIGPIPE, so that write(2) to a pipe without reader returns EPIPE instead of ending the process.
 class NoPipeSignal {
  public:
   NoPipeSignal() {
@@ -62,11 +62,11 @@ class NoPipeSignal {
   bool was_pending_ = false;
 };
 
-/// Opens what is there and is not to be replaced.
+/// Opens an existing file to write it in place.
 int open_stream(const fs::path& path, mode_t mode) {
   TORCH_CHECK(!S_ISDIR(mode), "cannot write ", path.string(), ": it is a folder");
   TORCH_CHECK(!S_ISBLK(mode), "cannot write ", path.string(), ": it is a disk");
-  // O_NONBLOCK: not to wait for a reader who may never come.
+  // O_NONBLOCK: doesn't wait for a reader that may never come.
   const int truncate = S_ISREG(mode) ? O_TRUNC : 0;
   const int descriptor = ::open(path.c_str(), O_WRONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK | truncate);
   const int reason = errno;
@@ -77,8 +77,7 @@ int open_stream(const fs::path& path, mode_t mode) {
   return descriptor;
 }
 
-/// Whether `target` is the file that was looked at. /proc/self/fd/1 is a link whose text may lead elsewhere than the
-/// link.
+/// Whether `target` is the file of status `there`. /proc/self/fd/1 may open another file than its link text names.
 bool is_same(const struct stat& there, const fs::path& target) {
   struct stat other {};
   return ::stat(target.c_str(), &other) == 0 && other.st_dev == there.st_dev && other.st_ino == there.st_ino;
@@ -151,7 +150,7 @@ CompleteFile::CompleteFile(const fs::path& path) : name_(path.string()), file_(-
     return;
   }
   open_beside();
-  if (exists) ::fchmod(file_.get(), there.st_mode & 07777);  // or as it is, where that can't be had
+  if (exists) ::fchmod(file_.get(), there.st_mode & 07777);  // a failure is ignored
 }
 
 CompleteFile::~CompleteFile() {
@@ -194,7 +193,7 @@ void CompleteFile::replace_target() {
     const FileDescriptor copy(::open(target_.c_str(), O_RDONLY | O_CLOEXEC));
     check_flushed(::fsync(copy.get()), name_);
   } catch (const std::exception& error) {
-    const auto whole = std::exchange(partial_, fs::path());  // the old file may be gone: the new one stays
+    const auto whole = std::exchange(partial_, fs::path());  // the old file may be damaged, so the new one is kept
     TORCH_CHECK(false, "cannot replace ", name_, ": ", reason_text(reason), ", nor write into it: ", error.what(),
                 "; it is in ", whole.string());
   }

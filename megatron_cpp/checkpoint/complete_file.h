@@ -1,4 +1,4 @@
-// Writing files that are complete or not there.
+// Writes files completely or not at all.
 #pragma once
 
 #include <cstddef>
@@ -8,16 +8,16 @@
 
 namespace megatron_cpp {
 
-/// Writes `text` as the file `path`, complete or not at all: it is written beside it, under a name of its own that ends
-/// in .partial, flushed to disk and renamed. Of a link it is the file that the link leads to; a device or a pipe is
-/// written into, and so is a file that the file system can't replace.
+/// Writes `text` as the file `path`, completely or not at all: writes a file in the same folder whose name ends in
+/// .partial, flushes it to disk and renames it. For a link this is the file that the link leads to. A device, a pipe,
+/// and a file that the file system can't replace are written in place.
 /// @throws c10::Error naming the file and the system's reason if it can't be written; a folder, a disk and a pipe that
 ///         nobody reads are refused.
 void write_file(const std::filesystem::path& path, std::string_view text);
 
 namespace internal {
 
-/// Owns an open file descriptor; a negative one is none.
+/// Owns an open file descriptor; negative: none.
 class FileDescriptor {
  public:
   /// Owns `descriptor`.
@@ -35,15 +35,15 @@ class FileDescriptor {
   int descriptor_;
 };
 
-/// Whether a failed fsync(2), or the like, with this errno means that data are lost. File systems without such a call
-/// for folders (or at all) answer with others, and there is nothing better to do there than to go on.
+/// Whether a failed fsync(2) or similar call with this errno means that data are lost. File systems that can't flush
+/// folders (or anything) return other errors, which can only be ignored.
 bool means_lost_data(int reason);
 
-/// Whether a failed rename(2) to a name that is taken may be made up for by writing into the file of that name: it is a
-/// mount point, or the file system can't replace a file.
+/// Whether, after rename(2) to an existing file has failed with this errno, the file may be written in place instead:
+/// it is a mount point, or the file system can't replace a file.
 bool may_write_in_place(int reason);
 
-/// What `path` leads to: each link at its end is followed, whether or not the last one leads to anything.
+/// Follows links at the end of `path`; the target may not exist.
 /// @throws c10::Error "cannot write `path`: ..." if the links go in a circle.
 std::filesystem::path link_target(const std::filesystem::path& path);
 
@@ -51,18 +51,18 @@ std::filesystem::path link_target(const std::filesystem::path& path);
 /// @throws c10::Error naming the folder and the reason, if that means_lost_data.
 void flush_folder(const std::filesystem::path& folder);
 
-/// Writes all of it, however many calls that takes.
+/// Writes all bytes, with as many calls of write(2) as needed.
 /// @throws c10::Error "cannot write `name`: " and the system's reason.
 void write_all(int descriptor, const void* data, size_t bytes, const std::string& name);
 
-/// Writes a file beside its name, flushes it and renames it: a reader sees the whole new file or the old one, and a
-/// writer that fails or is destroyed without commit() leaves the old one. The name beside is of this writer alone.
+/// Writes a temporary file in the same folder, flushes it and renames it: a reader sees the whole new file or the old
+/// one, and a writer that fails or is destroyed without commit() leaves the old one. The temporary name is unique.
 ///
-/// Only a regular file is replaced. Of a link it is the file that the link leads to, or would. A device or a pipe is
-/// written into. Where the file system can't replace a file, commit() copies the complete new one over it.
+/// Only a regular file is replaced; for a link, the file that it leads to, even if that doesn't exist yet. A device or
+/// a pipe is written in place. If the file system can't replace a file, commit() copies the complete new file over it.
 class CompleteFile {
  public:
-  /// @throws c10::Error "cannot write `path`: " and the reason: as open(2) has it; a folder; a disk (a block device); a
+  /// @throws c10::Error "cannot write `path`: " and the reason: open(2)'s error; a folder; a disk (a block device); a
   ///         pipe that nobody reads.
   explicit CompleteFile(const std::filesystem::path& path);
   ~CompleteFile();
@@ -79,7 +79,7 @@ class CompleteFile {
 
   std::string name_;               ///< for messages: as given, and what it is a link to
   std::filesystem::path target_;   ///< the regular file
-  std::filesystem::path partial_;  ///< empty: written into what is there
+  std::filesystem::path partial_;  ///< the temporary file; empty: the target is written in place
   FileDescriptor file_;
 };
 

@@ -32,8 +32,8 @@ std::optional<std::vector<int64_t>> integers_of(const Json& json) {
   return values;
 }
 
-/// `factor` times all sizes of a shape but its zeros, which strides leave out, too; nothing if a size is negative or
-/// the product doesn't fit.
+/// `factor` times all sizes of a shape except zeros, which strides leave out, too; nothing if a size is negative or the
+/// product overflows.
 inline std::optional<int64_t> product_of_sizes(const std::vector<int64_t>& shape, int64_t factor) {
   for (const int64_t size : shape) {
     if (size < 0 || __builtin_mul_overflow(factor, std::max<int64_t>(size, 1), &factor)) return std::nullopt;

@@ -28,13 +28,13 @@ constexpr std::pair<at::ScalarType, std::string_view> kDtypeNames[] = {
     {at::kInt, "I32"},    {at::kShort, "I16"}, {at::kChar, "I8"},  {at::kByte, "U8"},       {at::kBool, "BOOL"},
 };
 
-/// Bits of an element of the format's other dtypes, in which nothing here computes.
+/// Bits per element of the format's other dtypes, which can't be read here.
 constexpr std::pair<std::string_view, int64_t> kOtherDtypeBits[] = {
     {"F4", 4},          {"F6_E2M3", 6},     {"F6_E3M2", 6}, {"F8_E4M3", 8}, {"F8_E5M2", 8}, {"F8_E8M0", 8},
     {"F8_E4M3FNUZ", 8}, {"F8_E5M2FNUZ", 8}, {"U16", 16},    {"U32", 32},    {"U64", 64},    {"C64", 64},
 };
 
-/// Undefined for one in which nothing here computes.
+/// Undefined for a dtype that can't be read here.
 at::ScalarType dtype_from_name(const std::string& name) {
   for (const auto& [dtype, known] : kDtypeNames) {
     if (known == name) return dtype;
@@ -42,7 +42,7 @@ at::ScalarType dtype_from_name(const std::string& name) {
   return at::ScalarType::Undefined;
 }
 
-/// Nothing for a dtype that the format didn't have when this was written.
+/// Bits per element; nothing for an unknown dtype.
 std::optional<int64_t> bits_of(const SafetensorsEntry& entry) {
   if (entry.dtype != at::ScalarType::Undefined) return 8 * static_cast<int64_t>(c10::elementSize(entry.dtype));
   for (const auto& [name, bits] : kOtherDtypeBits) {
@@ -53,9 +53,8 @@ std::optional<int64_t> bits_of(const SafetensorsEntry& entry) {
 
 std::string system_reason() { return std::strerror(errno); }
 
-/// Number of bytes of a tensor whose elements have `bits` bits, or nothing if the shape is negative, its product
-/// overflows, or there is no such number of whole bytes. That of an empty tensor is taken without its zeros, as strides
-/// are.
+/// Number of bytes of a tensor whose elements have `bits` bits, or nothing if a size is negative, the product
+/// overflows, or it isn't a whole number of bytes. Sizes of 0 are left out of the product, as in strides.
 std::optional<int64_t> byte_count(const std::vector<int64_t>& shape, int64_t bits) {
   const auto all_bits = internal::product_of_sizes(shape, bits);
   if (!all_bits) return std::nullopt;
@@ -85,7 +84,7 @@ SafetensorsEntry parse_entry(const std::string& name, const Json& json, const st
     TORCH_CHECK_VALUE(false, path.string(), ": header entry of tensor ", name, ": ", error.what());
   }
   const auto bits = bits_of(entry);
-  // The shape of an unknown dtype's tensor can't be compared with its bytes, but must be one.
+  // For an unknown dtype the shape can't be compared with the bytes, but must be valid.
   const auto expected = byte_count(entry.shape, bits.value_or(8));
   TORCH_CHECK_VALUE(
       expected && entry.begin >= 0 && entry.end >= entry.begin && (!bits || entry.end - entry.begin == *expected),
@@ -143,7 +142,7 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : path_(path
                     " bytes does not fit a file of ", file_bytes);
   data_begin_ = 8 + static_cast<int64_t>(header_bytes);
   const auto* header_begin = reinterpret_cast<const char*>(mapping_.get()) + 8;
-  // The parser's own object type would drop the first of two equal names silently: collect them on the way.
+  // The parser silently drops the first of two equal names, so repeated names are found while it parses.
   std::set<std::string> seen;
   std::string repeated;
   const Json header = Json::parse(
@@ -160,7 +159,7 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : path_(path
   TORCH_CHECK_VALUE(repeated.empty(), path.string(), ": tensor ", repeated, " appears twice in the header");
   for (const auto& [name, value] : header.items()) {
     if (name == "__metadata__") {
-      if (value.is_null()) continue;  // as some writers say that there is none
+      if (value.is_null()) continue;  // some writers write null for no metadata
       TORCH_CHECK_VALUE(value.is_object(), path.string(), ": __metadata__ is not a JSON object");
       for (const auto& [key, text] : value.items()) {
         TORCH_CHECK_VALUE(text.is_string(), path.string(), ": metadata ", key, " is not a string");

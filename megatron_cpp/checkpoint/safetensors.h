@@ -20,8 +20,8 @@ namespace megatron_cpp {
 
 /// What the header says of one tensor.
 struct SafetensorsEntry {
-  at::ScalarType dtype;        ///< as LibTorch calls it; Undefined: one in which nothing here computes (F8_E4M3, say)
-  std::string dtype_name;      ///< as the file calls it
+  at::ScalarType dtype;        ///< LibTorch's dtype; Undefined for one that can't be read (such as F8_E4M3)
+  std::string dtype_name;      ///< its name in the file
   std::vector<int64_t> shape;  ///< empty for a scalar
   int64_t begin;               ///< first byte, counted from the end of the header
   int64_t end;                 ///< one past the last byte
@@ -31,8 +31,8 @@ struct SafetensorsEntry {
 class SafetensorsFile {
  public:
   /// Opens the file and checks its header against its size: offsets that overlap, leave a hole or run past the end,
-  /// and shapes that contradict the byte counts, are refused. A tensor of a dtype that can't be read is no fault of the
-  /// others.
+  /// and shapes that contradict the byte counts, are refused. A tensor of a dtype that can't be read doesn't prevent
+  /// reading the others.
   /// @throws c10::ValueError naming the file, and the tensor where one is at fault.
   explicit SafetensorsFile(const std::filesystem::path& path);
 
@@ -46,7 +46,7 @@ class SafetensorsFile {
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
 
   /// A copy of the whole tensor, on the CPU.
-  /// @throws c10::ValueError naming the file and the tensor if it isn't there, or its dtype, if that is Undefined.
+  /// @throws c10::ValueError naming the file and the tensor if it isn't there, or if its dtype is Undefined.
   at::Tensor read(const std::string& name) const;
 
   /// A copy of a part of it, on the CPU, contiguous; the rest isn't read.
@@ -66,12 +66,12 @@ class SafetensorsFile {
 
 /// A tensor and the name it has in a file.
 struct NamedTensor {
-  std::string name;   ///< of any characters; a file has each once
+  std::string name;   ///< any characters; unique in a file
   at::Tensor tensor;  ///< any device, any strides
 };
 
-/// How safetensors files call a dtype: "F32".
-/// @throws c10::ValueError naming `tensor`, whose dtype it is, if they have no name for it.
+/// The name of a dtype in safetensors files: "F32".
+/// @throws c10::ValueError naming `tensor`, the tensor of this dtype, if the format has no name for it.
 std::string safetensors_dtype(at::ScalarType dtype, const std::string& tensor);
 
 /// Writes `tensors` (any device, any strides) in the order given, as write_file does.

@@ -5,8 +5,7 @@
 //   checkpoints/latest -> step-00000100                       replaced last
 //
 // A folder is called step-N only when it is complete and flushed; until then it is step-N.partial. `latest` is for
-// users: a copy of the run may have made a folder of it, and a file system may have no links. Readers here take it for
-// a hint.
+// users: copying the run may turn it into a folder, and a file system may have no links, so readers use it as a hint.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -29,7 +28,7 @@
 
 namespace megatron_cpp {
 
-/// What a tensor of a checkpoint is to the parameter whose name it has.
+/// The role of a checkpoint's tensor for the parameter of its name.
 enum class TensorRole {
   kParameter,  ///< the parameter itself
   kMain,       ///< the optimizer's copy of it, of higher precision
@@ -39,12 +38,12 @@ enum class TensorRole {
 
 /// Which tensor of a checkpoint.
 struct TensorId {
-  /// The parameter of a name, or something else of it.
+  /// The parameter of this name, or another tensor that belongs to it.
   TensorId(std::string of_parameter, TensorRole which = TensorRole::kParameter)
       : name(std::move(of_parameter)), role(which) {}
 
-  std::string name;  ///< of the parameter, as published
-  TensorRole role;   ///< what of it
+  std::string name;  ///< of the parameter, as CheckpointName gives it
+  TensorRole role;   ///< which tensor of the parameter
   /// "model.norm.weight", or "exp_avg of model.norm.weight".
   std::string text() const;
   auto operator<=>(const TensorId&) const = default;
@@ -56,31 +55,31 @@ struct ShardedTensor {
   at::Tensor local;                   ///< of part.shape(), without gradient: loading writes through it
   std::vector<int64_t> global_shape;  ///< over all ranks, without vocabulary padding
   TensorPart part;                    ///< which elements; may be none
-  /// Whether this rank writes them: replicas are written once.
+  /// Whether this rank writes the part: of several replicas one is written.
   bool main_replica = true;
 };
 
 /// The name of a parameter or segment in this program -> its name in a checkpoint.
 using CheckpointName = std::function<std::string(const std::string&)>;
 
-/// The segments of all parameters, in their order. Tensor-parallel rank 0 writes the replicated ones, data-parallel
-/// rank 0 writes at all. A segment without elements (a vocabulary shard that is all padding) gives an entry, too, so
+/// The segments of all parameters, in their order. Only data-parallel rank 0 writes; of replicated parameters only
+/// tensor-parallel rank 0. A segment without elements (a vocabulary shard that is all padding) gives an entry, too, so
 /// that every rank asks a checkpoint for the same tensors. Not collective.
 std::vector<ShardedTensor> sharded_tensors(const std::vector<ParameterShard>& parameters,
                                            const CheckpointName& published_name, const parallel::ProcessGroups& groups);
 
 /// The same segments of the optimizer's moments. (num_steps() is a number: it belongs in CheckpointContents::state.)
-/// @throws c10::ValueError for an optimizer that has a part of a parameter only. Not collective.
+/// @throws c10::ValueError if the optimizer has only a part of a parameter. Not collective.
 std::vector<ShardedTensor> sharded_tensors(const AdamW& optimizer, const CheckpointName& published_name,
                                            const parallel::ProcessGroups& groups);
 
 /// What one checkpoint holds.
 struct CheckpointContents {
   int64_t step = 0;                    ///< optimizer steps done; names the folder
-  std::string state;                   ///< small text (JSON): sampler position, anything; that of rank 0 is kept
+  std::string state;                   ///< small text (JSON), such as the sampler position; rank 0's is saved
   std::vector<ShardedTensor> tensors;  ///< of this rank; an id at most once
-  std::string model = {};              ///< JSON: what the model is; that of rank 0 is kept
-  std::string tokenizer = {};          ///< a hash: which tokenizer the model was trained with; that of rank 0 is kept
+  std::string model = {};              ///< JSON that describes the model; rank 0's is saved
+  std::string tokenizer = {};          ///< hash of the tokenizer that the model was trained with; rank 0's is saved
 };
 
 /// What becomes of older checkpoints.
@@ -91,15 +90,15 @@ struct SaveCheckpointOptions {
 
 /// Writes `contents` as `<directory>/step-N` and points `<directory>/latest` at it. A step-N of an earlier run is
 /// replaced, what a killed run left behind (*.partial) is removed. `directory` must be the same, shared folder on every
-/// rank, or a link to one; it is made if it doesn't exist. A folder called `latest`, the copy of a link, becomes a link
-/// again, and its checkpoint step-N if that isn't there. Without links on the file system there is no `latest`, and
+/// rank, or a link to one; it is made if it doesn't exist. A folder called `latest` (a copied link) becomes a link
+/// again; it is renamed to its step-N if that doesn't exist. On a file system without links there is no `latest`, and
 /// one warning.
 /// @return the folder written.
 /// @throws parallel::AgreedError on every rank, with the same text, if a rank couldn't write, or if the ranks' slices
 ///         don't cover every element of a tensor exactly once (naming it); `latest` and older checkpoints then stay as
 ///         they were.
-/// Collective over `world`: the lists of pieces (about 100 bytes a tensor and rank) in two all-gathers, and four small
-/// ones of agreement; no values are sent.
+/// Collective over `world`: the lists of pieces (about 100 bytes per tensor and rank) in two all-gathers, and four
+/// calls of agree(); no values are sent.
 std::filesystem::path save_checkpoint(const std::filesystem::path& directory, const CheckpointContents& contents,
                                       const parallel::GroupPtr& world, const SaveCheckpointOptions& options = {});
 
@@ -113,20 +112,20 @@ namespace internal {
 struct CheckpointManifest;
 }
 
-/// The step folder that `path` means, links resolved: it is one, or a link to one; or the folder that holds such, or
-/// `latest` in it. Of these two it is what `latest` leads to; unless that isn't there, or is a folder, the copy of a
-/// link, and older than another: then the newest that is whole, with a warning. Not collective: on several ranks let
-/// one ask, since the answer changes as checkpoints come.
+/// The step folder that `path` stands for, links resolved. `path` is a step folder or a link to one, or a folder of
+/// checkpoints, or `latest` in it. In the last two cases the result is the target of `latest`. If that is missing, or
+/// is a folder (a copied link) and older than another checkpoint, it is the newest complete one, with a warning. Not
+/// collective: call it on one rank, since the answer changes while checkpoints are written.
 /// @throws c10::ValueError naming `path` if it is none of these; and as latest_checkpoint.
 std::filesystem::path find_checkpoint(const std::filesystem::path& path);
 
-/// Removes the checkpoints in `directory`, half written ones and `latest`. All else stays, and so does the folder,
-/// which may be a link or a mount point. Not collective.
+/// Removes the checkpoints in `directory`, unfinished ones and `latest`. All else stays, and so does the folder, which
+/// may be a link or a mount point. Not collective.
 /// @throws std::filesystem::filesystem_error
 void remove_checkpoints(const std::filesystem::path& directory);
 
-/// A complete checkpoint of format version 1 or 2, read in any layout whatever layout wrote it. Not collective: a rank
-/// reads what it needs, and callers wrap construction and load in parallel::agree_on.
+/// Reads a complete checkpoint of format version 1 or 2 in any layout, whatever layout wrote it. Not collective: each
+/// rank reads what it needs, and callers wrap construction and load in parallel::agree_on.
 class CheckpointReader {
  public:
   /// @param path  as find_checkpoint takes it, with its warnings and errors.
@@ -147,9 +146,9 @@ class CheckpointReader {
   const std::vector<int64_t>& global_shape(const TensorId& id) const;
 
   /// Fills each `local`, in place and without gradient, from the pieces that overlap it; only these are read.
-  /// @throws c10::ValueError, before anything is filled: naming manifest and tensor, and what is asked and what there,
-  ///         if a tensor is missing or has another shape or dtype, or if one isn't asked for and `unused` is kRefuse;
-  ///         naming tensor and file, if a file is missing, truncated or holds something else than the manifest says.
+  /// @throws c10::ValueError, before anything is filled: naming manifest and tensor, and both shapes and dtypes, if a
+  ///         tensor is missing or has another shape or dtype, or if one isn't asked for and `unused` is kRefuse; naming
+  ///         tensor and file, if a file is missing, truncated or holds something else than the manifest says.
   void load(const std::vector<ShardedTensor>& tensors, UnusedTensors unused = UnusedTensors::kRefuse) const;
 
  private:
@@ -158,9 +157,9 @@ class CheckpointReader {
 };
 
 /// The complete checkpoint of the highest step in `directory`: its manifest can be read and every file named there has
-/// its size. It is called step-N, or `latest` if that is a folder of its own. A warning names each newer one that is
-/// broken. Nothing if there is none, or no such directory. Not collective: rank 0 asks, and broadcasts the answer.
-/// @throws c10::ValueError if there are some, but all are broken: whoever would start over would lose them.
+/// its size. It is called step-N, or `latest` if that is a folder, not a link. A warning names each newer one that is
+/// broken. Nothing if there is none, or no such directory. Not collective: call it on rank 0 and broadcast the result.
+/// @throws c10::ValueError if there are some, but all are broken: starting over would lose them.
 std::optional<std::filesystem::path> latest_checkpoint(const std::filesystem::path& directory);
 
 }  // namespace megatron_cpp

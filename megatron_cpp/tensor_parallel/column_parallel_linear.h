@@ -24,11 +24,11 @@ struct ColumnParallelLinearOptions {
   /// A plain weight [out_features, in_features].
   ColumnParallelLinearOptions(int64_t in_features, int64_t out_features)
       : in_features_(in_features), out_features_(out_features) {}
-  /// A fused weight: each part is split over the ranks by itself, so that a rank's output is its columns of each.
+  /// A fused weight: each part is split over the ranks, so that a rank's output holds its columns of each part.
   ColumnParallelLinearOptions(int64_t in_features, std::vector<OutputPart> parts);
 
   TORCH_ARG(int64_t, in_features);   ///< C
-  TORCH_ARG(int64_t, out_features);  ///< F, over all ranks; of parts their sum
+  TORCH_ARG(int64_t, out_features);  ///< F, over all ranks; the sum of the parts
   /// Empty for a plain weight.
   TORCH_ARG(std::vector<OutputPart>, parts);
   TORCH_ARG(bool, bias) = false;  ///< sharded like the columns, starts at 0
@@ -46,7 +46,7 @@ struct ColumnParallelLinearOptions {
 };
 
 /// Y = X Aᵀ + b, A [F, C] split by rows over `tp`: rank r of t holds rows [r·F/t, (r+1)·F/t) (of each part).
-/// With pad_out_features F' stands for F in all shapes; rows of the padding are zero, and no checkpoint has them.
+/// With pad_out_features all shapes have F' instead of F; rows of the padding are zero, and no checkpoint has them.
 class ColumnParallelLinearImpl : public ParallelModule {
  public:
   /// @throws c10::ValueError if F, or a part of it, is not divisible by t (without pad_out_features), or
@@ -57,7 +57,7 @@ class ColumnParallelLinearImpl : public ParallelModule {
   /// @return       [.., F/t], this rank's columns; with gather_output [.., F].
   /// Comm: backward 1 all-reduce of the input's elements if it needs a gradient; sequence_parallel: forward 1
   /// all-gather, backward 1 reduce-scatter, and 1 all-gather if the weight needs a gradient. gather_output: forward 1
-  /// all-gather of the output (its gradient being the same on every rank).
+  /// all-gather of the output (its gradient must be the same on every rank).
   /// Collective over tp. Throws c10::ValueError, before anything is sent, if input.size(-1) != C.
   at::Tensor forward(const at::Tensor& input);
 

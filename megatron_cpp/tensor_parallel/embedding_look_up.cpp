@@ -14,7 +14,7 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-/// One entry a row: whether it is left out.
+/// For each row, whether it is left out.
 std::vector<bool> left_out_of(int64_t num_rows, const at::Tensor& rows_left_out) {
   std::vector<bool> left_out(static_cast<size_t>(num_rows), false);
   if (!rows_left_out.defined()) return left_out;

@@ -13,8 +13,9 @@
 namespace megatron_cpp {
 
 /// Rank r of t holds columns [r·H/t, (r+1)·H/t) of the table, for every id; the vocabulary is not padded. A partial is
-/// these columns of the embedding, [S, B, H/t]. Under sequence parallelism no rank ever has [S, B, H], and what is sent
-/// is 1/t of the vocabulary-parallel embedding's. For models whose output layer has a weight of its own.
+/// these columns of the embedding, [S, B, H/t]. Under sequence parallelism no rank ever has [S, B, H], and a rank sends
+/// 1/t of what it sends with the vocabulary-parallel embedding. For models whose output layer doesn't share the
+/// embedding's weight.
 class HiddenParallelEmbeddingImpl : public ParallelEmbedding {
  public:
   /// @throws c10::ValueError if H is not divisible by t.

@@ -13,7 +13,7 @@
 namespace megatron_cpp {
 
 /// Token ids [B, S] to [S, B, H], or this rank's rows [S/t, B, H] under sequence parallelism, in three steps, so that
-/// others (image features) can put rows between the first two and share the one collective.
+/// an insert (image features) can write rows between the first two steps and share the one collective.
 class LanguageModelEmbeddingImpl : public ParallelModule {
  public:
   /// A word embedding of this library.
@@ -23,12 +23,12 @@ class LanguageModelEmbeddingImpl : public ParallelModule {
   /// A word embedding of the caller's own.
   explicit LanguageModelEmbeddingImpl(std::shared_ptr<ParallelEmbedding> word_embeddings);
 
-  /// What this rank finds in its part of the table; see ParallelEmbedding::partial.
+  /// Looks up this rank's part of the table; see ParallelEmbedding::partial.
   at::Tensor partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out = {});
-  /// What this rank owns of the whole; see ParallelEmbedding::reduce. Collective over tp.
+  /// The embeddings that this rank owns; see ParallelEmbedding::reduce. Collective over tp.
   at::Tensor reduce(const at::Tensor& partial);
-  /// What a model adds after the sum. Step3.7 has neither learned positions nor dropout: this is where they would go.
-  /// @param position_ids  [B, S] int64 or undefined; handed through.
+  /// The place for learned positions and dropout, after the sum. Step3.7 has neither: returns `embeddings`.
+  /// @param position_ids  [B, S] int64 or undefined; not read.
   at::Tensor finish(const at::Tensor& embeddings, const at::Tensor& position_ids);
 
   /// The three steps in a row. Collective over tp.
@@ -36,7 +36,7 @@ class LanguageModelEmbeddingImpl : public ParallelModule {
 
   std::vector<ParameterShard> own_parameters() const override { return {}; }
 
-  /// Of partial().
+  /// The layout of partial().
   Part layout() const { return word_embeddings->layout(); }
   /// The group of the word embedding.
   const parallel::GroupPtr& tp() const { return word_embeddings->tp(); }

@@ -16,8 +16,8 @@ enum class LinearInput {
 
 /// input [.., C] times weightᵀ [F, C] plus bias [F] (may be undefined) -> [.., F].
 ///
-/// Saves the input as it comes (the shard under sequence parallelism) and gathers it again in the backward pass, where
-/// the collective of the input's gradient is issued before the weight-gradient product that can hide it on NCCL.
+/// Saves the input as given (the shard under sequence parallelism) and gathers it again in the backward pass, where the
+/// collective of the input's gradient is issued before the weight-gradient product that can hide it on NCCL.
 /// A parameter that needs no gradient costs neither product nor gather. With `accumulate_into_grad` the products add
 /// into the gradients that weight and bias already have, and autograd gets undefined ones.
 /// Collective over `group`, forward and backward, as LinearInput says.

@@ -26,10 +26,10 @@ bool goes_through_float(const at::Tensor& tensor) {
   return tensor.is_cpu() && (dtype == at::kBFloat16 || dtype == at::kHalf) && multiplies_halves_slowly();
 }
 
-/// Columns or rows that are converted at a time: buffers that a cache holds, products that are still large.
+/// Columns or rows converted at a time: few enough for buffers in cache, enough for large products.
 constexpr int64_t kBlock = 512;
 
-/// result = a · b, each block of columns of b converted and multiplied by itself.
+/// result = a · b, one block of columns of b at a time.
 void product_through_float(const at::Tensor& result, const at::Tensor& a, const at::Tensor& b) {
   const int64_t width = std::min(kBlock, b.size(1));
   const auto float_a = a.to(at::kFloat);
@@ -47,7 +47,7 @@ void product_through_float(const at::Tensor& result, const at::Tensor& a, const 
   }
 }
 
-/// sum += a · b, each block of rows of the sum converted and added to by itself.
+/// sum += a · b, one block of rows of the sum at a time.
 void add_product_through_float(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
   const int64_t height = std::min(kBlock, sum.size(0));
   const auto float_b = b.to(at::kFloat);

@@ -4,7 +4,7 @@
 // ones (11 against 88 GFLOP/s on an AVX2 EPYC core). There they are multiplied in float32, block by block, and rounded
 // once, which is what the hardware of other machines does. Elsewhere these are LibTorch's own products.
 //
-// Each is one operation "megatron_cpp::matrix_product" to profilers.
+// Profilers show each as one operation "megatron_cpp::matrix_product".
 #pragma once
 
 #include <ATen/core/Tensor.h>

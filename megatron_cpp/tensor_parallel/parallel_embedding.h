@@ -1,4 +1,4 @@
-// What others need of a word embedding to put rows of their own into it before its one collective.
+// The interface of a word embedding into which an insert can write rows before its one collective.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,17 +13,17 @@
 
 namespace megatron_cpp {
 
-/// What rank r of t makes of rows [.., H] of an embedding.
+/// What rank r of t holds of rows [.., H] of an embedding.
 enum class Part {
-  kSummand,  ///< [.., H]: the row is the sum of what the ranks make. Rows left out are zero, so that a rank may add to
-             ///< them by writing: any columns, or on one rank only.
-  kColumns,  ///< [.., H/t]: columns [r·H/t, (r+1)·H/t) of the row. Rows left out hold nothing in particular.
-  kWhole,    ///< [.., H]: the row, on one rank. Of rows that are inserted; a word embedding's partial is never whole.
+  kSummand,  ///< [.., H]: the row is the sum over the ranks. Rows left out are zero, so that an insert may write to
+             ///< them: different columns on each rank, or all on one rank.
+  kColumns,  ///< [.., H/t]: columns [r·H/t, (r+1)·H/t) of the row. Rows left out are undefined.
+  kWhole,    ///< [.., H]: the whole row, on one rank. For inserted rows only; a word embedding's partial is never this.
 };
 /// The name until 0.1.
 using PartialLayout = Part;
 
-/// How the table [V, H] of one of this library's word embeddings lies on the ranks.
+/// How the table [V, H] of one of this library's word embeddings is split over the ranks.
 enum class EmbeddingSharding {
   kVocab,   ///< VocabParallelEmbedding
   kHidden,  ///< HiddenParallelEmbedding
@@ -45,41 +45,40 @@ struct ParallelEmbeddingOptions {
   TORCH_ARG(double, init_std) = 0.02;  ///< standard deviation of the initial weights
 };
 
-/// A word embedding whose table is split over a tensor-parallel group, and whose look-up has two steps: what a rank
-/// finds in its part of the table, and the one collective that makes of the ranks' findings what each of them owns.
-/// Whoever inserts rows (image features) writes them into the partial, or makes an exchange of its own of it.
+/// A word embedding whose table is split over a tensor-parallel group, and whose look-up has two steps: partial() looks
+/// up this rank's part of the table, and reduce() combines the partials of all ranks by one collective. An insert
+/// (image features) writes its rows into the partial, or runs its own collective on the partial.
 ///
 /// To put an embedding of your own under an insert, derive from this class, set `weight` and give it to
-/// LanguageModelEmbedding. check_parallel_embedding (megatron_cpp/testing/) tells whether it keeps what is written
-/// here.
+/// LanguageModelEmbedding. check_parallel_embedding (megatron_cpp/testing/) checks that it does what is written here.
 class ParallelEmbedding : public ParallelModule {
  public:
-  /// Keeps both; a derived class checks that it can shard these sizes over `tp`, and makes `weight`.
+  /// Stores both; a derived class checks that it can shard these sizes over `tp`, and makes `weight`.
   ParallelEmbedding(ParallelEmbeddingOptions options, parallel::GroupPtr tp);
 
   /// The first step, without communication.
   /// @param input_ids      [B, S] int64, equal on every rank. On the CPU they are checked; on a GPU an id outside
   ///                       [0, V) trips an asynchronous device assertion.
-  /// @param rows_left_out  [k] int64 on the CPU, flat numbers s*B + b of rows that somebody else fills, which get no
-  ///                       gradient; undefined: none.
-  /// @return               [S, B, W] as layout() says, contiguous, a tensor of its own that the caller may write to. It
-  ///                       needs a gradient whenever the weight does, also on a rank that finds nothing: it would miss
-  ///                       the backward collective otherwise, and the others would wait for it. Its backward adds to
-  ///                       the weight's gradient where that lies (it may be a view of a GradientBuffer). The gradient
-  ///                       that it gets is finite everywhere. In rows left out and in rows that holders() gives to
-  ///                       another rank it may be zero or not (reduce() gives every rank all rows), and must not
-  ///                       count; masking by multiplication is enough.
+  /// @param rows_left_out  [k] int64 on the CPU, flat numbers s*B + b of rows that the caller fills; they get no
+  ///                       gradient. Undefined: none.
+  /// @return               [S, B, W] as layout() says, contiguous, a new tensor that the caller may write to. It
+  ///                       requires a gradient whenever the weight does, also on a rank that holds none of the ids:
+  ///                       otherwise that rank would miss the backward collective, and the others would hang. Its
+  ///                       backward adds to an existing gradient of the weight in place (it may be a view of a
+  ///                       GradientBuffer). The gradient that it receives is finite everywhere. In rows left out, and
+  ///                       in rows that holders() assigns to another rank, it can be nonzero (reduce() gives every rank
+  ///                       all rows), and must not count; multiplying by a mask is enough.
   /// @throws c10::ValueError, on every rank alike, naming an id outside [0, V) and its place, or a row to leave out
   ///         that isn't there.
   virtual at::Tensor partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out = {}) = 0;
 
   /// What a partial [S, B, W] is of the whole [S, B, H]: kSummand (W = H) or kColumns (W = H/t); the same on every
-  /// rank, and for good.
+  /// rank; it never changes.
   virtual Part layout() const = 0;
 
-  /// Of each row s*B + b of a kSummand partial the rank that holds its id's row of the table, [S*B], for ids [B, S] on
-  /// the CPU; equal on every rank. Where only the words train, the gradient of a row goes to that rank alone. Empty, as
-  /// here: every rank gets the gradient of every text row. Not collective.
+  /// For each row s*B + b of a kSummand partial, the rank that holds the table row of its id: [S*B], for ids [B, S] on
+  /// the CPU; equal on every rank. If only the words are trained, the gradient of a row is sent to that rank only.
+  /// Empty, the default: every rank gets the gradient of every text row. Not collective.
   virtual std::vector<int64_t> holders(const at::Tensor& input_ids) const;
 
   /// The second step: partials to [S, B, H], or with sequence_parallel() this rank's rows of it, [S/t, B, H].
@@ -90,7 +89,7 @@ class ParallelEmbedding : public ParallelModule {
   /// rank, and backward the same.
   at::Tensor reduce(const at::Tensor& partial) const;
 
-  /// Which positions of a sequence of S each rank has of what reduce() returns; without sequence_parallel() a layout of
+  /// Which positions of the sequence each rank has in the result of reduce(); without sequence_parallel() a layout of
   /// one rank, since every rank has all. Not collective.
   /// @throws c10::ValueError if S % t != 0 with sequence_parallel().
   parallel::SequenceLayout sequence_layout(int64_t sequence_length) const;

@@ -16,8 +16,8 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-/// Adds `bias` [F] to `summand` [.., F] where `adds`: on one rank of those whose summands will be summed. The gradient
-/// of the sum, which all of them get, is the bias's on all.
+/// Adds `bias` [F] to `summand` [.., F] if `adds`, which is true on one of the ranks whose summands are summed. All
+/// ranks get the gradient of the sum, and so the whole gradient of the bias.
 struct AddToSum : torch::autograd::Function<AddToSum> {
   static at::Tensor forward(AutogradContext* context, at::Tensor summand, const at::Tensor& bias, bool adds) {
     context->mark_dirty({summand});
@@ -64,7 +64,7 @@ std::vector<ParameterShard> RowParallelLinearImpl::own_parameters() const {
                                                        {options_.out_features(), options_.in_features()}, 1,
                                                        range.begin, InitialValue::normal(options_.init_std()), true)};
   if (options_.bias()) {
-    // Under sequence parallelism a rank adds it to its own rows only.
+    // Under sequence parallelism a rank adds the bias to its own rows only.
     const bool own_rows = options_.sequence_parallel() && options_.reduce_output();
     const auto domain = own_rows ? GradientDomain::kReplicatedPartial : GradientDomain::kReplicated;
     result.push_back(replicated_parameter("bias", bias, domain, InitialValue::constant(0.0), false));

@@ -23,11 +23,11 @@ struct RowParallelLinearOptions {
   TORCH_ARG(bool, bias) = false;     ///< whole on every rank, starts at 0
   /// The output becomes this rank's rows of the sequence.
   TORCH_ARG(bool, sequence_parallel) = false;
-  /// The input is this rank's columns already; otherwise every rank has all and takes its own.
+  /// The input is this rank's columns already; otherwise every rank has the whole input and takes its columns.
   TORCH_ARG(bool, input_is_parallel) = true;
   /// Sum the ranks' products; otherwise the output is this rank's summand, the bias in that of rank 0.
   TORCH_ARG(bool, reduce_output) = true;
-  /// Backward adds into the weight's existing gradient and gives autograd none. The bias's goes through autograd.
+  /// Backward adds into the weight's existing gradient and gives autograd none. The bias uses autograd.
   TORCH_ARG(bool, accumulate_into_grad) = false;
   TORCH_ARG(double, init_std) = 0.02;  ///< standard deviation of the initial weights
 };
@@ -42,16 +42,16 @@ class RowParallelLinearImpl : public ParallelModule {
   /// @return       [S, .., F], equal on every rank; [S/t, .., F] with sequence_parallel; this rank's summand [S, .., F]
   ///               without reduce_output.
   /// Comm: forward 1 all-reduce of the output's elements; sequence_parallel: forward 1 reduce-scatter, backward 1
-  /// all-gather of them; input_is_parallel(false): backward 1 all-gather of the input's. Without reduce_output none of
-  /// the output's: the caller sums, and gives back the whole gradient of the summand, the same on every rank.
-  /// Collective over tp. Throws c10::ValueError, before anything is sent, if sizes don't fit (S % t with
+  /// all-gather of them; input_is_parallel(false): backward 1 all-gather of the input's elements. Without reduce_output
+  /// the output isn't communicated: the caller sums, and must pass back the gradient of the sum, the same on every
+  /// rank. Collective over tp. Throws c10::ValueError, before anything is sent, if sizes don't fit (S % t with
   /// sequence_parallel).
   at::Tensor forward(const at::Tensor& input);
 
   std::vector<ParameterShard> own_parameters() const override;
 
   at::Tensor weight;  ///< [F, C/t]
-  at::Tensor bias;    ///< [F], on every rank; undefined without bias. Enters the sum once.
+  at::Tensor bias;    ///< [F], on every rank; undefined without bias. Added once to the sum.
 
  private:
   RowParallelLinearOptions options_;

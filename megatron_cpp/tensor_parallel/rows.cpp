@@ -44,7 +44,7 @@ void check_matrices(const at::Tensor& target, const at::Tensor& source) {
       "the elements of a row must be side by side");
 }
 
-/// Bytes that are worth a thread of their own.
+/// Fewest bytes worth another thread.
 constexpr int64_t kGrainBytes = 1 << 18;
 
 void move_rows_on_host(const at::Tensor& target, const at::Tensor& target_rows, const at::Tensor& source,

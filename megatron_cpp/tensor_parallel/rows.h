@@ -1,4 +1,4 @@
-// Moving rows of matrices by number: what embeddings and inserts do besides matrix products.
+// Copies rows of matrices by number, for embeddings and inserts.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,7 +22,7 @@ at::Tensor as_rows(const at::Tensor& tensor);
 /// @param target, source  [.., W] with the elements of a row side by side, one dtype and device.
 /// @param target_rows, source_rows  [k] int64 on that device; undefined: rows 0, 1, 2, ... Target rows are all
 ///                                  different. At least one is defined.
-/// On the CPU one memcpy a row: the index operators of LibTorch 2.15 go element by element where rows aren't
+/// On the CPU one memcpy per row: the index operators of LibTorch 2.15 go element by element where rows aren't
 /// contiguous.
 void copy_rows(const at::Tensor& target, const at::Tensor& target_rows, const at::Tensor& source,
                const at::Tensor& source_rows);

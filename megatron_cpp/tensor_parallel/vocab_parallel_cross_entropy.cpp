@@ -37,8 +37,8 @@ at::Tensor at_targets(const at::Tensor& logits, const at::Tensor& maxima, const 
   return (picked - maxima).masked_fill(targets.here.logical_not(), 0);
 }
 
-/// Calls body(first, length) for blocks of positions of `values`, [S, B, columns]: on the CPU as many as a core's cache
-/// holds, so that one operator finds there what the one before has written; elsewhere once, for all.
+/// Calls body(first, length) for blocks of positions of `values`, [S, B, columns]: on the CPU as many as fit into the
+/// cores' caches, so that an operator finds the previous one's result in cache; elsewhere one call for all.
 template <class Body>
 void for_blocks_of_positions(const at::Tensor& values, const Body& body) {
   constexpr int64_t kCacheBytes = int64_t{256} * 1024;
@@ -121,8 +121,8 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
           at::mul_out(block, own, factor);
         }
       });
-      // The target's column from its exponential again, and not from the gradient, which may be rounded already; where
-      // the target isn't here, column 0 gets what it has.
+      // The target's column is computed from its exponential again, since the gradient may be rounded already; where
+      // the target isn't on this rank, column 0 gets the same value again.
       const auto column = targets.column.unsqueeze(-1);
       const auto at_target =
           at::addcmul(per_class.unsqueeze(-1), exponentials.gather(-1, column), per_exponential.unsqueeze(-1)) -

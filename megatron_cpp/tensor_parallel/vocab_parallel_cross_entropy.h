@@ -9,7 +9,7 @@
 
 namespace megatron_cpp {
 
-/// What the loss counts.
+/// Vocabulary, smoothing and ignored targets.
 struct CrossEntropyOptions {
   /// V: over all ranks, without padding.
   int64_t vocabulary_size;
@@ -22,14 +22,14 @@ struct CrossEntropyOptions {
 /// Cross entropy per token, as at::cross_entropy_loss with reduction none defines it: with log p = logits - log sum exp
 /// over the V classes,
 ///   loss = -(1 - s)·log p[target] - s/V · Σ_v log p[v],
-/// from what the ranks hold of the logits, which are never gathered (after megatron/core/tensor_parallel/
+/// from each rank's shard of the logits, which are never gathered (after megatron/core/tensor_parallel/
 /// cross_entropy.py). Columns of the padding, [V, V'), take no part, whatever they hold: not in the maximum, not in the
 /// sums; their gradient is 0. A shard may be all padding.
 /// @param logits  [S, B, V'/t], columns [r·V'/t, (r+1)·V'/t) of the padded vocabulary. Half types are computed in
 ///                float32.
 /// @param target  [S, B] int64, equal on every rank. On the CPU it is checked; on a GPU a target outside [0, V) that
 ///                isn't ignore_index trips an asynchronous device assertion.
-/// @return        [S, B] float32 (float64 for such logits), equal on every rank; its gradient must be so too.
+/// @return        [S, B] float32 (float64 for such logits), equal on every rank; its gradient must be equal, too.
 /// Gradient in logits' dtype, without communication, rounded once. Saves S·B·V/t exponentials in the loss's dtype; the
 /// backward pass makes the gradient and no other tensor of that size.
 /// Comm: forward 2 all-reduces: the maxima, S·B elements, and 2·S·B sums (3·S·B with label smoothing); backward none.

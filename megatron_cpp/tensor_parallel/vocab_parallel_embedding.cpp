@@ -12,8 +12,7 @@
 namespace megatron_cpp {
 namespace {
 
-/// Every row but those left out is looked up, and those that aren't this rank's are masked, so that no id has to come
-/// to the host.
+/// Looks up every row but those left out, and masks rows of other ranks' ids, so that no id is copied to the host.
 at::Tensor masked_look_up(const at::Tensor& weight, const at::Tensor& input_ids, const at::Tensor& rows_left_out,
                           const ParallelEmbeddingOptions& options, parallel::Range own) {
   const auto look_up = internal::plan_look_up_on_device(input_ids, rows_left_out, options.vocabulary_size(), own);

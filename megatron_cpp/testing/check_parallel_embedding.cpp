@@ -14,23 +14,23 @@
 namespace megatron_cpp {
 namespace {
 
-/// An embedding, what it is asked for, the truth about it (on the CPU), and what was found.
+/// An embedding, its inputs, the expected values (on the CPU), and the faults found.
 struct Check {
   parallel::GroupPtr tp;
   std::vector<std::string> sentences = {};
-  std::set<std::string> broken = {};      ///< what has a sentence
+  std::set<std::string> broken = {};      ///< subjects that have a sentence
   std::string text = {};                  ///< sizes and options
   parallel::RecordedGroup recorded = {};  ///< the embedding's group
   std::shared_ptr<ParallelEmbedding> embedding = {};
-  bool columns = false;                         ///< its layout
+  bool columns = false;                         ///< its layout is kColumns
   std::vector<ParameterSegment> segments = {};  ///< of its weight
-  at::Tensor held = {};                         ///< [V, H], in how many of the segments an element is
-  at::Tensor owners = {};                       ///< [V, 1], the rank that has all of an id's row, or -1
+  at::Tensor held = {};                         ///< [V, H], how many of the segments hold an element
+  at::Tensor owners = {};                       ///< [V, 1], the rank that holds the whole row of an id, or -1
   at::Tensor table = {};                        ///< [V, H]
   at::Tensor ids = {};                          ///< [B, S]
   at::Tensor left_out = {};                     ///< [k] flat rows, or undefined
 
-  /// Whether `check` throws on no rank; if it does, there is a sentence about `subject`. Collective.
+  /// Whether `check` succeeds on every rank; if not, adds a sentence about `subject`. Collective.
   bool holds(const std::string& subject, const std::function<void()>& check) {
     try {
       parallel::agree_on(check, tp);
@@ -41,18 +41,18 @@ struct Check {
     }
   }
   at::Tensor partial() const { return embedding->partial(ids, left_out); }
-  /// The truth: rows [S, B, H] of a table, zero where they are left out.
+  /// The expected rows [S, B, H] of a table, zero where left out.
   at::Tensor look_up(const at::Tensor& whole) const {
     const auto rows = at::embedding(whole, ids.t());
     return left_out.defined() ? rows.flatten(0, 1).index_fill(0, left_out, 0).view_as(rows) : rows;
   }
-  /// This rank's share of dimension `dim`, if it has a share.
+  /// This rank's share of dimension `dim` if `shared`, otherwise all of `whole`.
   at::Tensor own(bool shared, int64_t dim, const at::Tensor& whole) const {
     return shared ? whole.chunk(tp->getSize(), dim)[static_cast<size_t>(tp->getRank())] : whole;
   }
 };
 
-/// Throws unless both are equal, naming the first row, numbered flat, that isn't.
+/// Throws unless both are equal, naming the first row (flat number) that differs.
 void expect_equal(const std::string& what, const at::Tensor& got, const at::Tensor& expected) {
   TORCH_CHECK_VALUE(got.sizes() == expected.sizes(), what, " has shape ", got.sizes(), ", expected ", expected.sizes());
   if (at::equal(got, expected)) return;
@@ -62,7 +62,7 @@ void expect_equal(const std::string& what, const at::Tensor& got, const at::Tens
                     place[1].item<int64_t>(), ", expected ", value(expected));
 }
 
-/// Makes the embedding, and reads what of the table it holds.
+/// Makes the embedding, and reads which part of the table it holds.
 void set_up(Check& check, const MakeEmbedding& make, const ParallelEmbeddingOptions& asked, at::ScalarType dtype) {
   check.embedding = make(asked, check.recorded.group);
   TORCH_CHECK_VALUE(check.embedding != nullptr, "make returned no embedding");
@@ -89,7 +89,7 @@ void set_up(Check& check, const MakeEmbedding& make, const ParallelEmbeddingOpti
   }
 }
 
-/// Throws unless the ranks hold each element once, and in one way. Sets the owners. Collective.
+/// Throws unless the ranks together hold each element once, in one layout and device type. Sets owners. Collective.
 void compare_ranks(Check& check) {
   const auto rows = parallel::all_gather(check.held.unsqueeze(0), check.tp);  // [t, V, H]
   const auto device = static_cast<int64_t>(check.embedding->weight.device().type());
@@ -110,13 +110,13 @@ at::Tensor check_partial(const Check& check) {
   TORCH_CHECK_VALUE(!partial.is_alias_of(weight) && !partial.is_alias_of(check.partial().fill_(1)),
                     "its memory is that of another partial of the same ids, or the weight's");
   const auto values = partial.detach().cpu();
-  // Of columns, rows left out hold nothing in particular.
+  // In columns, rows left out are undefined.
   if (check.columns && check.left_out.defined()) values.flatten(0, 1).index_fill_(0, check.left_out, 0);
   expect_equal("it", values, check.own(check.columns, -1, check.look_up(check.table * check.held)));
   return values;
 }
 
-/// Two backward passes, with gradients as reduce() gives them: of all rows.
+/// Two backward passes, with gradients in all rows, as reduce() gives them.
 void check_backward(const Check& check) {
   auto& weight = check.embedding->weight;
   weight.mutable_grad().reset();
@@ -131,7 +131,7 @@ void check_backward(const Check& check) {
     for (const auto& segment : check.segments) segment.in_local(expected).copy_(segment.in_global(table.grad()));
     const auto before = weight.grad();
     const auto partial = check.partial();
-    partial.detach().fill_(1);  // others write into it
+    partial.detach().fill_(1);  // an insert may write into it
     partial.backward(check.own(check.columns, -1, gradient).to(weight.device()));
     const auto what = fmt::format("the weight's gradient after pass {} of 2", pass);
     expect_equal(what, weight.grad().defined() ? weight.grad().cpu() : at::zeros_like(expected), expected);

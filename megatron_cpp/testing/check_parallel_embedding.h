@@ -1,4 +1,4 @@
-// A check of word embeddings that users bring themselves: does one keep what ParallelEmbedding promises?
+// Checks that a user's own word embedding does what ParallelEmbedding promises.
 #pragma once
 
 #include <functional>
@@ -12,7 +12,7 @@
 namespace megatron_cpp {
 
 /// Makes the embedding to be checked, of the sizes in `options`, over `tp`, on the device it is meant for. Called five
-/// times on every rank, in the same order. `tp` counts what is sent through it: the embedding must keep this group.
+/// times on every rank, in the same order. `tp` counts the collectives: the embedding must use this group.
 using MakeEmbedding = std::function<std::shared_ptr<ParallelEmbedding>(const ParallelEmbeddingOptions& options,
                                                                        const parallel::GroupPtr& tp)>;
 
