@@ -181,7 +181,7 @@ const SafetensorsEntry& SafetensorsFile::entry(const std::string& name) const {
 at::Tensor SafetensorsFile::view(const std::string& name) const {
   const auto& found = entry(name);
   TORCH_CHECK_VALUE(found.dtype != at::ScalarType::Undefined, path_.string(), ": tensor ", name, " has dtype ",
-                    found.dtype_name, ", in which nothing here computes");
+                    found.dtype_name, ", which is not supported");
   // from_blob wants a mutable pointer; the mapping is private and callers copy before anyone can write.
   auto* data = const_cast<std::byte*>(mapping_.get() + data_begin_ + found.begin);
   return at::from_blob(data, found.shape, at::TensorOptions().dtype(found.dtype));

@@ -32,7 +32,7 @@ std::vector<int64_t> permutation(int64_t count, uint64_t seed) {
 
 Sampler::Sampler(int64_t num_samples, SampleOrder order, uint64_t seed)
     : num_samples_(num_samples), order_(order), seed_(seed) {
-  TORCH_CHECK_VALUE(num_samples > 0, "a sampler of ", num_samples, " samples");
+  TORCH_CHECK_VALUE(num_samples > 0, "a sampler needs at least 1 sample, got ", num_samples);
   start_epoch();
 }
 
@@ -62,7 +62,7 @@ void Sampler::restore(const SamplerState& state) {
 
 MixedSampler::MixedSampler(std::vector<Sampler> samplers, std::vector<double> weights)
     : samplers_(std::move(samplers)), weights_(std::move(weights)) {
-  TORCH_CHECK_VALUE(!samplers_.empty(), "a mix of no data sets");
+  TORCH_CHECK_VALUE(!samplers_.empty(), "a mix needs at least one data set");
   TORCH_CHECK_VALUE(samplers_.size() == weights_.size(), samplers_.size(), " data sets with ", weights_.size(),
                     " weights");
   double sum = 0.0;

@@ -17,7 +17,7 @@ void LearningRateSchedule::validate() const {
     TORCH_CHECK_VALUE(decay_steps >= 1 && decay_steps <= total_steps - warmup_steps, "decay_steps ", decay_steps,
                       " is not in [1, ", total_steps - warmup_steps, "], the steps after the warm-up");
   } else {
-    TORCH_CHECK_VALUE(decay_steps == 0, "decay_steps ", decay_steps, " is of the decay wsd only");
+    TORCH_CHECK_VALUE(decay_steps == 0, "decay_steps ", decay_steps, " needs the decay wsd");
   }
 }
 

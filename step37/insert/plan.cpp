@@ -125,7 +125,7 @@ std::vector<int64_t> begins_of(const std::vector<int64_t>& image_rows) {
   for (const int64_t rows : image_rows) {
     int64_t end = 0;
     TORCH_CHECK_VALUE(rows >= 0 && !__builtin_add_overflow(begins.back(), rows, &end), "image ", begins.size() - 1,
-                      " has ", rows, " feature rows behind ", begins.back());
+                      " has ", rows, " feature rows, after ", begins.back(), " of the images before it");
     begins.push_back(end);
   }
   return begins;
@@ -161,8 +161,8 @@ InsertPlan InsertPlan::build(std::span<const int64_t> input_ids, int64_t B, int6
       plan.image_rows_.push_back(group.rows[k]);
       int64_t end = 0;
       TORCH_CHECK_VALUE(!__builtin_add_overflow(plan.num_feature_rows(), group.rows[k], &end), "image ", k,
-                        " of start token ", group.start_token, " has ", group.rows[k], " feature rows behind ",
-                        plan.num_feature_rows(), ": their number doesn't fit in 64 bits");
+                        " of start token ", group.start_token, " has ", group.rows[k], " feature rows, after ",
+                        plan.num_feature_rows(), " of the images before it: their sum doesn't fit in 64 bits");
       plan.image_begins_.push_back(end);
     }
   }

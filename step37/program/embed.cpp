@@ -110,7 +110,7 @@ Case read_case(const std::filesystem::path& path, at::ScalarType dtype, bool fro
   const auto& embedding_shape = file.entries().at(kWordEmbeddings).shape;
   const auto embedding_dtype = file.entries().at(kWordEmbeddings).dtype;
   TORCH_CHECK_VALUE(embedding_dtype != at::ScalarType::Undefined, path.string(), ": ", kWordEmbeddings, " has dtype ",
-                    file.entries().at(kWordEmbeddings).dtype_name, ", in which nothing here computes");
+                    file.entries().at(kWordEmbeddings).dtype_name, ", which is not supported");
   check_floating(path, kWordEmbeddings, embedding_dtype);
   TORCH_CHECK_VALUE(embedding_shape.size() == 2, path.string(), ": ", kWordEmbeddings, " has shape ",
                     at::IntArrayRef(embedding_shape), ", expected [V, H]");

@@ -132,9 +132,9 @@ RunState run_state_from_text(const std::string& text, const std::string& where) 
       state.tokenizer = {found->at("hash").get<std::string>(), integer_at(*found, "vocabulary_size")};
     }
   } catch (const nlohmann::json::exception& error) {
-    TORCH_CHECK_VALUE(false, where, ": the state is no training run's: ", error.what());
+    TORCH_CHECK_VALUE(false, where, ": its state is not that of a training run: ", error.what());
   } catch (const c10::ValueError& error) {
-    TORCH_CHECK_VALUE(false, where, ": the state is no training run's: ", error.what_without_backtrace());
+    TORCH_CHECK_VALUE(false, where, ": its state is not that of a training run: ", error.what_without_backtrace());
   }
   return state;
 }

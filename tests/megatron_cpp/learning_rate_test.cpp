@@ -89,7 +89,7 @@ TEST(LearningRate, DecayStepsGoWithWsd) {
   EXPECT_TRUE(contains(error(LearningRateDecay::kWsd, 9), "decay_steps 9 is not in [1, 8], the steps after"));
   for (const auto decay : {LearningRateDecay::kCosine, LearningRateDecay::kLinear, LearningRateDecay::kConstant}) {
     EXPECT_EQ(error(decay, 0), "nothing thrown");
-    EXPECT_TRUE(contains(error(decay, 5), "decay_steps 5 is of the decay wsd only"));
+    EXPECT_TRUE(contains(error(decay, 5), "decay_steps 5 needs the decay wsd"));
   }
 }
 

@@ -225,7 +225,7 @@ TEST(Sampler, ResumesAnywhere) {
 }
 
 TEST(Sampler, WrongArguments) {
-  EXPECT_TRUE(contains(value_error([] { Sampler(0, SampleOrder::kSequential); }), "0 samples"));
+  EXPECT_TRUE(contains(value_error([] { Sampler(0, SampleOrder::kSequential); }), "at least 1 sample, got 0"));
   Sampler sampler(5, SampleOrder::kShuffled);
   EXPECT_TRUE(contains(value_error([&] { sampler.restore({-1, 0}); }), "epoch -1"));
   EXPECT_TRUE(contains(value_error([&] { sampler.restore({0, 5}); }), "position 5"));
@@ -279,7 +279,7 @@ TEST(MixedSampler, ResumesAnywhere) {
 
 TEST(MixedSampler, WrongArguments) {
   const Sampler one(5, SampleOrder::kSequential);
-  EXPECT_TRUE(contains(value_error([&] { MixedSampler({}, {}); }), "no data sets"));
+  EXPECT_TRUE(contains(value_error([&] { MixedSampler({}, {}); }), "at least one data set"));
   EXPECT_TRUE(contains(value_error([&] { MixedSampler({one}, {1.0, 2.0}); }), "1 data sets with 2 weights"));
   EXPECT_TRUE(contains(value_error([&] { MixedSampler({one}, {-1.0}); }), "-1"));
   EXPECT_TRUE(contains(value_error([&] { MixedSampler({one}, {std::numeric_limits<double>::quiet_NaN()}); }), "nan"));

@@ -288,7 +288,8 @@ TEST(InsertPlan, RefusesSizesThatDoNotFit) {
     EXPECT_EQ(value_error([&] {
                 build({1, 3, {7, 7, 1}}, {{7, {kMax, 1}}}, policy);
               }),
-              "image 1 of start token 7 has 1 feature rows behind 9223372036854775807: their number doesn't fit in 64 "
+              "image 1 of start token 7 has 1 feature rows, after 9223372036854775807 of the images before it: their "
+              "sum doesn't fit in 64 "
               "bits");
     EXPECT_EQ(value_error([&] {
                 build({1LL << 32, 1LL << 32, {}}, {}, policy);
@@ -323,9 +324,9 @@ TEST(InsertPlan, RefusesRunsThatDoNotFit) {
   EXPECT_EQ(refusal({{0, 1, 0, 0, 3}}), "a run of 3 feature rows from 1 on is not inside image 0");
   EXPECT_EQ(refusal({{1, 2, 0, 0, 3}}), "a run of 3 feature rows from 2 on is not inside image 1");
   EXPECT_EQ(refusal({{1, 3, 0, 2, 4}, {0, 0, 0, 0, 3}}), "two runs overlap in batch row 0 at position 2");
-  EXPECT_EQ(refusal({}, {1, -1}), "image 1 has -1 feature rows behind 1");
+  EXPECT_EQ(refusal({}, {1, -1}), "image 1 has -1 feature rows, after 1 of the images before it");
   EXPECT_EQ(refusal({}, {1, std::numeric_limits<int64_t>::max()}),
-            "image 1 has 9223372036854775807 feature rows behind 1");
+            "image 1 has 9223372036854775807 feature rows, after 1 of the images before it");
 }
 
 // Placeholders of two images that touch, and of one that goes on in the next batch row.

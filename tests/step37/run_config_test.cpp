@@ -438,7 +438,7 @@ TEST_F(RunConfigTest, WhatDoesntFitIsRefusedWithTheNumbers) {
   EXPECT_EQ(validation_error({"training.min_learning_rate=1"}), "minimum learning rate 1 is not in [0, 0.001]");
   EXPECT_EQ(validation_error({"training.learning_rate_decay=wsd"}),
             "decay_steps 0 is not in [1, 10], the steps after the warm-up");
-  EXPECT_EQ(validation_error({"training.decay_steps=4"}), "decay_steps 4 is of the decay wsd only");
+  EXPECT_EQ(validation_error({"training.decay_steps=4"}), "decay_steps 4 needs the decay wsd");
   EXPECT_EQ(validation_error({"training.decay_steps=-1"}), "training.decay_steps -1 is below 0");
   EXPECT_EQ(validation_error({"training.beta1=1"}), "beta1 1 is not in [0, 1)");
 }
