@@ -132,6 +132,15 @@ struct ReturnsAViewOfTheTable : HiddenParallelEmbeddingImpl {
   }
 };
 
+struct ListsASegmentTwice : VocabParallelEmbeddingImpl {
+  using VocabParallelEmbeddingImpl::VocabParallelEmbeddingImpl;
+  std::vector<ParameterShard> own_parameters() const override {
+    auto shards = VocabParallelEmbeddingImpl::own_parameters();
+    shards[0].segments.push_back(shards[0].segments[0]);
+    return shards;
+  }
+};
+
 }  // namespace
 
 TEST(CheckParallelEmbedding, PassesRightOnes) {
@@ -227,6 +236,7 @@ TEST(CheckParallelEmbedding, NamesWrongSetUps) {
                    spoilt({.segment = [](auto& self, auto& box) { box.length[0] -= self.is(0); }}));
   expect_violation(2, {count + "2 in row 3, column 0, expected 1"},
                    spoilt({.segment = [](auto& self, auto& box) { box.begin[0] -= self.is(1); }}));
+  expect_violation(1, {count + "2 in row 0, column 0, expected 1"}, make<ListsASegmentTwice>);
   expect_violation(1, {"set-up: own_parameters(): [", "isn't a part of weight"},
                    spoilt({.segment = [](auto& self, auto& box) { box.length[0] += self.is_last(); }}));
   expect_violation(2, {"ranks disagree: layout() is 0 on rank 0 and 1 on rank"},
