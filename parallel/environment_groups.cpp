@@ -5,7 +5,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <charconv>
 #include <cstdlib>
 #include <limits>
 #include <string>
@@ -18,6 +17,7 @@
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
 #include "parallel/make_groups.h"
+#include "parallel/mpi/launcher.h"
 #include "parallel/nccl/nccl_groups.h"
 
 namespace megatron_cpp::parallel {
@@ -48,12 +48,11 @@ std::string text(const Variable& variable) {
 /// The variable's value, which must be in [lowest, highest].
 int number(const Variable& variable, int lowest, int highest) {
   const auto digits = text(variable);
-  int value = 0;
-  const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), value);
-  TORCH_CHECK_VALUE(error == std::errc() && end == digits.data() + digits.size() && lowest <= value && value <= highest,
+  const auto value = whole_number(digits);
+  TORCH_CHECK_VALUE(value && lowest <= *value && *value <= highest,
                     is_set(variable.name) ? variable.name : variable.of_slurm, "='", digits,
                     "' is no whole number from ", lowest, " to ", highest);
-  return value;
+  return *value;
 }
 
 c10::intrusive_ptr<c10d::Store> open_store(int rank, int size, std::chrono::milliseconds timeout) {

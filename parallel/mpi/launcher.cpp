@@ -6,20 +6,13 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
-#include <optional>
-#include <string_view>
 
 namespace megatron_cpp::parallel {
 namespace {
 
 std::optional<int> number(const Environment& environment, const char* name) {
   const auto found = environment.find(name);
-  if (found == environment.end()) return std::nullopt;
-  const auto& text = found->second;
-  int value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size()) return std::nullopt;
-  return value;
+  return found == environment.end() ? std::nullopt : whole_number(found->second);
 }
 
 /// "Open MPI v4.1.4": the name and version in the text of MPI_Get_library_version.
@@ -35,6 +28,13 @@ std::string short_name(const std::string& library) {
 }
 
 }  // namespace
+
+std::optional<int> whole_number(std::string_view text) {
+  int value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size()) return std::nullopt;
+  return value;
+}
 
 Environment process_environment() {
   Environment environment;
@@ -70,8 +70,7 @@ std::string launcher_obstacle(const Environment& environment, int mpi_size, cons
     const bool is_slurm = std::string_view(name).starts_with("SLURM");
     return fmt::format(
         "started as one of {0} processes ({1}={0}), but this program's MPI sees 1: start it with the mpirun of the MPI "
-        "it "
-        "was built with ({2}){3}",
+        "it was built with ({2}){3}",
         *size, name, library, is_slurm ? ", or with srun --mpi=pmix" : "");
   }
   // PMIx sets the rank of a process, but not the number of processes.
@@ -79,8 +78,7 @@ std::string launcher_obstacle(const Environment& environment, int mpi_size, cons
   if (rank > 0 && environment.count("PMIX_RANK") != 0 && environment.count("OMPI_COMM_WORLD_RANK") == 0) {
     return fmt::format(
         "started as process {0} of several (PMIX_RANK={0}), but this program's MPI sees 1: start it with the mpirun of "
-        "the "
-        "MPI it was built with ({1})",
+        "the MPI it was built with ({1})",
         rank, library);
   }
   return {};

@@ -2,12 +2,17 @@
 #pragma once
 
 #include <map>
+#include <optional>
 #include <string>
+#include <string_view>
 
 namespace megatron_cpp::parallel {
 
 /// Names and values of environment variables.
 using Environment = std::map<std::string, std::string>;
+
+/// The number that all of `text` spells, as in "12"; nothing for other text and for numbers that no int holds. Pure.
+std::optional<int> whole_number(std::string_view text);
 
 /// The variables of this process.
 Environment process_environment();

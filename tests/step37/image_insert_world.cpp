@@ -20,11 +20,6 @@ using step37::MismatchPolicy;
 using step37::ProjectorSharding;
 using namespace test_support;
 
-at::Tensor part_of(const at::Tensor& whole, int64_t dim, const parallel::GroupPtr& tp) {
-  const int64_t length = whole.size(dim) / tp->getSize();
-  return whole.narrow(dim, length * tp->getRank(), length);
-}
-
 void assign(const at::Tensor& parameter, const at::Tensor& value) {
   const at::NoGradGuard no_grad;
   parameter.copy_(value);
@@ -269,21 +264,21 @@ at::Tensor Layer::bias() const {
 }
 
 at::Tensor Layer::own_sequence(const at::Tensor& whole) const {
-  return variant.sequence_parallel ? part_of(whole, 0, recorded.group) : whole;
+  return variant.sequence_parallel ? part(whole, 0, recorded.group) : whole;
 }
 
 at::Tensor Layer::own_words(const at::Tensor& whole) const {
-  if (variant.hidden()) return part_of(whole, 1, recorded.group);
+  if (variant.hidden()) return part(whole, 1, recorded.group);
   const int64_t padding = (variant.t - sizes.V % variant.t) % variant.t;
-  return part_of(at::constant_pad_nd(whole, {0, 0, 0, padding}), 0, recorded.group);
+  return part(at::constant_pad_nd(whole, {0, 0, 0, padding}), 0, recorded.group);
 }
 
 at::Tensor Layer::own_weight(const at::Tensor& whole) const {
-  return variant.replicated() ? whole : part_of(whole, variant.column() ? 0 : 1, recorded.group);
+  return variant.replicated() ? whole : part(whole, variant.column() ? 0 : 1, recorded.group);
 }
 
 at::Tensor Layer::own_bias(const at::Tensor& whole) const {
-  return variant.column() ? part_of(whole, 0, recorded.group) : whole;
+  return variant.column() ? part(whole, 0, recorded.group) : whole;
 }
 
 std::vector<ImageForInsert> Layer::own_images(const std::vector<ImageForInsert>& images, const Placed& placed) const {
@@ -291,8 +286,7 @@ std::vector<ImageForInsert> Layer::own_images(const std::vector<ImageForInsert>&
     case Placement::kEverywhere:
       return images;
     case Placement::kSliced:
-      return changed(images,
-                     [&](const at::Tensor& tensor) { return part_of(tensor, tensor.dim() - 1, recorded.group); });
+      return changed(images, [&](const at::Tensor& tensor) { return part(tensor, tensor.dim() - 1, recorded.group); });
     case Placement::kOnHolders:
       return held_by(rank(), images, placed, sizes.C);
   }
