@@ -42,11 +42,11 @@ ModelSizes model_sizes(const Target& target) {
   config.head_dim = target.pick<int64_t>(128, 32);
   config.num_query_groups = 8;
   config.ffn_hidden_size = target.pick<int64_t>(11264, 512);
-  AttentionLayerConfig full;
+  LayerConfig full;
   full.num_attention_heads = target.pick<int64_t>(64, 16);
   full.rope_theta = 5e6;
   full.partial_rotary_factor = 0.5;
-  AttentionLayerConfig sliding;
+  LayerConfig sliding;
   sliding.num_attention_heads = target.pick<int64_t>(96, 24);
   sliding.sliding_window = target.pick<int64_t>(512, 64);
   config.layers = {full, sliding};

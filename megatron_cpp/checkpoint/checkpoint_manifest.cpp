@@ -6,15 +6,13 @@
 
 #include <algorithm>
 #include <array>
-#include <cerrno>
-#include <cstring>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <string_view>
 #include <system_error>
 #include <utility>
 
 #include "megatron_cpp/checkpoint/json_integer.h"
+#include "megatron_cpp/checkpoint/json_object.h"
 #include "megatron_cpp/checkpoint/safetensors.h"
 
 namespace megatron_cpp::internal {
@@ -53,61 +51,6 @@ void check_pieces(const TensorId& id, const CheckpointTensor& tensor) {
   TORCH_CHECK_VALUE(false, tensor_text, ": element ", element, " is in no piece");
 }
 
-/// A JSON object of a manifest, with its file and key for messages.
-class ManifestObject {
- public:
-  ManifestObject(const Json& json, const fs::path& file, std::string key)
-      : json_(json), file_(file), key_(std::move(key)) {
-    TORCH_CHECK_VALUE(json_.is_object(), file_.string(), ": ", key_.empty() ? "the whole" : "key " + key_,
-                      " is not a JSON object");
-  }
-  std::string text(const std::string& name) const {
-    const auto& value = at(name);
-    TORCH_CHECK_VALUE(value.is_string(), file_.string(), ": key ", path_to(name), " is not a string");
-    return value.get<std::string>();
-  }
-  int64_t integer(const std::string& name) const {
-    const auto value = integer_of(at(name));
-    TORCH_CHECK_VALUE(value.has_value(), file_.string(), ": key ", path_to(name), " is not a 64-bit integer");
-    return *value;
-  }
-  std::vector<int64_t> integers(const std::string& name) const {
-    const auto values = integers_of(at(name));
-    TORCH_CHECK_VALUE(values.has_value(), file_.string(), ": key ", path_to(name), " is not a list of 64-bit integers");
-    return *values;
-  }
-  bool has(const std::string& name) const { return json_.contains(name); }
-  /// "FILE: key PATH", for messages.
-  std::string where(const std::string& name) const { return fmt::format("{}: key {}", file_.string(), path_to(name)); }
-  ManifestObject object(const std::string& name) const { return {at(name), file_, path_to(name)}; }
-  std::vector<ManifestObject> objects(const std::string& name) const {
-    std::vector<ManifestObject> result;
-    const auto& array = at(name);
-    TORCH_CHECK_VALUE(array.is_array(), file_.string(), ": key ", path_to(name), " is not a JSON array");
-    for (const auto& element : array) {
-      result.emplace_back(element, file_, fmt::format("{}[{}]", path_to(name), result.size()));
-    }
-    return result;
-  }
-  std::vector<std::string> names() const {
-    std::vector<std::string> result;
-    for (const auto& [name, value] : json_.items()) result.push_back(name);
-    return result;
-  }
-
- private:
-  std::string path_to(const std::string& name) const { return key_.empty() ? name : key_ + "/" + name; }
-  const Json& at(const std::string& name) const {
-    const auto found = json_.find(name);
-    TORCH_CHECK_VALUE(found != json_.end(), file_.string(), ": there is no key ", path_to(name));
-    return *found;
-  }
-
-  const Json& json_;
-  const fs::path& file_;
-  std::string key_;
-};
-
 Json part_json(const TensorPart& part) {
   Json json = {{"begin", part.box.begin}, {"length", part.box.length}};
   if (part.elements) json["elements"] = {part.elements->begin, part.elements->end};
@@ -139,7 +82,7 @@ bool is_file_name(std::string_view name) {
   return !name.empty() && name != "." && name != ".." && name.find_first_of(kSeparators) == std::string_view::npos;
 }
 
-TensorRole parse_role(const ManifestObject& object) {
+TensorRole parse_role(const JsonObject& object) {
   const auto text = object.text("role");
   for (const auto& [role, known] : kRoles) {
     if (text == known) return role;
@@ -147,7 +90,7 @@ TensorRole parse_role(const ManifestObject& object) {
   TORCH_CHECK_VALUE(false, object.where("role"), " is ", text, ", expected parameter, main, exp_avg or exp_avg_sq");
 }
 
-TensorPart parse_part(const ManifestObject& object) {
+TensorPart parse_part(const JsonObject& object) {
   TensorPart part{.box = {object.integers("begin"), object.integers("length")}};
   TORCH_CHECK_VALUE(part.box.begin.size() == part.box.length.size(), object.where("begin"), " and length have ",
                     part.box.begin.size(), " and ", part.box.length.size(), " numbers");
@@ -160,7 +103,7 @@ TensorPart parse_part(const ManifestObject& object) {
 
 using NamedTensors = std::map<TensorId, CheckpointTensor>;
 
-NamedTensors parse_tensors(const ManifestObject& root) {
+NamedTensors parse_tensors(const JsonObject& root) {
   NamedTensors tensors;
   for (const auto& object : root.objects("tensors")) {
     const TensorId id{object.text("name"), parse_role(object)};
@@ -193,7 +136,7 @@ TensorId id_of_version_1(const std::string& name) {
   return {name};
 }
 
-NamedTensors parse_tensors_of_version_1(const ManifestObject& root) {
+NamedTensors parse_tensors_of_version_1(const JsonObject& root) {
   NamedTensors tensors;
   const auto objects = root.object("tensors");
   for (const auto& name : objects.names()) {
@@ -245,7 +188,7 @@ CheckpointManifest merge_manifests(const std::vector<std::string>& parts) {
   for (size_t rank = 0; rank < parts.size(); ++rank) {
     const auto json = Json::parse(parts[rank]);
     const fs::path origin = fmt::format("the list of rank {}", rank);
-    const ManifestObject part(json, origin, "");
+    const JsonObject part(json, origin);
     const auto step = part.integer("step");
     if (rank == 0) manifest = {step, part.text("state"), part.text("model"), part.text("tokenizer"), {}, {}};
     TORCH_CHECK_VALUE(step == manifest.step, "rank ", rank, " saves step ", step, ", rank 0 step ", manifest.step);
@@ -263,11 +206,8 @@ CheckpointManifest merge_manifests(const std::vector<std::string>& parts) {
 
 CheckpointManifest read_manifest(const fs::path& folder) {
   const auto file = folder / kManifestFile;
-  std::ifstream stream(file);
-  TORCH_CHECK_VALUE(stream, "cannot open ", file.string(), ": ", std::strerror(errno));
-  const auto json = Json::parse(stream, /*cb=*/nullptr, /*allow_exceptions=*/false);
-  TORCH_CHECK_VALUE(!json.is_discarded(), file.string(), " is not JSON");
-  const ManifestObject root(json, file, "");
+  const auto json = read_json_file(file);
+  const JsonObject root(json, file);
   const auto version = root.integer("format_version");
   TORCH_CHECK_VALUE(version == 1 || version == kFormatVersion, file.string(), ": format_version is ", version,
                     ", this program reads 1 and ", kFormatVersion);

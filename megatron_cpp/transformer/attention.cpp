@@ -82,7 +82,7 @@ at::Tensor core_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
   return ungroup(outputs.size() == 1 ? outputs.front() : at::cat(outputs, 2), q.size(1));
 }
 
-SelfAttentionImpl::SelfAttentionImpl(const TransformerConfig& config, const AttentionLayerConfig& layer,
+SelfAttentionImpl::SelfAttentionImpl(const TransformerConfig& config, const LayerConfig& layer,
                                      const TransformerExecution& execution, const parallel::GroupPtr& tp)
     : num_heads_(parallel::even_shard_size(layer.num_attention_heads, tp->getSize(), "num_attention_heads")),
       num_groups_(parallel::even_shard_size(config.num_query_groups, tp->getSize(), "num_query_groups")),

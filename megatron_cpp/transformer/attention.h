@@ -41,8 +41,8 @@ class SelfAttentionImpl : public torch::nn::Module {
  public:
   /// @throws c10::ValueError if layer.num_attention_heads or config.num_query_groups is not divisible by t, or
   ///         the heads by the groups.
-  SelfAttentionImpl(const TransformerConfig& config, const AttentionLayerConfig& layer,
-                    const TransformerExecution& execution, const parallel::GroupPtr& tp);
+  SelfAttentionImpl(const TransformerConfig& config, const LayerConfig& layer, const TransformerExecution& execution,
+                    const parallel::GroupPtr& tp);
 
   /// @param input      [S, B, H], equal on every rank; with sequence_parallel [S/t, B, H], this rank's rows.
   /// @param attention  of the whole sequence, equal on every rank; made with rotary().

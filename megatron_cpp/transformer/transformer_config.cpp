@@ -23,6 +23,9 @@ void validate_layer(const TransformerConfig& config, int64_t number, int t) {
   TORCH_CHECK_VALUE(layer.swiglu_limit >= 0.0, prefix, "swiglu_limit ", layer.swiglu_limit, " is negative");
   TORCH_CHECK_VALUE(layer.partial_rotary_factor > 0.0 && layer.partial_rotary_factor <= 1.0, prefix,
                     "partial_rotary_factor ", layer.partial_rotary_factor, " is not in (0, 1]");
+  TORCH_CHECK_VALUE(layer.expert_swiglu_limit >= 0.0, prefix, "expert_swiglu_limit ", layer.expert_swiglu_limit,
+                    " is negative");
+  TORCH_CHECK_VALUE(!layer.has_experts || config.moe.has_value(), prefix, "has experts, but there is no `moe`");
   const int64_t rotary_dim = layer.rotary_dim(config.head_dim);
   TORCH_CHECK_VALUE(rotary_dim % 2 == 0 && rotary_dim >= 2 && rotary_dim <= config.head_dim, prefix, "rotates ",
                     rotary_dim, " elements of a head (head_dim ", config.head_dim, ", partial_rotary_factor ",
@@ -31,8 +34,21 @@ void validate_layer(const TransformerConfig& config, int64_t number, int t) {
 
 }  // namespace
 
-int64_t AttentionLayerConfig::rotary_dim(int64_t head_dim) const {
+int64_t LayerConfig::rotary_dim(int64_t head_dim) const {
   return static_cast<int64_t>(static_cast<double>(head_dim) * partial_rotary_factor);
+}
+
+void MoEConfig::validate(int tensor_parallel_size, int expert_parallel_size, int expert_tensor_parallel_size) const {
+  TORCH_CHECK_VALUE(num_experts > 0, "num_experts ", num_experts, " is not positive");
+  TORCH_CHECK_VALUE(router_topk > 0 && router_topk <= num_experts, "router_topk ", router_topk,
+                    " is not between 1 and num_experts ", num_experts);
+  TORCH_CHECK_VALUE(ffn_hidden_size > 0, "the experts' ffn_hidden_size ", ffn_hidden_size, " is not positive");
+  TORCH_CHECK_VALUE(shared_expert_ffn_hidden_size >= 0, "shared_expert_ffn_hidden_size ", shared_expert_ffn_hidden_size,
+                    " is negative");
+  parallel::even_shard_size(num_experts, expert_parallel_size, "num_experts", "expert-parallel");
+  parallel::even_shard_size(ffn_hidden_size, expert_tensor_parallel_size, "the experts' ffn_hidden_size",
+                            "expert-tensor-parallel");
+  parallel::even_shard_size(shared_expert_ffn_hidden_size, tensor_parallel_size, "shared_expert_ffn_hidden_size");
 }
 
 void TransformerConfig::validate(int tensor_parallel_size) const {

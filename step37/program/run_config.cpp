@@ -433,7 +433,7 @@ Step37Config model_config(const RunConfig& config, int64_t vocabulary_size) {
                       .embedding_sharding = config.parallel.embedding_sharding};
   for (int64_t layer = 0; layer < model.num_layers; ++layer) {
     const bool full = layer % model.full_attention_interval == 0;
-    AttentionLayerConfig attention;
+    LayerConfig attention;
     attention.num_attention_heads = full ? model.num_attention_heads : model.num_sliding_attention_heads;
     attention.sliding_window = full ? 0 : model.sliding_window;
     attention.rope_theta = full ? model.rope_theta : model.sliding_rope_theta;

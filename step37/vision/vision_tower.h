@@ -37,6 +37,8 @@ struct VisionConfig {
   /// L, the feature rows of one picture: each side of its grid of patches is halved twice, rounding up.
   /// @throws c10::ValueError naming the sizes if a side isn't a positive multiple of patch_size.
   int64_t feature_rows(int64_t image_height, int64_t image_width) const;
+
+  bool operator==(const VisionConfig&) const = default;  ///< every field alike
 };
 
 /// Patches + absolute positions, a norm, `layers` transformer blocks, two convolutions of stride 2:

@@ -52,13 +52,13 @@ at::Tensor own_rows(const at::Tensor& whole, bool sequence_parallel, const Group
 
 /// Layers that differ in heads, window, rotary and clamp; all sizes divisible by 1, 2 and 4, the vocabulary by none.
 TransformerConfig small_config() {
-  AttentionLayerConfig full;
+  LayerConfig full;
   full.num_attention_heads = 8;
   full.rope_theta = 5e6;
   full.partial_rotary_factor = 0.5;
   full.rope_scaling = Llama3RopeScaling{2.0, 1.0, 4.0, 32};
   full.swiglu_limit = 0.3;
-  AttentionLayerConfig sliding;
+  LayerConfig sliding;
   sliding.num_attention_heads = 12;
   sliding.sliding_window = 5;
   TransformerConfig config;
