@@ -268,7 +268,8 @@ Comparison on_rows(const std::string& name, const Layer& layer, const Dense& den
 }
 
 Comparison mlp(const Sizes& sizes, const Tensors& make, const parallel::GroupPtr& tp) {
-  auto layer = make.ready(MLP(transformer_config(sizes), 0.0, kExecution, tp));
+  auto layer =
+      make.ready(MLP(transformer_config(sizes), transformer_config(sizes).ffn_hidden_size, 0.0, kExecution, tp));
   return on_rows(
       "MLP", [layer](const at::Tensor& x) mutable { return layer->forward(x); },
       std::make_shared<DenseMLP>(sizes, tp->getSize(), make), sizes.sequence, sizes, make, tp);

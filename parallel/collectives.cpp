@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+#include <functional>
 #include <numeric>
 #include <utility>
 
@@ -179,6 +181,23 @@ PendingTensor start_reduce_scatter(const at::Tensor& input, const GroupPtr& grou
 
 at::Tensor reduce_scatter(const at::Tensor& input, const GroupPtr& group) {
   return start_reduce_scatter(input, group).wait();
+}
+
+at::Tensor reduce_scatter_uneven(const at::Tensor& input, const std::vector<int64_t>& rows, const GroupPtr& group) {
+  const int t = group->getSize();
+  if (t == 1) return input.detach();
+  check_has_dimension(input, "reduce_scatter_uneven");
+  const auto total = std::accumulate(rows.begin(), rows.end(), int64_t{0});
+  TORCH_CHECK_VALUE(rows.size() == static_cast<size_t>(t) && input.size(0) == total,
+                    "reduce_scatter_uneven: ", input.sizes(), " is not made of the rows ", at::IntArrayRef(rows));
+  if (std::adjacent_find(rows.begin(), rows.end(), std::not_equal_to<>()) == rows.end()) {
+    return reduce_scatter(input, group);
+  }
+  const int64_t own = rows[static_cast<size_t>(group->getRank())];
+  const auto summands = all_to_all(input, std::vector<int64_t>(static_cast<size_t>(t), own), rows, group);
+  auto sum = summands.narrow(0, 0, own).clone();
+  for (int64_t rank = 1; rank < t; ++rank) sum.add_(summands.narrow(0, rank * own, own));
+  return sum;
 }
 
 at::Tensor reduce_scatter_last_dim(const at::Tensor& input, const GroupPtr& group) {

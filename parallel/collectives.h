@@ -58,6 +58,11 @@ at::Tensor all_gather_last_dim(const at::Tensor& input, const GroupPtr& group);
 /// @throws c10::ValueError if R % t != 0.
 at::Tensor reduce_scatter(const at::Tensor& input, const GroupPtr& group);
 
+/// [sum of rows, ...] -> this rank's rows[r] of the sum over the ranks, added in the order of the ranks. Equal rows: a
+/// reduce_scatter. Otherwise an all_to_all: backends scatter only equal shares.
+/// @param rows  one number per rank, the same list on every rank; ranks may have none.
+at::Tensor reduce_scatter_uneven(const at::Tensor& input, const std::vector<int64_t>& rows, const GroupPtr& group);
+
 /// Starts a reduce_scatter.
 PendingTensor start_reduce_scatter(const at::Tensor& input, const GroupPtr& group);
 

@@ -15,4 +15,8 @@ using MakeGroup = std::function<GroupPtr(const char* kind, int index, const std:
 /// make_process_groups.
 ProcessGroups make_groups_of_all_kinds(const RankGrid& grid, int rank, int size, const MakeGroup& make_group);
 
+/// The kinds in the order in which their groups were made, without those that share the group of an earlier kind. The
+/// same on every rank; not collective.
+std::vector<GroupKind> kinds_made(const ProcessGroups& groups);
+
 }  // namespace megatron_cpp::parallel::internal

@@ -4,6 +4,8 @@
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
+#include <functional>
 #include <utility>
 
 #include "parallel/collectives.h"
@@ -83,6 +85,29 @@ struct AllToAll : torch::autograd::Function<AllToAll> {
   }
 };
 
+using UnevenOperation = at::Tensor (*)(const at::Tensor&, const std::vector<int64_t>&, const GroupPtr&);
+
+/// The same with the number of rows of each rank.
+template <UnevenOperation kForward, UnevenOperation kBackward>
+struct UnevenMapping : torch::autograd::Function<UnevenMapping<kForward, kBackward>> {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& input, const std::vector<int64_t>& rows,
+                            const GroupPtr& group) {
+    context->saved_data["group"] = group;
+    context->saved_data["rows"] = rows;
+    return kForward(input, rows, group);
+  }
+  static variable_list backward(AutogradContext* context, variable_list gradients) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled(), "double backward through a parallel mapping");
+    const auto group = context->saved_data["group"].toCustomClass<c10d::ProcessGroup>();
+    return {kBackward(gradients[0], context->saved_data["rows"].toIntVector(), group), at::Tensor(), at::Tensor()};
+  }
+};
+
+at::Tensor gather_rows(const at::Tensor& input, const std::vector<int64_t>& rows, const GroupPtr& group) {
+  const bool is_even = std::adjacent_find(rows.begin(), rows.end(), std::not_equal_to<>()) == rows.end();
+  return is_even ? all_gather(input, group) : all_gather_uneven(input, rows, group);
+}
+
 }  // namespace
 
 at::Tensor copy_to_tensor_model_parallel_region(const at::Tensor& input, const GroupPtr& tp) {
@@ -127,6 +152,18 @@ at::Tensor gather_from_sequence_parallel_region_to_replicated_use(const at::Tens
 
 at::Tensor reduce_scatter_to_sequence_parallel_region(const at::Tensor& input, const GroupPtr& tp) {
   return map<reduce_scatter, all_gather>(input, tp);
+}
+
+at::Tensor gather_uneven_from_sequence_parallel_region(const at::Tensor& input, const std::vector<int64_t>& rows,
+                                                       const GroupPtr& group) {
+  if (group->getSize() == 1) return input;
+  return UnevenMapping<gather_rows, reduce_scatter_uneven>::apply(input, rows, group);
+}
+
+at::Tensor reduce_scatter_uneven_to_sequence_parallel_region(const at::Tensor& input, const std::vector<int64_t>& rows,
+                                                             const GroupPtr& group) {
+  if (group->getSize() == 1) return input;
+  return UnevenMapping<reduce_scatter_uneven, gather_rows>::apply(input, rows, group);
 }
 
 at::Tensor differentiable_all_to_all(const at::Tensor& input, const std::vector<int64_t>& output_splits,

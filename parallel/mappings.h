@@ -59,6 +59,14 @@ at::Tensor gather_from_sequence_parallel_region_to_replicated_use(const at::Tens
 /// @throws c10::ValueError if S % t != 0.
 at::Tensor reduce_scatter_to_sequence_parallel_region(const at::Tensor& input, const GroupPtr& tp);
 
+/// gather_from_sequence_parallel_region where rank r has rows[r] rows; the list is the same on every rank.
+at::Tensor gather_uneven_from_sequence_parallel_region(const at::Tensor& input, const std::vector<int64_t>& rows,
+                                                       const GroupPtr& group);
+
+/// reduce_scatter_to_sequence_parallel_region where rank r gets rows[r] rows; the list is the same on every rank.
+at::Tensor reduce_scatter_uneven_to_sequence_parallel_region(const at::Tensor& input, const std::vector<int64_t>& rows,
+                                                             const GroupPtr& group);
+
 /// Sends input_splits[q] rows (dimension 0) to rank q and receives output_splits[q] from it; empty splits mean equal
 /// splits. Backward sends the gradient's rows back.
 at::Tensor differentiable_all_to_all(const at::Tensor& input, const std::vector<int64_t>& output_splits,

@@ -5,6 +5,7 @@
 #include <torch/headeronly/version.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstring>
@@ -61,6 +62,18 @@ c10::intrusive_ptr<c10d::Store> open_store(const Runtime& runtime, const GroupPt
   return store ? store : c10::make_intrusive<c10d::TCPStore>(host, store_options);
 }
 
+/// For a kind of the experts' grid: a kind of the dense grid whose groups have the same ranks, such as tp for etp if ep
+/// is 1. Each communicator costs memory and time to connect. Null for other kinds, or if there is none.
+const GroupKind* dense_kind_of_same_ranks(const RankGrid& grid, std::string_view name, const char* dims) {
+  if (name != "ep" && name != "etp" && name != "etp_ep" && name != "edp") return nullptr;
+  const auto ranks = grid.groups(dims);
+  for (const auto& kind : kGroupKinds) {
+    const std::string_view dense = kind.name;
+    if ((dense == "tp" || dense == "dp" || dense == "tp_dp") && grid.groups(kind.dims) == ranks) return &kind;
+  }
+  return nullptr;
+}
+
 }  // namespace
 
 const GroupPtr& ProcessGroups::of(std::string_view kind) const {
@@ -83,15 +96,28 @@ ProcessGroups internal::make_groups_of_all_kinds(const RankGrid& grid, int rank,
                                         {"the layout of the ranks", grid.text()}};
   check_equal_texts(alike, groups.world);
   grid.validate(size);
-  TORCH_CHECK_VALUE(grid.cp == 1 && grid.ep == 1 && grid.pp == 1 && grid.expert_tp() == grid.tp,
-                    "context, expert and pipeline parallelism are not built yet: their sizes must be 1, and etp that "
-                    "of tp, got ",
-                    grid.text());
+  TORCH_CHECK_VALUE(grid.cp == 1 && grid.pp == 1,
+                    "context and pipeline parallelism are not built yet: their sizes must be 1, got ", grid.text());
   for (const auto& [name, dims, group] : kGroupKinds) {
     if (groups.*group) continue;
-    groups.*group = make_group(name, grid.group_index_of(rank, dims), grid.group_of(rank, dims));
+    if (const auto* same = dense_kind_of_same_ranks(grid, name, dims)) {
+      groups.*group = groups.*(same->group);
+    } else {
+      groups.*group = make_group(name, grid.group_index_of(rank, dims), grid.group_of(rank, dims));
+    }
   }
   return groups;
+}
+
+std::vector<GroupKind> internal::kinds_made(const ProcessGroups& groups) {
+  std::vector<GroupKind> kinds;
+  for (const auto& kind : kGroupKinds) {
+    const bool is_shared = std::any_of(kinds.begin(), kinds.end(), [&](const GroupKind& earlier) {
+      return groups.*(earlier.group) == groups.*(kind.group);
+    });
+    if (!is_shared) kinds.push_back(kind);
+  }
+  return kinds;
 }
 
 ProcessGroups make_process_groups(Runtime& runtime, const RankGrid& grid, const ProcessGroupsOptions& options) {
@@ -107,7 +133,8 @@ ProcessGroups make_process_groups(Runtime& runtime, const RankGrid& grid, const 
 }
 
 void destroy_process_groups(Runtime& runtime, const ProcessGroups& groups) {
-  for (auto kind = kGroupKinds.rbegin(); kind != kGroupKinds.rend(); ++kind) runtime.shut_down(groups.*(kind->group));
+  const auto kinds = internal::kinds_made(groups);
+  for (auto kind = kinds.rbegin(); kind != kinds.rend(); ++kind) runtime.shut_down(groups.*(kind->group));
 }
 
 }  // namespace megatron_cpp::parallel

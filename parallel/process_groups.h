@@ -40,6 +40,11 @@ struct ProcessGroups {
   GroupPtr tp;     ///< tensor and sequence parallel
   GroupPtr dp;     ///< data parallel
   GroupPtr tp_dp;  ///< both together: where partial gradients of replicated parameters are summed
+  // The grid of the experts. Groups of the same ranks as tp, dp or tp_dp are these.
+  GroupPtr ep;      ///< expert parallel: each rank has other experts
+  GroupPtr etp;     ///< tensor parallel within each expert
+  GroupPtr etp_ep;  ///< both together: the ranks that hold all experts once
+  GroupPtr edp;     ///< the copies of each expert
 
   /// The group of a kind, by its name in kGroupKinds. Not collective.
   /// @throws c10::ValueError naming the kind if there is none of that name, or its group wasn't made.
@@ -54,16 +59,20 @@ struct GroupKind {
 };
 
 /// All kinds, in the order in which their groups are made. The world comes first.
-inline constexpr std::array<GroupKind, 4> kGroupKinds = {{{"world", "tp-cp-dp-pp", &ProcessGroups::world},
+inline constexpr std::array<GroupKind, 8> kGroupKinds = {{{"world", "tp-cp-dp-pp", &ProcessGroups::world},
                                                           {"tp", "tp", &ProcessGroups::tp},
                                                           {"dp", "dp", &ProcessGroups::dp},
-                                                          {"tp_dp", "tp-dp", &ProcessGroups::tp_dp}}};
+                                                          {"tp_dp", "tp-dp", &ProcessGroups::tp_dp},
+                                                          {"ep", "ep", &ProcessGroups::ep},
+                                                          {"etp", "etp", &ProcessGroups::etp},
+                                                          {"etp_ep", "etp-ep", &ProcessGroups::etp_ep},
+                                                          {"edp", "edp", &ProcessGroups::edp}}};
 
 /// Makes the groups of this rank. Collective over all ranks of the MPI world. The runtime shuts them down before
 /// MPI_Finalize.
 /// @throws AgreedError on every rank if ranks run different versions of this library or of LibTorch, or pass different
 ///         grids; c10::ValueError on every rank if the grid doesn't fit the world, or asks for a kind that isn't built
-///         yet (context, expert and pipeline parallelism).
+///         yet (context and pipeline parallelism).
 ProcessGroups make_process_groups(Runtime& runtime, const RankGrid& grid, const ProcessGroupsOptions& options = {});
 
 /// Shuts the groups down before the runtime ends, so that their communicators are freed with the last copy: an MPI has

@@ -89,8 +89,7 @@ void publish(const fs::path& partial, const fs::path& folder, CheckpointManifest
 
 void append_segments(std::vector<ShardedTensor>& result, const ParameterShard& shard, const at::Tensor& values,
                      TensorRole role, const CheckpointName& published_name, const parallel::ProcessGroups& groups) {
-  const bool is_whole = shard.domain.sharded_over.empty();
-  const bool main_replica = groups.dp->getRank() == 0 && (!is_whole || groups.tp->getRank() == 0);
+  const bool main_replica = groups.of(shard.domain.replicated_over())->getRank() == 0;
   for (const auto& segment : shard.segments) {
     result.push_back({{published_name(segment.name), role},
                       segment.in_local(values.detach()),

@@ -62,9 +62,9 @@ struct ShardedTensor {
 /// The name of a parameter or segment in this program -> its name in a checkpoint.
 using CheckpointName = std::function<std::string(const std::string&)>;
 
-/// The segments of all parameters, in their order. Only data-parallel rank 0 writes; of replicated parameters only
-/// tensor-parallel rank 0. A segment without elements (a vocabulary shard that is all padding) gives an entry, too, so
-/// that every rank asks a checkpoint for the same tensors. Not collective.
+/// The segments of all parameters, in their order. Of the ranks that hold the same part
+/// (GradientDomain::replicated_over) only the first writes. A segment without elements (a vocabulary shard that is all
+/// padding) gives an entry, too, so that every rank asks a checkpoint for the same tensors. Not collective.
 std::vector<ShardedTensor> sharded_tensors(const std::vector<ParameterShard>& parameters,
                                            const CheckpointName& published_name, const parallel::ProcessGroups& groups);
 

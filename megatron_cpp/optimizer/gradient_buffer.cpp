@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <set>
 
 #include "parallel/collectives.h"
 
@@ -106,9 +107,7 @@ GradientBuffer::GradientBuffer(const std::vector<ParameterShard>& parameters, co
     TORCH_CHECK_VALUE(shard.parameter.device() == first.parameter.device(), "parameter ", shard.name, " is on ",
                       shard.parameter.device(), ", ", first.name, " on ", first.parameter.device(),
                       ": gradients are kept on one device");
-    const auto& domain = shard.domain;
-    TORCH_CHECK_VALUE(domain.sharded_over.empty() || domain.sharded_over == "tp", "parameter ", shard.name,
-                      " is sharded over \"", domain.sharded_over, "\": the gradient norm knows sharding over tp only");
+    if (!shard.domain.sharded_over.empty()) groups.of(shard.domain.sharded_over);  // checks that it was made
     auto& bucket = bucket_of(shard);
     bucket.numel += padded_numel(shard.parameter);
     by_bucket.resize(buckets_.size());
@@ -141,20 +140,29 @@ void GradientBuffer::reduce() {
   }
 }
 
-at::Tensor GradientBuffer::squared_norm() const {
-  // Rank 0 of tp counts replicated parameters; every rank counts its part of the sharded ones.
+at::Tensor GradientBuffer::own_squares(std::string_view sharded_over, bool with_replicated) const {
   std::vector<at::Tensor> counted;
   for (size_t i = 0; i < parameters_.size(); ++i) {
-    const bool is_counted = !parameters_[i].domain.sharded_over.empty() || groups_.tp->getRank() == 0;
+    const auto& over = parameters_[i].domain.sharded_over;
+    const bool is_counted = over.empty() ? with_replicated : over == sharded_over;
     if (is_counted && views_[i].numel() > 0) counted.push_back(views_[i]);
   }
-  auto sum = at::zeros({1}, views_.front().options().dtype(at::kDouble));
-  if (!counted.empty()) {
-    // cumsum adds one after the other, so the result doesn't depend on how a parallel sum would be split.
-    const auto sums = squares_of_blocks(counted).cumsum(0);
-    sum = sums.narrow(0, sums.size(0) - 1, 1);
+  if (counted.empty()) return at::zeros({1}, views_.front().options().dtype(at::kDouble));
+  // cumsum adds one after the other, so the result doesn't depend on how a parallel sum would be split.
+  const auto sums = squares_of_blocks(counted).cumsum(0);
+  return sums.narrow(0, sums.size(0) - 1, 1);
+}
+
+at::Tensor GradientBuffer::squared_norm() const {
+  // Rank 0 of tp counts replicated parameters; every rank counts its part of the sharded ones.
+  auto sum = parallel::all_reduce(own_squares("tp", groups_.tp->getRank() == 0), groups_.tp);
+  std::set<std::string_view> others;
+  for (const auto& shard : parameters_) others.insert(shard.domain.sharded_over);
+  for (const auto over : others) {
+    if (over.empty() || over == "tp") continue;
+    sum = sum + parallel::all_reduce(own_squares(over, /*with_replicated=*/false), groups_.of(over));
   }
-  return parallel::all_reduce(sum, groups_.tp);
+  return sum;
 }
 
 double GradientBuffer::norm() const { return std::sqrt(squared_norm().item<double>()); }

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <string_view>
 #include <vector>
 
 #include "megatron_cpp/parameters/parameter_shard.h"
@@ -18,8 +19,9 @@ class GradientBuffer {
  public:
   /// @param parameters  all on one device.
   /// @param groups      those that the domains name, and always "tp".
-  /// @throws c10::ValueError naming a parameter on another device or sharded over another group than tp, or naming a
-  ///         group that wasn't made; or if no parameter needs a gradient. Not collective.
+  /// @throws c10::ValueError naming a parameter on another device, or a group that wasn't made; or if no parameter
+  /// needs
+  ///         a gradient. Not collective.
   GradientBuffer(const std::vector<ParameterShard>& parameters, const parallel::ProcessGroups& groups);
 
   /// Sets all gradients to 0 and re-attaches the views. Not collective.
@@ -33,7 +35,8 @@ class GradientBuffer {
   /// The L2 norm of the whole model's gradient, every parameter counted once however it is sharded or replicated.
   /// Squares are summed in double over blocks of kNormBlock elements of a rank's parameter, and the sums of the blocks
   /// are added in their order: the result doesn't depend on which rank sums which blocks.
-  /// Comm: 1 all-reduce of one element over tp. Collective over tp. Call it after reduce(). Waits for the device.
+  /// Comm: 1 all-reduce of one element over tp, and one over each other group that parameters are sharded over
+  /// (experts: etp_ep). Collective over these groups. Call it after reduce(). Waits for the device.
   double norm() const;
 
   /// The square of norm(), [1] float64 on the parameters' device, without waiting for it: a training step reads it
@@ -58,6 +61,8 @@ class GradientBuffer {
     int64_t numel = 0;         ///< of `gradients`
   };
   Bucket& bucket_of(const ParameterShard& shard);
+  /// [1] float64: the squares of this rank's gradients of parameters sharded over that group, and of replicated ones.
+  at::Tensor own_squares(std::string_view sharded_over, bool with_replicated) const;
 
   std::vector<ParameterShard> parameters_;
   std::vector<at::Tensor> views_;  ///< of the buckets, one per parameter

@@ -17,6 +17,12 @@
 #include "parallel/hash.h"
 
 namespace megatron_cpp {
+
+std::string_view GradientDomain::replicated_over() const {
+  if (sharded_over.empty()) return "tp_dp";
+  return sharded_over == kExpert.sharded_over ? kExpert.summed_over : kSharded.summed_over;
+}
+
 namespace {
 
 /// A hash of the name, then the seed: the same on every machine.

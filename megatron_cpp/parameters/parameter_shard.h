@@ -34,10 +34,17 @@ struct GradientDomain {
   /// Every tensor-parallel rank holds the parameter, and backward leaves a summand of its gradient: norm weights under
   /// sequence parallelism, q/k norms (heads are split), a projector or tower that sees this rank's images only.
   static const GradientDomain kReplicatedPartial;
+  /// Each rank of an expert's grid holds a part of the experts, and backward leaves the gradient from all tokens of its
+  /// copy of the experts.
+  static const GradientDomain kExpert;
+
+  /// The group of the ranks that hold the same part of the parameter.
+  std::string_view replicated_over() const;
 };
 inline constexpr GradientDomain GradientDomain::kSharded{"tp", "dp"};
 inline constexpr GradientDomain GradientDomain::kReplicated{"", "dp"};
 inline constexpr GradientDomain GradientDomain::kReplicatedPartial{"", "tp_dp"};
+inline constexpr GradientDomain GradientDomain::kExpert{"etp_ep", "edp"};
 
 /// Initial values of a parameter: every element `value`, or normal around 0 with standard deviation `value`.
 struct InitialValue {

@@ -27,11 +27,15 @@ struct TransformerExecution {
 struct ModelGroups {
   /// Tensor (and sequence) parallelism alone.
   ModelGroups(parallel::GroupPtr tensor_parallel)
-      : tp(std::move(tensor_parallel)) {}  // NOLINT(google-explicit-constructor)
-  /// The groups of a program; the model is split over its tp.
-  ModelGroups(const parallel::ProcessGroups& groups) : tp(groups.tp) {}  // NOLINT(google-explicit-constructor)
+      : tp(tensor_parallel), etp(std::move(tensor_parallel)) {}  // NOLINT(google-explicit-constructor)
+  /// The groups of a program; the model is split over its tp, its experts over ep and etp.
+  ModelGroups(const parallel::ProcessGroups& groups)
+      : tp(groups.tp), ep(groups.ep), etp(groups.etp), etp_ep(groups.etp_ep) {}  // NOLINT(google-explicit-constructor)
 
-  parallel::GroupPtr tp;  ///< tensor and sequence parallel
+  parallel::GroupPtr tp;      ///< tensor and sequence parallel
+  parallel::GroupPtr ep;      ///< expert parallel; null: every rank has all experts, or its share of each
+  parallel::GroupPtr etp;     ///< tensor parallel within each expert
+  parallel::GroupPtr etp_ep;  ///< both together; null if ep is
 };
 
 }  // namespace megatron_cpp

@@ -1,4 +1,4 @@
-// The dense feed-forward of a decoder layer.
+// The dense feed-forward of a decoder layer, or the shared expert of a mixture of experts.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,25 +10,21 @@
 #include "megatron_cpp/tensor_parallel/column_parallel_linear.h"
 #include "megatron_cpp/tensor_parallel/row_parallel_linear.h"
 #include "megatron_cpp/transformer/execution.h"
+#include "megatron_cpp/transformer/swiglu.h"
 #include "megatron_cpp/transformer/transformer_config.h"
 #include "parallel/group.h"
 
 namespace megatron_cpp {
 
-/// silu(gate) * up; with limit L > 0: min(silu(gate), L) * clamp(up, -L, L).
-/// @param gate_up  [.., 2F], gate in the first F columns, up in the others.
-/// @return         [.., F]. Its backward saves gate_up only; double backward throws c10::NotImplementedError.
-/// No communication. Throws c10::ValueError if the number of columns is odd.
-at::Tensor clamped_swiglu(const at::Tensor& gate_up, double limit);
-
 /// linear_fc2(clamped_swiglu(linear_fc1(x))), F split over `tp`: rank r of t computes columns [r·F/t, (r+1)·F/t) of
 /// gate_proj and up_proj (one fused product) and their summand of down_proj (linear_fc2.weight).
 class MLPImpl : public torch::nn::Module {
  public:
-  /// @param swiglu_limit  0: no clamp.
+  /// @param ffn_hidden_size  F; not read from `config`, which has it for dense layers only.
+  /// @param swiglu_limit     0: no clamp.
   /// @throws c10::ValueError if ffn_hidden_size is not divisible by t.
-  MLPImpl(const TransformerConfig& config, double swiglu_limit, const TransformerExecution& execution,
-          const parallel::GroupPtr& tp);
+  MLPImpl(const TransformerConfig& config, int64_t ffn_hidden_size, double swiglu_limit,
+          const TransformerExecution& execution, const parallel::GroupPtr& tp);
 
   /// @param input  [S, B, H], equal on every rank; with sequence_parallel [S/t, B, H], this rank's rows.
   /// @return       the same shape.

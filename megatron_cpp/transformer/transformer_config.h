@@ -21,12 +21,12 @@ struct Llama3RopeScaling {
 
 /// What may differ from layer to layer.
 struct LayerConfig {
-  int64_t num_attention_heads = 0;                ///< query heads
-  int64_t sliding_window = 0;                     ///< positions a token attends to, itself included; 0: all before it
-  double rope_theta = 10000.0;                    ///< base of the rotary frequencies
-  double partial_rotary_factor = 1.0;             ///< share of each head that is rotated, from its beginning
-  std::optional<Llama3RopeScaling> rope_scaling;  ///< Step3.7: of full-attention layers only
-  double swiglu_limit = 0.0;                      ///< of the dense feed-forward or the shared expert; 0: no clamp
+  int64_t num_attention_heads = 0;     ///< query heads
+  int64_t sliding_window = 0;          ///< positions a token attends to, itself included; 0: all before it
+  double rope_theta = 10000.0;         ///< base of the rotary frequencies
+  double partial_rotary_factor = 1.0;  ///< share of each head that is rotated, from its beginning
+  std::optional<Llama3RopeScaling> rope_scaling = std::nullopt;  ///< Step3.7: of full-attention layers only
+  double swiglu_limit = 0.0;         ///< of the dense feed-forward or the shared expert; 0: no clamp
   bool has_experts = false;          ///< whether the feed-forward is TransformerConfig::moe, not a dense one
   double expert_swiglu_limit = 0.0;  ///< of the routed experts; 0: no clamp
 

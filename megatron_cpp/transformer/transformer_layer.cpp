@@ -14,10 +14,16 @@ TransformerLayerImpl::TransformerLayerImpl(const TransformerConfig& config, int6
   input_layernorm = register_module("input_layernorm", norm());
   self_attention = register_module("self_attention", SelfAttention(config, layer, execution, tp));
   pre_mlp_layernorm = register_module("pre_mlp_layernorm", norm());
-  mlp = register_module("mlp", MLP(config, layer.swiglu_limit, execution, tp));
+  if (layer.has_experts) {
+    moe = register_module("moe", MoELayer(config, layer, execution, groups));
+  } else {
+    mlp = register_module("mlp", MLP(config, config.ffn_hidden_size, layer.swiglu_limit, execution, tp));
+  }
 }
 
-at::Tensor TransformerLayerImpl::feed_forward(const at::Tensor& normed) { return mlp->forward(normed); }
+at::Tensor TransformerLayerImpl::feed_forward(const at::Tensor& normed) {
+  return moe ? moe->forward(normed) : mlp->forward(normed);
+}
 
 at::Tensor TransformerLayerImpl::forward(const at::Tensor& hidden_states, const AttentionBatch& attention) {
   const auto attended = hidden_states + self_attention->forward(input_layernorm->forward(hidden_states), attention);

@@ -9,6 +9,7 @@
 
 #include "megatron_cpp/transformer/attention.h"
 #include "megatron_cpp/transformer/mlp.h"
+#include "megatron_cpp/transformer/moe/moe_layer.h"
 #include "megatron_cpp/transformer/rms_norm.h"
 #include "megatron_cpp/transformer/transformer_config.h"
 #include "parallel/group.h"
@@ -26,17 +27,17 @@ class TransformerLayerImpl : public torch::nn::Module {
   /// @param hidden_states  [S, B, H], equal on every rank; with sequence_parallel [S/t, B, H], this rank's rows.
   /// @param attention      of the whole sequence, equal on every rank; made with self_attention->rotary().
   /// @return               the shape of hidden_states.
-  /// Comm: that of SelfAttention and MLP. Collective over tp.
+  /// Comm: that of SelfAttention and MLP or MoELayer. Collective over tp, and with experts over ep and etp.
   at::Tensor forward(const at::Tensor& hidden_states, const AttentionBatch& attention);
 
   RMSNorm input_layernorm{nullptr};       ///< before the attention, [H]
   SelfAttention self_attention{nullptr};  ///< split by heads
   RMSNorm pre_mlp_layernorm{nullptr};     ///< before the feed-forward, [H]
-  MLP mlp{nullptr};                       ///< the feed-forward, split by F
+  MLP mlp{nullptr};                       ///< the feed-forward, split by F; null if the layer has experts
+  MoELayer moe{nullptr};                  ///< the mixture of experts; null if the layer has none
 
  private:
-  /// What follows the second norm. The one place that knows which kind of feed-forward a layer has: a mixture of
-  /// experts would be a second module beside `mlp`, chosen in the constructor and called here.
+  /// What follows the second norm. The one place that knows which kind of feed-forward a layer has.
   at::Tensor feed_forward(const at::Tensor& normed);
 };
 TORCH_MODULE(TransformerLayer);

@@ -16,6 +16,7 @@
 #include "parallel/agree.h"
 #include "parallel/gpu.h"
 #include "parallel/hash.h"
+#include "parallel/make_groups.h"
 #include "parallel/nccl/staged_backend.h"
 
 // From ATen/cuda/CUDAContextLight.h, which includes cuBLAS, cuSPARSE and cuSOLVER headers that may be missing.
@@ -67,7 +68,7 @@ std::string add_nccl_backends(const ProcessGroups& groups, const c10::intrusive_
                               const GpuGroupsOptions& options) {
   const int world_rank = groups.world->getRank();
   c10::intrusive_ptr<c10d::ProcessGroupNCCL> world_backend;
-  for (const auto& [kind, dims, member] : kGroupKinds) {
+  for (const auto& [kind, dims, member] : internal::kinds_made(groups)) {
     const auto& group = groups.*member;
     // Collectives of one rank need no backend. All groups of this kind have the same size.
     if (group->getSize() == 1) continue;
@@ -122,7 +123,7 @@ void add_gpu_backends(const ProcessGroups& groups, const c10::intrusive_ptr<c10d
     TORCH_WARN("ranks share GPUs: what they send goes through the host's memory and MPI, which is slow (", refusal,
                ")");
   }
-  for (const auto& [kind, dims, member] : kGroupKinds) {
+  for (const auto& [kind, dims, member] : internal::kinds_made(groups)) {
     const auto& group = groups.*member;
     if (group->getSize() > 1) set_backend(group, make_staged_backend(group->getBackend(at::kCPU)));
   }

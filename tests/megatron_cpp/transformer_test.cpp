@@ -30,7 +30,7 @@
 #include "tests/support/operator_watch.h"
 #include "tests/support/test_world.h"
 
-namespace megatron_cpp::megatron_cpp {
+namespace megatron_cpp {
 namespace {
 
 using parallel::CollectiveKind;
@@ -186,7 +186,7 @@ TEST_F(TransformerTest, MLPIsTheSameAtEverySize) {
   for (const double limit : {0.0, 0.3}) {
     expect_like_single<MLP>(
         [&](const TransformerConfig& config, const TransformerExecution& execution, const GroupPtr& tp) {
-          return MLP(config, limit, execution, tp);
+          return MLP(config, config.ffn_hidden_size, limit, execution, tp);
         },
         [](MLP& module, const at::Tensor& x) { return module->forward(x); }, kBatch,
         [&](const at::Tensor& a, const at::Tensor& b, const std::string& what) { compare(a, b, what); });
@@ -576,4 +576,4 @@ TEST_F(TransformerTest, LayersMakeNothingThatTheBatchHolds) {
 }
 
 }  // namespace
-}  // namespace megatron_cpp::megatron_cpp
+}  // namespace megatron_cpp

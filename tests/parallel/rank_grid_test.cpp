@@ -216,7 +216,28 @@ TEST(ProcessGroups, FollowTheGrid) {
     EXPECT_EQ(groups.dp->getRank(), place(groups.grid.group_of(rank, "dp")));
     EXPECT_EQ(groups.world->getRank(), rank);
     EXPECT_EQ(groups.tp_dp->getSize(), test_support::runtime().size());
-    EXPECT_EQ(groups.tp->getSize(), t);
+    // Experts laid out as the dense layers use their groups.
+    EXPECT_EQ(groups.etp, groups.tp);
+    EXPECT_EQ(groups.etp_ep, groups.tp);
+    EXPECT_TRUE(groups.edp == groups.dp || groups.dp->getSize() == 1);
+    EXPECT_EQ(groups.ep->getSize(), 1);
+  }
+}
+
+TEST(ProcessGroups, OfExpertsFollowTheirGrid) {
+  const int size = test_support::runtime().size();
+  const int rank = test_support::runtime().rank();
+  for (const int t : test_support::divisors_of_world()) {
+    for (const int ep : test_support::divisors_of_world()) {
+      for (int etp = 1; etp * ep <= size; ++etp) {
+        if (size % (etp * ep) != 0) continue;
+        const auto& groups = test_support::groups({.tp = t, .dp = size / t, .ep = ep, .etp = etp});
+        for (const auto& [name, dims, member] : kGroupKinds) {
+          const auto ranks = all_gather(at::full({1}, rank, at::kInt), groups.*member);
+          EXPECT_TRUE(test_support::equal(ranks, at::tensor(groups.grid.group_of(rank, dims), at::kInt))) << name;
+        }
+      }
+    }
   }
 }
 

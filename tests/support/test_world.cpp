@@ -19,7 +19,7 @@ namespace {
 
 struct World {
   std::unique_ptr<parallel::Runtime> runtime;
-  std::map<int, parallel::ProcessGroups> by_tp;
+  std::map<std::string, parallel::ProcessGroups> by_grid;
 };
 
 World& world() {
@@ -60,17 +60,24 @@ parallel::Runtime& runtime() {
 
 c10::Device device() { return parallel::ranks_in_environment() ? c10::Device(c10::kCPU) : runtime().device(); }
 
-const parallel::ProcessGroups& groups(int tp) {
-  auto& by_tp = world().by_tp;
-  const auto found = by_tp.find(tp);
-  if (found != by_tp.end()) return found->second;
+const parallel::ProcessGroups& groups(int tp) { return groups({.tp = tp, .dp = world_size() / tp}); }
+
+const parallel::ProcessGroups& groups(const parallel::RankGrid& grid) {
+  auto& by_grid = world().by_grid;
+  const auto found = by_grid.find(grid.text());
+  if (found != by_grid.end()) return found->second;
   parallel::ProcessGroupsOptions options;
   options.timeout = std::chrono::seconds(60);
-  const parallel::RankGrid grid{.tp = tp, .dp = world_size() / tp};
   auto made = parallel::ranks_in_environment() ? parallel::process_groups_from_environment(grid, options)
                                                : parallel::make_process_groups(runtime(), grid, options);
-  for (auto* group : {&made.tp, &made.dp, &made.tp_dp}) *group = over_test_backend(*group);
-  return by_tp.emplace(tp, std::move(made)).first->second;
+  std::map<parallel::GroupPtr, parallel::GroupPtr> over_backend{{made.world, made.world}};  // shared groups stay shared
+  for (const auto& kind : parallel::kGroupKinds) {
+    auto& group = made.*(kind.group);
+    auto& replacement = over_backend[group];
+    if (!replacement) replacement = over_test_backend(group);
+    group = replacement;
+  }
+  return by_grid.emplace(grid.text(), std::move(made)).first->second;
 }
 
 const parallel::GroupPtr& world_tp() { return groups(world_size()).tp; }
@@ -93,7 +100,7 @@ at::Tensor part(const at::Tensor& whole, int64_t dim, const parallel::GroupPtr& 
 }
 
 void end_test_world() {
-  world().by_tp.clear();
+  world().by_grid.clear();
   world().runtime.reset();
 }
 

@@ -29,6 +29,9 @@ c10::Device device();
 /// (nccl_like_backend.h) or staged (parallel/nccl/staged_backend.h).
 const parallel::ProcessGroups& groups(int tp);
 
+/// The same for any grid of the world's size.
+const parallel::ProcessGroups& groups(const parallel::RankGrid& grid);
+
 /// groups(world size).tp: the whole world as one tensor-parallel group.
 const parallel::GroupPtr& world_tp();
 

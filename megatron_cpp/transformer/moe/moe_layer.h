@@ -1,0 +1,46 @@
+// The mixture of experts of a decoder layer.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/nn/module.h>
+#include <torch/nn/pimpl.h>
+
+#include "megatron_cpp/transformer/execution.h"
+#include "megatron_cpp/transformer/mlp.h"
+#include "megatron_cpp/transformer/moe/experts.h"
+#include "megatron_cpp/transformer/moe/router.h"
+#include "megatron_cpp/transformer/transformer_config.h"
+#include "parallel/group.h"
+
+namespace megatron_cpp {
+
+/// Σ over a token's K experts of their weighted outputs, plus shared_experts(token). Each tensor-parallel rank routes
+/// and dispatches its own 1/t of the tokens (TokenDispatcher), also without sequence parallelism.
+class MoELayerImpl : public torch::nn::Module {
+ public:
+  /// @param groups  tp, and ep and etp, whose ranks hold tp whole: with ep·etp ranks that are not a multiple of tp, a
+  ///                copy of the experts is shared by data-parallel replicas.
+  /// @throws c10::ValueError as MoEConfig::validate does, or if there is no `config.moe`.
+  MoELayerImpl(const TransformerConfig& config, const LayerConfig& layer, const TransformerExecution& execution,
+               const ModelGroups& groups);
+
+  /// @param input  [S, B, H], equal on every rank of tp; with sequence_parallel [S/t, B, H], this rank's rows.
+  /// @return       the same shape.
+  /// Comm: TokenDispatcher's, and MLP's for the shared experts. Without sequence_parallel also forward 1 all-gather of
+  /// S·B·H elements, and backward 1. Collective over tp, ep and etp.
+  at::Tensor forward(const at::Tensor& input);
+
+  TopKRouter router{nullptr};       ///< whole on every rank
+  GroupedExperts experts{nullptr};  ///< split over ep and etp
+  MLP shared_experts{nullptr};      ///< split over tp; null if shared_expert_ffn_hidden_size is 0
+
+ private:
+  at::Tensor routed_experts(const at::Tensor& tokens);
+
+  ModelGroups groups_;
+  int64_t num_experts_ = 0;
+  bool sequence_parallel_;
+};
+TORCH_MODULE(MoELayer);
+
+}  // namespace megatron_cpp

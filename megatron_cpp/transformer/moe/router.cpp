@@ -1,0 +1,34 @@
+#include "megatron_cpp/transformer/moe/router.h"
+
+#include <ATen/ATen.h>
+
+namespace megatron_cpp {
+
+TopKRouterImpl::TopKRouterImpl(const MoEConfig& config, int64_t hidden_size, double init_std, GradientDomain domain)
+    : config_(config), init_std_(init_std), domain_(domain) {
+  weight = register_parameter("weight", at::zeros({config.num_experts, hidden_size}), !config.freeze_router);
+  expert_bias = register_parameter("expert_bias", at::zeros({config.num_experts}), /*requires_grad=*/false);
+}
+
+Routing TopKRouterImpl::forward(const at::Tensor& tokens) {
+  const auto wide = tokens.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto dtype = config_.router_in_float32 ? wide : weight.scalar_type();
+  const auto scores = at::linear(tokens.to(dtype), weight.to(dtype)).to(wide).sigmoid();
+  // A stable sort, since topk may choose any of equal scores.
+  const auto order =
+      at::sort((scores.detach() + expert_bias.to(wide)), /*stable=*/true, /*dim=*/-1, /*descending=*/true);
+  const auto experts = std::get<1>(order).narrow(1, 0, config_.router_topk).contiguous();
+  const auto chosen = scores.gather(1, experts);
+  const auto sum = chosen.sum(-1, /*keepdim=*/true);
+  const auto is_zero = sum.eq(0).to(wide);
+  const auto shares = (chosen + is_zero) / (sum + is_zero * static_cast<double>(config_.router_topk));
+  return {experts, shares * config_.router_scaling_factor};
+}
+
+std::vector<ParameterShard> TopKRouterImpl::own_parameters() const {
+  return {replicated_parameter("weight", weight, domain_, InitialValue::normal(init_std_), true),
+          replicated_parameter("expert_bias", expert_bias, GradientDomain::kReplicated, InitialValue::constant(0.0),
+                               false)};
+}
+
+}  // namespace megatron_cpp
