@@ -35,16 +35,16 @@ struct ProcessGroupsOptions {
 ///  - the program chooses timeouts, and shuts the groups down after their last use. A group that is never used may stay
 ///    null.
 struct ProcessGroups {
-  RankGrid grid;   ///< how the ranks of `world` are laid out
-  GroupPtr world;  ///< all ranks: start-up, agreement, checkpoints
-  GroupPtr tp;     ///< tensor and sequence parallel
-  GroupPtr dp;     ///< data parallel
-  GroupPtr tp_dp;  ///< both together: where partial gradients of replicated parameters are summed
+  RankGrid grid;             ///< how the ranks of `world` are laid out
+  GroupPtr world = nullptr;  ///< all ranks: start-up, agreement, checkpoints
+  GroupPtr tp = nullptr;     ///< tensor and sequence parallel
+  GroupPtr dp = nullptr;     ///< data parallel
+  GroupPtr tp_dp = nullptr;  ///< both together: where partial gradients of replicated parameters are summed
   // The grid of the experts. Groups of the same ranks as tp, dp or tp_dp are these.
-  GroupPtr ep;      ///< expert parallel: each rank has other experts
-  GroupPtr etp;     ///< tensor parallel within each expert
-  GroupPtr etp_ep;  ///< both together: the ranks that hold all experts once
-  GroupPtr edp;     ///< the copies of each expert
+  GroupPtr ep = nullptr;      ///< expert parallel: each rank has other experts
+  GroupPtr etp = nullptr;     ///< tensor parallel within each expert
+  GroupPtr etp_ep = nullptr;  ///< both together: the ranks that hold all experts once
+  GroupPtr edp = nullptr;     ///< the copies of each expert
 
   /// The group of a kind, by its name in kGroupKinds. Not collective.
   /// @throws c10::ValueError naming the kind if there is none of that name, or its group wasn't made.

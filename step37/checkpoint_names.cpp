@@ -24,13 +24,18 @@ constexpr std::array<Renaming, 6> kPrefixes = {{
 }};
 
 /// Prefixes of what follows "model.layers.N.".
-constexpr std::array<Renaming, 6> kLayerParts = {{
+constexpr std::array<Renaming, 11> kLayerParts = {{
     {"self_attention.linear_qkv.", "self_attn."},
     {"self_attention.linear_proj.", "self_attn.o_proj."},
     {"self_attention.", "self_attn."},
     {"pre_mlp_layernorm.", "post_attention_layernorm."},
     {"mlp.linear_fc1.", "mlp."},
     {"mlp.linear_fc2.", "mlp.down_proj."},
+    {"moe.router.expert_bias", "moe.router_bias"},
+    {"moe.router.", "moe.gate."},
+    {"moe.experts.", "moe."},
+    {"moe.shared_experts.linear_fc1.", "share_expert."},
+    {"moe.shared_experts.linear_fc2.", "share_expert.down_proj."},
 }};
 
 }  // namespace

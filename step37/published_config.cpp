@@ -17,7 +17,7 @@
 namespace megatron_cpp::step37 {
 namespace {
 
-using internal::JsonObject;
+using megatron_cpp::internal::JsonObject;
 
 constexpr const char* kFullAttention = "full_attention";
 constexpr const char* kSlidingAttention = "sliding_attention";
@@ -402,7 +402,7 @@ std::string read_dtype(const JsonObject& root, const JsonObject& text) {
 }  // namespace
 
 PublishedConfig read_published_config(const std::filesystem::path& file) {
-  const auto json = internal::read_json_file(file);
+  const auto json = megatron_cpp::internal::read_json_file(file);
   const JsonObject root(json, file);
   const auto text = root.object("text_config");
   const auto vision = root.object("vision_config");
@@ -429,6 +429,15 @@ PublishedConfig read_published_config(const std::filesystem::path& file) {
     TORCH_CHECK_VALUE(false, file.string(), ": ", error.what_without_backtrace());
   }
   return config;
+}
+
+Step37Config step37_config(const PublishedConfig& config, bool train_padding_row) {
+  Step37Config result;
+  result.text = config.text;
+  if (!train_padding_row) result.text.embedding_padding_idx = config.pad_token_id;
+  result.vision = config.vision;
+  result.projector_bias = config.projector_bias;
+  return result;
 }
 
 }  // namespace megatron_cpp::step37

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "megatron_cpp/transformer/transformer_config.h"
+#include "step37/step37_model.h"
 #include "step37/vision/vision_tower.h"
 
 namespace megatron_cpp::step37 {
@@ -39,5 +40,9 @@ struct PublishedConfig {
 ///         doesn't compute (tied embeddings, another activation, sliding layers with other key/value heads or head
 ///         size, quantised weights); and, naming `file`, what TransformerConfig::validate and its like throw.
 PublishedConfig read_published_config(const std::filesystem::path& file);
+
+/// The model that `config` describes; the embedding row of its padding token is trained only if `train_padding_row`.
+/// Everything else has its default.
+Step37Config step37_config(const PublishedConfig& config, bool train_padding_row);
 
 }  // namespace megatron_cpp::step37

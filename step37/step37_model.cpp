@@ -83,7 +83,7 @@ void Step37ModelImpl::keep_own_pictures(std::vector<ImageForInsert>& images) con
   }
 }
 
-at::Tensor Step37ModelImpl::forward(const Step37Batch& batch) {
+at::Tensor Step37ModelImpl::embed(const Step37Batch& batch) {
   auto images = batch.images;
   keep_own_pictures(images);
   for (auto& group : images) {
@@ -92,8 +92,13 @@ at::Tensor Step37ModelImpl::forward(const Step37Batch& batch) {
                       " has neither images nor image_features");
     group.image_features = vision_model->forward(group.images);
   }
-  const auto embeddings = image_insert_embedding->forward(batch.input_ids, images, batch.attention.position_ids);
-  return language_model->forward(batch.input_ids, batch.attention, embeddings);
+  const auto& position_ids = batch.attention.position_ids;
+  return batch.plan ? image_insert_embedding->forward(batch.input_ids, images, *batch.plan, position_ids)
+                    : image_insert_embedding->forward(batch.input_ids, images, position_ids);
+}
+
+at::Tensor Step37ModelImpl::forward(const Step37Batch& batch) {
+  return language_model->forward(batch.input_ids, batch.attention, embed(batch));
 }
 
 at::Tensor Step37ModelImpl::loss_sum(const Step37Batch& batch) {

@@ -5,6 +5,7 @@
 #include <torch/nn/module.h>
 #include <torch/nn/pimpl.h>
 
+#include <optional>
 #include <vector>
 
 #include "megatron_cpp/transformer/execution.h"
@@ -44,6 +45,8 @@ struct Step37Batch {
   at::Tensor labels;                   ///< [B, S] int64: the token to predict at each position, -100 for no loss
   AttentionInput attention;            ///< positions and sub-sequences of the whole sequence
   std::vector<ImageForInsert> images;  ///< patches before images
+  /// Which rows the images' features overwrite; made from the groups' start tokens unless given.
+  std::optional<InsertPlan> plan = std::nullopt;
 };
 
 /// The vision tower turns pictures into features, which are inserted into the decoder's input.
@@ -54,8 +57,12 @@ class Step37ModelImpl : public torch::nn::Module {
 
   /// @return  logits [S, B, V'/t], this rank's columns of the padded vocabulary.
   /// Each picture goes through the tower on one rank; the number of pictures may differ between ranks and may be 0.
-  /// Collective over tp. Throws c10::ValueError as the parts do.
+  /// Collective over tp, and with experts over ep and etp. Throws c10::ValueError as the parts do.
   at::Tensor forward(const Step37Batch& batch);
+
+  /// The decoder's input: [S, B, H], with sequence_parallel [S/t, B, H], this rank's rows.
+  /// Collective over tp. Throws c10::ValueError as the tower and the insert do.
+  at::Tensor embed(const Step37Batch& batch);
 
   /// The sum of the token losses of the batch, a float32 scalar, equal on every rank. Divide by the number of loss
   /// tokens of the global batch. Collective over tp.

@@ -190,10 +190,18 @@ at::Tensor SafetensorsFile::view(const std::string& name) const {
 at::Tensor SafetensorsFile::read(const std::string& name) const { return view(name).clone(); }
 
 at::Tensor SafetensorsFile::read(const std::string& name, const Box& box) const {
+  return view(name, box).clone(at::MemoryFormat::Contiguous);
+}
+
+void SafetensorsFile::copy_to(const at::Tensor& target, const std::string& name, const Box& box) const {
+  target.copy_(view(name, box));
+}
+
+at::Tensor SafetensorsFile::view(const std::string& name, const Box& box) const {
   const auto& shape = entry(name).shape;
   TORCH_CHECK_VALUE(box.is_in(shape), path_.string(), ": tensor ", name, " of shape ", at::IntArrayRef(shape),
                     " has no part ", box.text());
-  return view_of(view(name), Box::whole(shape), box).clone(at::MemoryFormat::Contiguous);
+  return view_of(view(name), Box::whole(shape), box);
 }
 
 void write_safetensors(const std::filesystem::path& path, const std::vector<NamedTensor>& tensors,

@@ -53,7 +53,13 @@ class SafetensorsFile {
   /// @throws c10::ValueError as read(), and naming `box` if that isn't in the tensor.
   at::Tensor read(const std::string& name, const Box& box) const;
 
+  /// Copies a part of it into `target`, of the shape of the part and of any dtype, device and strides, without a copy
+  /// between them on the CPU. The rest isn't read.
+  /// @throws c10::ValueError as read().
+  void copy_to(const at::Tensor& target, const std::string& name, const Box& box) const;
+
  private:
+  at::Tensor view(const std::string& name, const Box& box) const;
   const SafetensorsEntry& entry(const std::string& name) const;
   at::Tensor view(const std::string& name) const;
 

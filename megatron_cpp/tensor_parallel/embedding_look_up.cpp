@@ -33,8 +33,9 @@ std::vector<bool> left_out_of(int64_t num_rows, const at::Tensor& rows_left_out)
 struct LookUpFunction : torch::autograd::Function<LookUpFunction> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& table, const at::Tensor& output_rows,
                             const at::Tensor& table_rows, int64_t S, int64_t B, bool zero_others,
-                            bool accumulate_into_grad) {
+                            bool accumulate_into_grad, int64_t frozen_row) {
     context->save_for_backward({table, output_rows, table_rows});
+    context->saved_data["frozen_row"] = frozen_row;
     context->saved_data["accumulate_into_grad"] = accumulate_into_grad;
     const auto options = table.options().requires_grad(false);
     auto output = zero_others ? at::zeros({S, B, table.size(1)}, options) : at::empty({S, B, table.size(1)}, options);
@@ -45,14 +46,16 @@ struct LookUpFunction : torch::autograd::Function<LookUpFunction> {
     TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled(), "double backward through a word embedding");
     const auto saved = context->get_saved_variables();
     const auto& table = saved[0];
-    const auto gradient = gather_rows(as_rows(gradients[0]), saved[1]);
+    auto gradient = gather_rows(as_rows(gradients[0]), saved[1]);
+    const int64_t frozen_row = context->saved_data["frozen_row"].toInt();
+    if (frozen_row >= 0) gradient.masked_fill_(saved[2].eq(frozen_row).unsqueeze(1), 0);
     at::Tensor table_gradient;
     if (context->saved_data["accumulate_into_grad"].toBool() && table.grad().defined()) {
       table.grad().index_add_(0, saved[2], gradient);
     } else {
       table_gradient = at::zeros_like(table).index_add_(0, saved[2], gradient);
     }
-    return {table_gradient, {}, {}, {}, {}, {}, {}};
+    return {table_gradient, {}, {}, {}, {}, {}, {}, {}};
   }
 };
 
@@ -104,7 +107,8 @@ LookUp plan_look_up_on_device(const at::Tensor& input_ids, const at::Tensor& row
 
 at::Tensor look_up_rows(const at::Tensor& table, const LookUp& look_up, int64_t S, int64_t B, bool zero_others,
                         bool accumulate_into_grad) {
-  return LookUpFunction::apply(table, look_up.output_rows, look_up.table_rows, S, B, zero_others, accumulate_into_grad);
+  return LookUpFunction::apply(table, look_up.output_rows, look_up.table_rows, S, B, zero_others, accumulate_into_grad,
+                               look_up.frozen_row);
 }
 
 }  // namespace megatron_cpp::internal

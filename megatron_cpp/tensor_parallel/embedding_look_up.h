@@ -11,8 +11,9 @@ namespace megatron_cpp::internal {
 
 /// Which table rows go to which output rows for ids [B, S], on the table's device.
 struct LookUp {
-  at::Tensor output_rows;  ///< [k] int64, flat numbers s*B + b, increasing
-  at::Tensor table_rows;   ///< [k] int64
+  at::Tensor output_rows;   ///< [k] int64, flat numbers s*B + b, increasing
+  at::Tensor table_rows;    ///< [k] int64
+  int64_t frozen_row = -1;  ///< the table row that gets no gradient; -1: none
 };
 
 /// @throws c10::ValueError unless input_ids is [B, S] int64.

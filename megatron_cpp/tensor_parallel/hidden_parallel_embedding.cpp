@@ -18,8 +18,9 @@ HiddenParallelEmbeddingImpl::HiddenParallelEmbeddingImpl(ParallelEmbeddingOption
 at::Tensor HiddenParallelEmbeddingImpl::partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out) {
   internal::check_ids(input_ids);
   const int64_t V = options().vocabulary_size();
-  const auto look_up = input_ids.is_cpu() ? internal::plan_look_up(input_ids, rows_left_out, V, {0, V}, weight.device())
-                                          : internal::plan_look_up_on_device(input_ids, rows_left_out, V, {0, V});
+  auto look_up = input_ids.is_cpu() ? internal::plan_look_up(input_ids, rows_left_out, V, {0, V}, weight.device())
+                                    : internal::plan_look_up_on_device(input_ids, rows_left_out, V, {0, V});
+  look_up.frozen_row = options().padding_idx();
   return internal::look_up_rows(weight, look_up, input_ids.size(1), input_ids.size(0), /*zero_others=*/false,
                                 options().accumulate_into_grad());
 }

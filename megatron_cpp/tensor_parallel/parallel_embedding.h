@@ -43,6 +43,8 @@ struct ParallelEmbeddingOptions {
   /// matter of speed, which an embedding of your own may ignore.
   TORCH_ARG(bool, accumulate_into_grad) = false;
   TORCH_ARG(double, init_std) = 0.02;  ///< standard deviation of the initial weights
+  /// The row of this id gets no gradient, as in torch.nn.Embedding; -1: none.
+  TORCH_ARG(int64_t, padding_idx) = -1;
 };
 
 /// A word embedding whose table is split over a tensor-parallel group, and whose look-up has two steps: partial() looks

@@ -12,10 +12,15 @@
 namespace megatron_cpp {
 namespace {
 
+int64_t frozen_row(const ParallelEmbeddingOptions& options, parallel::Range own) {
+  return own.contains(options.padding_idx()) ? options.padding_idx() - own.begin : -1;
+}
+
 /// Looks up every row but those left out, and masks rows of other ranks' ids, so that no id is copied to the host.
 at::Tensor masked_look_up(const at::Tensor& weight, const at::Tensor& input_ids, const at::Tensor& rows_left_out,
                           const ParallelEmbeddingOptions& options, parallel::Range own) {
-  const auto look_up = internal::plan_look_up_on_device(input_ids, rows_left_out, options.vocabulary_size(), own);
+  auto look_up = internal::plan_look_up_on_device(input_ids, rows_left_out, options.vocabulary_size(), own);
+  look_up.frozen_row = frozen_row(options, own);
   const auto ids = input_ids.t();  // [S, B]
   const auto other = ids.lt(own.begin).logical_or(ids.ge(own.end));
   return internal::look_up_rows(weight, look_up, ids.size(0), ids.size(1), /*zero_others=*/true,
@@ -42,8 +47,8 @@ at::Tensor VocabParallelEmbeddingImpl::partial(const at::Tensor& input_ids, cons
   internal::check_ids(input_ids);
   const parallel::Range own{vocabulary_begin_, vocabulary_begin_ + weight.size(0)};
   if (!input_ids.is_cpu()) return masked_look_up(weight, input_ids, rows_left_out, options(), own);
-  const auto look_up =
-      internal::plan_look_up(input_ids, rows_left_out, options().vocabulary_size(), own, weight.device());
+  auto look_up = internal::plan_look_up(input_ids, rows_left_out, options().vocabulary_size(), own, weight.device());
+  look_up.frozen_row = frozen_row(options(), own);
   return internal::look_up_rows(weight, look_up, input_ids.size(1), input_ids.size(0), /*zero_others=*/true,
                                 options().accumulate_into_grad());
 }

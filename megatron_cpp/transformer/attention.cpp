@@ -100,8 +100,10 @@ SelfAttentionImpl::SelfAttentionImpl(const TransformerConfig& config, const Laye
   const auto qkv_options = ColumnParallelLinearOptions(config.hidden_size, parts).init_std(config.init_std);
   linear_qkv = register_module("linear_qkv", ColumnParallelLinear(execution.apply_to(qkv_options), tp));
   const auto domain = tp->getSize() > 1 ? GradientDomain::kReplicatedPartial : GradientDomain::kReplicated;
-  q_norm = register_module("q_norm", RMSNorm(head_dim_, config.rms_norm_eps, domain));
-  k_norm = register_module("k_norm", RMSNorm(head_dim_, config.rms_norm_eps, domain));
+  if (config.qk_layernorm) {
+    q_norm = register_module("q_norm", RMSNorm(head_dim_, config.rms_norm_eps, domain));
+    k_norm = register_module("k_norm", RMSNorm(head_dim_, config.rms_norm_eps, domain));
+  }
   const auto proj_options = RowParallelLinearOptions(q_features, config.hidden_size).init_std(config.init_std);
   linear_proj = register_module("linear_proj", RowParallelLinear(execution.apply_to(proj_options), tp));
 }
@@ -120,8 +122,11 @@ at::Tensor SelfAttentionImpl::forward(const at::Tensor& input, const AttentionBa
   const int64_t kv_columns = num_groups_ * head_dim_;
   const auto parts = fused.split_with_sizes({q_columns, kv_columns, kv_columns, num_heads_}, -1);
   const auto heads = [&](const at::Tensor& part) { return part.unflatten(-1, {-1, head_dim_}); };
-  const auto q = apply_rotary(q_norm->forward(heads(parts[0])), tables);
-  const auto k = apply_rotary(k_norm->forward(heads(parts[1])), tables);
+  const auto normed = [&](RMSNorm& norm, const at::Tensor& part) {
+    return norm ? norm->forward(heads(part)) : heads(part);
+  };
+  const auto q = apply_rotary(normed(q_norm, parts[0]), tables);
+  const auto k = apply_rotary(normed(k_norm, parts[1]), tables);
   const auto output = core_attention(q, k, heads(parts[2]), attention.sub_sequences(), sliding_window_);
   const auto gated = output * at::sigmoid(parts[3]).unsqueeze(-1);
   return linear_proj->forward(gated.flatten(2, 3));

@@ -6,8 +6,9 @@ GPTModelImpl::GPTModelImpl(const TransformerConfig& config, const TransformerExe
                            const ModelGroups& groups) {
   const auto& tp = groups.tp;
   config.validate(tp->getSize());
-  const auto embedding_options =
-      ParallelEmbeddingOptions(config.vocabulary_size, config.hidden_size).init_std(config.init_std);
+  const auto embedding_options = ParallelEmbeddingOptions(config.vocabulary_size, config.hidden_size)
+                                     .init_std(config.init_std)
+                                     .padding_idx(config.embedding_padding_idx);
   embedding = register_module(
       "embedding", LanguageModelEmbedding(execution.apply_to(embedding_options), tp, execution.embedding_sharding));
   decoder = register_module("decoder", TransformerBlock(config, execution, groups));

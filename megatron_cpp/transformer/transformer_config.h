@@ -64,7 +64,9 @@ struct TransformerConfig {
   int64_t num_query_groups = 0;                 ///< key/value heads, the same in every layer
   int64_t ffn_hidden_size = 0;                  ///< F, divisible by t
   double rms_norm_eps = 1e-5;                   ///< added to the mean square in every norm
+  int64_t embedding_padding_idx = -1;           ///< row of the word embedding that gets no gradient; -1: none
   double init_std = 0.02;                       ///< standard deviation of the initial weights of matrices
+  bool qk_layernorm = true;                     ///< whether q and k are normed per head, before they are rotated
   std::vector<LayerConfig> layers;              ///< one entry per layer
   std::optional<MoEConfig> moe = std::nullopt;  ///< given if a layer has experts
 

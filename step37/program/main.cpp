@@ -10,6 +10,7 @@
 #include "parallel/mpi/launcher.h"
 #include "parallel/runtime.h"
 #include "step37/program/embed.h"
+#include "step37/program/forward.h"
 #include "step37/program/generate.h"
 #include "step37/program/pretrain.h"
 
@@ -40,6 +41,30 @@ void add_embed(CLI::App& app, Command& command) {
     command = [arguments](parallel::Runtime& runtime) {
       runtime.choose_device({.device = "auto", .may_leave_gpus = true});
       return step37::embed(runtime, *arguments);
+    };
+  });
+}
+
+void add_forward(CLI::App& app, Command& command) {
+  auto* forward = app.add_subcommand("forward", "Run a published checkpoint on given tensors");
+  auto arguments = std::make_shared<step37::ForwardArguments>();
+  forward->add_option("--model", arguments->model, "Folder with config.json and safetensors files")->required();
+  forward->add_option("--input", arguments->input, "Tensors to read (safetensors)")->required();
+  forward->add_option("--output", arguments->output, "Results to write (safetensors)")->required();
+  forward->add_option("--image-start-token", arguments->image_start_token, "Token id before an image's rows");
+  forward->add_option("--patch-start-token", arguments->patch_start_token, "Token id before a patch's rows");
+  forward->add_flag("--sequence-parallel", arguments->sequence_parallel, "Split the sequence over the ranks");
+  forward->add_flag("--gradients", arguments->gradients, "Write gradients of the loss, too");
+  forward->add_option("--expert-parallel", arguments->expert_parallel, "Ranks that share out the experts")
+      ->capture_default_str();
+  forward->add_option("--expert-tensor-parallel", arguments->expert_tensor_parallel,
+                      "Ranks that share each expert [ranks / expert-parallel]");
+  forward->add_option("--dtype", arguments->dtype, "float32, float64 or bfloat16")->capture_default_str();
+  forward->add_option("--dump", arguments->dump, "layers: write the output of every decoder layer, too");
+  forward->callback([arguments, &command] {
+    command = [arguments](parallel::Runtime& runtime) {
+      runtime.choose_device({.device = "auto", .may_leave_gpus = true});
+      return step37::forward(runtime, *arguments);
     };
   });
 }
@@ -90,6 +115,7 @@ int main(int argc, char** argv) {
   add_pretrain(app, command);
   add_generate(app, command);
   add_embed(app, command);
+  add_forward(app, command);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
