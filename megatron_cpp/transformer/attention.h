@@ -58,9 +58,9 @@ class SelfAttentionImpl : public torch::nn::Module {
 
   ColumnParallelLinear linear_qkv{nullptr};  ///< q_proj [heads·D, H], k_proj, v_proj [groups·D, H], g_proj [heads, H]
   RMSNorm q_norm{nullptr};                   ///< [D], over each head; a rank's gradient is the part of its own heads:
-                            ///< kReplicatedPartial; null without TransformerConfig::qk_layernorm
-  RMSNorm k_norm{nullptr};                 ///< like q_norm, over the key heads
-  RowParallelLinear linear_proj{nullptr};  ///< o_proj [H, heads·D]
+                                             ///< kReplicatedPartial; null without TransformerConfig::qk_layernorm
+  RMSNorm k_norm{nullptr};                   ///< like q_norm, over the key heads
+  RowParallelLinear linear_proj{nullptr};    ///< o_proj [H, heads·D]
 
  private:
   int64_t num_heads_;   ///< of this rank

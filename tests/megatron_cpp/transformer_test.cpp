@@ -4,15 +4,12 @@
 #include <c10/util/Exception.h>
 #include <gtest/gtest.h>
 
-#include <fstream>
 #include <functional>
 #include <map>
-#include <nlohmann/json.hpp>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "megatron_cpp/checkpoint/safetensors.h"
 #include "megatron_cpp/parameters/parameter_shard.h"
 #include "megatron_cpp/tensor_parallel/vocab_parallel_embedding.h"
 #include "megatron_cpp/transformer/attention.h"
@@ -25,7 +22,6 @@
 #include "parallel/recording_backend.h"
 #include "parallel/shard.h"
 #include "tests/megatron_cpp/transformer_fixture.h"
-#include "tests/support/environment.h"
 #include "tests/support/errors.h"
 #include "tests/support/operator_watch.h"
 #include "tests/support/test_world.h"
@@ -38,8 +34,6 @@ using parallel::GroupPtr;
 using parallel::Range;
 using namespace test_support;
 using namespace transformer_fixture;
-
-constexpr double kGoldenTolerance = 1e-4;  // of the largest element
 
 at::Tensor prefix_sums(const std::vector<int64_t>& ends) { return at::tensor(ends, at::kInt); }
 
@@ -376,89 +370,6 @@ TEST_F(TransformerTest, GradientDomainsFollowFromTheLayersUse) {
           expected = t > 1 ? GradientDomain::kReplicatedPartial : GradientDomain::kReplicated;
         }
         EXPECT_EQ(shard.domain, expected) << shard.name << " at t = " << t;
-      }
-    }
-  }
-}
-
-// ---- the golden model ----
-
-/// The published sizes of the layers before the first mixture of experts.
-TransformerConfig golden_config(const std::string& name) {
-  std::ifstream file(test_support::cases().string() + "/models/" + name + "/config_hub.json");
-  TORCH_CHECK(file, "can't read the configuration of ", name);
-  const auto json = nlohmann::json::parse(file).at("text_config");
-  TransformerConfig config;
-  config.vocabulary_size = json.at("vocab_size");
-  config.hidden_size = json.at("hidden_size");
-  config.head_dim = json.at("head_dim");
-  config.num_query_groups = json.at("num_attention_groups");
-  config.ffn_hidden_size = json.at("intermediate_size");
-  config.rms_norm_eps = json.at("rms_norm_eps");
-  for (size_t number = 0; number < 2; ++number) {
-    const bool sliding = json.at("layer_types").at(number) == "sliding_attention";
-    auto& layer = config.layers.emplace_back();
-    layer.num_attention_heads = (sliding ? json.at("attention_other_setting") : json).at("num_attention_heads");
-    if (sliding) layer.sliding_window = json.at("sliding_window");
-    layer.rope_theta = json.at("rope_theta").at(number);
-    layer.partial_rotary_factor = json.at("partial_rotary_factors").at(number);
-    layer.swiglu_limit = json.at("swiglu_limits_shared").at(number);
-  }
-  return config;
-}
-
-std::string published_name(std::string name) {
-  if (name == "final_layernorm.weight") return "model.norm.weight";
-  const std::vector<std::pair<std::string, std::string>> replacements{
-      {"self_attention.linear_qkv.", "self_attn."},
-      {"self_attention.linear_proj.", "self_attn.o_proj."},
-      {"self_attention.", "self_attn."},
-      {"pre_mlp_layernorm", "post_attention_layernorm"},
-      {"mlp.linear_fc1.", "mlp."},
-      {"mlp.linear_fc2.", "mlp.down_proj."}};
-  for (const auto& [ours, published] : replacements) {
-    const auto at = name.find(ours);
-    if (at == std::string::npos) continue;
-    name.replace(at, ours.size(), published);
-    break;
-  }
-  return "model." + name;
-}
-
-void load(const std::vector<ParameterShard>& shards, const SafetensorsFile& file) {
-  const at::NoGradGuard no_grad;
-  for (const auto& shard : shards) {
-    for (const auto& segment : shard.segments) {
-      const auto rows = file.read(published_name(segment.name), segment.box);
-      segment.in_local(shard.parameter).copy_(rows);
-    }
-  }
-}
-
-TEST_F(TransformerTest, GoldenLayers) {
-  for (const std::string name : {"base", "text_only"}) {
-    const SafetensorsFile weights(test_support::cases().string() + "/models/" + name + "/model.safetensors");
-    const SafetensorsFile values(test_support::cases().string() + "/forward/" + name + ".safetensors");
-    auto config = golden_config(name);
-    const auto sequence_first = [&](const std::string& key) { return on_device(values.read(key)).transpose(0, 1); };
-    const auto embeddings = sequence_first("inputs_embeds").contiguous();
-    const AttentionInput attention{at::arange(embeddings.size(0), at::kLong).unsqueeze(0), {}};
-    for (const int t : test_support::divisors_of_world()) {
-      if (t > 2) {  // it has two key/value heads
-        EXPECT_THROW(config.validate(t), c10::ValueError);
-        continue;
-      }
-      for (const bool sequence_parallel : {false, true}) {
-        const auto& tp = test_support::groups(t).tp;
-        TransformerBlock block(config, TransformerExecution{.sequence_parallel = sequence_parallel}, tp);
-        load(start(block), weights);
-        auto hidden = own_rows(embeddings, sequence_parallel, tp);
-        const auto batch = block->attention_batch(hidden, attention);
-        for (size_t number = 0; number < 2; ++number) {
-          hidden = block->layers[number]->forward(hidden, batch);
-          const auto key = "text_layer_out." + std::to_string(number);
-          compare(hidden, own_rows(sequence_first(key), sequence_parallel, tp), name + " " + key, kGoldenTolerance);
-        }
       }
     }
   }

@@ -8,10 +8,8 @@
 
 #include <cmath>
 #include <cstdlib>
-#include <fstream>
 #include <functional>
 #include <map>
-#include <nlohmann/json.hpp>
 #include <set>
 #include <string>
 #include <vector>
@@ -19,6 +17,7 @@
 #include "megatron_cpp/checkpoint/safetensors.h"
 #include "megatron_cpp/parameters/parameter_shard.h"
 #include "parallel/gpu.h"
+#include "step37/published_config.h"
 #include "tests/support/environment.h"
 #include "tests/support/errors.h"
 
@@ -31,20 +30,7 @@ const std::string kCases = test_support::cases();
 constexpr double kGoldenTolerance = 1e-4;  // of the largest element
 
 VisionConfig golden_config(const std::string& name) {
-  const std::string path = kCases + "/models/" + name + "/config_hub.json";
-  std::ifstream file(path);
-  TORCH_CHECK(file, "can't read ", path);
-  const auto json = nlohmann::json::parse(file).at("vision_config");
-  VisionConfig config;
-  config.image_size = json.at("image_size");
-  config.patch_size = json.at("patch_size");
-  config.width = json.at("width");
-  config.layers = json.at("layers");
-  config.heads = json.at("heads");
-  config.mlp_width = std::llround(static_cast<double>(config.width) * json.at("mlp_ratio").get<double>());
-  config.layer_norm_eps = json.at("layer_norm_eps");
-  config.layer_scale_init = json.at("ls_init_value");
-  return config;
+  return read_published_config(kCases + "/models/" + name + "/config_hub.json").vision;
 }
 
 /// Copies the file's rows as they are: the golden files hold the published layout, in which the rows of q and k are
