@@ -14,9 +14,10 @@ struct Renaming {
 };
 
 /// Prefixes of whole names.
-constexpr std::array<Renaming, 6> kPrefixes = {{
+constexpr std::array<Renaming, 7> kPrefixes = {{
     {"language_model.embedding.word_embeddings.", "model.embed_tokens."},
     {"language_model.decoder.layers.", "model.layers."},
+    {"language_model.mtp.layers.", "model.layers."},
     {"language_model.decoder.final_layernorm.", "model.norm."},
     {"language_model.output_layer.", "lm_head."},
     {"image_insert_embedding.align_projector.", "vit_large_projector."},
@@ -24,13 +25,15 @@ constexpr std::array<Renaming, 6> kPrefixes = {{
 }};
 
 /// Prefixes of what follows "model.layers.N.".
-constexpr std::array<Renaming, 11> kLayerParts = {{
+constexpr std::array<Renaming, 13> kLayerParts = {{
     {"self_attention.linear_qkv.", "self_attn."},
     {"self_attention.linear_proj.", "self_attn.o_proj."},
     {"self_attention.", "self_attn."},
     {"pre_mlp_layernorm.", "post_attention_layernorm."},
     {"mlp.linear_fc1.", "mlp."},
     {"mlp.linear_fc2.", "mlp.down_proj."},
+    {"final_layernorm.", "transformer.shared_head.norm."},
+    {"output_layer.", "transformer.shared_head.output."},
     {"moe.router.expert_bias", "moe.router_bias"},
     {"moe.router.", "moe.gate."},
     {"moe.experts.", "moe."},
@@ -48,6 +51,11 @@ std::string published_name(const std::string& parameter) {
     const auto number_end = rest.find('.') + 1;
     const auto layer = std::string(prefix.published) + rest.substr(0, number_end);
     rest = rest.substr(number_end);
+    // A multi-token-prediction layer has a decoder layer in it, whose parts are the layer's own in the published
+    // layout.
+    if (constexpr std::string_view kInner = "transformer_layer."; rest.starts_with(kInner)) {
+      rest = rest.substr(kInner.size());
+    }
     for (const auto& part : kLayerParts) {
       if (rest.starts_with(part.ours)) return layer + std::string(part.published) + rest.substr(part.ours.size());
     }

@@ -6,21 +6,45 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <exception>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string_view>
 #include <system_error>
+#include <utility>
 
+#include "megatron_cpp/checkpoint/checkpoint_folder.h"
+#include "megatron_cpp/checkpoint/complete_file.h"
 #include "megatron_cpp/checkpoint/json_object.h"
+#include "parallel/agree.h"
 #include "step37/checkpoint_names.h"
 
 namespace megatron_cpp::step37 {
 namespace {
 
 namespace fs = std::filesystem;
+using Json = nlohmann::ordered_json;
 
+constexpr const char* kConfig = "config.json";
 constexpr const char* kWeights = "model.safetensors";
 constexpr const char* kIndex = "model.safetensors.index.json";
+constexpr const char* kCopied[] = {"generation_config.json",
+                                   "tokenizer.json",
+                                   "tokenizer.model",
+                                   "tokenizer_config.json",
+                                   "special_tokens_map.json",
+                                   "added_tokens.json",
+                                   "vocab.json",
+                                   "merges.txt",
+                                   "chat_template.jinja",
+                                   "chat_template.json",
+                                   "preprocessor_config.json",
+                                   "processor_config.json"};
+
+bool is_there(const fs::path& path) {
+  std::error_code unknown;
+  return fs::exists(path, unknown);
+}
 
 /// Some checkpoints put a prefix before the vision parts.
 std::string without_prefix(const std::string& name) {
@@ -57,49 +81,88 @@ std::map<std::string, std::set<std::string>> files_of_index(const fs::path& path
   return files;
 }
 
-std::vector<std::string> mtp_tensors(int64_t layer, bool has_qk_norm) {
-  std::vector<std::string> names = {"enorm.weight",
-                                    "hnorm.weight",
-                                    "eh_proj.weight",
-                                    "transformer.shared_head.norm.weight",
-                                    "transformer.shared_head.output.weight",
-                                    "input_layernorm.weight",
-                                    "post_attention_layernorm.weight",
-                                    "self_attn.q_proj.weight",
-                                    "self_attn.k_proj.weight",
-                                    "self_attn.v_proj.weight",
-                                    "self_attn.o_proj.weight",
-                                    "self_attn.g_proj.weight",
-                                    "mlp.gate_proj.weight",
-                                    "mlp.up_proj.weight",
-                                    "mlp.down_proj.weight"};
-  if (has_qk_norm) names.insert(names.end(), {"self_attn.q_norm.weight", "self_attn.k_norm.weight"});
-  for (auto& name : names) name = fmt::format("model.layers.{}.{}", layer, name);
-  return names;
+at::ScalarType dtype_of_config(const std::string& name) {
+  if (name == "float32") return at::kFloat;
+  if (name == "float16") return at::kHalf;
+  TORCH_CHECK_VALUE(name == "bfloat16", "dtype ", name, ": expected float32, float16 or bfloat16");
+  return at::kBFloat16;
 }
 
-/// Whether a tensor belongs to a layer behind the decoder's.
-bool is_of_mtp_layer(const std::string& name, const PublishedConfig& config) {
-  const auto decoder_layers = config.text.num_layers();
-  for (int64_t layer = decoder_layers; layer < decoder_layers + static_cast<int64_t>(config.mtp_layers.size());
-       ++layer) {
-    if (name.starts_with(fmt::format("model.layers.{}.", layer))) return true;
+at::ScalarType dtype_of_file(const std::string& name) {
+  for (const auto dtype : {at::kFloat, at::kHalf, at::kBFloat16, at::kDouble}) {
+    if (safetensors_dtype(dtype, name) == name) return dtype;
   }
-  return false;
+  TORCH_CHECK_VALUE(false, name, " is no dtype of weights");
+}
+
+/// The tensors of one file.
+struct Shard {
+  std::string file;
+  std::vector<SafetensorsWriter::Entry> entries;
+};
+
+std::vector<Shard> shards_of(const PublishedForm& form, const PublishedTensors& tensors, at::ScalarType dtype,
+                             const WritePublishedOptions& options, int64_t& total_size) {
+  std::vector<Shard> shards(1);
+  int64_t shard_size = 0;
+  total_size = 0;
+  for (const auto& [name, shape] : tensors) {
+    const auto exception = form.dtypes.find(name);
+    const bool has_own = options.dtype.empty() && exception != form.dtypes.end();
+    const auto tensor_dtype = has_own ? dtype_of_file(exception->second) : dtype;
+    int64_t bytes = static_cast<int64_t>(c10::elementSize(tensor_dtype));
+    for (const int64_t size : shape) bytes *= size;
+    if (shard_size > 0 && shard_size + bytes > options.max_shard_size) {
+      shards.emplace_back();
+      shard_size = 0;
+    }
+    shards.back().entries.push_back({name, tensor_dtype, shape});
+    shard_size += bytes;
+    total_size += bytes;
+  }
+  for (size_t i = 0; i < shards.size(); ++i) {
+    shards[i].file =
+        shards.size() == 1 ? kWeights : fmt::format("model-{:05}-of-{:05}.safetensors", i + 1, shards.size());
+  }
+  return shards;
+}
+
+std::string index_of(const std::vector<Shard>& shards, int64_t total_size) {
+  Json weight_map = Json::object();
+  for (const auto& shard : shards) {
+    for (const auto& entry : shard.entries) weight_map[entry.name] = shard.file;
+  }
+  return Json{{"metadata", {{"total_size", total_size}}}, {"weight_map", std::move(weight_map)}}.dump(2) + "\n";
 }
 
 }  // namespace
 
+std::string PublishedForm::to_text() const {
+  return Json{{"published", {{"config", Json::parse(config)}, {"dtypes", dtypes}}}}.dump();
+}
+
+std::optional<PublishedForm> PublishedForm::from_text(const std::string& text, const fs::path& where) {
+  if (text.empty()) return std::nullopt;
+  const auto json = Json::parse(text, /*cb=*/nullptr, /*allow_exceptions=*/false);
+  const megatron_cpp::internal::JsonObject root(json, where);
+  if (!root.has("published")) return std::nullopt;
+  const auto published = root.object("published");
+  published.object("config");  // checks that it is an object
+  const auto names = published.object("dtypes");
+  PublishedForm form{json.at("published").at("config").dump(2), {}};
+  for (const auto& name : names.names()) form.dtypes[name] = names.text(name);
+  return form;
+}
+
 PublishedCheckpoint::PublishedCheckpoint(const fs::path& folder)
-    : folder_(folder), config_(read_published_config(folder / "config.json")) {
-  std::error_code unknown;
+    : folder_(folder), config_(read_published_config(folder / kConfig)) {
+  announced_mtp_layers_ = static_cast<int64_t>(config_.text.mtp_layers.size());
   // In this order, as transformers looks for them.
-  if (fs::exists(folder / kWeights, unknown)) {
+  if (is_there(folder / kWeights)) {
     open(folder / kWeights);
-  } else if (fs::exists(folder / kIndex, unknown)) {
+  } else if (is_there(folder / kIndex)) {
     for (const auto& [file, names] : files_of_index(folder / kIndex)) {
-      TORCH_CHECK_VALUE(fs::exists(folder / file, unknown), (folder / kIndex).string(), " names ", file,
-                        ", which is not there");
+      TORCH_CHECK_VALUE(is_there(folder / file), (folder / kIndex).string(), " names ", file, ", which is not there");
       open(folder / file);
       for (const auto& name : names) {
         TORCH_CHECK_VALUE(files_.back()->contains(name), (folder / kIndex).string(), ": tensor ", name,
@@ -107,80 +170,153 @@ PublishedCheckpoint::PublishedCheckpoint(const fs::path& folder)
       }
     }
   }
-  if (!has_weights()) return;
-  config_.text.qk_layernorm = std::any_of(tensors_.begin(), tensors_.end(), [](const auto& entry) {
-    return entry.first.ends_with(".self_attn.q_norm.weight") || entry.first.ends_with(".self_attn.k_norm.weight");
-  });
-  check_mtp_layers();
+  if (has_weights()) check_tensors();
+}
+
+bool PublishedCheckpoint::is_at(const fs::path& folder) {
+  return is_there(folder / kConfig) && (is_there(folder / kWeights) || is_there(folder / kIndex));
 }
 
 void PublishedCheckpoint::open(const fs::path& path) {
   auto file = std::make_shared<const SafetensorsFile>(path);
   refuse_quantised(*file);
   for (const auto& [name, entry] : file->entries()) {
-    const auto [earlier, is_new] = tensors_.emplace(without_prefix(name), Place{file, name});
+    const auto [earlier, is_new] = places_.emplace(without_prefix(name), Place{file, name});
     TORCH_CHECK_VALUE(is_new, path.string(), ": tensor ", name, " is also in ", earlier->second.file->path().string(),
                       earlier->second.name == name ? "" : " as " + earlier->second.name);
   }
   files_.push_back(std::move(file));
 }
 
-void PublishedCheckpoint::check_mtp_layers() {
-  size_t found = 0;
-  std::string missing;
-  for (size_t i = 0; i < config_.mtp_layers.size(); ++i) {
-    for (const auto& name :
-         mtp_tensors(config_.text.num_layers() + static_cast<int64_t>(i), config_.text.qk_layernorm)) {
-      if (tensors_.contains(name)) {
-        ++found;
-      } else if (missing.empty()) {
-        missing = name;
-      }
-    }
-  }
-  TORCH_CHECK_VALUE(found == 0 || missing.empty(), folder_.string(),
-                    ": the multi-token-prediction layers are there in part: there is no tensor ", missing);
-  has_mtp_weights_ = found > 0;
-}
-
-void PublishedCheckpoint::load(const std::vector<ParameterShard>& parameters) const {
+void PublishedCheckpoint::check_tensors() {
   constexpr size_t kMostListed = 50;
+  config_.text.qk_layernorm = std::any_of(places_.begin(), places_.end(), [](const auto& place) {
+    return place.first.ends_with(".self_attn.q_norm.weight") || place.first.ends_with(".self_attn.k_norm.weight");
+  });
+  auto expected = published_tensors(config_);
+  auto mtp = published_mtp_tensors(config_);
+  const auto is_stored = [&](const auto& tensor) { return places_.contains(tensor.first); };
+  if (std::any_of(mtp.begin(), mtp.end(), is_stored)) {
+    expected.merge(mtp);
+  } else {
+    config_.text.mtp_layers.clear();
+  }
   std::vector<std::string> faults;
-  std::set<std::string> wanted;
-  for (const auto& shard : parameters) {
-    for (const auto& segment : shard.segments) {
-      const auto name = published_name(segment.name);
-      wanted.insert(name);
-      const auto found = tensors_.find(name);
-      if (found == tensors_.end()) {
-        faults.push_back("missing: " + name);
-        continue;
-      }
-      const auto& entry = found->second.file->entries().at(found->second.name);
-      if (entry.shape != segment.global_shape) {
-        faults.push_back(c10::str(name, " has shape ", at::IntArrayRef(entry.shape), ", expected ",
-                                  at::IntArrayRef(segment.global_shape)));
-      } else if (entry.dtype == at::ScalarType::Undefined || !at::isFloatingType(entry.dtype)) {
-        faults.push_back(fmt::format("{} has dtype {}, expected a floating-point one", name, entry.dtype_name));
-      }
+  for (const auto& [name, shape] : expected) {
+    const auto found = places_.find(name);
+    if (found == places_.end()) {
+      faults.push_back("missing: " + name);
+      continue;
+    }
+    const auto& stored = entry(found->second);
+    if (stored.shape != shape) {
+      faults.push_back(
+          c10::str(name, " has shape ", at::IntArrayRef(stored.shape), ", expected ", at::IntArrayRef(shape)));
+    } else if (stored.dtype == at::ScalarType::Undefined || !at::isFloatingType(stored.dtype)) {
+      faults.push_back(fmt::format("{} has dtype {}, expected a floating-point one", name, stored.dtype_name));
     }
   }
-  for (const auto& [name, place] : tensors_) {
-    if (!wanted.contains(name) && !is_of_mtp_layer(name, config_)) faults.push_back("unexpected: " + place.name);
+  for (const auto& [name, place] : places_) {
+    if (!expected.contains(name)) faults.push_back("unexpected: " + place.name);
   }
   std::string text;
   for (size_t i = 0; i < std::min(faults.size(), kMostListed); ++i) text += "\n  " + faults[i];
   if (faults.size() > kMostListed) text += fmt::format("\n  and {} more", faults.size() - kMostListed);
   TORCH_CHECK_VALUE(faults.empty(), folder_.string(), ": the weights are not those of config.json:", text);
+}
 
+PublishedForm PublishedCheckpoint::form() const {
+  PublishedForm form{hub_form(folder_ / kConfig), {}};
+  const auto usual = safetensors_dtype(dtype_of_config(config_.dtype), "");
+  for (const auto& [name, place] : places_) {
+    const auto& dtype = entry(place).dtype_name;
+    if (dtype != usual) form.dtypes[name] = dtype;
+  }
+  return form;
+}
+
+PublishedTensors PublishedCheckpoint::tensors() const {
+  PublishedTensors tensors;
+  for (const auto& [name, place] : places_) tensors[name] = entry(place).shape;
+  return tensors;
+}
+
+at::Tensor PublishedCheckpoint::read(const std::string& published_name, const Box& box) const {
+  const auto found = places_.find(published_name);
+  TORCH_CHECK_VALUE(found != places_.end(), folder_.string(), ": no tensor ", published_name);
+  return found->second.file->read(found->second.name, box);
+}
+
+void PublishedCheckpoint::load(const std::vector<ParameterShard>& parameters) const {
   const at::NoGradGuard no_grad;
   for (const auto& shard : parameters) {
     for (const auto& segment : shard.segments) {
+      const auto name = published_name(segment.name);
+      const auto found = places_.find(name);
+      TORCH_CHECK_VALUE(found != places_.end(), folder_.string(), ": no tensor ", name);
       if (segment.box.numel() == 0) continue;
-      const auto& place = tensors_.at(published_name(segment.name));
-      place.file->copy_to(segment.in_local(shard.parameter), place.name, segment.box);
+      found->second.file->copy_to(segment.in_local(shard.parameter), found->second.name, segment.box);
     }
   }
+}
+
+void check_new_folder(const fs::path& folder) {
+  std::error_code unknown;
+  if (!fs::exists(fs::symlink_status(folder, unknown))) return;
+  TORCH_CHECK_VALUE(fs::is_directory(folder, unknown) && fs::is_empty(folder, unknown), folder.string(),
+                    " exists and is not an empty folder");
+}
+
+void copy_tokenizer_files(const fs::path& from, const fs::path& to) {
+  for (const auto* name : kCopied) {
+    if (is_there(from / name)) fs::copy_file(from / name, to / name, fs::copy_options::overwrite_existing);
+  }
+}
+
+void write_published_checkpoint(const fs::path& folder, const PublishedForm& form, const PublishedTensors& tensors,
+                                const std::function<at::Tensor(const std::string&)>& read, const fs::path& copied,
+                                const parallel::GroupPtr& world, const WritePublishedOptions& options) {
+  const bool is_first = world->getRank() == 0;
+  // "DIR/" has an empty file name.
+  const auto target = folder.has_filename() ? folder : folder.parent_path();
+  const auto partial = megatron_cpp::internal::partial_of(target);
+  std::vector<Shard> shards;
+  int64_t total_size = 0;
+  std::string config;
+  parallel::agree_on(
+      [&] {
+        TORCH_CHECK_VALUE(options.max_shard_size > 0, "the largest size of a file, ", options.max_shard_size,
+                          " bytes, is not positive");
+        config = form.config;
+        if (!options.dtype.empty()) config = with_dtype(config, options.dtype);
+        const auto dtype = dtype_of_config(published_config_from_text(config, folder / kConfig).dtype);
+        shards = shards_of(form, tensors, dtype, options, total_size);
+        if (!is_first) return;
+        check_new_folder(target);
+        fs::remove_all(partial);
+        fs::create_directories(partial);
+      },
+      world);
+  parallel::agree_on(
+      [&] {
+        for (size_t i = 0; i < shards.size(); ++i) {
+          if (static_cast<int>(i) % world->getSize() != world->getRank()) continue;
+          SafetensorsWriter writer(partial / shards[i].file, shards[i].entries, {{"format", "pt"}});
+          for (const auto& entry : shards[i].entries) writer.write(read(entry.name).to(entry.dtype));
+          writer.commit();
+        }
+      },
+      world);
+  parallel::agree_on(
+      [&] {
+        if (!is_first) return;
+        if (!copied.empty()) copy_tokenizer_files(copied, partial);
+        write_file(partial / kConfig, config + "\n");
+        if (shards.size() > 1) write_file(partial / kIndex, index_of(shards, total_size));
+        megatron_cpp::internal::flush_folder(partial);
+        megatron_cpp::internal::move_into_place(partial, target);
+      },
+      world);
 }
 
 }  // namespace megatron_cpp::step37

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <initializer_list>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -401,8 +402,9 @@ std::string read_dtype(const JsonObject& root, const JsonObject& text) {
 
 }  // namespace
 
-PublishedConfig read_published_config(const std::filesystem::path& file) {
-  const auto json = megatron_cpp::internal::read_json_file(file);
+namespace {
+
+PublishedConfig config_from_json(const nlohmann::ordered_json& json, const std::filesystem::path& file) {
   const JsonObject root(json, file);
   const auto text = root.object("text_config");
   const auto vision = root.object("vision_config");
@@ -410,7 +412,7 @@ PublishedConfig read_published_config(const std::filesystem::path& file) {
   auto [layers, mtp_layers] = LayerLists(text).read();
   PublishedConfig config;
   config.text = read_text(text, std::move(layers));
-  config.mtp_layers = std::move(mtp_layers);
+  config.text.mtp_layers = std::move(mtp_layers);
   config.vision = read_vision(vision);
   if (root.has_value("projector_bias")) config.projector_bias = root.boolean("projector_bias");
   config.image_token_id = read_id(root, "image_token_id").value_or(config.image_token_id);
@@ -429,6 +431,168 @@ PublishedConfig read_published_config(const std::filesystem::path& file) {
     TORCH_CHECK_VALUE(false, file.string(), ": ", error.what_without_backtrace());
   }
   return config;
+}
+
+/// transformers' own form has these keys in place of the hub form's.
+bool is_hub_form(const nlohmann::ordered_json& json) {
+  const auto& text = json.at("text_config");
+  return !text.contains("mlp_layer_types") && !text.contains("rope_parameters") && !text.contains("per_layer_config");
+}
+
+/// The value that `value_of` has for all layers of a type; nothing if there is none.
+template <class ValueOf>
+auto of_all(const TransformerConfig& text, bool sliding, const char* what, const ValueOf& value_of) {
+  std::optional<decltype(value_of(text.layers.front()))> result;
+  for (const auto* list : {&text.layers, &text.mtp_layers}) {
+    for (const auto& layer : *list) {
+      if ((layer.sliding_window > 0) != sliding) continue;
+      if (!result) result = value_of(layer);
+      TORCH_CHECK_VALUE(*result == value_of(layer),
+                        "the hub form of config.json can't say that layers of one type "
+                        "differ in their ",
+                        what);
+    }
+  }
+  return result;
+}
+
+nlohmann::ordered_json hub_text_config(const PublishedConfig& config) {
+  const auto& text = config.text;
+  const auto heads = [](const LayerConfig& layer) { return layer.num_attention_heads; };
+  const auto full_heads = of_all(text, false, "num_attention_heads", heads);
+  const auto sliding_heads = of_all(text, true, "num_attention_heads", heads);
+  const auto window =
+      of_all(text, true, "sliding_window", [](const LayerConfig& layer) { return layer.sliding_window; });
+  const auto scaling_of = [](const LayerConfig& layer) { return layer.rope_scaling; };
+  const auto scaling = of_all(text, false, "rope_scaling", scaling_of).value_or(std::nullopt);
+  TORCH_CHECK_VALUE(!of_all(text, true, "rope_scaling", scaling_of).value_or(std::nullopt),
+                    "the hub form of config.json can't scale the frequencies of sliding-attention layers");
+  nlohmann::ordered_json json = {{"model_type", "step3p5"},
+                                 {"vocab_size", text.vocabulary_size},
+                                 {"hidden_size", text.hidden_size},
+                                 {"intermediate_size", text.ffn_hidden_size},
+                                 {"num_hidden_layers", text.num_layers()},
+                                 {"num_attention_heads", full_heads.value_or(sliding_heads.value_or(0))},
+                                 {"num_attention_groups", text.num_query_groups},
+                                 {"head_dim", text.head_dim},
+                                 {"max_position_embeddings", config.max_position_embeddings}};
+  if (sliding_heads) {
+    json["attention_other_setting"] = {{"attention_type", kSlidingAttention},
+                                       {"num_attention_heads", *sliding_heads},
+                                       {"num_attention_groups", text.num_query_groups},
+                                       {"head_dim", text.head_dim}};
+    json["sliding_window"] = *window;
+  }
+  std::string experts;
+  for (const auto* list : {&text.layers, &text.mtp_layers}) {
+    for (const auto& layer : *list) {
+      json["layer_types"].push_back(layer.sliding_window > 0 ? kSlidingAttention : kFullAttention);
+      json["rope_theta"].push_back(layer.rope_theta);
+      json["partial_rotary_factors"].push_back(layer.partial_rotary_factor);
+      json["swiglu_limits"].push_back(layer.expert_swiglu_limit);
+      json["swiglu_limits_shared"].push_back(layer.swiglu_limit);
+    }
+  }
+  for (size_t i = 0; i < text.layers.size(); ++i) {
+    if (text.layers[i].has_experts) experts += fmt::format("{}{}", experts.empty() ? "" : ",", i);
+  }
+  const auto moe = text.moe.value_or(MoEConfig{});
+  json["moe_layers_enum"] = experts;
+  if (text.moe) {
+    json["moe_num_experts"] = moe.num_experts;
+    json["moe_top_k"] = moe.router_topk;
+    json["moe_intermediate_size"] = moe.ffn_hidden_size;
+    json["share_expert_dim"] = moe.shared_expert_ffn_hidden_size;
+  }
+  json.update({{"moe_router_scaling_factor", moe.router_scaling_factor},
+               {"moe_router_activation", "sigmoid"},
+               {"use_moe_router_bias", true},
+               {"norm_expert_weight", true},
+               {"need_fp32_gate", moe.router_in_float32},
+               {"use_head_wise_attn_gate", true},
+               {"rms_norm_eps", text.rms_norm_eps},
+               {"initializer_range", text.init_std},
+               {"zero_centered", true},
+               {"use_qk_norm", text.qk_layernorm},
+               {"num_nextn_predict_layers", text.mtp_layers.size()},
+               {"tie_word_embeddings", false},
+               {"pad_token_id", config.pad_token_id}});
+  if (!config.eos_token_ids.empty()) json["eos_token_id"] = config.eos_token_ids;
+  if (scaling) {
+    json["rope_scaling"] = {{"rope_type", "llama3"},
+                            {"factor", scaling->factor},
+                            {"low_freq_factor", scaling->low_freq_factor},
+                            {"high_freq_factor", scaling->high_freq_factor},
+                            {"original_max_position_embeddings", scaling->original_max_position_embeddings}};
+    json["yarn_only_types"] = {kFullAttention};
+  }
+  return json;
+}
+
+nlohmann::ordered_json hub_vision_config(const VisionConfig& vision) {
+  // Readers round width * mlp_ratio down.
+  double mlp_ratio = static_cast<double>(vision.mlp_width) / static_cast<double>(vision.width);
+  while (static_cast<int64_t>(static_cast<double>(vision.width) * mlp_ratio) < vision.mlp_width) {
+    mlp_ratio = std::nextafter(mlp_ratio, std::numeric_limits<double>::max());
+  }
+  return {{"model_type", "perception_encoder"},
+          {"width", vision.width},
+          {"layers", vision.layers},
+          {"heads", vision.heads},
+          {"num_channels", 3},
+          {"image_size", vision.image_size},
+          {"patch_size", vision.patch_size},
+          {"mlp_ratio", mlp_ratio},
+          {"hidden_act", "quick_gelu"},
+          {"layer_norm_eps", vision.layer_norm_eps},
+          {"use_cls_token", false},
+          {"use_ln_pre", true},
+          {"use_ln_post", false},
+          {"use_abs_posemb", true},
+          {"use_rope2d", true},
+          {"ls_init_value", vision.layer_scale_init},
+          {"rope_parameters", {{"rope_type", "axial"}, {"rope_theta", vision.rope_theta}}}};
+}
+
+}  // namespace
+
+PublishedConfig read_published_config(const std::filesystem::path& file) {
+  return config_from_json(megatron_cpp::internal::read_json_file(file), file);
+}
+
+PublishedConfig published_config_from_text(const std::string& text, const std::filesystem::path& where) {
+  const auto json = nlohmann::ordered_json::parse(text, /*cb=*/nullptr, /*allow_exceptions=*/false);
+  TORCH_CHECK_VALUE(!json.is_discarded(), where.string(), " is not JSON");
+  return config_from_json(json, where);
+}
+
+std::string hub_form(const PublishedConfig& config) {
+  nlohmann::ordered_json json = {{"architectures", {"Step3p7ForConditionalGeneration"}},
+                                 {"model_type", "step3p7"},
+                                 {"torch_dtype", config.dtype},
+                                 {"image_token_id", config.image_token_id},
+                                 {"projector_bias", config.projector_bias},
+                                 {"understand_projector_stride", 2},
+                                 {"vision_config", hub_vision_config(config.vision)},
+                                 {"text_config", hub_text_config(config)}};
+  if (config.image_start_token_id) json["image_start_token_id"] = *config.image_start_token_id;
+  if (config.patch_start_token_id) json["patch_start_token_id"] = *config.patch_start_token_id;
+  return json.dump(2);
+}
+
+std::string hub_form(const std::filesystem::path& file) {
+  const auto json = megatron_cpp::internal::read_json_file(file);
+  const auto config = config_from_json(json, file);
+  return is_hub_form(json) ? json.dump(2) : hub_form(config);
+}
+
+std::string with_dtype(const std::string& text, const std::string& dtype) {
+  auto json = nlohmann::ordered_json::parse(text);
+  for (auto* object : {&json, &json["text_config"]}) {
+    if (object->contains("dtype")) (*object)["dtype"] = dtype;
+  }
+  json["torch_dtype"] = dtype;
+  return json.dump(2);
 }
 
 Step37Config step37_config(const PublishedConfig& config, bool train_padding_row) {

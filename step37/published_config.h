@@ -16,8 +16,7 @@ namespace megatron_cpp::step37 {
 
 /// What a published config.json says of a model.
 struct PublishedConfig {
-  TransformerConfig text;                       ///< the decoder, layers 0 .. num_hidden_layers-1
-  std::vector<LayerConfig> mtp_layers;          ///< the multi-token-prediction layers behind it, all dense
+  TransformerConfig text;                       ///< the decoder; its mtp_layers are all dense
   VisionConfig vision;                          ///< the tower
   bool projector_bias = false;                  ///< whether vit_large_projector has a bias
   int64_t image_token_id = 151679;              ///< placeholder of a row of image features
@@ -40,6 +39,21 @@ struct PublishedConfig {
 ///         doesn't compute (tied embeddings, another activation, sliding layers with other key/value heads or head
 ///         size, quantised weights); and, naming `file`, what TransformerConfig::validate and its like throw.
 PublishedConfig read_published_config(const std::filesystem::path& file);
+
+/// The same from the file's text; `where` is its name in messages.
+PublishedConfig published_config_from_text(const std::string& text, const std::filesystem::path& where);
+
+/// The hub form of the model that `config` describes, as JSON text: lists have the multi-token-prediction layers'
+/// entries at their end.
+/// @throws c10::ValueError if that form can't say it (layers of one type that differ).
+std::string hub_form(const PublishedConfig& config);
+
+/// The text of a config.json in the hub form: as it is, if it has that form, with all keys that readers of it know;
+/// else rewritten. Throws as read_published_config and hub_form.
+std::string hub_form(const std::filesystem::path& file);
+
+/// A config.json's text with another dtype of the weights: float32, float16 or bfloat16.
+std::string with_dtype(const std::string& text, const std::string& dtype);
 
 /// The model that `config` describes; the embedding row of its padding token is trained only if `train_padding_row`.
 /// Everything else has its default.

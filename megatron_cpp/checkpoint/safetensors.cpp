@@ -204,32 +204,52 @@ at::Tensor SafetensorsFile::view(const std::string& name, const Box& box) const 
   return view_of(view(name), Box::whole(shape), box);
 }
 
-void write_safetensors(const std::filesystem::path& path, const std::vector<NamedTensor>& tensors,
-                       const std::map<std::string, std::string>& metadata) {
+SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vector<Entry> entries,
+                                     const std::map<std::string, std::string>& metadata)
+    : entries_(std::move(entries)) {
   Json header = Json::object();
   if (!metadata.empty()) header["__metadata__"] = metadata;
   int64_t position = 0;
-  for (const auto& [name, tensor] : tensors) {
+  for (const auto& [name, dtype, shape] : entries_) {
     TORCH_CHECK_VALUE(name != "__metadata__" && !header.contains(name), path.string(), ": tensor name ", name,
                       " is reserved or given twice");
-    const auto bytes = static_cast<int64_t>(tensor.nbytes());
-    header[name] = {{"dtype", safetensors_dtype(tensor.scalar_type(), name)},
-                    {"shape", tensor.sizes().vec()},
-                    {"data_offsets", {position, position + bytes}}};
-    position += bytes;
+    const auto dtype_name = safetensors_dtype(dtype, name);
+    const auto bytes = byte_count(shape, 8 * static_cast<int64_t>(c10::elementSize(dtype)));
+    TORCH_CHECK_VALUE(bytes.has_value(), path.string(), ": tensor ", name, " can't have shape ",
+                      at::IntArrayRef(shape));
+    header[name] = {{"dtype", dtype_name}, {"shape", shape}, {"data_offsets", {position, position + *bytes}}};
+    position += *bytes;
   }
   auto text = header.dump();
   text.resize((text.size() + 7) / 8 * 8, ' ');  // values start at a multiple of 8 bytes
   const uint64_t header_bytes = text.size();
+  file_ = std::make_unique<internal::CompleteFile>(path);
+  file_->write(&header_bytes, sizeof(header_bytes));
+  file_->write(text.data(), text.size());
+}
 
-  internal::CompleteFile file(path);
-  file.write(&header_bytes, sizeof(header_bytes));
-  file.write(text.data(), text.size());
-  for (const auto& [name, tensor] : tensors) {
-    const auto values = tensor.detach().to(at::kCPU).contiguous();
-    file.write(values.const_data_ptr(), values.nbytes());
-  }
-  file.commit();
+SafetensorsWriter::~SafetensorsWriter() = default;
+
+void SafetensorsWriter::write(const at::Tensor& tensor) {
+  TORCH_INTERNAL_ASSERT(next_ < entries_.size() && tensor.scalar_type() == entries_[next_].dtype &&
+                        tensor.sizes() == entries_[next_].shape);
+  const auto values = tensor.detach().to(at::kCPU).contiguous();
+  file_->write(values.const_data_ptr(), values.nbytes());
+  ++next_;
+}
+
+void SafetensorsWriter::commit() {
+  TORCH_INTERNAL_ASSERT(next_ == entries_.size());
+  file_->commit();
+}
+
+void write_safetensors(const std::filesystem::path& path, const std::vector<NamedTensor>& tensors,
+                       const std::map<std::string, std::string>& metadata) {
+  std::vector<SafetensorsWriter::Entry> entries;
+  for (const auto& [name, tensor] : tensors) entries.push_back({name, tensor.scalar_type(), tensor.sizes().vec()});
+  SafetensorsWriter writer(path, std::move(entries), metadata);
+  for (const auto& [name, tensor] : tensors) writer.write(tensor);
+  writer.commit();
 }
 
 }  // namespace megatron_cpp

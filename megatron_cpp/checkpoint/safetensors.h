@@ -18,6 +18,10 @@
 
 namespace megatron_cpp {
 
+namespace internal {
+class CompleteFile;
+}
+
 /// What the header says of one tensor.
 struct SafetensorsEntry {
   at::ScalarType dtype;        ///< LibTorch's dtype; Undefined for one that can't be read (such as F8_E4M3)
@@ -79,6 +83,35 @@ struct NamedTensor {
 /// The name of a dtype in safetensors files: "F32".
 /// @throws c10::ValueError naming `tensor`, the tensor of this dtype, if the format has no name for it.
 std::string safetensors_dtype(at::ScalarType dtype, const std::string& tensor);
+
+/// Writes a file one tensor after the other, so that no more than one has to be in memory; completely or not at all, as
+/// write_file does.
+class SafetensorsWriter {
+ public:
+  /// A tensor that will be written.
+  struct Entry {
+    std::string name;            ///< unique in the file
+    at::ScalarType dtype;        ///< of a kind that the format knows
+    std::vector<int64_t> shape;  ///< of sizes that fit
+  };
+  /// Writes the header to a temporary file.
+  /// @throws c10::ValueError naming the tensor (unsupported dtype, a name given twice); c10::Error as write_file.
+  SafetensorsWriter(const std::filesystem::path& path, std::vector<Entry> entries,
+                    const std::map<std::string, std::string>& metadata = {});
+  ~SafetensorsWriter();
+  SafetensorsWriter(const SafetensorsWriter&) = delete;
+  SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;
+
+  /// Writes the next tensor, which has the dtype and shape of its entry; any device, any strides.
+  void write(const at::Tensor& tensor);
+  /// Makes the file appear under its name, after the last tensor. @throws c10::Error as write_file.
+  void commit();
+
+ private:
+  std::vector<Entry> entries_;
+  size_t next_ = 0;
+  std::unique_ptr<internal::CompleteFile> file_;
+};
 
 /// Writes `tensors` (any device, any strides) in the order given, as write_file does.
 /// @throws c10::ValueError naming the tensor (unsupported dtype, a name given twice); c10::Error as write_file.

@@ -1,5 +1,8 @@
 #include "megatron_cpp/transformer/gpt_model.h"
 
+#include <memory>
+#include <string>
+
 namespace megatron_cpp {
 
 GPTModelImpl::GPTModelImpl(const TransformerConfig& config, const TransformerExecution& execution,
@@ -12,10 +15,15 @@ GPTModelImpl::GPTModelImpl(const TransformerConfig& config, const TransformerExe
   embedding = register_module(
       "embedding", LanguageModelEmbedding(execution.apply_to(embedding_options), tp, execution.embedding_sharding));
   decoder = register_module("decoder", TransformerBlock(config, execution, groups));
-  const auto output_options = ColumnParallelLinearOptions(config.hidden_size, config.vocabulary_size)
-                                  .pad_out_features(true)
-                                  .init_std(config.init_std);
-  output_layer = register_module("output_layer", ColumnParallelLinear(execution.apply_to(output_options), tp));
+  output_layer = register_module("output_layer", make_output_layer(config, execution, tp));
+  if (config.mtp_layers.empty()) return;
+  const auto mtp = register_module("mtp", std::make_shared<torch::nn::Module>());
+  const auto by_number = mtp->register_module("layers", std::make_shared<torch::nn::Module>());
+  for (size_t number = 0; number < config.mtp_layers.size(); ++number) {
+    const auto layer = static_cast<int64_t>(number);
+    mtp_layers.push_back(by_number->register_module(std::to_string(config.num_layers() + layer),
+                                                    MultiTokenPredictionLayer(config, layer, execution, groups)));
+  }
 }
 
 at::Tensor GPTModelImpl::forward(const at::Tensor& input_ids, const AttentionInput& attention,

@@ -6,10 +6,12 @@
 #include <torch/nn/pimpl.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "megatron_cpp/tensor_parallel/column_parallel_linear.h"
 #include "megatron_cpp/tensor_parallel/language_model_embedding.h"
 #include "megatron_cpp/transformer/attention.h"
+#include "megatron_cpp/transformer/multi_token_prediction.h"
 #include "megatron_cpp/transformer/transformer_block.h"
 #include "megatron_cpp/transformer/transformer_config.h"
 
@@ -37,6 +39,9 @@ class GPTModelImpl : public torch::nn::Module {
   LanguageModelEmbedding embedding{nullptr};   ///< may be borrowed: an image insert shares it
   TransformerBlock decoder{nullptr};           ///< all layers and the norm at their end
   ColumnParallelLinear output_layer{nullptr};  ///< [V'/t, H]
+  /// Those of config.mtp_layers, in their order. As modules they have the numbers that follow the decoder's layers
+  /// ("mtp.layers.45"). forward() doesn't use them.
+  std::vector<MultiTokenPredictionLayer> mtp_layers;
 };
 TORCH_MODULE(GPTModel);
 

@@ -10,8 +10,7 @@
 namespace megatron_cpp {
 namespace {
 
-void validate_layer(const TransformerConfig& config, int64_t number, int t) {
-  const auto& layer = config.layers[static_cast<size_t>(number)];
+void validate_layer(const TransformerConfig& config, const LayerConfig& layer, int64_t number, int t) {
   const auto prefix = fmt::format("layer {} ", number);
   TORCH_CHECK_VALUE(layer.num_attention_heads > 0, prefix, "num_attention_heads ", layer.num_attention_heads,
                     " is not positive");
@@ -65,7 +64,10 @@ void TransformerConfig::validate(int tensor_parallel_size) const {
   parallel::even_shard_size(hidden_size, tensor_parallel_size, "hidden_size");
   parallel::even_shard_size(num_query_groups, tensor_parallel_size, "num_query_groups");
   parallel::even_shard_size(ffn_hidden_size, tensor_parallel_size, "ffn_hidden_size");
-  for (int64_t number = 0; number < num_layers(); ++number) validate_layer(*this, number, tensor_parallel_size);
+  int64_t number = 0;
+  for (const auto* list : {&layers, &mtp_layers}) {
+    for (const auto& layer : *list) validate_layer(*this, layer, number++, tensor_parallel_size);
+  }
 }
 
 }  // namespace megatron_cpp

@@ -58,16 +58,17 @@ struct MoEConfig {
 /// The shape of a decoder with grouped-query attention, norms of q and k, a gate per head, and SwiGLU feed-forwards or
 /// mixtures of experts. How it runs is in TransformerExecution, over which ranks in ModelGroups.
 struct TransformerConfig {
-  int64_t vocabulary_size = 0;                  ///< V, without padding; any number
-  int64_t hidden_size = 0;                      ///< H, divisible by t
-  int64_t head_dim = 0;                         ///< D, elements of a query, key or value head; heads * D need not be H
-  int64_t num_query_groups = 0;                 ///< key/value heads, the same in every layer
-  int64_t ffn_hidden_size = 0;                  ///< F, divisible by t
-  double rms_norm_eps = 1e-5;                   ///< added to the mean square in every norm
-  int64_t embedding_padding_idx = -1;           ///< row of the word embedding that gets no gradient; -1: none
-  double init_std = 0.02;                       ///< standard deviation of the initial weights of matrices
-  bool qk_layernorm = true;                     ///< whether q and k are normed per head, before they are rotated
-  std::vector<LayerConfig> layers;              ///< one entry per layer
+  int64_t vocabulary_size = 0;               ///< V, without padding; any number
+  int64_t hidden_size = 0;                   ///< H, divisible by t
+  int64_t head_dim = 0;                      ///< D, elements of a query, key or value head; heads * D need not be H
+  int64_t num_query_groups = 0;              ///< key/value heads, the same in every layer
+  int64_t ffn_hidden_size = 0;               ///< F, divisible by t
+  double rms_norm_eps = 1e-5;                ///< added to the mean square in every norm
+  int64_t embedding_padding_idx = -1;        ///< row of the word embedding that gets no gradient; -1: none
+  double init_std = 0.02;                    ///< standard deviation of the initial weights of matrices
+  bool qk_layernorm = true;                  ///< whether q and k are normed per head, before they are rotated
+  std::vector<LayerConfig> layers;           ///< one entry per layer
+  std::vector<LayerConfig> mtp_layers = {};  ///< of multi-token prediction, behind the decoder; dense or with experts
   std::optional<MoEConfig> moe = std::nullopt;  ///< given if a layer has experts
 
   /// Entries of `layers`.

@@ -190,6 +190,7 @@ class ForwardRun {
 
   void build() {
     auto config = step37_config(checkpoint_->config(), /*train_padding_row=*/false);
+    config.text.mtp_layers.clear();
     config.execution.sequence_parallel = arguments_.sequence_parallel;
     model_ = Step37Model(config, groups_);
     model_->to(device_, dtype_);
@@ -200,11 +201,12 @@ class ForwardRun {
 
   /// One line about what the configuration announces and is not run.
   std::string note() const {
-    const auto announced = checkpoint_->config().mtp_layers.size();
+    const auto announced = checkpoint_->announced_mtp_layers();
     if (announced == 0) return {};
+    const bool are_there = !checkpoint_->config().text.mtp_layers.empty();
     return fmt::format("{}: {} multi-token-prediction {} left out: {}\n", arguments_.model.string(), announced,
                        announced == 1 ? "layer is" : "layers are",
-                       checkpoint_->has_mtp_weights() ? "the logits don't depend on them" : "the files lack them");
+                       are_there ? "the logits don't depend on them" : "the files lack them");
   }
 
   void run() {

@@ -9,6 +9,7 @@
 #include "parallel/host_memory.h"
 #include "parallel/mpi/launcher.h"
 #include "parallel/runtime.h"
+#include "step37/program/convert.h"
 #include "step37/program/embed.h"
 #include "step37/program/forward.h"
 #include "step37/program/generate.h"
@@ -42,6 +43,21 @@ void add_embed(CLI::App& app, Command& command) {
       runtime.choose_device({.device = "auto", .may_leave_gpus = true});
       return step37::embed(runtime, *arguments);
     };
+  });
+}
+
+void add_convert(CLI::App& app, Command& command) {
+  auto* convert = app.add_subcommand("convert", "Turn a published checkpoint into a training one, or the reverse");
+  auto arguments = std::make_shared<step37::ConvertArguments>();
+  convert->add_option("--from", arguments->from, "Checkpoint to read: a published one, a run or one of its steps")
+      ->required();
+  convert->add_option("--to", arguments->to, "Folder to write; must not exist, or be empty")->required();
+  convert->add_option("--layout", arguments->layout, "published or training [the other one than --from has]");
+  convert->add_option("--dtype", arguments->dtype, "float32 or bfloat16 [as config.json says]");
+  convert->add_option("--max-shard-size", arguments->max_shard_size, "Largest file of a published checkpoint [5GB]")
+      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true));
+  convert->callback([arguments, &command] {
+    command = [arguments](parallel::Runtime& runtime) { return step37::convert(runtime, *arguments); };
   });
 }
 
@@ -114,6 +130,7 @@ int main(int argc, char** argv) {
   Command command;
   add_pretrain(app, command);
   add_generate(app, command);
+  add_convert(app, command);
   add_embed(app, command);
   add_forward(app, command);
   try {

@@ -198,6 +198,22 @@ std::filesystem::path tokenizer_of_checkpoint(const std::filesystem::path& given
   return own;
 }
 
+PublishedConfig published_config(const RunConfig& config, const Tokenizer& tokenizer) {
+  const auto model = model_config(config, tokenizer.vocab_size());
+  PublishedConfig published;
+  published.text = model.text;
+  published.vision = model.vision;
+  published.projector_bias = model.projector_bias;
+  published.image_token_id = tokenizer.id_of("<im_patch>");
+  published.image_start_token_id = tokenizer.id_of("<im_start>");
+  published.patch_start_token_id = tokenizer.id_of("<patch_start>");
+  published.pad_token_id = tokenizer.pad_id();
+  published.eos_token_ids = {tokenizer.eos_id()};
+  published.max_position_embeddings = config.training.sequence_length;
+  published.dtype = "float32";
+  return published;
+}
+
 int64_t padding_multiple(int tensor_parallel_size) {
   return std::lcm<int64_t>(64, std::lcm<int64_t>(tensor_parallel_size, 16));
 }

@@ -12,6 +12,7 @@
 #include "step37/data/tokenizer.h"
 #include "step37/program/captioner.h"
 #include "step37/program/run_config.h"
+#include "step37/published_config.h"
 #include "step37/step37_model.h"
 
 namespace megatron_cpp::step37 {
@@ -93,6 +94,10 @@ Tokenizer load_tokenizer(const std::filesystem::path& path, const RunState& stat
 /// path that the user gave, since `checkpoints` may be a link to another disk, then from `folder`, the step folder with
 /// links resolved. Returns the path from `folder` if the file is in neither place.
 std::filesystem::path tokenizer_of_checkpoint(const std::filesystem::path& given, const std::filesystem::path& folder);
+
+/// What a published config.json says of the model of a run, whose tokenizer is `tokenizer`.
+/// @throws c10::ValueError naming the tokenizer's file if it lacks a picture symbol.
+PublishedConfig published_config(const RunConfig& config, const Tokenizer& tokenizer);
 
 /// Sequences are padded to a multiple of lcm(64, t, 16), as the reference pads its packs.
 int64_t padding_multiple(int tensor_parallel_size);

@@ -80,14 +80,14 @@ TEST_F(PublishedConfigTest, ReadsEveryPartOfAModel) {
   EXPECT_EQ(config.vision.mlp_width, 80);
   EXPECT_EQ(config.image_token_id, 252);
   EXPECT_EQ(config.dtype, "float32");
-  EXPECT_TRUE(config.mtp_layers.empty());
+  EXPECT_TRUE(config.text.mtp_layers.empty());
 }
 
 TEST_F(PublishedConfigTest, ReadsTheReleasedModelsListsOf48For45Layers) {
   const auto config = read_published_config(kReleased);
   ASSERT_EQ(config.text.num_layers(), 45);
-  ASSERT_EQ(config.mtp_layers.size(), 3U);
-  for (const auto& layer : config.mtp_layers) {
+  ASSERT_EQ(config.text.mtp_layers.size(), 3U);
+  for (const auto& layer : config.text.mtp_layers) {
     EXPECT_EQ(layer.num_attention_heads, 96);
     EXPECT_EQ(layer.sliding_window, 512);
     EXPECT_EQ(layer.rope_theta, 1e4);

@@ -1,0 +1,167 @@
+#include "step37/program/convert.h"
+
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include "megatron_cpp/checkpoint/complete_file.h"
+#include "megatron_cpp/checkpoint/sharded_checkpoint.h"
+#include "parallel/agree.h"
+#include "parallel/process_groups.h"
+#include "parallel/runtime.h"
+#include "step37/program/shell_text.h"
+#include "step37/program/training_run.h"
+#include "step37/published_checkpoint.h"
+
+namespace megatron_cpp::step37 {
+namespace {
+
+namespace fs = std::filesystem;
+
+/// The checkpoints of a run directory, or the path itself.
+fs::path checkpoints_of(const fs::path& path) {
+  std::error_code unknown;
+  const auto inside = RunFiles{path}.checkpoints();
+  return fs::is_directory(inside, unknown) ? inside : path;
+}
+
+/// The step folder that `from` stands for, the same on every rank.
+fs::path step_folder(const fs::path& from, const parallel::GroupPtr& world) {
+  std::string found;
+  parallel::agree_on(
+      [&] {
+        // One rank looks: it warns once, and `latest` may change between two looks.
+        if (world->getRank() == 0) found = find_checkpoint(checkpoints_of(from)).string();
+      },
+      world);
+  return parallel::broadcast_text(found, 0, world);
+}
+
+/// The dimension with the most elements is split: a rank's rows of it, [begin, end).
+Box own_part(const std::vector<int64_t>& shape, const parallel::GroupPtr& world) {
+  if (shape.empty()) return Box::whole(shape);
+  size_t dim = 0;
+  for (size_t i = 1; i < shape.size(); ++i) {
+    if (shape[i] > shape[dim]) dim = i;
+  }
+  const auto size = static_cast<int64_t>(world->getSize());
+  const auto rank = static_cast<int64_t>(world->getRank());
+  return Box::rows(shape, static_cast<int64_t>(dim), {shape[dim] * rank / size, shape[dim] * (rank + 1) / size});
+}
+
+void import_checkpoint(const fs::path& from, const fs::path& to, const parallel::GroupPtr& world) {
+  CheckpointContents contents;
+  parallel::agree_on(
+      [&] {
+        const PublishedCheckpoint source(from);
+        for (const auto& [name, shape] : source.tensors()) {
+          const auto part = own_part(shape, world);
+          const auto values = source.read(name, part);
+          // float64 doesn't occur in published checkpoints; it would lose bits.
+          contents.tensors.push_back({name, values.to(at::kFloat), shape, {part}});
+        }
+        contents.state = to_text(RunState{});
+        contents.model = source.form().to_text();
+        if (world->getRank() != 0) return;
+        check_new_folder(to);
+        fs::create_directories(to);
+        copy_tokenizer_files(from, to);
+      },
+      world);
+  save_checkpoint(RunFiles{to}.checkpoints(), contents, world);
+}
+
+/// How to write the model of a training checkpoint, and the tensors that it has.
+struct TrainedModel {
+  PublishedForm form;
+  PublishedTensors tensors;
+};
+
+TrainedModel model_of(const CheckpointReader& reader, const fs::path& run_directory) {
+  TrainedModel model;
+  for (const auto& id : reader.tensors()) {
+    if (id.role == TensorRole::kParameter) model.tensors[id.name] = reader.global_shape(id);
+  }
+  const auto form = PublishedForm::from_text(reader.model(), reader.folder() / "manifest.json");
+  if (form) {
+    model.form = *form;
+  } else {
+    const auto state = run_state_from_text(reader.state(), reader.folder().string());
+    const auto tokenizer = load_tokenizer(RunFiles{run_directory}.tokenizer(), state, reader.folder());
+    model.form.config = hub_form(published_config(state.config, tokenizer));
+  }
+  return model;
+}
+
+}  // namespace
+
+void export_checkpoint(const fs::path& from, const fs::path& to, const std::string& dtype, int64_t max_shard_size,
+                       const parallel::GroupPtr& world) {
+  const auto folder = step_folder(from, world);
+  std::optional<CheckpointReader> reader;
+  TrainedModel model;
+  fs::path run_directory;
+  parallel::agree_on(
+      [&] {
+        reader.emplace(folder);
+        run_directory = tokenizer_of_checkpoint(checkpoints_of(from), folder).parent_path();
+        model = model_of(*reader, run_directory);
+      },
+      world);
+  const auto read = [&](const std::string& name) {
+    const auto& shape = model.tensors.at(name);
+    auto values = at::empty(shape, at::kFloat);
+    reader->load({{name, values, shape, {Box::whole(shape)}}}, UnusedTensors::kAllow);
+    return values;
+  };
+  write_published_checkpoint(to, model.form, model.tensors, read, run_directory, world,
+                             {.dtype = dtype, .max_shard_size = max_shard_size});
+}
+
+int convert(parallel::Runtime& runtime, const ConvertArguments& arguments) {
+  check_no_tilde("--from", arguments.from);
+  check_no_tilde("--to", arguments.to);
+  const auto& dtype = arguments.dtype;
+  TORCH_CHECK_VALUE(dtype.empty() || dtype == "float32" || dtype == "bfloat16", "--dtype ", dtype,
+                    ": expected float32 or bfloat16");
+  auto layout = arguments.layout;
+  TORCH_CHECK_VALUE(layout.empty() || layout == "published" || layout == "training", "--layout ", layout,
+                    ": expected published or training");
+  const auto groups = parallel::make_process_groups(runtime, {.dp = runtime.size()});
+  const auto& world = groups.world;
+  bool from_published = false;
+  parallel::agree_on(
+      [&] {
+        std::error_code unknown;
+        TORCH_CHECK_VALUE(fs::is_directory(arguments.from, unknown), "--from ", arguments.from.string(),
+                          " is no folder");
+        from_published = PublishedCheckpoint::is_at(arguments.from);
+        if (layout.empty()) layout = from_published ? "training" : "published";
+        TORCH_CHECK_VALUE(from_published || layout == "published", "--from ", arguments.from.string(),
+                          " has the training layout already");
+        TORCH_CHECK_VALUE(layout == "published" || dtype.empty() || dtype == "float32", "--dtype ", dtype,
+                          ": training checkpoints are in float32");
+        check_new_folder(arguments.to);
+      },
+      world);
+  if (layout == "training") {
+    import_checkpoint(arguments.from, arguments.to, world);
+  } else if (from_published) {
+    std::optional<PublishedCheckpoint> source;
+    parallel::agree_on([&] { source.emplace(arguments.from); }, world);
+    const auto tensors = source->tensors();
+    const auto read = [&](const std::string& name) { return source->read(name, Box::whole(tensors.at(name))); };
+    write_published_checkpoint(arguments.to, source->form(), tensors, read, arguments.from, world,
+                               {.dtype = dtype, .max_shard_size = arguments.max_shard_size});
+  } else {
+    export_checkpoint(arguments.from, arguments.to, dtype, arguments.max_shard_size, world);
+  }
+  parallel::destroy_process_groups(runtime, groups);
+  return 0;
+}
+
+}  // namespace megatron_cpp::step37

@@ -1,0 +1,41 @@
+// Turns checkpoints of one layout into the other.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+
+#include "parallel/group.h"
+
+namespace megatron_cpp::parallel {
+class Runtime;
+}
+
+namespace megatron_cpp::step37 {
+
+/// The options of `step37 convert`.
+struct ConvertArguments {
+  std::filesystem::path from;  ///< a published checkpoint, a run directory, its checkpoints, or one of these
+  std::filesystem::path to;    ///< must not exist, or be empty
+  std::string layout;          ///< published or training; empty: the other one than `from` has
+  std::string dtype;           ///< of a published result: float32 or bfloat16; empty: as config.json says
+  int64_t max_shard_size = 5'000'000'000;  ///< bytes of a file of a published result
+};
+
+/// Converts on any number of ranks. A published checkpoint becomes a run directory with the parameters in float32, its
+/// config.json and tokenizer files, and checkpoints/step-00000000; a training checkpoint becomes a published one in the
+/// dtypes that it came from, or in float32 if the model was made here. The values are copied, not computed: there and
+/// back is bit for bit. What is not a parameter (moments of the optimizer) stays behind.
+/// A rank reads and writes its share of the tensors and holds no more than one of them at a time, or, for a training
+/// result, its share of all.
+/// @return  the exit status, 0.
+/// @throws c10::ValueError or parallel::AgreedError on every rank, naming what is wrong. Collective over all ranks.
+int convert(parallel::Runtime& runtime, const ConvertArguments& arguments);
+
+/// Writes the parameters of a training checkpoint as a published one.
+/// @param from  a run directory, its checkpoints, or one of these.
+/// The other parameters are as in ConvertArguments. Collective over `world`; throws as convert().
+void export_checkpoint(const std::filesystem::path& from, const std::filesystem::path& to, const std::string& dtype,
+                       int64_t max_shard_size, const parallel::GroupPtr& world);
+
+}  // namespace megatron_cpp::step37
