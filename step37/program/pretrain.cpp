@@ -432,6 +432,7 @@ int pretrain(parallel::Runtime& runtime, const PretrainArguments& arguments) {
     if (runtime.rank() == 0) std::fputs(fmt::format("warning: {}\n", warning).c_str(), stderr);
   }
   validate(config, runtime.size());
+  TORCH_CHECK_VALUE(!model_config(config, 1).text.moe, "pretrain can't train experts yet: take a model without them");
   runtime.choose_device({.device = config.run.device, .share_devices = config.run.share_gpus});
   parallel::ProcessGroupsOptions options;
   options.timeout = std::chrono::seconds(config.run.timeout_seconds);

@@ -11,9 +11,9 @@
 #include <limits>
 #include <map>
 #include <numeric>
+#include <set>
 #include <sstream>
 #include <string_view>
-#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -27,7 +27,8 @@ namespace {
 
 /// Requirements on the value of a key besides its type.
 struct Rule {
-  bool required = false;  ///< the file or an override has to give it
+  bool required = false;  ///< the file or an override has to give it, unless it is of a shape that model.config gives
+  bool shape = false;     ///< what model.config gives
   int64_t least = std::numeric_limits<int64_t>::min();
   int64_t most = std::numeric_limits<int32_t>::max();  ///< so that no arithmetic overflows
 };
@@ -42,6 +43,8 @@ void visit_keys(Config& config, const Visit& visit) {
   const auto each = [&](const Rule& rule, auto... keys) { (visit(keys.first, keys.second, rule), ...); };
   constexpr Rule kAny;
   constexpr Rule kRequired{.required = true};
+  constexpr Rule kShape{.shape = true};
+  constexpr Rule kRequiredShape{.required = true, .shape = true};
   constexpr Rule kAtLeast0{.least = 0};
   constexpr Rule kAtLeast1{.least = 1};
   constexpr int64_t kMaxLayers = 10000;  // more than any model has: a typing error mustn't use up all memory
@@ -49,23 +52,30 @@ void visit_keys(Config& config, const Visit& visit) {
        KEY(run, checked));
   each(kAtLeast1, KEY(run, timeout_seconds));
   each(kAtLeast0, KEY(parallel, tp), KEY(parallel, dp));
-  each(kAtLeast1, KEY(parallel, cp), KEY(parallel, pp), KEY(parallel, ep), KEY(parallel, etp));
+  each(kAtLeast1, KEY(parallel, cp), KEY(parallel, pp), KEY(parallel, ep));
+  each(kAtLeast0, KEY(parallel, etp));
   each(kAny, KEY(parallel, sequence_parallel), KEY(parallel, embedding_sharding), KEY(parallel, projector_sharding),
        KEY(parallel, exchange));
   each(kRequired, KEY(data, directory));
   each(kAny, KEY(data, held_out), KEY(data, max_unreadable), KEY(data, crops), KEY(data, crop_side));
   each(kAtLeast1, KEY(data, max_side), KEY(data, vocabulary_size));
-  each(kRequired, KEY(model, hidden_size), KEY(model, head_dim), KEY(model, num_attention_heads),
+  each(kAny, KEY(model, config));
+  each(kRequiredShape, KEY(model, hidden_size), KEY(model, head_dim), KEY(model, num_attention_heads),
        KEY(model, num_sliding_attention_heads), KEY(model, num_query_groups), KEY(model, ffn_hidden_size));
-  each({.required = true, .least = 1, .most = kMaxLayers}, KEY(model, num_layers));
-  each({.required = true, .least = 1}, KEY(model, sliding_window));
-  each(kAtLeast1, KEY(model, full_attention_interval));
-  each(kAny, KEY(model, rope_theta), KEY(model, partial_rotary_factor), KEY(model, sliding_rope_theta),
-       KEY(model, rms_norm_eps), KEY(model, init_std), KEY(model, projector_bias), KEY(model, freeze_language_model),
-       KEY(model, freeze_projector));
-  each(kRequired, KEY(vision, image_size), KEY(vision, width), KEY(vision, layers), KEY(vision, heads),
+  each({.required = true, .shape = true, .least = 1, .most = kMaxLayers}, KEY(model, num_layers));
+  each({.required = true, .shape = true, .least = 1}, KEY(model, sliding_window));
+  each({.shape = true, .least = 1}, KEY(model, full_attention_interval), KEY(model, moe_router_topk));
+  each(kShape, KEY(model, rope_theta), KEY(model, partial_rotary_factor), KEY(model, sliding_rope_theta),
+       KEY(model, rms_norm_eps), KEY(model, projector_bias), KEY(model, moe_router_topk_scaling_factor),
+       KEY(model, moe_router_in_float32));
+  each({.shape = true, .least = 0}, KEY(model, num_moe_experts), KEY(model, moe_first_layer),
+       KEY(model, moe_ffn_hidden_size), KEY(model, moe_shared_expert_intermediate_size));
+  each(kAny, KEY(model, init_std), KEY(model, freeze_language_model), KEY(model, freeze_projector),
+       KEY(model, freeze_router));
+  each(kRequiredShape, KEY(vision, image_size), KEY(vision, width), KEY(vision, layers), KEY(vision, heads),
        KEY(vision, mlp_width));
-  each(kAny, KEY(vision, patch_size), KEY(vision, freeze));
+  each(kShape, KEY(vision, patch_size));
+  each(kAny, KEY(vision, freeze));
   each({.required = true, .least = 1}, KEY(training, steps));
   each({.least = 0, .most = std::numeric_limits<int64_t>::max()}, KEY(training, seed));  // a pattern of bits
   each(kAtLeast1, KEY(training, global_batch_size), KEY(training, micro_batch_size), KEY(training, sequence_length));
@@ -89,6 +99,12 @@ std::string todays_name(const std::string& key) {
                                                         {"training.global_batch", "training.global_batch_size"}};
   const auto found = names.find(key);
   return found == names.end() ? key : found->second;
+}
+
+/// Short forms of the command line: "tp" is "parallel.tp".
+std::string long_name(const std::string& key) {
+  static const std::set<std::string> names{"tp", "cp", "ep", "etp", "dp", "pp"};
+  return names.contains(key) ? "parallel." + key : key;
 }
 
 std::vector<std::string> key_names() {
@@ -292,7 +308,7 @@ GivenValues values_of_overrides(const std::vector<std::string>& overrides) {
   for (const auto& text : overrides) {
     const auto equals = text.find('=');
     TORCH_CHECK_VALUE(equals != std::string::npos, "the override ", text, " has no '=': expected section.key=value");
-    const Given given{text.substr(0, equals), text.substr(equals + 1), "the override " + text};
+    const Given given{long_name(text.substr(0, equals)), text.substr(equals + 1), "the override " + text};
     add_value(values, given, /*may_replace=*/true);
   }
   return values;
@@ -316,17 +332,42 @@ void set_values(const GivenValues& values, RunConfig& config) {
   });
 }
 
+/// Takes the shape from model.config, if `values` give it.
+void read_shape(const GivenValues& values, RunConfig& config) {
+  auto& file = config.model.config;
+  if (file.empty()) return;
+  const auto& where = values.at("model.config").where;
+  visit_keys(config, [&](const char* key, const auto&, const Rule& rule) {
+    const auto given = values.find(key);
+    TORCH_CHECK_VALUE(!rule.shape || given == values.end(), key, " in ", given->second.where,
+                      " is a part of the shape, which model.config in ", where, " gives: leave one of them out");
+  });
+  check_no_tilde("model.config in " + where, file);
+  file = std::filesystem::absolute(file).lexically_normal().string();
+  try {
+    config.published = read_published_config(file);
+  } catch (const c10::ValueError& error) {
+    TORCH_CHECK_VALUE(false, "model.config in ", where, ": ", error.what_without_backtrace());
+  }
+  static_cast<VisionConfig&>(config.vision) = config.published->vision;
+  if (!values.contains("model.init_std")) config.model.init_std = config.published->text.init_std;
+}
+
 }  // namespace
 
 RunConfig load_run_config(const std::filesystem::path& path, const std::vector<std::string>& overrides) {
   const auto from_file = values_of_file(path);
-  const auto from_overrides = values_of_overrides(overrides);
+  auto values = values_of_overrides(overrides);
   RunConfig config;
   set_values(from_file, config);
-  set_values(from_overrides, config);
+  auto& shape_file = config.model.config;
+  if (!shape_file.empty() && shape_file.front() != '~') shape_file = (path.parent_path() / shape_file).string();
+  set_values(values, config);
+  values.insert(from_file.begin(), from_file.end());
+  read_shape(values, config);
   visit_keys(config, [&](const char* key, const auto&, const Rule& rule) {
-    const bool given = from_file.contains(key) || from_overrides.contains(key);
-    TORCH_CHECK_VALUE(given || !rule.required, path.string(), " lacks ", key, ", which has no default");
+    const bool may_lack = !rule.required || (rule.shape && config.published);
+    TORCH_CHECK_VALUE(may_lack || values.contains(key), path.string(), " lacks ", key, ", which has no default");
   });
   if (config.run.directory.empty()) {
     config.run.directory = "runs/" + path.stem().string();
@@ -338,21 +379,25 @@ RunConfig load_run_config(const std::filesystem::path& path, const std::vector<s
 
 RunConfig run_config_from_settings(const std::vector<std::string>& key_values) {
   RunConfig config;
-  set_values(values_of_overrides(key_values), config);
+  const auto values = values_of_overrides(key_values);
+  set_values(values, config);
+  read_shape(values, config);
   return config;
 }
 
 std::vector<std::pair<std::string, std::string>> settings(const RunConfig& config) {
   std::vector<std::pair<std::string, std::string>> result;
-  visit_keys(config,
-             [&](const char* key, const auto& member, const Rule&) { result.emplace_back(key, write_value(member)); });
+  visit_keys(config, [&](const char* key, const auto& member, const Rule& rule) {
+    if (!rule.shape || !config.published) result.emplace_back(key, write_value(member));
+  });
   return result;
 }
 
 namespace {
 
 void check_bounds(const RunConfig& config) {
-  visit_keys(config, [](const char* key, const auto& member, const Rule& rule) {
+  visit_keys(config, [&](const char* key, const auto& member, const Rule& rule) {
+    if (rule.shape && config.published) return;
     using Member = std::decay_t<decltype(member)>;
     if constexpr (std::is_same_v<Member, int64_t> || std::is_same_v<Member, std::optional<int64_t>>) {
       const int64_t value = std::optional<int64_t>(member).value_or(rule.least);
@@ -362,10 +407,43 @@ void check_bounds(const RunConfig& config) {
   });
 }
 
+bool has_experts(const RunConfig& config) {
+  return config.published ? config.published->text.moe.has_value() : config.model.num_moe_experts > 0;
+}
+
+/// The decoder that the keys of the section model give.
+TransformerConfig decoder_config(const ModelSection& model, int64_t vocabulary_size) {
+  TransformerConfig text{.vocabulary_size = vocabulary_size,
+                         .hidden_size = model.hidden_size,
+                         .head_dim = model.head_dim,
+                         .num_query_groups = model.num_query_groups,
+                         .ffn_hidden_size = model.ffn_hidden_size,
+                         .rms_norm_eps = model.rms_norm_eps,
+                         .layers = {}};
+  for (int64_t number = 0; number < model.num_layers; ++number) {
+    const bool full = number % model.full_attention_interval == 0;
+    LayerConfig layer;
+    layer.num_attention_heads = full ? model.num_attention_heads : model.num_sliding_attention_heads;
+    layer.sliding_window = full ? 0 : model.sliding_window;
+    layer.rope_theta = full ? model.rope_theta : model.sliding_rope_theta;
+    layer.partial_rotary_factor = full ? model.partial_rotary_factor : 1.0;
+    layer.has_experts = model.num_moe_experts > 0 && number >= model.moe_first_layer;
+    text.layers.push_back(layer);
+  }
+  if (model.num_moe_experts > 0) {
+    text.moe = MoEConfig{.num_experts = model.num_moe_experts,
+                         .router_topk = model.moe_router_topk,
+                         .ffn_hidden_size = model.moe_ffn_hidden_size,
+                         .shared_expert_ffn_hidden_size = model.moe_shared_expert_intermediate_size,
+                         .router_scaling_factor = model.moe_router_topk_scaling_factor,
+                         .router_in_float32 = model.moe_router_in_float32};
+  }
+  return text;
+}
+
 }  // namespace
 
 void validate(const RunConfig& config, int num_ranks) {
-  check_bounds(config);
   const auto grid = rank_grid(config, num_ranks);
   const auto& device = config.run.device;
   TORCH_CHECK_VALUE(device == "auto" || device == "cpu" || device == "cuda", "run.device ", device,
@@ -377,7 +455,15 @@ void validate(const RunConfig& config, int num_ranks) {
   TORCH_CHECK_VALUE(data.held_out >= 0.0 && data.held_out < 1.0, "data.held_out ", data.held_out, " is not in [0, 1)");
   TORCH_CHECK_VALUE(data.max_unreadable >= 0.0 && data.max_unreadable <= 1.0, "data.max_unreadable ",
                     data.max_unreadable, " is not in [0, 1]");
-  model_config(config, data.vocabulary_size).validate(grid.tp);
+  const auto& model = config.model;
+  TORCH_CHECK_VALUE(!config.published || data.vocabulary_size <= config.published->text.vocabulary_size,
+                    "data.vocabulary_size ", data.vocabulary_size, " is above the vocabulary of ", model.config);
+  TORCH_CHECK_VALUE(config.published || model.num_moe_experts == 0 || model.moe_first_layer < model.num_layers,
+                    "model.moe_first_layer ", model.moe_first_layer, " is not below model.num_layers ",
+                    model.num_layers);
+  const auto step37 = model_config(config, data.vocabulary_size);
+  step37.validate(grid.tp);
+  if (step37.text.moe) step37.text.moe->validate(grid.tp, grid.ep, grid.expert_tp());
   crop_options(config).validate();
   const auto& training = config.training;
   training.AdamWOptions::validate();
@@ -397,14 +483,10 @@ void validate(const RunConfig& config, int num_ranks) {
 }
 
 parallel::RankGrid rank_grid(const RunConfig& config, int num_ranks) {
+  check_bounds(config);
   const auto& sizes = config.parallel;
-  const std::tuple<const char*, int64_t, const char*> missing[] = {{"cp", sizes.cp, "context"},
-                                                                   {"pp", sizes.pp, "pipeline"},
-                                                                   {"ep", sizes.ep, "expert"},
-                                                                   {"etp", sizes.etp, "expert-tensor"}};
-  for (const auto& [key, size, kind] : missing) {
-    TORCH_CHECK_VALUE(size == 1, "parallel.", key, " ", size, ": ", kind, " parallelism is not there yet");
-  }
+  TORCH_CHECK_VALUE(sizes.cp == 1, "parallel.cp ", sizes.cp, ": context parallelism is not there yet");
+  TORCH_CHECK_VALUE(sizes.pp == 1, "parallel.pp ", sizes.pp, ": pipeline parallelism is not there yet");
   int64_t tp = sizes.tp;
   int64_t dp = sizes.dp;
   if (dp == 0) dp = tp == 0 ? 1 : std::max<int64_t>(num_ranks / tp, 1);
@@ -413,35 +495,34 @@ parallel::RankGrid rank_grid(const RunConfig& config, int num_ranks) {
   TORCH_CHECK_VALUE(tp <= num_ranks && dp <= num_ranks && tp * dp == num_ranks, num_ranks,
                     num_ranks == 1 ? " rank is" : " ranks are", " not parallel.tp ", tp, " x parallel.dp ", dp,
                     ": start as many, or set parallel.tp=", std::gcd(tp, num_ranks), " and leave parallel.dp out");
-  return {.tp = static_cast<int>(tp), .dp = static_cast<int>(dp)};
+  parallel::RankGrid grid{.tp = static_cast<int>(tp), .dp = static_cast<int>(dp)};
+  const int64_t ep = sizes.ep;
+  if (!has_experts(config)) {
+    TORCH_CHECK_VALUE(ep == 1, "parallel.ep ", ep, ": the model has no experts to split over ranks");
+    return grid;
+  }
+  const int64_t default_etp = tp % ep == 0 ? tp / ep : 1;
+  const int64_t etp = sizes.etp == 0 ? default_etp : sizes.etp;
+  TORCH_CHECK_VALUE(num_ranks % (ep * etp) == 0, "parallel.ep ", ep, " x parallel.etp ", etp, " does not divide ",
+                    num_ranks, num_ranks == 1 ? " rank" : " ranks");
+  grid.ep = static_cast<int>(ep);
+  grid.etp = static_cast<int>(etp);
+  grid.validate(num_ranks);
+  return grid;
 }
 
 Step37Config model_config(const RunConfig& config, int64_t vocabulary_size) {
   check_bounds(config);  // `config` may come from a checkpoint
   const auto& model = config.model;
   Step37Config result;
-  result.text = {.vocabulary_size = vocabulary_size,
-                 .hidden_size = model.hidden_size,
-                 .head_dim = model.head_dim,
-                 .num_query_groups = model.num_query_groups,
-                 .ffn_hidden_size = model.ffn_hidden_size,
-                 .rms_norm_eps = model.rms_norm_eps,
-                 .init_std = model.init_std,
-                 .layers = {}};
+  result.text = config.published ? config.published->text : decoder_config(model, vocabulary_size);
+  result.text.init_std = model.init_std;
+  if (result.text.moe) result.text.moe->freeze_router = model.freeze_router;
   result.execution = {.sequence_parallel = config.parallel.sequence_parallel,
                       .accumulate_into_grad = true,
                       .embedding_sharding = config.parallel.embedding_sharding};
-  for (int64_t layer = 0; layer < model.num_layers; ++layer) {
-    const bool full = layer % model.full_attention_interval == 0;
-    LayerConfig attention;
-    attention.num_attention_heads = full ? model.num_attention_heads : model.num_sliding_attention_heads;
-    attention.sliding_window = full ? 0 : model.sliding_window;
-    attention.rope_theta = full ? model.rope_theta : model.sliding_rope_theta;
-    attention.partial_rotary_factor = full ? model.partial_rotary_factor : 1.0;
-    result.text.layers.push_back(attention);
-  }
   result.vision = config.vision;
-  result.projector_bias = model.projector_bias;
+  result.projector_bias = config.published ? config.published->projector_bias : model.projector_bias;
   result.projector_sharding = config.parallel.projector_sharding;
   result.exchange = config.parallel.exchange;
   result.checked = config.run.checked;

@@ -13,6 +13,7 @@
 #include "parallel/rank_grid.h"
 #include "step37/data/crop_plan.h"
 #include "step37/insert/image_insert_embedding.h"
+#include "step37/published_config.h"
 #include "step37/step37_model.h"
 
 namespace megatron_cpp::step37 {
@@ -33,10 +34,10 @@ struct RunSection {
 struct ParallelSection {
   int64_t tp = 1;   ///< tensor parallel: ranks that share a copy of the model; 0: all ranks / dp
   int64_t dp = 0;   ///< data parallel: copies of the model; 0: all ranks / tp, or 1 if tp is 0, too
-  int64_t cp = 1;   ///< context parallel; of this and the following sizes only 1 is supported
+  int64_t cp = 1;   ///< context parallel; of this and the next size only 1 is supported
   int64_t pp = 1;   ///< pipeline parallel
-  int64_t ep = 1;   ///< expert parallel
-  int64_t etp = 1;  ///< expert-tensor parallel
+  int64_t ep = 1;   ///< expert parallel: ranks that the experts are split over; 1 for a model without experts
+  int64_t etp = 0;  ///< expert-tensor parallel; 0: tp / ep where ep divides tp, else 1; not read without experts
   bool sequence_parallel = true;
   EmbeddingSharding embedding_sharding = EmbeddingSharding::kVocab;       ///< vocab or hidden
   ProjectorSharding projector_sharding = ProjectorSharding::kReplicated;  ///< replicated, column or row
@@ -53,8 +54,13 @@ struct DataSection {
   int64_t max_side = 3024;         ///< pixels; larger pictures are scaled down
 };
 
+/// The shape keys, which are all but init_std, config and freeze_*, are taken from `config` where that is given; they
+/// are refused then, as are those of VisionSection.
 struct ModelSection {
-  int64_t hidden_size = 0;                  ///< required
+  /// A published config.json that gives the shape. In a file: relative to the folder of this file; in an override:
+  /// relative to the working directory. Kept as an absolute path. Empty: the keys below give the shape.
+  std::string config;
+  int64_t hidden_size = 0;                  ///< required, as all that say so, unless `config` is given
   int64_t num_layers = 0;                   ///< required
   int64_t head_dim = 0;                     ///< required
   int64_t num_attention_heads = 0;          ///< required: query heads of a full-attention layer
@@ -67,13 +73,22 @@ struct ModelSection {
   double partial_rotary_factor = 0.5;       ///< of full-attention layers; sliding-window layers rotate whole heads
   double sliding_rope_theta = 1e4;
   double rms_norm_eps = 1e-5;
-  double init_std = 0.02;
   bool projector_bias = false;
+  int64_t num_moe_experts = 0;                      ///< experts of a layer; 0: every feed-forward is dense
+  int64_t moe_first_layer = 0;                      ///< layers from here on have experts
+  int64_t moe_router_topk = 2;                      ///< experts of a token
+  int64_t moe_ffn_hidden_size = 0;                  ///< of one expert; above 0 if there are experts
+  int64_t moe_shared_expert_intermediate_size = 0;  ///< of the expert that sees every token; 0: there is none
+  double moe_router_topk_scaling_factor = 1.0;      ///< of the sum of the experts' outputs
+  bool moe_router_in_float32 = true;                ///< whether the router computes in float32 whatever the weights are
+  double init_std = 0.02;                           ///< default with `config`: what that says
   bool freeze_language_model = false;
   bool freeze_projector = false;
+  bool freeze_router = false;
 };
 
-/// VisionConfig's own keys are image_size, width, layers, heads and mlp_width, all required, and patch_size.
+/// VisionConfig's own keys are image_size, width, layers, heads and mlp_width, all required, and patch_size: shape
+/// keys.
 struct VisionSection : VisionConfig {
   bool freeze = false;
 };
@@ -118,16 +133,19 @@ struct RunConfig {
   ValidationSection validation;
   CheckpointSection checkpoint;
   ReportSection report;
-  std::vector<std::string> warnings;  ///< one for each key that was given by its old name; not a setting
+  std::optional<PublishedConfig> published;  ///< what model.config says; vision repeats its part of it; not a setting
+  std::vector<std::string> warnings;         ///< one for each key that was given by its old name; not a setting
 };
 
 /// Reads a YAML file of sections, then applies `overrides`, "section.key=value" each, in order; later ones win. The
-/// text after the first '=' is the value, without YAML's quotes or escapes. Only the types of values are checked: call
-/// validate(). Old names of keys are accepted, too (RunConfig::warnings). Not collective.
+/// text after the first '=' is the value, without YAML's quotes or escapes. tp, cp, ep, etp, dp and pp are short for
+/// parallel.tp and so on in overrides. Only the types of values are checked: call validate(). Old names of keys are
+/// accepted, too (RunConfig::warnings). Not collective.
 /// @throws c10::ValueError naming the key, and file and line or the override:
 ///         a file that can't be read or isn't YAML; a section or key that doesn't exist (with the most similar name),
 ///         is given twice in the file, or by both its names in the file or the overrides; a value of another type;
-///         an override without '='; a required key that is missing.
+///         an override without '='; a required key that is missing; what read_published_config throws; a shape key
+///         beside model.config.
 RunConfig load_run_config(const std::filesystem::path& path, const std::vector<std::string>& overrides = {});
 
 /// The configuration from `key_values`, "section.key=value" each, without a file: the settings() in a checkpoint. Not
@@ -135,24 +153,25 @@ RunConfig load_run_config(const std::filesystem::path& path, const std::vector<s
 /// @throws c10::ValueError as load_run_config does for overrides.
 RunConfig run_config_from_settings(const std::vector<std::string>& key_values);
 
-/// Every key, "section.key", with its value, section by section. As overrides "key=value" of any file they give the
-/// same configuration.
+/// Every key, "section.key", with its value, section by section; no shape keys if model.config is given. As overrides
+/// "key=value" of any file (without shape keys then) they give the same configuration.
 std::vector<std::pair<std::string, std::string>> settings(const RunConfig& config);
 
 /// Checks everything that can be checked before the data are read. Not collective.
 /// @throws c10::ValueError naming the key and the numbers:
-///         a number of ranks that isn't tp * dp; an unknown device; numbers that are too small; global_batch_size not
-///         divisible by micro_batch_size * dp; sequence_length not divisible by tp under sequence parallelism, or too
-///         short for one picture; a directory that starts with ~; held_out outside [0, 1); picture sizes that don't fit
-///         the tower; and the errors of validate() of schedule, AdamW, crops and model.
+///         what rank_grid refuses; an unknown device; numbers that are too small; global_batch_size not divisible by
+///         micro_batch_size * dp; sequence_length not divisible by tp under sequence parallelism, or too short for one
+///         picture; a directory that starts with ~; held_out outside [0, 1); picture sizes that don't fit the tower; a
+///         vocabulary larger than model.config has; and the errors of validate() of schedule, AdamW, crops and model.
 void validate(const RunConfig& config, int num_ranks);
 
-/// The sizes of ParallelSection for `num_ranks` ranks, with zeros filled in.
-/// @throws c10::ValueError with the numbers if an unsupported kind of parallelism is asked for, or tp * dp isn't
-///         num_ranks.
+/// The sizes of ParallelSection for `num_ranks` ranks, with zeros filled in; without experts ep is 1 and etp not given.
+/// @throws c10::ValueError with the numbers if an unsupported kind of parallelism is asked for, tp * dp isn't
+///         num_ranks, ep * etp doesn't divide it, or ep is above 1 without experts.
 parallel::RankGrid rank_grid(const RunConfig& config, int num_ranks);
 
-/// The model, with a vocabulary of `vocabulary_size` pieces (the tokenizer's, which may be below data.vocabulary_size).
+/// The model, with a vocabulary of `vocabulary_size` pieces (the tokenizer's, which may be below data.vocabulary_size),
+/// or that of model.config if it is given.
 /// Gradients accumulate into their buffers (TransformerExecution::accumulate_into_grad).
 Step37Config model_config(const RunConfig& config, int64_t vocabulary_size);
 

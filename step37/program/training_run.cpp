@@ -12,6 +12,7 @@
 #include <fstream>
 #include <iomanip>
 #include <iterator>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <sstream>
@@ -146,13 +147,13 @@ void check_resumable(const RunConfig& began, const RunConfig& now, const std::st
     if (key == "data.vocabulary_size" || key == "training.seed") return true;
     return (key.starts_with("model.") || key.starts_with("vision.")) && key != "model.init_std";
   };
-  const auto before = settings(began);
-  const auto after = settings(now);
+  const auto all = settings(now);
+  const std::map<std::string, std::string> after(all.begin(), all.end());
   std::string changed;
-  for (size_t i = 0; i < before.size(); ++i) {
-    if (!is_fixed(before[i].first) || before[i].second == after[i].second) continue;
-    changed += fmt::format("{}{} {} (was {})", changed.empty() ? "" : ", ", before[i].first, after[i].second,
-                           before[i].second);
+  for (const auto& [key, value] : settings(began)) {
+    const auto found = after.find(key);  // none: of a shape that is given by model.config now, which has changed then
+    if (!is_fixed(key) || found == after.end() || found->second == value) continue;
+    changed += fmt::format("{}{} {} (was {})", changed.empty() ? "" : ", ", key, found->second, value);
   }
   TORCH_CHECK_VALUE(changed.empty(), "the run can't go on from ", where, " with ", changed,
                     ": give the old value, or another run.directory; run.fresh=true starts over");

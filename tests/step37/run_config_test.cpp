@@ -10,6 +10,7 @@
 #include <functional>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -29,6 +30,10 @@ constexpr std::string_view kSmallest =
     "   num_query_groups: 2, ffn_hidden_size: 128, sliding_window: 32}\n"
     "vision: {image_size: 56, width: 32, layers: 1, heads: 2, mlp_width: 64}\n"
     "training: {steps: 10}\n";
+
+/// On top of it.
+const std::vector<std::string> kExperts = {"model.num_moe_experts=8", "model.moe_router_topk=3",
+                                           "model.moe_ffn_hidden_size=48"};
 
 class RunConfigTest : public ::testing::Test {
  protected:
@@ -319,8 +324,103 @@ TEST_F(RunConfigTest, RanksAreSplitIntoTensorTimesData) {
   EXPECT_EQ(validation_error({"parallel.tp=-1"}), "parallel.tp -1 is below 0");
   EXPECT_EQ(error({"parallel.cp=2"}, 4), "parallel.cp 2: context parallelism is not there yet");
   EXPECT_EQ(error({"parallel.pp=2"}, 4), "parallel.pp 2: pipeline parallelism is not there yet");
-  EXPECT_EQ(error({"parallel.ep=4"}, 4), "parallel.ep 4: expert parallelism is not there yet");
-  EXPECT_EQ(error({"parallel.etp=2"}, 4), "parallel.etp 2: expert-tensor parallelism is not there yet");
+  EXPECT_EQ(error({"parallel.ep=4"}, 4), "parallel.ep 4: the model has no experts to split over ranks");
+  // A checkpoint of a version that wrote etp 1 and knew no experts.
+  EXPECT_FALSE(rank_grid(smallest({"parallel.tp=2", "parallel.etp=1"}), 2).etp.has_value());
+  EXPECT_EQ(run_config_from_settings({"parallel.tp=2", "parallel.ep=1", "parallel.etp=1"}).parallel.etp, 1);
+}
+
+TEST_F(RunConfigTest, ExpertsAreSplitOverTheRanks) {
+  const auto grid = [&](const std::vector<std::string>& sizes, int num_ranks) {
+    auto all = kExperts;
+    all.insert(all.end(), sizes.begin(), sizes.end());
+    const auto result = rank_grid(smallest(all), num_ranks);
+    return std::tuple(result.tp, result.dp, result.ep, result.expert_tp());
+  };
+  EXPECT_EQ(grid({}, 4), std::tuple(1, 4, 1, 1));
+  EXPECT_EQ(grid({"parallel.tp=4"}, 8), std::tuple(4, 2, 1, 4));
+  EXPECT_EQ(grid({"parallel.tp=4", "parallel.ep=2"}, 8), std::tuple(4, 2, 2, 2));
+  EXPECT_EQ(grid({"parallel.tp=4", "parallel.ep=8"}, 8), std::tuple(4, 2, 8, 1));
+  EXPECT_EQ(grid({"parallel.tp=4", "parallel.ep=4", "parallel.etp=2"}, 8), std::tuple(4, 2, 4, 2));
+  EXPECT_EQ(grid({"tp=4", "ep=2", "etp=1", "dp=2"}, 8), std::tuple(4, 2, 2, 1));
+  EXPECT_EQ(error_of([&] { grid({"ep=3"}, 4); }), "parallel.ep 3 x parallel.etp 1 does not divide 4 ranks");
+  EXPECT_EQ(error_of([&] {
+              grid({"ep=2147483647", "etp=2147483647"}, 1);
+            }),
+            "parallel.ep 2147483647 x parallel.etp 2147483647 does not divide 1 rank");
+}
+
+TEST_F(RunConfigTest, KeysMakeAMixtureOfExperts) {
+  auto keys = kExperts;
+  keys.insert(keys.end(), {"model.moe_first_layer=2", "model.moe_shared_expert_intermediate_size=24",
+                           "model.moe_router_topk_scaling_factor=3", "model.moe_router_in_float32=false",
+                           "model.freeze_router=true"});
+  const auto config = smallest(keys);
+  const auto text = model_config(config, 77).text;
+  EXPECT_EQ(text.moe, (MoEConfig{.num_experts = 8,
+                                 .router_topk = 3,
+                                 .ffn_hidden_size = 48,
+                                 .shared_expert_ffn_hidden_size = 24,
+                                 .router_scaling_factor = 3.0,
+                                 .router_in_float32 = false,
+                                 .freeze_router = true}));
+  for (size_t layer = 0; layer < 6; ++layer) EXPECT_EQ(text.layers[layer].has_experts, layer >= 2) << layer;
+  EXPECT_NO_THROW(validate(config, 1));
+  EXPECT_EQ(settings(load(kSmallest, as_overrides(config))), settings(config));
+  EXPECT_FALSE(model_config(smallest(), 77).text.moe.has_value());
+  const auto error = [&](const std::string& key) {
+    auto all = kExperts;
+    all.push_back(key);
+    return validation_error(all);
+  };
+  EXPECT_EQ(error("model.moe_first_layer=6"), "model.moe_first_layer 6 is not below model.num_layers 6");
+  EXPECT_EQ(error("model.moe_router_topk=9"), "router_topk 9 is not between 1 and num_experts 8");
+  EXPECT_EQ(error("model.moe_ffn_hidden_size=0"), "the experts' ffn_hidden_size 0 is not positive");
+  EXPECT_EQ(error("model.num_moe_experts=-1"), "model.num_moe_experts -1 is below 0");
+}
+
+TEST_F(RunConfigTest, ShortFormsAreForTheCommandLine) {
+  EXPECT_EQ(smallest({"tp=2", "parallel.tp=4"}).parallel.tp, 4);
+  EXPECT_EQ(smallest({"parallel.tp=2", "tp=4", "dp=3", "cp=5", "pp=6", "ep=7", "etp=8"}).parallel.tp, 4);
+  EXPECT_TRUE(smallest({"tp=2"}).warnings.empty());
+  EXPECT_EQ(override_error("tp=x"), "parallel.tp in the override tp=x must be an integer, got x");
+  EXPECT_EQ(load_error("tp: {a: 1}\n").find("unknown section tp in x.yaml:1"), 0U);
+}
+
+TEST_F(RunConfigTest, APublishedConfigGivesTheShape) {
+  const auto json = test_support::cases() / "../../configs/step37_flash.json";
+  std::filesystem::copy_file(json, folder_.path() / "shape.json");
+  const std::string text = "data: {directory: d}\ntraining: {steps: 1}\nmodel: {config: shape.json}\n";
+  const auto config = load(text, {"model.freeze_router=true", "vision.freeze=true"});
+  EXPECT_EQ(config.model.config, (std::filesystem::absolute(folder_.path()) / "shape.json").string());
+  EXPECT_EQ(config.vision.width, 1536);
+  EXPECT_EQ(crop_options(config).global_side, 728);
+  const auto model = model_config(config, 77);
+  EXPECT_EQ(model.text.vocabulary_size, 128815);
+  EXPECT_EQ(model.text.num_layers(), 45);
+  EXPECT_EQ(model.text.moe->num_experts, 288);
+  EXPECT_TRUE(model.text.moe->freeze_router);
+  EXPECT_TRUE(model.freeze_vision_model);
+  EXPECT_NO_THROW(validate(config, 1));
+
+  // Settings name the file, so they have no keys of the shape.
+  const auto again = run_config_from_settings(as_overrides(config));
+  EXPECT_EQ(settings(again), settings(config));
+  EXPECT_EQ(model_config(again, 77).text, model.text);
+  for (const auto& [key, value] : settings(config)) EXPECT_NE(key, "model.hidden_size");
+
+  EXPECT_EQ(load_error(text, {"model.hidden_size=64"}),
+            "model.hidden_size in the override model.hidden_size=64 is a part of the shape, which model.config in "
+            "x.yaml:3 gives: leave one of them out");
+  EXPECT_EQ(load_error(text + "vision:\n  width: 64\n"),
+            "vision.width in x.yaml:5 is a part of the shape, which model.config in x.yaml:3 gives: leave one of them "
+            "out");
+  const auto missing = load_error(text, {"model.config=none.json"});
+  EXPECT_EQ(missing.find("model.config in the override model.config=none.json: "), 0U) << missing;
+  EXPECT_NE(missing.find((std::filesystem::current_path() / "none.json").string()), std::string::npos) << missing;
+  EXPECT_EQ(load_error(text, {"model.config="}), "x.yaml lacks model.hidden_size, which has no default");
+  EXPECT_EQ(error_of([&] { validate(load(text, {"data.vocabulary_size=128816"}), 1); }),
+            "data.vocabulary_size 128816 is above the vocabulary of shape.json");
 }
 
 TEST_F(RunConfigTest, OldNamesOfKeysAreTakenWithAWarning) {
@@ -451,6 +551,8 @@ TEST(ShippedConfigurations, AreValidForTheRanksTheyAreWrittenFor) {
   for (const int tp : {1, 2, 4}) {
     EXPECT_NO_THROW(validate(load_run_config(file, {"parallel.tp=" + std::to_string(tp)}), tp)) << tp;
   }
+  const auto released = load_run_config(test_support::cases() / "../../configs/step37_flash.yaml");
+  EXPECT_NO_THROW(validate(released, 64));
 }
 
 }  // namespace
