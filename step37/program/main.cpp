@@ -13,12 +13,15 @@
 #include "step37/program/embed.h"
 #include "step37/program/forward.h"
 #include "step37/program/generate.h"
+#include "step37/program/plan.h"
 #include "step37/program/pretrain.h"
 
 namespace megatron_cpp {
 namespace {
 
 using Command = std::function<int(parallel::Runtime&)>;
+
+constexpr char kOverridesHelp[] = "section.key=value, in place of the file's value; tp=8 is short for parallel.tp=8";
 
 void add_embed(CLI::App& app, Command& command) {
   auto* embed =
@@ -89,7 +92,7 @@ void add_pretrain(CLI::App& app, Command& command) {
   auto* pretrain = app.add_subcommand("pretrain", "Train Step3.7 on captioned pictures");
   auto arguments = std::make_shared<step37::PretrainArguments>();
   pretrain->add_option("--config", arguments->config, "Configuration of the run (YAML)")->required();
-  pretrain->add_option("overrides", arguments->overrides, "section.key=value, in place of the file's value");
+  pretrain->add_option("overrides", arguments->overrides, kOverridesHelp);
   const std::map<std::string, step37::ProgressStyle> styles = {{"line", step37::ProgressStyle::kLine},
                                                                {"plain", step37::ProgressStyle::kPlain}};
   // Ranks can't find out: mpirun gives them a terminal of its own even if its output goes to a file.
@@ -97,6 +100,32 @@ void add_pretrain(CLI::App& app, Command& command) {
       ->transform(CLI::CheckedTransformer(styles));
   pretrain->callback([arguments, &command] {
     command = [arguments](parallel::Runtime& runtime) { return step37::pretrain(runtime, *arguments); };
+  });
+}
+
+void add_plan(CLI::App& app, Command& command) {
+  auto* plan = app.add_subcommand("plan", "Memory, bytes sent and FLOPs of a configuration; reads no data");
+  auto arguments = std::make_shared<step37::PlanArguments>();
+  plan->add_option("--config", arguments->config, "Configuration of the run (YAML)")->required();
+  plan->add_option("overrides", arguments->overrides, kOverridesHelp);
+  auto* ranks = plan->add_option("--ranks", arguments->ranks, "Number of ranks; default: what parallel.* give");
+  ranks->check(CLI::PositiveNumber);
+  plan->add_option("--gpus", arguments->gpus, "Search the best layouts of as many ranks")
+      ->check(CLI::PositiveNumber)
+      ->excludes(ranks);
+  plan->add_option("--memory", arguments->memory, "Memory of a rank in GB (10^9 bytes)")->check(CLI::PositiveNumber);
+  plan->add_option("--images-per-pack", arguments->images_per_pack, "Pictures of a pack; default: as many as fit");
+  plan->add_option("--intra-node-gbps", arguments->intra_node_gbps, "Gbit/s that a rank sends inside a node")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
+  plan->add_option("--inter-node-gbps", arguments->inter_node_gbps, "Gbit/s that a rank sends to other nodes")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
+  plan->add_option("--ranks-per-node", arguments->ranks_per_node, "Ranks of a node")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
+  plan->callback([arguments, &command] {
+    command = [arguments](parallel::Runtime& runtime) { return runtime.rank() == 0 ? step37::plan(*arguments) : 0; };
   });
 }
 
@@ -128,6 +157,7 @@ int main(int argc, char** argv) {
   app.set_version_flag("--version", std::string(MCPP_VERSION));
   app.require_subcommand(1);
   Command command;
+  add_plan(app, command);
   add_pretrain(app, command);
   add_generate(app, command);
   add_convert(app, command);

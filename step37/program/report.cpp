@@ -17,7 +17,7 @@
 namespace megatron_cpp::step37 {
 namespace {
 
-using nlohmann::json;
+using Json = nlohmann::json;
 
 std::string base64(std::string_view bytes) {
   constexpr char kLetters[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
@@ -36,12 +36,12 @@ constexpr const char* kNumbers[] = {"loss",   "grad_norm",         "learning_rat
                                     "images", "tokens_per_second", "validation_loss"};
 
 /// Reads `step` and those of kNumbers that are there from a line of metrics.jsonl.
-json parse_step(const std::string& line, const std::string& where) {
-  const auto object = json::parse(line, nullptr, /*allow_exceptions=*/false);
+Json parse_step(const std::string& line, const std::string& where) {
+  const auto object = Json::parse(line, nullptr, /*allow_exceptions=*/false);
   TORCH_CHECK_VALUE(object.is_object(), where, ": not a JSON object: ", line.substr(0, 80));
   const auto step = object.find("step");
   TORCH_CHECK_VALUE(step != object.end() && step->is_number_integer(), where, ": no integer `step`");
-  json result{{"step", *step}};
+  Json result{{"step", *step}};
   for (const char* name : kNumbers) {
     const auto found = object.find(name);
     if (found == object.end() || found->is_null()) continue;
@@ -52,9 +52,9 @@ json parse_step(const std::string& line, const std::string& where) {
   return result;
 }
 
-std::vector<json> read_metrics(const std::filesystem::path& path) {
+std::vector<Json> read_metrics(const std::filesystem::path& path) {
   std::ifstream file(path, std::ios::binary);
-  std::vector<json> steps;
+  std::vector<Json> steps;
   for (std::string line; file && std::getline(file, line);) {
     const auto where = fmt::format("{}:{}", path.string(), steps.size() + 1);
     auto step = parse_step(line, where);
@@ -67,7 +67,7 @@ std::vector<json> read_metrics(const std::filesystem::path& path) {
   return steps;
 }
 
-std::vector<double> values_of(const std::vector<json>& steps, const char* name) {
+std::vector<double> values_of(const std::vector<Json>& steps, const char* name) {
   std::vector<double> values;
   for (const auto& step : steps) {
     if (step.contains(name)) values.push_back(step.at(name).get<double>());
@@ -76,8 +76,8 @@ std::vector<double> values_of(const std::vector<json>& steps, const char* name) 
 }
 
 /// Sums over all steps, and the median speed; values that were never measured are left out.
-json totals_of(const std::vector<json>& steps) {
-  json totals = json::object();
+Json totals_of(const std::vector<Json>& steps) {
+  Json totals = Json::object();
   for (const char* name : {"tokens", "images"}) {
     const auto values = values_of(steps, name);
     if (!values.empty()) totals[name] = std::accumulate(values.begin(), values.end(), 0.0);
@@ -92,7 +92,7 @@ json totals_of(const std::vector<json>& steps) {
 
 /// Adds `mean_loss` to each step: the mean over a window of up to a twentieth of the run, centred at the step; narrower
 /// at the beginning of the run, where the curve is steep, and one-sided at its end.
-void add_mean_loss(std::vector<json>& steps) {
+void add_mean_loss(std::vector<Json>& steps) {
   std::vector<double> sums{0.0};
   for (const double loss : values_of(steps, "loss")) sums.push_back(sums.back() + loss);
   for (size_t i = 0; i < steps.size(); ++i) {
@@ -104,7 +104,7 @@ void add_mean_loss(std::vector<json>& steps) {
 
 /// Keeps about 1000 steps at most: the first, the last, and of each stretch those with the lowest and highest loss, so
 /// that spikes stay, and with the lowest validation loss.
-std::vector<json> thinned(std::vector<json> steps) {
+std::vector<Json> thinned(std::vector<Json> steps) {
   constexpr size_t kStretches = 330;
   if (steps.size() <= 3 * kStretches) return steps;
   std::vector<bool> kept(steps.size(), false);
@@ -114,7 +114,7 @@ std::vector<json> thinned(std::vector<json> steps) {
       return steps.begin() + static_cast<std::ptrdiff_t>(steps.size() * n / kStretches);
     };
     const auto less = [](const char* name) {
-      return [name](const json& a, const json& b) {
+      return [name](const Json& a, const Json& b) {
         constexpr double kMost = std::numeric_limits<double>::max();
         return a.value(name, kMost) < b.value(name, kMost);
       };
@@ -131,7 +131,7 @@ std::vector<json> thinned(std::vector<json> steps) {
     kept[i] = true;
     break;
   }
-  std::vector<json> result;
+  std::vector<Json> result;
   for (size_t i = 0; i < steps.size(); ++i) {
     if (kept[i]) result.push_back(std::move(steps[i]));
   }
@@ -142,9 +142,9 @@ std::vector<json> thinned(std::vector<json> steps) {
 
 std::string render_report(const ReportInput& input) {
   auto steps = read_metrics(input.metrics);
-  json run{{"title", input.title},       {"settings", input.settings},
+  Json run{{"title", input.title},       {"settings", input.settings},
            {"totals", totals_of(steps)}, {"parameters", input.num_parameters},
-           {"ranks", input.num_ranks},   {"pictures", json::array()}};
+           {"ranks", input.num_ranks},   {"pictures", Json::array()}};
   add_mean_loss(steps);
   run["steps"] = thinned(std::move(steps));
   for (const auto& picture : input.pictures) {
@@ -158,7 +158,7 @@ std::string render_report(const ReportInput& input) {
   std::string html(kReportTemplate);
   constexpr std::string_view kPlace = "{{RUN}}";
   std::string data;
-  for (const char letter : run.dump(-1, ' ', /*ensure_ascii=*/true, json::error_handler_t::replace)) {
+  for (const char letter : run.dump(-1, ' ', /*ensure_ascii=*/true, Json::error_handler_t::replace)) {
     data += letter == '<' ? "\\u003c" : std::string(1, letter);
   }
   return html.replace(html.find(kPlace), kPlace.size(), data);

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <filesystem>
+#include <nlohmann/json.hpp>
 #include <string>
 
 #include "megatron_cpp/checkpoint/safetensors.h"
@@ -66,6 +67,50 @@ TEST_F(Program, ReplaysACase) {
                            "grad.align_projector.bias", "grad.group0.image_features"}) {
     EXPECT_TRUE(at::equal(output.read(name), input.read(std::string("expected.") + name))) << name;
   }
+}
+
+TEST_F(Program, PlansWithoutMpirunOrData) {
+  const auto plan = [&](const std::string& arguments) {
+    return test_support::run_command(quoted(test_support::setting("MCPP_PROGRAM")) + " plan --config " +
+                                     quoted(test_support::cases() / "../../configs/step37_flash.yaml") + " " +
+                                     arguments);
+  };
+  const auto last_line = [](const std::string& output) {
+    const auto end = output.find_last_not_of('\n') + 1;
+    return nlohmann::json::parse(output.substr(output.rfind('\n', end - 1) + 1, end));
+  };
+  const auto own = plan("data.directory=/none");
+  EXPECT_EQ(own.status, 0) << own.output;
+  const auto json = last_line(own.output);
+  EXPECT_EQ(json["ranks"], 64);
+  EXPECT_TRUE(json["fits"].is_null());
+  int64_t bytes = 0;
+  for (const char* part : {"weights", "gradients", "optimizer", "activations", "buffers"}) {
+    bytes += json["memory_bytes"][part].get<int64_t>();
+  }
+  EXPECT_EQ(json["memory_bytes"]["total"], bytes);
+  EXPECT_GT(json["bytes_per_step"]["all_to_all"], 0);
+  EXPECT_FALSE(json["bytes_per_step"].contains("broadcast"));
+
+  const auto none = plan("--gpus 64 --memory 80");
+  EXPECT_EQ(none.status, 0) << none.output;
+  EXPECT_EQ(none.output.find("no layout fits: "), 0U) << none.output;
+  EXPECT_EQ(last_line(none.output)["fits"], false);
+  const auto best = plan("--gpus 64 --memory 1000 --images-per-pack 2");
+  EXPECT_EQ(best.output.find("the best layouts of 64 GPUs"), 0U) << best.output;
+  EXPECT_EQ(last_line(best.output)["fits"], true);
+
+  const auto wrong = plan("tp=7 dp=8 ep=1 etp=1");
+  EXPECT_EQ(wrong.status, 1);
+  EXPECT_NE(wrong.output.find("hidden_size 4096 is not divisible by tensor-parallel size 7"), std::string::npos)
+      << wrong.output;
+}
+
+TEST_F(Program, RefusesToTrainExperts) {
+  const auto outcome =
+      test_support::run_command(pretrain("model.num_moe_experts=2 model.moe_ffn_hidden_size=8 parallel.tp=1"));
+  EXPECT_EQ(outcome.status, 1);
+  EXPECT_NE(outcome.output.find("error: pretrain can't train experts yet"), std::string::npos) << outcome.output;
 }
 
 TEST_F(Program, RefusesABadOptionValueOnce) {

@@ -1,0 +1,381 @@
+#include "step37/program/step_cost.h"
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <map>
+#include <set>
+#include <tuple>
+#include <utility>
+
+#include "megatron_cpp/tensor_parallel/vocab_parallel_embedding.h"
+
+namespace megatron_cpp::step37 {
+namespace {
+
+using Kind = parallel::CollectiveKind;
+constexpr int64_t kElement = 4;  // bytes of a float32
+constexpr int64_t kInt64 = 8;
+
+/// The numbers that bytes and memory of one micro-batch on a rank depend on, by the letters of docs/parallelism.md.
+struct Sizes {
+  Sizes(const Step37Config& config, const parallel::RankGrid& grid, const StepShape& shape)
+      : t(grid.tp),
+        S(shape.sequence_length * shape.micro_batch_size),
+        s(config.execution.sequence_parallel ? S / t : S),
+        H(config.text.hidden_size),
+        V(padded_vocabulary_size(config.text.vocabulary_size, grid.tp)),
+        C(config.vision.output_dim()),
+        images(shape.images_per_pack * shape.micro_batch_size),
+        rows(images * config.vision.feature_rows(config.vision.image_size, config.vision.image_size)),
+        trains_text(!config.freeze_language_model),
+        trains_features(!config.freeze_vision_model),
+        trains_projected(!config.freeze_projector || !config.freeze_vision_model) {}
+
+  int64_t t;
+  int64_t S;  ///< positions of a micro-batch, its packs one behind the other
+  int64_t s;  ///< rows of the sequence that a rank has between tensor-parallel layers
+  int64_t H;
+  int64_t V;  ///< padded
+  int64_t C;
+  int64_t images;  ///< of a micro-batch
+  int64_t rows;    ///< of features of a micro-batch
+  bool trains_text;
+  bool trains_features;
+  bool trains_projected;
+};
+
+/// Adds up what a rank sends.
+class TrafficSum {
+ public:
+  explicit TrafficSum(const parallel::RankGrid& grid) : grid_(grid) {}
+
+  /// One collective as parallel::observe counts it: `bytes` are of the full tensor, and of what the rank hands in for
+  /// an all-to-all.
+  void add(Kind kind, std::string_view group, int64_t bytes, int64_t times = 1) {
+    const int64_t size = extent_of(group, grid_).size;
+    send(kind, group, bytes * (size - 1) / size * (kind == Kind::kAllReduce ? 2 : 1) * times);
+  }
+  /// Bytes that are sent to other ranks.
+  void send(Kind kind, std::string_view group, int64_t bytes) {
+    if (bytes > 0) sums_[{kind, group, of_experts}] += bytes * repeat;
+  }
+  std::vector<Traffic> result() const {
+    std::vector<Traffic> traffic;
+    for (const auto& [key, bytes] : sums_) {
+      traffic.push_back({std::get<0>(key), std::get<1>(key), bytes, std::get<2>(key)});
+    }
+    return traffic;
+  }
+
+  int64_t repeat = 1;       ///< what is added from now on happens so many times
+  bool of_experts = false;  ///< and is this
+
+ private:
+  const parallel::RankGrid& grid_;
+  std::map<std::tuple<Kind, std::string_view, bool>, int64_t> sums_;
+};
+
+/// A column-parallel linear, a row-parallel one behind it, forward and backward: attention, MLP, shared expert.
+void add_linear_pair(const Sizes& n, bool sequence_parallel, TrafficSum& sum) {
+  const int64_t M = n.S * n.H * kElement;
+  if (sequence_parallel) {
+    // Backward gathers the first one's input again if its weight is trained.
+    sum.add(Kind::kAllGather, "tp", M, n.trains_text ? 3 : 2);
+    sum.add(Kind::kReduceScatter, "tp", M, 2);
+  } else {
+    sum.add(Kind::kAllReduce, "tp", M, 2);
+  }
+}
+
+/// C(E - E/ep, K) / C(E, K): how likely it is that a token has no expert on a given expert-parallel rank.
+double share_of_absent_tokens(const MoEConfig& moe, int64_t ep) {
+  const int64_t elsewhere = moe.num_experts - moe.num_experts / ep;
+  double share = 1.0;
+  for (int64_t k = 0; k < moe.router_topk; ++k) {
+    share *= static_cast<double>(std::max<int64_t>(elsewhere - k, 0)) / static_cast<double>(moe.num_experts - k);
+  }
+  return share;
+}
+
+/// Rows that a rank sends to the expert-parallel ranks of its group, itself included: each token once to every rank
+/// that has at least one of its experts.
+int64_t dispatched_rows(const Sizes& n, const MoEConfig& moe, const parallel::RankGrid& grid) {
+  const int64_t own = n.S / n.t;
+  const auto copies = static_cast<double>(own * grid.ep);
+  return static_cast<int64_t>(copies * (1.0 - share_of_absent_tokens(moe, grid.ep)));
+}
+
+/// Forward and backward of the routed experts of one layer: counts, rows with their routing weights and expert numbers
+/// over ep, then over etp, and the outputs back.
+void add_experts(const Sizes& n, const MoEConfig& moe, const parallel::RankGrid& grid, bool sequence_parallel,
+                 TrafficSum& sum) {
+  // The layer takes its rows of the sequence, and gathers the outputs; backward the other way round.
+  if (!sequence_parallel) sum.add(Kind::kAllGather, "tp", n.S * n.H * kElement, 2);
+  const int64_t ep = grid.ep;
+  const int64_t etp = grid.expert_tp();
+  if (ep * etp == 1) return;
+  sum.of_experts = true;
+  sum.add(Kind::kAllGather, "ep_etp", ep * etp * (moe.num_experts + ep) * kInt64);
+  const int64_t m = ep > 1 ? dispatched_rows(n, moe, grid) : n.S / n.t;
+  const int64_t hidden = m * n.H * kElement;
+  const int64_t routing = m * 2 * moe.router_topk * kElement;
+  if (ep > 1) {
+    sum.add(Kind::kAllToAll, "ep", hidden, 4);
+    sum.add(Kind::kAllToAll, "ep", routing, 2);
+  }
+  if (etp > 1) {
+    // The reduce-scatter is an all-to-all of pieces; each is the other's backward.
+    sum.send(Kind::kAllGather, "etp", (etp - 1) * (2 * hidden + routing));
+    sum.send(Kind::kAllToAll, "etp", (etp - 1) * (2 * hidden + routing));
+  }
+  sum.of_experts = false;
+}
+
+/// Word embedding and image insert, features being on the ranks where the tower ran (docs/image-insert.md).
+void add_insert(const Step37Config& config, const Sizes& n, TrafficSum& sum) {
+  const bool sp = config.execution.sequence_parallel;
+  const int64_t M = n.S * n.H * kElement;
+  const int64_t image_rows = n.rows * n.H * kElement;
+  const int64_t features = n.rows * n.C * kElement;
+  const bool by_columns = config.execution.embedding_sharding == EmbeddingSharding::kHidden;
+  const bool gathers = config.exchange == InsertExchange::kAllGather;
+  const auto sharding = config.projector_sharding;
+  if (by_columns) {
+    sp ? sum.add(Kind::kAllToAll, "tp", M / n.t) : sum.add(Kind::kAllGather, "tp", M);
+  } else {
+    sum.add(sp ? Kind::kReduceScatter : Kind::kAllReduce, "tp", M);
+  }
+  const bool needs_both = n.trains_text && (n.trains_projected || n.images == 0);
+  if (sp && (needs_both || (gathers && n.trains_text))) {
+    by_columns ? sum.add(Kind::kAllToAll, "tp", M / n.t) : sum.add(Kind::kAllGather, "tp", M);
+  } else if (sp && n.trains_text) {
+    sum.add(Kind::kAllToAll, "tp", (M - image_rows) / n.t);
+  } else if (sp && !gathers && sharding == ProjectorSharding::kRow) {
+    sum.send(Kind::kAllGather, "tp", (n.t - 1) * image_rows / n.t);
+  } else if (sp && !gathers) {
+    sum.add(Kind::kAllToAll, "tp", image_rows / n.t);
+  }
+  if (gathers && sharding == ProjectorSharding::kRow) {
+    sum.add(Kind::kAllReduce, "tp", image_rows, sp && n.trains_projected ? 2 : 1);
+  } else if (gathers) {
+    sum.add(Kind::kAllGather, "tp", image_rows);
+    if (sp && n.trains_projected) sum.add(Kind::kReduceScatter, "tp", image_rows);
+  }
+  if (sharding == ProjectorSharding::kColumn) {
+    sum.add(Kind::kAllGather, "tp", features);
+    if (n.trains_features) sum.add(Kind::kReduceScatter, "tp", features);
+  }
+  if (sharding == ProjectorSharding::kRow) sum.add(Kind::kAllToAll, "tp", features / n.t, n.trains_features ? 2 : 1);
+}
+
+void add_micro_batch(const Step37Config& config, const Sizes& n, const parallel::RankGrid& grid, TrafficSum& sum) {
+  const bool sp = config.execution.sequence_parallel;
+  const auto& moe = config.text.moe;
+  add_insert(config, n, sum);
+  for (const auto& layer : config.text.layers) {
+    add_linear_pair(n, sp, sum);  // attention
+    if (layer.has_experts) add_experts(n, *moe, grid, sp, sum);
+    if (!layer.has_experts || moe->shared_expert_ffn_hidden_size > 0) add_linear_pair(n, sp, sum);
+  }
+  const int64_t M = n.S * n.H * kElement;
+  if (sp) {
+    sum.add(Kind::kAllGather, "tp", M, n.trains_text ? 2 : 1);
+    sum.add(Kind::kReduceScatter, "tp", M);
+  } else {
+    sum.add(Kind::kAllReduce, "tp", M);
+  }
+  // Cross entropy: the maxima, then the sums of the exponentials and the logits of the targets.
+  sum.add(Kind::kAllReduce, "tp", n.S * kElement);
+  sum.add(Kind::kAllReduce, "tp", 2 * n.S * kElement);
+}
+
+/// As GradientBuffer lays them out: each gradient begins at a multiple of 16 bytes.
+std::map<std::string_view, int64_t> gradient_bytes(const std::vector<TensorGroup>& tensors) {
+  std::map<std::string_view, int64_t> bytes;
+  for (const auto& tensor : tensors) {
+    if (tensor.trained) bytes[tensor.summed_over] += tensor.count * ((tensor.local * kElement + 15) / 16 * 16);
+  }
+  return bytes;
+}
+
+/// What backward needs of a decoder layer, and its largest temporary tensors, in elements.
+struct LayerElements {
+  int64_t attention = 0;
+  int64_t feed_forward = 0;
+  int64_t feed_forward_temporary = 0;
+};
+
+/// Float masks that attention over windows keeps, one for each block of queries.
+int64_t window_mask_elements(int64_t length, int64_t window) {
+  if (window <= 0 || length <= window) return 0;
+  const int64_t block = std::max<int64_t>(window, 128);
+  int64_t elements = 0;
+  for (int64_t begin = 0; begin < length; begin += block) {
+    const int64_t queries = std::min(block, length - begin);
+    elements += queries * (queries + std::min(begin, window - 1));
+  }
+  return elements;
+}
+
+LayerElements layer_elements(const Step37Config& config, const LayerConfig& layer, const Sizes& n,
+                             const StepShape& shape, const parallel::RankGrid& grid) {
+  const auto& text = config.text;
+  const int64_t heads = layer.num_attention_heads / n.t;
+  const int64_t groups = text.num_query_groups / n.t;
+  const int64_t q = heads * text.head_dim;
+  const int64_t kv = groups * text.head_dim;
+  const bool in_blocks = layer.sliding_window > 0 && shape.sequence_length > layer.sliding_window;
+  const bool copies_output = in_blocks || shape.micro_batch_size > 1 || groups > 1;
+  LayerElements result;
+  // The norm's input and output; per position q, k, v, g fused, norms of q and k, rotated q and k, the attention's
+  // output (once more where it is put together from parts) and logsumexp, the gates, the gated output.
+  result.attention = n.s * (2 * n.H + 1) + n.S * ((q + 2 * kv + heads) + (heads + groups) + (q + kv) +
+                                                  (q + heads + (copies_output ? q : 0)) + heads + q);
+  result.attention += shape.micro_batch_size * window_mask_elements(shape.sequence_length, layer.sliding_window);
+  const auto mlp = [&](int64_t F) {
+    result.feed_forward += n.S * 3 * F / n.t;           // gate and up, their product
+    result.feed_forward_temporary = n.S * 7 * F / n.t;  // gradients of these and of the halves in between
+  };
+  result.feed_forward = n.s * (2 * n.H + 1);
+  if (!layer.has_experts) {
+    mlp(text.ffn_hidden_size);
+    return result;
+  }
+  const auto& moe = *text.moe;
+  mlp(moe.shared_expert_ffn_hidden_size);
+  // Logits and scores; rows as they arrive, one for each of a token's experts on this rank, and the experts' outputs.
+  const int64_t own = n.S / n.t;
+  const int64_t pairs = own * grid.expert_tp() * moe.router_topk;
+  const int64_t width = moe.ffn_hidden_size / grid.expert_tp();
+  result.feed_forward += own * 2 * moe.num_experts + pairs * (2 * n.H + 3 * width);
+  result.feed_forward_temporary = std::max(result.feed_forward_temporary, pairs * 7 * width);
+  return result;
+}
+
+/// What backward needs of the vision tower for the pictures of the fullest rank, in elements.
+int64_t tower_elements(const VisionConfig& vision, int64_t images) {
+  const int64_t side = vision.image_size / vision.patch_size;
+  const int64_t half = (side + 1) / 2;
+  const int64_t patches = side * side;
+  // Both norms' inputs, outputs and statistics, qkv, rotated q and k, attention's output and logsumexp, what the layer
+  // scales multiply; the mlp's input to its activation, the sigmoid, their product.
+  const int64_t block = 12 * vision.width + 3 * vision.mlp_width + 4 + vision.heads;
+  const int64_t ends = patches * (2 * vision.width + 2) + half * half * 2 * vision.width;
+  return images * (vision.layers * patches * block + ends);
+}
+
+}  // namespace
+
+GroupExtent extent_of(std::string_view group, const parallel::RankGrid& grid) {
+  const int64_t tp = grid.tp;
+  const int64_t etp = grid.expert_tp();
+  const int64_t world = grid.world_size();
+  if (group == "tp") return {tp, tp};
+  if (group == "dp") return {grid.dp, grid.dp == 1 ? 1 : world};
+  if (group == "tp_dp") return {tp * grid.dp, world};
+  if (group == "etp") return {etp, etp};
+  if (group == "ep") return {grid.ep, grid.ep == 1 ? 1 : etp * grid.ep};
+  if (group == "ep_etp") return {etp * grid.ep, etp * grid.ep};
+  TORCH_INTERNAL_ASSERT(group == "edp");
+  return {grid.edp(), grid.edp() == 1 ? 1 : world};
+}
+
+std::vector<Traffic> step_traffic(const Step37Config& config, const parallel::RankGrid& grid, const StepShape& shape,
+                                  const std::vector<TensorGroup>& tensors) {
+  TrafficSum sum(grid);
+  sum.repeat = shape.global_batch_size / (shape.micro_batch_size * grid.dp);
+  add_micro_batch(config, Sizes(config, grid, shape), grid, sum);
+  sum.repeat = 1;
+  for (const auto& [group, bytes] : gradient_bytes(tensors)) sum.add(Kind::kAllReduce, group, bytes);
+  // The loss and the gradient norm, float64.
+  for (const char* group : {"dp", "tp"}) sum.add(Kind::kAllReduce, group, 8);
+  return sum.result();
+}
+
+int64_t step_flops(const Step37Config& config, const StepShape& shape) {
+  const auto& text = config.text;
+  const auto S = static_cast<double>(shape.sequence_length);
+  const auto H = static_cast<double>(text.hidden_size);
+  const auto D = static_cast<double>(text.head_dim);
+  double linear = 0.0;     // elements of the matrices that a position is multiplied by
+  double attention = 0.0;  // the like for q kᵀ and the weighted sum of v
+  for (const auto& layer : text.layers) {
+    const auto heads = static_cast<double>(layer.num_attention_heads);
+    linear += H * (2 * heads * D + 2 * static_cast<double>(text.num_query_groups) * D + heads);
+    const auto window = static_cast<double>(layer.sliding_window);
+    attention += 2 * heads * D * (window > 0 ? std::min(window, S / 2) : S / 2);
+    if (!layer.has_experts) {
+      linear += 3 * H * static_cast<double>(text.ffn_hidden_size);
+      continue;
+    }
+    const auto& moe = *text.moe;
+    linear += H * static_cast<double>(moe.num_experts + 3 * moe.router_topk * moe.ffn_hidden_size +
+                                      3 * moe.shared_expert_ffn_hidden_size);
+  }
+  linear += H * static_cast<double>(text.vocabulary_size);
+
+  const auto& vision = config.vision;
+  const auto W = static_cast<double>(vision.width);
+  const int64_t side = vision.image_size / vision.patch_size;
+  const auto patches = static_cast<double>(side * side);
+  const int64_t half = (side + 1) / 2;
+  const auto half_grid = static_cast<double>(half * half);
+  const auto rows = static_cast<double>(vision.feature_rows(vision.image_size, vision.image_size));
+  const double conv1 = patches * 3 * static_cast<double>(vision.patch_size * vision.patch_size) * W;
+  const double block = patches * (4 * W * W + 2 * W * static_cast<double>(vision.mlp_width) + 2 * patches * W);
+  const double tower = static_cast<double>(vision.layers) * block + half_grid * 18 * W * W + rows * 72 * W * W;
+  const double projector = rows * static_cast<double>(vision.output_dim()) * H;
+
+  // Forward once, a gradient of the input where one flows, a gradient of the weight where it is trained.
+  const bool trains_tower = !config.freeze_vision_model;
+  const double text_sum = S * (linear * (config.freeze_language_model ? 2 : 3) + attention * 3);
+  const double image_sum = conv1 * (trains_tower ? 2 : 1) + tower * (trains_tower ? 3 : 1) +
+                           projector * (1 + (trains_tower ? 1 : 0) + (config.freeze_projector ? 0 : 1));
+  const double pack = text_sum + static_cast<double>(shape.images_per_pack) * image_sum;
+  return static_cast<int64_t>(2 * pack * static_cast<double>(shape.global_batch_size));
+}
+
+MemoryBytes step_memory(const Step37Config& config, const parallel::RankGrid& grid, const StepShape& shape,
+                        const std::vector<TensorGroup>& tensors) {
+  const Sizes n(config, grid, shape);
+  MemoryBytes memory;
+  for (const auto& tensor : tensors) {
+    memory.weights += tensor.count * tensor.local * kElement;
+    if (tensor.trained) memory.optimizer += 2 * tensor.count * tensor.local * kElement;
+  }
+  for (const auto& [group, bytes] : gradient_bytes(tensors)) memory.gradients += bytes;
+
+  const auto& text = config.text;
+  const int64_t logits = n.S * n.V / n.t;
+  int64_t decoder = n.s * (2 * n.H + 1);  // the last norm's input and output
+  int64_t temporary = 0;                  // of the last layer
+  int64_t freed = 0;                      // when backward has come to it
+  std::set<std::pair<double, int64_t>> tables;
+  for (const auto& layer : text.layers) {
+    const auto elements = layer_elements(config, layer, n, shape, grid);
+    decoder += elements.attention + elements.feed_forward;
+    temporary = elements.feed_forward_temporary;
+    freed = logits + n.s * 2 * n.H;
+    if (tables.emplace(layer.rope_theta, layer.rotary_dim(text.head_dim)).second) {
+      decoder += shape.sequence_length * shape.micro_batch_size * layer.rotary_dim(text.head_dim);
+    }
+  }
+  const int64_t own_images = (n.images + n.t - 1) / n.t;
+  const int64_t own_rows = n.images == 0 ? 0 : n.rows / n.images * own_images;
+  const int64_t features = own_rows * n.C;
+  const int64_t tower = n.trains_features ? tower_elements(config.vision, own_images) : 0;
+  const int64_t side = config.vision.image_size;
+  const int64_t pixels = own_images * 3 * side * side;
+  const int64_t saved = decoder + logits + features + tower;
+  memory.activations = saved * kElement;
+
+  // The logits or their gradient; the last layer's feed-forward; the tower when the decoder's part is gone.
+  const int64_t patches = own_images * (side / config.vision.patch_size) * (side / config.vision.patch_size);
+  const int64_t tower_temporary = patches * 2 * (config.vision.mlp_width + config.vision.width);
+  const int64_t peak = std::max({logits, temporary + n.s * n.H - freed, tower_temporary + tower - saved});
+  memory.buffers = (pixels + peak) * kElement + n.S * 4 * kInt64;
+  return memory;
+}
+
+}  // namespace megatron_cpp::step37

@@ -1,0 +1,65 @@
+// What one optimizer step sends, computes and keeps in memory on a rank, by formulas.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "parallel/rank_grid.h"
+#include "parallel/recording_backend.h"
+#include "step37/program/model_size.h"
+#include "step37/step37_model.h"
+
+namespace megatron_cpp::step37 {
+
+/// A step: every pack is one sub-sequence of `sequence_length` positions with `images_per_pack` pictures of the tower's
+/// image_size, spread evenly over the tensor-parallel ranks.
+struct StepShape {
+  int64_t sequence_length = 0;
+  int64_t micro_batch_size = 1;   ///< packs, one behind the other in one sequence
+  int64_t global_batch_size = 1;  ///< packs of all replicas, divisible by micro_batch_size * dp
+  int64_t images_per_pack = 0;
+};
+
+/// Collectives of one kind over the groups of one kind.
+struct Traffic {
+  parallel::CollectiveKind kind = parallel::CollectiveKind::kAllReduce;
+  std::string_view group;   ///< tp, dp, tp_dp, and of experts ep, etp, ep_etp (both together), edp
+  int64_t bytes = 0;        ///< that a rank sends in a step, by the count of parallel::CollectiveObserver
+  bool of_experts = false;  ///< tokens on their way to experts and back
+};
+
+/// Ranks of a group of the kind `group`, and how many consecutive ranks it lies in.
+struct GroupExtent {
+  int64_t size = 1;
+  int64_t span = 1;
+};
+GroupExtent extent_of(std::string_view group, const parallel::RankGrid& grid);
+
+/// All that Trainer::step sends, in float32, without checked mode and without the loader. Exact for models without
+/// experts whose ranks hold as many image rows each, in their part of the sequence as well as from the tower, unless
+/// the word embedding is trained and neither projector nor tower: gradients then go to the ranks that have the ids,
+/// which is taken to be even. Routing to experts is taken to be uniform. Of MTP layers only the gradients' reduction
+/// counts.
+std::vector<Traffic> step_traffic(const Step37Config& config, const parallel::RankGrid& grid, const StepShape& shape,
+                                  const std::vector<TensorGroup>& tensors);
+
+/// Floating-point operations of a step, of all ranks: matrix products and attention, an addition and a multiplication
+/// counted as two. Backward costs twice as much as forward, less what frozen parts spare. Causal attention over S
+/// positions counts S/2 keys a query, a window of W (below S/2) W keys. Without MTP layers.
+int64_t step_flops(const Step37Config& config, const StepShape& shape);
+
+/// Bytes on a rank at the peak of a step, in float32.
+struct MemoryBytes {
+  int64_t weights = 0;
+  int64_t gradients = 0;
+  int64_t optimizer = 0;    ///< AdamW's two moments
+  int64_t activations = 0;  ///< what a micro-batch's forward pass keeps for its backward pass
+  int64_t buffers = 0;      ///< on top of that at the peak: the batch, and the largest temporary tensors of backward
+  int64_t total() const { return weights + gradients + optimizer + activations + buffers; }
+};
+/// Without the activations of MTP layers; those of experts are estimates for uniform routing.
+MemoryBytes step_memory(const Step37Config& config, const parallel::RankGrid& grid, const StepShape& shape,
+                        const std::vector<TensorGroup>& tensors);
+
+}  // namespace megatron_cpp::step37

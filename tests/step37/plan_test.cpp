@@ -1,0 +1,371 @@
+// What `plan` says, against one real step: bytes sent, peak of live tensors, parameters, FLOPs.
+#include "step37/program/plan.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/Allocator.h>
+#include <c10/util/Exception.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "megatron_cpp/training/trainer.h"
+#include "parallel/recording_backend.h"
+#include "parallel/rehearsal_backend.h"
+#include "tests/support/environment.h"
+#include "tests/support/temporary_folder.h"
+#include "tests/support/test_world.h"
+
+namespace megatron_cpp::step37 {
+namespace {
+
+using namespace test_support;
+using Overrides = std::vector<std::string>;
+using Bytes = std::map<std::string, int64_t>;
+
+constexpr int64_t kImStart = 1;
+
+/// The vocabulary isn't divisible by 2 or 4; windows are shorter than a pack.
+constexpr std::string_view kConfig =
+    "data: {directory: none, vocabulary_size: 301}\n"
+    "model:\n"
+    "  {hidden_size: 64, num_layers: 5, head_dim: 16, num_attention_heads: 4, num_sliding_attention_heads: 8,\n"
+    "   num_query_groups: 4, ffn_hidden_size: 160, sliding_window: 24, projector_bias: true}\n"
+    "vision: {image_size: 112, width: 32, layers: 2, heads: 2, mlp_width: 128}\n"
+    "training: {steps: 1, global_batch_size: 8, micro_batch_size: 2, sequence_length: 128}\n";
+
+RunConfig load(const Overrides& overrides = {}, std::string_view text = kConfig) {
+  const TemporaryFolder folder;
+  return load_run_config(folder.write("plan.yaml", text), overrides);
+}
+
+/// The picture's rows stand behind the start token at the beginning of a pack, one picture after the other.
+Step37Batch batch_of(const RunConfig& config, const StepShape& shape, const parallel::GroupPtr& tp) {
+  const int64_t length = shape.sequence_length;
+  const int64_t packs = shape.micro_batch_size;
+  const int64_t rows = config.vision.feature_rows(config.vision.image_size, config.vision.image_size);
+  Step37Batch batch;
+  batch.input_ids = at::arange(packs * length, at::kLong).remainder(200).add(50).unsqueeze(0);
+  batch.labels = batch.input_ids.roll(-1, 1);
+  batch.attention.position_ids = at::arange(length, at::kLong).repeat({packs}).unsqueeze(0);
+  batch.attention.cu_seqlens = at::arange(packs + 1, at::kInt) * length;
+  const int64_t images = packs * shape.images_per_pack;
+  if (images == 0) return batch;
+  for (int64_t image = 0; image < images; ++image) {
+    const int64_t pack = image / shape.images_per_pack;
+    const int64_t place = image % shape.images_per_pack;
+    batch.input_ids[0][pack * length + place * (rows + 4) + 1].fill_(kImStart);
+  }
+  const int64_t t = tp->getSize();
+  ImageForInsert group;
+  group.insert_start_token = kImStart;
+  group.held = HeldImages{at::full({images}, rows, at::kLong), at::arange(images, at::kLong).remainder(t)};
+  const int64_t own = (images - tp->getRank() + t - 1) / t;
+  group.images = at::ones({own, 3, config.vision.image_size, config.vision.image_size});
+  batch.images = {group};
+  return batch;
+}
+
+/// Live bytes of tensors on the CPU, of this thread.
+class LiveBytes final : public c10::MemoryReportingInfoBase {
+ public:
+  void reportMemoryUsage(void* /*ptr*/, int64_t alloc_size, size_t /*allocated*/, size_t /*reserved*/,
+                         c10::Device /*device*/) override {
+    live_ += alloc_size;
+    peak = std::max(peak, live_);
+  }
+  bool memoryProfilingEnabled() const override { return true; }
+  int64_t peak = 0;
+
+ private:
+  int64_t live_ = 0;
+};
+
+struct Measured {
+  Bytes bytes;  ///< that this rank sent, by kind
+  int64_t peak = 0;
+  int64_t local_elements = 0;
+  int64_t whole_elements = 0;
+};
+
+/// One step of the real model over `groups`.
+Measured measure(const RunConfig& config, const Plan& plan, parallel::ProcessGroups groups) {
+  Measured measured;
+  for (auto* group : {&groups.tp, &groups.dp, &groups.tp_dp}) {
+    *group = parallel::observe(*group, [&](parallel::CollectiveKind kind, int64_t sent) {
+      if (sent > 0) measured.bytes[std::string(parallel::collective_name(kind))] += sent;
+    });
+  }
+  const auto watch = std::make_shared<LiveBytes>();
+  {
+    const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, watch);
+    auto model_settings = model_config(config, config.data.vocabulary_size);
+    model_settings.checked = false;
+    Step37Model model(model_settings, groups);
+    const auto shards = parameter_shards(*model);
+    initialize_parameters(shards, 3);
+    for (const auto& shard : shards) {
+      const int64_t elements = shard.parameter.numel();
+      measured.local_elements += elements;
+      measured.whole_elements += elements * (shard.domain.sharded_over.empty() ? 1 : plan.grid.tp);
+    }
+    Trainer trainer(shards, groups, {.adamw = config.training, .learning_rate = learning_rate_schedule(config)});
+    const int64_t micro_batches = plan.shape.global_batch_size / (plan.shape.micro_batch_size * plan.grid.dp);
+    trainer.step([&](int64_t) { return model->loss_sum(batch_of(config, plan.shape, groups.tp)); }, micro_batches,
+                 plan.shape.global_batch_size * plan.shape.sequence_length);
+  }
+  measured.peak = watch->peak;
+  return measured;
+}
+
+Bytes bytes_of(const Plan& plan) {
+  Bytes bytes;
+  for (int kind = 0; kind < parallel::kNumCollectiveKinds; ++kind) {
+    const int64_t sent = plan.bytes_of(static_cast<parallel::CollectiveKind>(kind));
+    if (sent > 0) bytes[std::string(parallel::collective_name(static_cast<parallel::CollectiveKind>(kind)))] = sent;
+  }
+  return bytes;
+}
+
+/// A plan for the layout of `groups`, and the same measured.
+std::pair<Plan, Measured> plan_and_measure(Overrides overrides, const parallel::ProcessGroups& groups) {
+  overrides.push_back("tp=" + std::to_string(groups.grid.tp));
+  const auto config = load(overrides);
+  const auto plan = make_plan(config, groups.grid.world_size());
+  return {plan, measure(config, plan, groups)};
+}
+
+/// What a plan says of one part.
+int64_t elements_of(const Plan& plan, std::string_view part) {
+  auto tensors = plan.tensors;
+  std::erase_if(tensors, [&](const TensorGroup& tensor) { return tensor.part != part; });
+  return whole_elements(tensors);
+}
+
+RunConfig released(const Overrides& overrides = {}) {
+  return load_run_config(cases() / "../../configs/step37_flash.yaml", overrides);
+}
+
+std::string refusal(const std::function<void()>& body) {
+  try {
+    body();
+  } catch (const c10::ValueError& error) {
+    return error.what_without_backtrace();
+  }
+  return "none";
+}
+
+}  // namespace
+
+TEST(Plan, ParametersAndBytesAreThoseOfARealStep) {
+  const std::vector<Overrides> variants = {
+      {},
+      {"parallel.sequence_parallel=false"},
+      {"training.micro_batch_size=1", "model.projector_bias=false"},
+      {"parallel.projector_sharding=column"},
+      {"parallel.projector_sharding=row"},
+      {"parallel.embedding_sharding=hidden"},
+      {"parallel.exchange=all-gather"},
+      {"model.freeze_language_model=true"},
+      {"vision.freeze=true"},
+      {"vision.freeze=true", "model.freeze_projector=true", "parallel.sequence_parallel=false"}};
+  for (const int tp : divisors_of_world()) {
+    for (const auto& variant : variants) {
+      SCOPED_TRACE(testing::Message() << "tp " << tp << ", " << testing::PrintToString(variant));
+      const auto [plan, measured] = plan_and_measure(variant, groups(tp));
+      EXPECT_EQ(bytes_of(plan), measured.bytes);
+      EXPECT_EQ(local_elements(plan.tensors), measured.local_elements);
+      EXPECT_EQ(whole_elements(plan.tensors), measured.whole_elements);
+    }
+  }
+}
+
+TEST(Plan, MemoryIsThePeakOfLiveTensors) {
+  const std::vector<Overrides> variants = {{},
+                                           {"parallel.sequence_parallel=false"},
+                                           {"training.sequence_length=512", "training.micro_batch_size=1"},
+                                           {"data.vocabulary_size=10000"},
+                                           {"model.ffn_hidden_size=1024"},
+                                           {"model.num_layers=1", "vision.layers=6", "vision.mlp_width=512"},
+                                           {"vision.freeze=true"}};
+  for (const int tp : divisors_of_world()) {
+    for (const auto& variant : variants) {
+      SCOPED_TRACE(testing::Message() << "tp " << tp << ", " << testing::PrintToString(variant));
+      const auto [plan, measured] = plan_and_measure(variant, groups(tp));
+      EXPECT_NEAR(static_cast<double>(plan.memory.total()) / static_cast<double>(measured.peak), 1.0, 0.03);
+    }
+  }
+}
+
+// Nobody else is there: rehearsed collectives count what this rank would send. The released model's shape with widths
+// divided by 32, without experts.
+TEST(Plan, BytesOfManyRanksAreThoseOfARehearsedStep) {
+  if (runtime().size() > 1) GTEST_SKIP() << "one process is enough";
+  constexpr std::string_view kNarrow =
+      "data: {directory: none, vocabulary_size: 4025}\n"
+      "model:\n"
+      "  {hidden_size: 128, num_layers: 5, head_dim: 4, num_attention_heads: 64, num_sliding_attention_heads: 96,\n"
+      "   num_query_groups: 8, ffn_hidden_size: 352, sliding_window: 16}\n"
+      "vision: {image_size: 112, width: 48, layers: 2, heads: 4, mlp_width: 280}\n"
+      "training: {steps: 1, global_batch_size: 1024, sequence_length: 128}\n";
+  for (const int ranks : {8, 64, 4096}) {
+    const auto config = load({"tp=8", "parallel.dp=" + std::to_string(ranks / 8)}, kNarrow);
+    auto few = config;
+    few.training.global_batch_size = 2 * ranks / 8;  // two micro-batches of each replica
+    const auto plan = make_plan(few, ranks);
+    EXPECT_EQ(plan.grid.dp, ranks / 8);
+    for (const int rank : {0, ranks / 2 + 3, ranks - 1}) {
+      SCOPED_TRACE(testing::Message() << "rank " << rank << " of " << ranks);
+      parallel::ProcessGroups groups;
+      groups.grid = plan.grid;
+      for (const auto& [name, dims, group] : parallel::kGroupKinds) {
+        const auto members = plan.grid.group_of(rank, dims);
+        const auto place = std::find(members.begin(), members.end(), rank) - members.begin();
+        groups.*group = parallel::make_rehearsal_group(static_cast<int>(place), static_cast<int>(members.size()));
+      }
+      EXPECT_EQ(bytes_of(plan), measure(few, plan, groups).bytes);
+    }
+  }
+}
+
+TEST(Plan, FlopsAreThoseOfTheModelsMatrices) {
+  // Without windows and pictures: 6 a parameter of a matrix and token, the embedding aside, and attention's two
+  // products over the pairs of positions.
+  const auto text = load({"model.sliding_window=4096", "vision.layers=1"});
+  const auto plan = make_plan(text, 1, 0);
+  const Step37Model model(model_config(text, 301), single());
+  double matrices = 0.0;
+  for (const auto& shard : parameter_shards(*model->language_model)) {
+    const bool is_matrix = shard.parameter.dim() == 2 && shard.name.find("word_embeddings") == std::string::npos;
+    if (is_matrix) matrices += static_cast<double>(shard.parameter.numel());
+  }
+  const double heads = 4 + 3 * 8 + 4;  // layers 0 and 4 have full attention
+  const double tokens = 8 * 128;
+  const double half = 128.0 / 2;
+  EXPECT_DOUBLE_EQ(static_cast<double>(plan.flops), 6 * matrices * tokens + 3 * tokens * half * heads * 16 * 2 * 2);
+
+  // A window of 24 instead of half of 128 positions, in three layers of 8 heads.
+  const auto windowed = make_plan(load({"vision.layers=1"}), 1, 0);
+  EXPECT_DOUBLE_EQ(static_cast<double>(plan.flops - windowed.flops), 3 * tokens * (64 - 24) * 3 * 8 * 16 * 2 * 2);
+
+  // One picture a pack: its weights at each place where they are applied, and attention over all pairs of patches.
+  double picture = 0.0;
+  for (const auto& item : model->vision_model->named_parameters()) {
+    const auto& weight = item.value();
+    if (weight.dim() < 2 || item.key() == "positional_embedding") continue;
+    const bool first = item.key() == "conv1.weight";
+    const double places = item.key().starts_with("vit_downsampler1") ? 16 : item.key().starts_with("vit") ? 4 : 64;
+    picture += (first ? 2 : 3) * 2 * places * static_cast<double>(weight.numel());
+  }
+  picture += 3 * 2 * 2 * 64 * 64 * 32;
+  picture += 3 * 2 * 4 * static_cast<double>(model->image_insert_embedding->align_projector->weight.numel());
+  const auto with_picture = make_plan(text, 1, 1);
+  EXPECT_DOUBLE_EQ(static_cast<double>(with_picture.flops - plan.flops), 8 * picture);
+  const auto frozen = make_plan(load({"model.sliding_window=4096", "vision.layers=1", "vision.freeze=true"}), 1, 1);
+  EXPECT_LT(frozen.flops, with_picture.flops);
+}
+
+// Counted by hand from the published shapes.
+TEST(Plan, HasTheReleasedModelsNumbers) {
+  const auto plan = make_plan(released(), 64);
+  EXPECT_EQ(elements_of(plan, "experts"), int64_t{42} * 288 * 3 * 4096 * 1280);
+  EXPECT_EQ(elements_of(plan, "embedding"), int64_t{128816} * 4096);  // padded to a multiple of 8
+  EXPECT_NEAR(static_cast<double>(elements_of(plan, "vision tower")), 1.95e9, 0.01e9);
+  EXPECT_NEAR(static_cast<double>(elements_of(plan, "MTP layers")), 2.4e9, 0.05e9);
+  EXPECT_NEAR(static_cast<double>(whole_elements(plan.tensors)), (190.3 + 6.7 + 2.4 + 1.95) * 1e9, 0.1e9);
+  EXPECT_NEAR(static_cast<double>(plan.bytes_with_zero1()), 74e9, 1e9);
+  EXPECT_NEAR(static_cast<double>(make_plan(released({"ep=32", "etp=1"}), 64).bytes_with_zero1()), 92e9, 1e9);
+  EXPECT_EQ(plan.memory.weights, 4 * local_elements(plan.tensors));
+  EXPECT_EQ(plan.memory.optimizer, 2 * plan.memory.weights);
+}
+
+TEST(Plan, SendsATokenOnceToEachRankThatHasAnExpertOfIt) {
+  const Overrides experts = {"model.num_moe_experts=8",
+                             "model.moe_router_topk=2",
+                             "model.moe_ffn_hidden_size=32",
+                             "model.moe_first_layer=2",
+                             "training.micro_batch_size=1",
+                             "training.global_batch_size=2",
+                             "tp=2",
+                             "parallel.sequence_parallel=true"};
+  const auto sent = [&](const Overrides& more) {
+    auto overrides = experts;
+    overrides.insert(overrides.end(), more.begin(), more.end());
+    std::map<std::pair<std::string, std::string>, int64_t> result;
+    for (const auto& traffic : make_plan(load(overrides), 4).traffic) {
+      if (!traffic.of_experts) continue;
+      result[{std::string(parallel::collective_name(traffic.kind)), std::string(traffic.group)}] = traffic.bytes;
+    }
+    return result;
+  };
+  EXPECT_TRUE(sent({"dp=2", "ep=1", "etp=1"}).empty());
+  // 3 layers, 64 rows a rank. Of 28 pairs of experts 6 lie on a given rank: 1 - 6/28 of the tokens go to each of two.
+  const int64_t m = 64 * 2 * 22 / 28;
+  const auto by_ep = sent({"dp=2", "ep=2", "etp=1"});
+  EXPECT_EQ(by_ep.at({"all_gather", "ep_etp"}), 3 * (8 + 2) * 8);
+  EXPECT_EQ(by_ep.at({"all_to_all", "ep"}), 3 * (4 * (m * 64 * 4 / 2) + 2 * (m * 4 * 4 / 2)));
+  EXPECT_EQ(by_ep.size(), 2U);
+  const auto by_both = sent({"dp=2", "ep=2"});  // etp is 2 / 2
+  EXPECT_EQ(by_both, by_ep);
+  const auto by_etp = sent({"dp=2", "ep=1", "etp=2"});
+  EXPECT_EQ(by_etp.at({"all_gather", "ep_etp"}), 3 * (2 * (8 + 1) * 8 / 2));
+  EXPECT_EQ(by_etp.at({"all_gather", "etp"}), 3 * 64 * (2 * 64 + 4) * 4);
+  EXPECT_EQ(by_etp.at({"all_to_all", "etp"}), 3 * 64 * (2 * 64 + 4) * 4);
+}
+
+TEST(Plan, RefusesWhatDoesNotDivide) {
+  const auto error = [](const Overrides& overrides, int ranks) {
+    return refusal([&] { make_plan(load(overrides), ranks); });
+  };
+  EXPECT_EQ(error({"tp=3"}, 3), "hidden_size 64 is not divisible by tensor-parallel size 3");
+  EXPECT_EQ(error({"tp=2"}, 6),
+            "training.global_batch_size 8 is not divisible by training.micro_batch_size 2 x data-parallel size 3");
+  EXPECT_EQ(error({"cp=2"}, 2), "parallel.cp 2: context parallelism is not there yet");
+  EXPECT_EQ(error({"ep=2"}, 2), "parallel.ep 2: the model has no experts to split over ranks");
+  EXPECT_EQ(refusal([] {
+              make_plan(released({"ep=5", "etp=1"}), 64);
+            }),
+            "parallel.ep 5 x parallel.etp 1 does not divide 64 ranks");
+  EXPECT_EQ(refusal([] {
+              make_plan(released({"ep=64", "etp=1"}), 64);
+            }),
+            "num_experts 288 is not divisible by expert-parallel size 64");
+  EXPECT_EQ(refusal([] { make_plan(load(), 1, 17); }),
+            "--images-per-pack 17 is not in [0, 16]: as many fit into training.sequence_length 128");
+  EXPECT_EQ(ranks_of(load({"tp=2", "dp=0"})), 2);
+  EXPECT_EQ(ranks_of(released()), 64);
+}
+
+TEST(Plan, FindsTheLayoutsThatFitAndSendLeast) {
+  const auto config = released({"vision.freeze=true", "dp=1"});  // the configuration's own layout isn't asked
+  PlanArguments arguments;
+  arguments.gpus = 64;
+  arguments.memory = 1000;
+  arguments.images_per_pack = 0;
+  const auto best = best_layouts(config, arguments);
+  ASSERT_EQ(best.size(), 3U);
+  for (size_t i = 0; i < 3; ++i) {
+    EXPECT_LE(best[i].memory.total(), int64_t{1000} * 1000 * 1000 * 1000);
+    EXPECT_EQ(best[i].grid.tp * best[i].grid.dp, 64);
+    EXPECT_TRUE(best[i].sequence_parallel);
+    if (i == 0) continue;
+    EXPECT_LE(communication_seconds(best[i - 1], arguments), communication_seconds(best[i], arguments));
+  }
+  // One byte less than the smallest needs is too little.
+  arguments.memory = 1;
+  const auto none = best_layouts(config, arguments);
+  ASSERT_EQ(none.size(), 1U);
+  arguments.memory = static_cast<double>(none[0].memory.total()) / 1e9;
+  EXPECT_EQ(best_layouts(config, arguments).front().memory.total(), none[0].memory.total());
+  arguments.gpus = 7;
+  EXPECT_NE(refusal([&] { best_layouts(config, arguments); }).find("no layout of 7 GPUs divides model and batch"),
+            std::string::npos);
+}
+
+}  // namespace megatron_cpp::step37
