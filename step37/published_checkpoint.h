@@ -33,6 +33,8 @@ struct PublishedForm {
   /// The form in a text of to_text(); nothing if it is another JSON object.
   /// @throws c10::ValueError naming `where` if the text isn't JSON.
   static std::optional<PublishedForm> from_text(const std::string& text, const std::filesystem::path& where);
+  /// What `config` says. Throws as published_config_from_text; `where` is the text's name in messages.
+  PublishedConfig model(const std::filesystem::path& where) const { return published_config_from_text(config, where); }
   bool operator==(const PublishedForm&) const = default;
 };
 

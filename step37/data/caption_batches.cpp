@@ -98,6 +98,11 @@ void add_pack(CaptionStep& step, CaptionPack pack, bool own) {
   if (own) step.micro_batches.push_back(std::move(pack));
 }
 
+/// Whether some copy of the experts is on ranks of several data-parallel replicas.
+bool experts_span_replicas(const parallel::ProcessGroups& groups) {
+  return groups.etp_ep && groups.tp->getSize() % groups.etp_ep->getSize() != 0;
+}
+
 /// Concatenates each `size` packs into one. The number of packs is a multiple of `size`.
 std::vector<CaptionPack> concatenated(std::vector<CaptionPack> packs, int64_t size) {
   if (size == 1) return packs;
@@ -351,6 +356,17 @@ CaptionStep pack_once(const CaptionLoader::Source& source, const std::optional<i
         pack.pictures.push_back(source.pictures[static_cast<size_t>(sample)]);
       const auto dp_size = static_cast<size_t>(groups.dp->getSize());
       add_pack(step, std::move(pack), i % dp_size == static_cast<size_t>(groups.dp->getRank()));
+    }
+    // Ranks that share out experts with other replicas run every micro-batch together with them.
+    const auto rounds =
+        (num_packs + static_cast<size_t>(groups.dp->getSize()) - 1) / static_cast<size_t>(groups.dp->getSize());
+    if (experts_span_replicas(groups) && step.micro_batches.size() < rounds) {
+      CaptionPack idle{packed.batches[0], {}};
+      for (const int64_t sample : packed.samples[0]) {
+        idle.pictures.push_back(source.pictures[static_cast<size_t>(sample)]);
+      }
+      idle.packed.labels = at::full_like(idle.packed.labels, kIgnoreIndex);
+      step.micro_batches.push_back(std::move(idle));
     }
   }
   return broadcast_step(step, groups.tp);

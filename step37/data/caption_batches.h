@@ -135,6 +135,7 @@ class CaptionLoader {
 
 /// Packs `source` once, in order, into at most `max_packs` packs, for validation. Tensor-parallel rank 0 packs;
 /// collective over tp. A micro-batch is one pack; pack i goes to data-parallel rank i % dp. Counts are of all packs.
+/// If replicas share experts, ranks with a micro-batch less get one more, without loss: all must run as many.
 CaptionStep pack_once(const CaptionLoader::Source& source, const std::optional<int64_t>& max_packs,
                       const CaptionLoader::Options& options, const parallel::ProcessGroups& groups);
 

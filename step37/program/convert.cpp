@@ -90,7 +90,7 @@ TrainedModel model_of(const CheckpointReader& reader, const fs::path& run_direct
   if (form) {
     model.form = *form;
   } else {
-    const auto state = run_state_from_text(reader.state(), reader.folder().string());
+    const auto state = run_state_of(reader);
     const auto tokenizer = load_tokenizer(RunFiles{run_directory}.tokenizer(), state, reader.folder());
     model.form.config = hub_form(published_config(state.config, tokenizer));
   }

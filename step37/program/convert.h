@@ -15,19 +15,19 @@ namespace megatron_cpp::step37 {
 
 /// The options of `step37 convert`.
 struct ConvertArguments {
-  std::filesystem::path from;  ///< a published checkpoint, a run directory, its checkpoints, or one of these
-  std::filesystem::path to;    ///< must not exist, or be empty
-  std::string layout;          ///< published or training; empty: the other one than `from` has
-  std::string dtype;           ///< of a published result: float32 or bfloat16; empty: as config.json says
+  std::filesystem::path from = {};  ///< a published checkpoint, a run directory, its checkpoints, or one of these
+  std::filesystem::path to = {};    ///< must not exist, or be empty
+  std::string layout = {};          ///< published or training; empty: the other one than `from` has
+  std::string dtype = {};           ///< of a published result: float32 or bfloat16; empty: as config.json says
   int64_t max_shard_size = 5'000'000'000;  ///< bytes of a file of a published result
 };
 
-/// Converts on any number of ranks. A published checkpoint becomes a run directory with the parameters in float32, its
-/// config.json and tokenizer files, and checkpoints/step-00000000; a training checkpoint becomes a published one in the
-/// dtypes that it came from, or in float32 if the model was made here. The values are copied, not computed: there and
-/// back is bit for bit. What is not a parameter (moments of the optimizer) stays behind.
-/// A rank reads and writes its share of the tensors and holds no more than one of them at a time, or, for a training
-/// result, its share of all.
+/// Converts on any number of ranks. A published checkpoint becomes a run directory: its tokenizer files, and
+/// checkpoints/step-00000000 with the parameters in float32 and, in the manifest, config.json. A training checkpoint
+/// becomes a published one in the dtypes that it came from, or in float32 if the model was made here. Values are
+/// copied: there and back is bit for bit, but for the bits of a NaN. What is not a parameter (moments of the optimizer)
+/// stays behind. A rank reads and writes its share of the tensors and holds no more than one of them at a time, or, for
+/// a training result, its share of all.
 /// @return  the exit status, 0.
 /// @throws c10::ValueError or parallel::AgreedError on every rank, naming what is wrong. Collective over all ranks.
 int convert(parallel::Runtime& runtime, const ConvertArguments& arguments);

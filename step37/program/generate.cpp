@@ -45,7 +45,7 @@ int generate(parallel::Runtime& runtime, const GenerateArguments& arguments) {
   parallel::agree_on(
       [&] {
         const CheckpointReader reader(checkpoint);
-        state = run_state_from_text(reader.state(), checkpoint.string());
+        state = run_state_of(reader);
         tokenizer.emplace(load_tokenizer(tokenizer_of_checkpoint(arguments.checkpoint, checkpoint), state, checkpoint));
         model = Step37Model(model_config(state.config, tokenizer->vocab_size()), groups.tp);
         reader.load(sharded_tensors(parameter_shards(*model), published_name, groups), UnusedTensors::kAllow);

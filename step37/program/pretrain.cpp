@@ -22,6 +22,7 @@
 #include "parallel/runtime.h"
 #include "step37/checkpoint_names.h"
 #include "step37/data/utf8.h"
+#include "step37/program/convert.h"
 #include "step37/program/report.h"
 #include "step37/program/run_config.h"
 #include "step37/program/run_pictures.h"
@@ -46,6 +47,8 @@ std::vector<size_t> spread(size_t total, size_t count) {
   for (size_t i = 0; i < taken; ++i) chosen.push_back(i * total / taken);
   return chosen;
 }
+
+constexpr int64_t kMaxShardSize = 5'000'000'000;
 
 class PretrainRun {
  public:
@@ -74,10 +77,12 @@ class PretrainRun {
       say(fmt::format("this run has finished: step {} of {} is in {}; run.fresh=true starts over", done,
                       config_.training.steps, files_.checkpoints().string()));
     } else {
+      check_export();
       keep_index();
       if (train(state) != 0) return kInterruptedStatus;
     }
     write_report();
+    write_export(done);
     say_what_to_do_next();
     return 0;
   }
@@ -107,7 +112,7 @@ class PretrainRun {
   void check_scales() const {
     const auto& options = config_.training;
     if (options.learning_rate_scales.empty() && options.weight_decay_scales.empty()) return;
-    const Step37Model model(model_config(config_, config_.data.vocabulary_size), groups_.tp);
+    const Step37Model model(model_config(config_, config_.data.vocabulary_size), groups_);
     std::vector<std::string> names;
     for (const auto& shard : parameter_shards(*model)) names.push_back(shard.name);
     options.check_prefixes(names);
@@ -147,6 +152,23 @@ class PretrainRun {
     }
   }
 
+  /// model.from's own, or one that is trained on the captions if training starts from random weights.
+  Tokenizer first_tokenizer() const {
+    const std::filesystem::path from = config_.model.from;
+    if (from.empty()) return train_tokenizer(pictures_.training_captions, config_.data.vocabulary_size);
+    const int64_t V = config_.published->text.vocabulary_size;
+    if (!PublishedCheckpoint::is_at(from)) {
+      return train_tokenizer(pictures_.training_captions, std::min(config_.data.vocabulary_size, V));
+    }
+    const auto file = RunFiles{from}.tokenizer();
+    TORCH_CHECK_VALUE(std::filesystem::exists(file), from.string(), " has no ", file.filename().string(),
+                      ": without the tokenizer of its weights captions can't be turned into their ids");
+    auto tokenizer = Tokenizer::load(file);
+    TORCH_CHECK_VALUE(tokenizer.vocab_size() <= V, file.string(), " has ", tokenizer.vocab_size(),
+                      " pieces, the model a vocabulary of ", V);
+    return tokenizer;
+  }
+
   void prepare_tokenizer(const RunState& state) {
     parallel::agree_on(
         [&] {
@@ -158,10 +180,11 @@ class PretrainRun {
                               " is missing: the run can't go on with another tokenizer; run.fresh=true starts over");
             return;
           }
-          const auto tokenizer = train_tokenizer(pictures_.training_captions, config_.data.vocabulary_size);
+          const auto tokenizer = first_tokenizer();
           // Only now, when all input is known to be usable.
           if (config_.run.fresh) remove_earlier_run(files_);
           tokenizer.save(files_.tokenizer());
+          if (config_.published_form) write_file(files_.published(), config_.published_form->to_text() + "\n");
         },
         groups_.world);
     parallel::agree_on(
@@ -217,17 +240,31 @@ class PretrainRun {
   }
 
   void build_model() {
-    model_ = Step37Model(model_config(config_, tokenizer_->vocab_size()), groups_.tp);
+    model_ = Step37Model(model_config(config_, tokenizer_->vocab_size()), groups_);
     parameters_ = parameter_shards(*model_);
     initialize_parameters(parameters_, static_cast<uint64_t>(config_.training.seed));
+    load_published_weights();
     model_->to(runtime_.device());
     TrainerOptions options;
     options.adamw = config_.training;
     options.learning_rate = learning_rate_schedule(config_);
     options.clip_grad_norm = config_.training.clip_grad_norm;
     trainer_ = std::make_unique<Trainer>(parameters_, groups_, options);
-    say(fmt::format("{} parameters on {} ranks: tp {}, dp {}{}", num_parameters(), runtime_.size(), groups_.grid.tp,
-                    groups_.grid.dp, config_.parallel.sequence_parallel ? ", sequence parallel" : ""));
+    const auto& grid = groups_.grid;
+    const auto experts = model_->config().text.moe ? fmt::format(", ep {}, etp {}", grid.ep, grid.expert_tp()) : "";
+    say(fmt::format("{} parameters on {} ranks: tp {}, dp {}{}{}", num_parameters(), runtime_.size(), grid.tp, grid.dp,
+                    experts, config_.parallel.sequence_parallel ? ", sequence parallel" : ""));
+  }
+
+  /// From model.from, if there are weights, and at the first start only.
+  void load_published_weights() {
+    if (config_.model.from.empty() || resume_from_) return;
+    parallel::agree_on(
+        [&] {
+          const PublishedCheckpoint checkpoint(config_.model.from);
+          if (checkpoint.has_weights()) checkpoint.load(parameters_);
+        },
+        groups_.world);
   }
 
   int64_t num_parameters() const {
@@ -255,7 +292,7 @@ class PretrainRun {
     parallel::agree_on(
         [&] {
           const CheckpointReader reader(*resume_from_);
-          state = run_state_from_text(reader.state(), reader.folder().string());
+          state = run_state_of(reader);
           check_resumable(state.config, config_, resume_from_->string());
         },
         groups_.world);
@@ -358,6 +395,29 @@ class PretrainRun {
     return parallel::all_reduce(sum, groups_.dp).item<double>() / static_cast<double>(validation.num_loss_tokens);
   }
 
+  std::filesystem::path export_folder() const { return files_.directory / config_.checkpoint.export_to; }
+
+  /// Refuses to start training whose result would have no place.
+  void check_export() const {
+    if (config_.checkpoint.export_to.empty()) return;
+    parallel::agree_on(
+        [&] {
+          if (is_main()) check_new_folder(export_folder());
+        },
+        groups_.world);
+  }
+
+  /// @param steps_before  that were done when this run was started; a finished run has written its export.
+  void write_export(int64_t steps_before) {
+    if (config_.checkpoint.export_to.empty()) return;
+    const bool is_done = steps_before >= config_.training.steps;
+    const auto there = parallel::broadcast_text(
+        is_main() && is_done && PublishedCheckpoint::is_at(export_folder()) ? "y" : "", 0, groups_.world);
+    if (there == "y") return;
+    export_checkpoint(files_.checkpoints(), export_folder(), /*dtype=*/"", kMaxShardSize, groups_.world);
+    say(fmt::format("The model in the published layout is in {}.", export_folder().string()));
+  }
+
   /// Captions a few pictures and writes the report, unless a finished run has written it. Every data-parallel replica
   /// captions the same pictures, so that all ranks stay together.
   void write_report() {
@@ -432,7 +492,6 @@ int pretrain(parallel::Runtime& runtime, const PretrainArguments& arguments) {
     if (runtime.rank() == 0) std::fputs(fmt::format("warning: {}\n", warning).c_str(), stderr);
   }
   validate(config, runtime.size());
-  TORCH_CHECK_VALUE(!model_config(config, 1).text.moe, "pretrain can't train experts yet: take a model without them");
   runtime.choose_device({.device = config.run.device, .share_devices = config.run.share_gpus});
   parallel::ProcessGroupsOptions options;
   options.timeout = std::chrono::seconds(config.run.timeout_seconds);

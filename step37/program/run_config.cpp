@@ -20,6 +20,7 @@
 #include "parallel/shard.h"
 #include "step37/data/utf8.h"
 #include "step37/program/shell_text.h"
+#include "step37/program/training_run.h"
 #include "step37/program/yaml_file.h"
 
 namespace megatron_cpp::step37 {
@@ -59,7 +60,7 @@ void visit_keys(Config& config, const Visit& visit) {
   each(kRequired, KEY(data, directory));
   each(kAny, KEY(data, held_out), KEY(data, max_unreadable), KEY(data, crops), KEY(data, crop_side));
   each(kAtLeast1, KEY(data, max_side), KEY(data, vocabulary_size));
-  each(kAny, KEY(model, config));
+  each(kAny, KEY(model, config), KEY(model, from), KEY(model, train_padding_row));
   each(kRequiredShape, KEY(model, hidden_size), KEY(model, head_dim), KEY(model, num_attention_heads),
        KEY(model, num_sliding_attention_heads), KEY(model, num_query_groups), KEY(model, ffn_hidden_size));
   each({.required = true, .shape = true, .least = 1, .most = kMaxLayers}, KEY(model, num_layers));
@@ -87,6 +88,8 @@ void visit_keys(Config& config, const Visit& visit) {
   each(kAtLeast1, KEY(validation, packs));
   each(kAtLeast0, KEY(checkpoint, interval));
   each(kAtLeast1, KEY(checkpoint, keep));
+  each(kAny, std::pair<const char*, decltype((config.checkpoint.export_to))>("checkpoint.export",
+                                                                             config.checkpoint.export_to));
   each(kAtLeast0, KEY(report, pictures));
   each(kAtLeast1, KEY(report, max_new_tokens));
 }
@@ -332,25 +335,68 @@ void set_values(const GivenValues& values, RunConfig& config) {
   });
 }
 
-/// Takes the shape from model.config, if `values` give it.
-void read_shape(const GivenValues& values, RunConfig& config) {
-  auto& file = config.model.config;
-  if (file.empty()) return;
-  const auto& where = values.at("model.config").where;
-  visit_keys(config, [&](const char* key, const auto&, const Rule& rule) {
+/// The key that gives the shape in place of the shape keys: model.from or model.config; null if neither does.
+const Given* shape_source(const GivenValues& values, const RunConfig& config) {
+  const bool from = !config.model.from.empty();
+  TORCH_CHECK_VALUE(!from || config.model.config.empty(),
+                    "model.from and model.config both give the shape: leave one of them out");
+  if (!from && config.model.config.empty()) return nullptr;
+  return &values.at(from ? "model.from" : "model.config");
+}
+
+void refuse_shape_keys(const GivenValues& values, const Given& source) {
+  const RunConfig any;
+  visit_keys(any, [&](const char* key, const auto&, const Rule& rule) {
     const auto given = values.find(key);
     TORCH_CHECK_VALUE(!rule.shape || given == values.end(), key, " in ", given->second.where,
-                      " is a part of the shape, which model.config in ", where, " gives: leave one of them out");
+                      " is a part of the shape, which ", source.key, " in ", source.where,
+                      " gives: leave one of them out");
   });
-  check_no_tilde("model.config in " + where, file);
-  file = std::filesystem::absolute(file).lexically_normal().string();
-  try {
-    config.published = read_published_config(file);
-  } catch (const c10::ValueError& error) {
-    TORCH_CHECK_VALUE(false, "model.config in ", where, ": ", error.what_without_backtrace());
+}
+
+/// What the run in `directory` was started from, if it can be resumed: its own copy, since it may be gone by now.
+std::optional<PublishedForm> form_of_run(const std::filesystem::path& directory) {
+  const RunFiles files{directory};
+  std::error_code unknown;
+  if (!std::filesystem::is_directory(files.checkpoints(), unknown)) return std::nullopt;
+  for (const auto& entry : std::filesystem::directory_iterator(files.checkpoints(), unknown)) {
+    if (entry.path().filename().string().starts_with("step-") && exists(files.published(), unknown)) {
+      return PublishedForm::from_text(bytes_of_file(files.published()), files.published());
+    }
   }
+  return std::nullopt;
+}
+
+PublishedForm form_of_source(const RunConfig& config) {
+  if (config.model.from.empty()) return {hub_form(std::filesystem::path(config.model.config)), {}};
+  return PublishedCheckpoint(config.model.from).form();
+}
+
+void set_published(const PublishedForm& form, const std::string& where, const GivenValues& values, RunConfig& config) {
+  config.published_form = form;
+  config.published = form.model(where);
   static_cast<VisionConfig&>(config.vision) = config.published->vision;
   if (!values.contains("model.init_std")) config.model.init_std = config.published->text.init_std;
+  if (!values.contains("model.train_padding_row")) config.model.train_padding_row = config.model.from.empty();
+}
+
+/// Takes the shape from model.from or model.config, if `values` give one of them.
+void read_shape(const GivenValues& values, RunConfig& config) {
+  const auto* source = shape_source(values, config);
+  if (source == nullptr) return;
+  refuse_shape_keys(values, *source);
+  const auto what = fmt::format("{} in {}", source->key, source->where);
+  for (auto* path : {&config.model.from, &config.model.config}) {
+    if (path->empty()) continue;
+    check_no_tilde(what, *path);
+    *path = std::filesystem::absolute(*path).lexically_normal().string();
+  }
+  try {
+    const auto resumed = config.run.fresh ? std::nullopt : form_of_run(config.run.directory);
+    set_published(resumed ? *resumed : form_of_source(config), what, values, config);
+  } catch (const c10::ValueError& error) {
+    TORCH_CHECK_VALUE(false, what, ": ", error.what_without_backtrace());
+  }
 }
 
 }  // namespace
@@ -360,28 +406,35 @@ RunConfig load_run_config(const std::filesystem::path& path, const std::vector<s
   auto values = values_of_overrides(overrides);
   RunConfig config;
   set_values(from_file, config);
-  auto& shape_file = config.model.config;
-  if (!shape_file.empty() && shape_file.front() != '~') shape_file = (path.parent_path() / shape_file).string();
+  for (auto* shape : {&config.model.from, &config.model.config}) {
+    if (!shape->empty() && shape->front() != '~') *shape = (path.parent_path() / *shape).string();
+  }
   set_values(values, config);
   values.insert(from_file.begin(), from_file.end());
-  read_shape(values, config);
-  visit_keys(config, [&](const char* key, const auto&, const Rule& rule) {
-    const bool may_lack = !rule.required || (rule.shape && config.published);
-    TORCH_CHECK_VALUE(may_lack || values.contains(key), path.string(), " lacks ", key, ", which has no default");
-  });
   if (config.run.directory.empty()) {
     config.run.directory = "runs/" + path.stem().string();
     TORCH_CHECK_VALUE(is_utf8(config.run.directory), "run.directory must be text in UTF-8, which the name of ",
                       path.string(), " is not");
   }
+  read_shape(values, config);
+  visit_keys(config, [&](const char* key, const auto&, const Rule& rule) {
+    const bool may_lack = !rule.required || (rule.shape && config.published);
+    TORCH_CHECK_VALUE(may_lack || values.contains(key), path.string(), " lacks ", key, ", which has no default");
+  });
   return config;
 }
 
-RunConfig run_config_from_settings(const std::vector<std::string>& key_values) {
+RunConfig run_config_from_settings(const std::vector<std::string>& key_values,
+                                   const std::optional<PublishedForm>& form) {
   RunConfig config;
   const auto values = values_of_overrides(key_values);
   set_values(values, config);
-  read_shape(values, config);
+  if (form) {
+    set_published(*form, "the published form", values, config);
+  } else {
+    const auto* source = shape_source(values, config);
+    TORCH_CHECK_VALUE(source == nullptr, source->key, " gives the shape, and there is no published form beside it");
+  }
   return config;
 }
 
@@ -456,7 +509,8 @@ void validate(const RunConfig& config, int num_ranks) {
   TORCH_CHECK_VALUE(data.max_unreadable >= 0.0 && data.max_unreadable <= 1.0, "data.max_unreadable ",
                     data.max_unreadable, " is not in [0, 1]");
   const auto& model = config.model;
-  TORCH_CHECK_VALUE(!config.published || data.vocabulary_size <= config.published->text.vocabulary_size,
+  // A checkpoint's tokenizer is checked when it is read.
+  TORCH_CHECK_VALUE(model.config.empty() || data.vocabulary_size <= config.published->text.vocabulary_size,
                     "data.vocabulary_size ", data.vocabulary_size, " is above the vocabulary of ", model.config);
   TORCH_CHECK_VALUE(config.published || model.num_moe_experts == 0 || model.moe_first_layer < model.num_layers,
                     "model.moe_first_layer ", model.moe_first_layer, " is not below model.num_layers ",
@@ -517,6 +571,12 @@ Step37Config model_config(const RunConfig& config, int64_t vocabulary_size) {
   Step37Config result;
   result.text = config.published ? config.published->text : decoder_config(model, vocabulary_size);
   result.text.init_std = model.init_std;
+  // Without weights for them, layers of multi-token prediction would stay as they are drawn.
+  if (model.from.empty()) result.text.mtp_layers.clear();
+  if (!model.train_padding_row) {
+    constexpr int64_t kPadId = 3;  // of Tokenizer::train
+    result.text.embedding_padding_idx = config.published ? config.published->pad_token_id : kPadId;
+  }
   if (result.text.moe) result.text.moe->freeze_router = model.freeze_router;
   result.execution = {.sequence_parallel = config.parallel.sequence_parallel,
                       .accumulate_into_grad = true,

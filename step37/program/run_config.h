@@ -13,6 +13,7 @@
 #include "parallel/rank_grid.h"
 #include "step37/data/crop_plan.h"
 #include "step37/insert/image_insert_embedding.h"
+#include "step37/published_checkpoint.h"
 #include "step37/published_config.h"
 #include "step37/step37_model.h"
 
@@ -60,6 +61,11 @@ struct ModelSection {
   /// A published config.json that gives the shape. In a file: relative to the folder of this file; in an override:
   /// relative to the working directory. Kept as an absolute path. Empty: the keys below give the shape.
   std::string config;
+  /// A published checkpoint that gives shape and weights; relative as `config`. A folder with config.json alone gives
+  /// the shape, and training starts from random weights. A run that resumes doesn't read it again.
+  std::string from;
+  /// Whether the embedding row of the padding token is trained; default: not with `from`, as published.
+  bool train_padding_row = true;
   int64_t hidden_size = 0;                  ///< required, as all that say so, unless `config` is given
   int64_t num_layers = 0;                   ///< required
   int64_t head_dim = 0;                     ///< required
@@ -114,8 +120,10 @@ struct ValidationSection {
 };
 
 struct CheckpointSection {
-  int64_t interval = 0;  ///< steps; 0: at the end only
-  int64_t keep = 2;      ///< number of newest checkpoints to keep
+  int64_t interval = 0;   ///< steps; 0: at the end only
+  int64_t keep = 2;       ///< number of newest checkpoints to keep
+  std::string export_to;  ///< written as `export`: folder for the last step in the published layout, relative to
+                          ///< run.directory; empty: none
 };
 
 struct ReportSection {
@@ -133,8 +141,10 @@ struct RunConfig {
   ValidationSection validation;
   CheckpointSection checkpoint;
   ReportSection report;
-  std::optional<PublishedConfig> published;  ///< what model.config says; vision repeats its part of it; not a setting
-  std::vector<std::string> warnings;         ///< one for each key that was given by its old name; not a setting
+  /// What model.config or model.from says; vision repeats its part of it; not a setting.
+  std::optional<PublishedConfig> published;
+  std::optional<PublishedForm> published_form;  ///< to write it again; not a setting
+  std::vector<std::string> warnings;            ///< one for each key that was given by its old name; not a setting
 };
 
 /// Reads a YAML file of sections, then applies `overrides`, "section.key=value" each, in order; later ones win. The
@@ -151,7 +161,10 @@ RunConfig load_run_config(const std::filesystem::path& path, const std::vector<s
 /// The configuration from `key_values`, "section.key=value" each, without a file: the settings() in a checkpoint. Not
 /// collective.
 /// @throws c10::ValueError as load_run_config does for overrides.
-RunConfig run_config_from_settings(const std::vector<std::string>& key_values);
+///         Also if model.config or model.from is given without `form`, or what PublishedForm::model throws.
+/// @param form  gives the shape; the files that the settings name aren't read.
+RunConfig run_config_from_settings(const std::vector<std::string>& key_values,
+                                   const std::optional<PublishedForm>& form = std::nullopt);
 
 /// Every key, "section.key", with its value, section by section; no shape keys if model.config is given. As overrides
 /// "key=value" of any file (without shape keys then) they give the same configuration.

@@ -116,7 +116,7 @@ void add_experts(const Sizes& n, const MoEConfig& moe, const parallel::RankGrid&
   const int64_t etp = grid.expert_tp();
   if (ep * etp == 1) return;
   sum.of_experts = true;
-  sum.add(Kind::kAllGather, "ep_etp", ep * etp * (moe.num_experts + ep) * kInt64);
+  sum.add(Kind::kAllGather, "etp_ep", ep * etp * (moe.num_experts + ep) * kInt64);
   const int64_t m = ep > 1 ? dispatched_rows(n, moe, grid) : n.S / n.t;
   const int64_t hidden = m * n.H * kElement;
   const int64_t routing = m * 2 * moe.router_topk * kElement;
@@ -125,9 +125,9 @@ void add_experts(const Sizes& n, const MoEConfig& moe, const parallel::RankGrid&
     sum.add(Kind::kAllToAll, "ep", routing, 2);
   }
   if (etp > 1) {
-    // The reduce-scatter is an all-to-all of pieces; each is the other's backward.
+    // Each is the other's backward. The reduce-scatter of shares that may differ is an all-to-all.
     sum.send(Kind::kAllGather, "etp", (etp - 1) * (2 * hidden + routing));
-    sum.send(Kind::kAllToAll, "etp", (etp - 1) * (2 * hidden + routing));
+    sum.send(ep > 1 ? Kind::kAllToAll : Kind::kReduceScatter, "etp", (etp - 1) * (2 * hidden + routing));
   }
   sum.of_experts = false;
 }
@@ -244,11 +244,15 @@ LayerElements layer_elements(const Step37Config& config, const LayerConfig& laye
   }
   const auto& moe = *text.moe;
   mlp(moe.shared_expert_ffn_hidden_size);
-  // Logits and scores; rows as they arrive, one for each of a token's experts on this rank, and the experts' outputs.
+  // The scores; the rows that arrive, with their routing, unless they are the layer's own; for each of a token's
+  // experts on this rank gate and up, and its place (int64).
   const int64_t own = n.S / n.t;
-  const int64_t pairs = own * grid.expert_tp() * moe.router_topk;
-  const int64_t width = moe.ffn_hidden_size / grid.expert_tp();
-  result.feed_forward += own * 2 * moe.num_experts + pairs * (2 * n.H + 3 * width);
+  const int64_t etp = grid.expert_tp();
+  const int64_t rows = etp * (grid.ep > 1 ? dispatched_rows(n, moe, grid) : own);
+  const int64_t pairs = own * etp * moe.router_topk;
+  const int64_t width = moe.ffn_hidden_size / etp;
+  result.feed_forward += own * moe.num_experts + rows * 2 * moe.router_topk + pairs * (2 * width + 2);
+  if (grid.ep * etp > 1) result.feed_forward += rows * n.H;
   result.feed_forward_temporary = std::max(result.feed_forward_temporary, pairs * 7 * width);
   return result;
 }
@@ -276,7 +280,7 @@ GroupExtent extent_of(std::string_view group, const parallel::RankGrid& grid) {
   if (group == "tp_dp") return {tp * grid.dp, world};
   if (group == "etp") return {etp, etp};
   if (group == "ep") return {grid.ep, grid.ep == 1 ? 1 : etp * grid.ep};
-  if (group == "ep_etp") return {etp * grid.ep, etp * grid.ep};
+  if (group == "etp_ep") return {etp * grid.ep, etp * grid.ep};
   TORCH_INTERNAL_ASSERT(group == "edp");
   return {grid.edp(), grid.edp() == 1 ? 1 : world};
 }
@@ -290,6 +294,8 @@ std::vector<Traffic> step_traffic(const Step37Config& config, const parallel::Ra
   for (const auto& [group, bytes] : gradient_bytes(tensors)) sum.add(Kind::kAllReduce, group, bytes);
   // The loss and the gradient norm, float64.
   for (const char* group : {"dp", "tp"}) sum.add(Kind::kAllReduce, group, 8);
+  const auto is_of_experts = [](const auto& tensor) { return tensor.trained && tensor.summed_over == "edp"; };
+  if (std::any_of(tensors.begin(), tensors.end(), is_of_experts)) sum.add(Kind::kAllReduce, "etp_ep", 8);
   return sum.result();
 }
 

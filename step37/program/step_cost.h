@@ -24,7 +24,7 @@ struct StepShape {
 /// Collectives of one kind over the groups of one kind.
 struct Traffic {
   parallel::CollectiveKind kind = parallel::CollectiveKind::kAllReduce;
-  std::string_view group;   ///< tp, dp, tp_dp, and of experts ep, etp, ep_etp (both together), edp
+  std::string_view group;   ///< tp, dp, tp_dp, and of experts ep, etp, etp_ep (both together), edp
   int64_t bytes = 0;        ///< that a rank sends in a step, by the count of parallel::CollectiveObserver
   bool of_experts = false;  ///< tokens on their way to experts and back
 };

@@ -63,13 +63,13 @@ void check_run_files(const RunFiles& files) {
   refuse_dangling_link(files.checkpoints());
   const auto checkpoints = std::filesystem::status(files.checkpoints(), unknown);
   TORCH_CHECK_VALUE(!exists(checkpoints) || is_directory(checkpoints), files.checkpoints().string(), " is no folder");
-  for (const auto& path : {files.metrics(), files.tokenizer(), files.report(), files.lock()}) {
+  for (const auto& path : {files.metrics(), files.tokenizer(), files.published(), files.report(), files.lock()}) {
     // A link to a file that doesn't exist yet is allowed if its folder exists: the file is created there.
     if (dangles(path) && !exists(megatron_cpp::internal::link_target(path).parent_path(), unknown)) {
       refuse_dangling_link(path);
     }
     const auto status = std::filesystem::status(path, unknown);
-    const bool is_read_again = path == files.metrics() || path == files.tokenizer();
+    const bool is_read_again = path != files.report() && path != files.lock();
     TORCH_CHECK_VALUE(!exists(status) || is_regular_file(status) || !(is_read_again || is_directory(status)),
                       path.string(), " is no regular file");
   }
@@ -77,7 +77,7 @@ void check_run_files(const RunFiles& files) {
 
 void remove_earlier_run(const RunFiles& files) {
   remove_checkpoints(files.checkpoints());
-  for (const auto& path : {files.metrics(), files.report(), files.tokenizer()}) {
+  for (const auto& path : {files.metrics(), files.report(), files.tokenizer(), files.published()}) {
     const auto target = megatron_cpp::internal::link_target(path);
     std::error_code not_there;
     if (is_regular_file(target, not_there)) std::filesystem::remove(target);
@@ -98,6 +98,7 @@ RunLock::RunLock(const std::filesystem::path& path) : file_(open(path.c_str(), O
 RunLock::~RunLock() { close(file_); }
 
 std::string model_text(const RunConfig& config) {
+  if (config.published_form) return config.published_form->to_text();
   auto json = nlohmann::ordered_json::object();
   for (const auto& [key, value] : settings(config)) {
     const auto section = key.substr(0, key.find('.'));
@@ -118,7 +119,7 @@ std::string to_text(const RunState& state) {
   return json.dump();
 }
 
-RunState run_state_from_text(const std::string& text, const std::string& where) {
+RunState run_state_from_text(const std::string& text, const std::string& where, const std::string& model) {
   RunState state;
   try {
     const auto json = nlohmann::json::parse(text);
@@ -126,7 +127,7 @@ RunState run_state_from_text(const std::string& text, const std::string& where) 
     for (const auto& entry : json.at("settings")) {
       kept.push_back(entry.at(0).get<std::string>() + "=" + entry.at(1).get<std::string>());
     }
-    state.config = run_config_from_settings(kept);
+    state.config = run_config_from_settings(kept, PublishedForm::from_text(model, where));
     state.sampler = {integer_at(json.at("sampler"), "epoch"), integer_at(json.at("sampler"), "position")};
     state.optimizer_steps = integer_at(json, "optimizer_steps");
     if (const auto found = json.find("tokenizer"); found != json.end()) {
@@ -138,6 +139,10 @@ RunState run_state_from_text(const std::string& text, const std::string& where) 
     TORCH_CHECK_VALUE(false, where, ": its state is not that of a training run: ", error.what_without_backtrace());
   }
   return state;
+}
+
+RunState run_state_of(const CheckpointReader& reader) {
+  return run_state_from_text(reader.state(), reader.folder().string(), reader.model());
 }
 
 void check_resumable(const RunConfig& began, const RunConfig& now, const std::string& where) {
@@ -159,10 +164,14 @@ void check_resumable(const RunConfig& began, const RunConfig& now, const std::st
                     ": give the old value, or another run.directory; run.fresh=true starts over");
 }
 
-TokenizerMark mark_of(const std::filesystem::path& path, const Tokenizer& tokenizer) {
+std::string bytes_of_file(const std::filesystem::path& path) {
   std::ifstream file(path, std::ios::binary);
   TORCH_CHECK_VALUE(file.is_open(), "cannot read ", path.string(), ": ", std::strerror(errno));
-  const std::string bytes{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+}
+
+TokenizerMark mark_of(const std::filesystem::path& path, const Tokenizer& tokenizer) {
+  const auto bytes = bytes_of_file(path);
   std::ostringstream hash;
   hash << std::hex << std::setw(16) << std::setfill('0') << parallel::stable_hash(bytes);
   return {hash.str(), tokenizer.vocab_size()};

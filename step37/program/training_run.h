@@ -24,8 +24,14 @@ struct RunFiles {
   std::filesystem::path metrics() const { return directory / "metrics.jsonl"; }
   std::filesystem::path report() const { return directory / "report.html"; }
   std::filesystem::path tokenizer() const { return directory / "tokenizer.model"; }
+  /// PublishedForm::to_text() of the model that the run was started from, with model.from or model.config.
+  std::filesystem::path published() const { return directory / "published.json"; }
   std::filesystem::path lock() const { return directory / "lock"; }
 };
+
+/// All bytes of a file.
+/// @throws c10::ValueError naming the file if it can't be read.
+std::string bytes_of_file(const std::filesystem::path& path);
 
 /// Locks a run directory for one process as long as the object lives: flock(2) on a file there, which the system
 /// releases however the process ends.
@@ -73,9 +79,14 @@ struct RunState {
 };
 std::string to_text(const RunState& state);
 /// @throws c10::ValueError naming `where` and what is wrong with the text.
-RunState run_state_from_text(const std::string& text, const std::string& where);
+/// @param model  CheckpointContents::model beside it, for the shape of a model from a published configuration.
+RunState run_state_from_text(const std::string& text, const std::string& where, const std::string& model = {});
 
-/// The settings of the sections model and vision as JSON, for CheckpointContents::model.
+/// The state in a checkpoint.
+RunState run_state_of(const CheckpointReader& reader);
+
+/// For CheckpointContents::model: the published form of a model that has one, else the settings of the sections model
+/// and vision as JSON.
 std::string model_text(const RunConfig& config);
 
 /// Refuses changes of settings that a run must keep: all of the sections model (except init_std) and vision, and

@@ -69,8 +69,8 @@ LOOKS_LIKE_A_COMMAND = re.compile(
 RUNS_AS_IT_IS = [
     r"scripts/(build|test)\.sh\b",  # over the stubs of build.sh and ctest, see make_clone
     r"scripts/\w+\.sh --help$",
-    r"mpirun .*build/bin/step37 (embed|generate|--)",
-    r"build/bin/step37 (generate|embed|plan|--|pretrain --help)",
+    r"mpirun .*build/bin/step37 (embed|generate|forward|convert|--)",
+    r"build/bin/step37 (generate|embed|plan|convert|--|pretrain --help)",
     r"(OMP_NUM_THREADS=1 )?mpirun .*build/bin/\w+_test ",
     r"mpirun .*build_\w+/\w+$",
     r"cmake --install build --prefix \S+$",

@@ -34,10 +34,10 @@ void check_settings(const step37::RunConfig& config) {
   std::vector<std::string> overrides;
   overrides.reserve(settings.size());
   for (const auto& [key, value] : settings) overrides.push_back(key + "=" + value);
-  FUZZ_CHECK(step37::settings(step37::run_config_from_settings(overrides)) == settings);
+  FUZZ_CHECK(step37::settings(step37::run_config_from_settings(overrides, config.published_form)) == settings);
 
   const auto text = to_text(step37::RunState{.config = config, .sampler = {3, 4}, .optimizer_steps = 5});
-  const auto state = step37::run_state_from_text(text, "here");
+  const auto state = step37::run_state_from_text(text, "here", step37::model_text(config));
   FUZZ_CHECK(step37::settings(state.config) == settings);
   FUZZ_CHECK(state.sampler == (SamplerState{3, 4}) && state.optimizer_steps == 5);
 }

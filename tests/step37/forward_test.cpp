@@ -15,7 +15,7 @@
 #include "megatron_cpp/checkpoint/safetensors.h"
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
-#include "tests/support/environment.h"
+#include "tests/step37/published_models.h"
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
@@ -24,28 +24,16 @@ namespace {
 
 namespace fs = std::filesystem;
 using namespace test_support;
+using published_models::Tensors;
+using published_models::tensors_of;
 
 constexpr double kGoldenTolerance = 1e-4;  // of the largest element
 constexpr int64_t kPatchStart = 250;
 constexpr int64_t kImageStart = 251;
 constexpr int64_t kPlaceholder = 252;
 
-using Tensors = std::map<std::string, at::Tensor>;
-
-Tensors tensors_of(const fs::path& path) {
-  const SafetensorsFile file(path);
-  Tensors tensors;
-  for (const auto& [name, entry] : file.entries()) tensors[name] = file.read(name);
-  return tensors;
-}
-
-class Forward : public testing::Test {
+class Forward : public published_models::PublishedModels {
  protected:
-  static fs::path model_path(const std::string& name) { return test_support::cases() / "models" / name; }
-  static fs::path case_path(const std::string& name) {
-    return test_support::cases() / "forward" / (name + ".safetensors");
-  }
-
   ForwardArguments arguments_for(const std::string& name) const {
     ForwardArguments arguments;
     arguments.model = model_path(name);
@@ -65,45 +53,12 @@ class Forward : public testing::Test {
     return tensors;
   }
 
-  /// A changed copy of a golden model or case, written by rank 0.
-  fs::path changed(const fs::path& original, const fs::path& copy, const std::function<void(Tensors&)>& change) const {
-    parallel::barrier(world_tp());
-    if (runtime().rank() == 0) {
-      auto tensors = tensors_of(original);
-      change(tensors);
-      std::vector<NamedTensor> list;
-      for (const auto& [name, tensor] : tensors) list.push_back({name, tensor});
-      fs::create_directories(copy.parent_path());
-      write_safetensors(copy, list);
-    }
-    parallel::barrier(world_tp());
-    return copy;
-  }
-  fs::path changed_input(const std::string& name, const std::function<void(Tensors&)>& change) const {
-    return changed(case_path(name), folder_.path() / "in.safetensors", change);
-  }
-  fs::path changed_model(const std::string& name, const std::function<void(Tensors&)>& change) const {
-    const auto folder = folder_.path() / "model";
-    changed(model_path(name) / "model.safetensors", folder / "model.safetensors", change);
-    copy_config(name, folder);
-    return folder;
-  }
-  void copy_config(const std::string& name, const fs::path& folder) const {
-    if (runtime().rank() == 0) {
-      fs::create_directories(folder);
-      fs::copy_file(model_path(name) / "config.json", folder / "config.json", fs::copy_options::overwrite_existing);
-    }
-    parallel::barrier(world_tp());
-  }
-
   /// The message of the error that every rank ends in.
   static std::string error_of_all(const ForwardArguments& arguments) {
     const auto message = message_of([&] { forward(runtime(), arguments); });
     EXPECT_TRUE(on_all_ranks(!message.empty()));
     return message;
   }
-
-  test_support::SharedFolder folder_;
 };
 
 void expect_golden(const Tensors& actual, const Tensors& expected, const std::string& what) {

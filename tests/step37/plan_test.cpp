@@ -97,10 +97,16 @@ struct Measured {
 /// One step of the real model over `groups`.
 Measured measure(const RunConfig& config, const Plan& plan, parallel::ProcessGroups groups) {
   Measured measured;
-  for (auto* group : {&groups.tp, &groups.dp, &groups.tp_dp}) {
-    *group = parallel::observe(*group, [&](parallel::CollectiveKind kind, int64_t sent) {
-      if (sent > 0) measured.bytes[std::string(parallel::collective_name(kind))] += sent;
-    });
+  std::map<parallel::GroupPtr, parallel::GroupPtr> observed{{groups.world, groups.world}};  // shared ones stay shared
+  for (const auto& kind : parallel::kGroupKinds) {
+    auto& group = groups.*(kind.group);
+    auto& replacement = observed[group];
+    if (!replacement) {
+      replacement = parallel::observe(group, [&](parallel::CollectiveKind collective, int64_t sent) {
+        if (sent > 0) measured.bytes[std::string(parallel::collective_name(collective))] += sent;
+      });
+    }
+    group = replacement;
   }
   const auto watch = std::make_shared<LiveBytes>();
   {
@@ -111,9 +117,11 @@ Measured measure(const RunConfig& config, const Plan& plan, parallel::ProcessGro
     const auto shards = parameter_shards(*model);
     initialize_parameters(shards, 3);
     for (const auto& shard : shards) {
+      if (shard.name.ends_with("expert_bias")) continue;
       const int64_t elements = shard.parameter.numel();
+      const auto& over = shard.domain.sharded_over;
       measured.local_elements += elements;
-      measured.whole_elements += elements * (shard.domain.sharded_over.empty() ? 1 : plan.grid.tp);
+      measured.whole_elements += elements * (over.empty() ? 1 : groups.of(over)->getSize());
     }
     Trainer trainer(shards, groups, {.adamw = config.training, .learning_rate = learning_rate_schedule(config)});
     const int64_t micro_batches = plan.shape.global_batch_size / (plan.shape.micro_batch_size * plan.grid.dp);
@@ -183,6 +191,56 @@ TEST(Plan, ParametersAndBytesAreThoseOfARealStep) {
       EXPECT_EQ(local_elements(plan.tensors), measured.local_elements);
       EXPECT_EQ(whole_elements(plan.tensors), measured.whole_elements);
     }
+  }
+}
+
+const Overrides kExperts = {"model.num_moe_experts=8", "model.moe_ffn_hidden_size=64", "model.moe_router_topk=2",
+                            "model.moe_shared_expert_intermediate_size=96", "model.moe_first_layer=1"};
+
+Overrides with(Overrides overrides, const Overrides& more) {
+  overrides.insert(overrides.end(), more.begin(), more.end());
+  return overrides;
+}
+
+// Without expert parallelism bytes don't depend on the routing.
+TEST(Plan, BytesOfExpertsAreThoseOfARealStep) {
+  const int size = runtime().size();
+  for (const int tp : divisors_of_world()) {
+    for (const int etp : divisors_of_world()) {
+      for (const std::string sequence_parallel : {"true", "false"}) {
+        SCOPED_TRACE(testing::Message() << "tp " << tp << ", etp " << etp << " " << sequence_parallel);
+        const auto& groups = test_support::groups(parallel::RankGrid{.tp = tp, .dp = size / tp, .ep = 1, .etp = etp});
+        const auto [plan, measured] = plan_and_measure(
+            with(kExperts, {c10::str("etp=", etp), "parallel.sequence_parallel=" + sequence_parallel}), groups);
+        EXPECT_EQ(bytes_of(plan), measured.bytes);
+        EXPECT_EQ(local_elements(plan.tensors), measured.local_elements);
+        EXPECT_EQ(whole_elements(plan.tensors), measured.whole_elements);
+      }
+    }
+  }
+}
+
+// What the all-to-alls send depends on the routing, which a plan takes as even.
+TEST(Plan, OnlyAllToAllsOfExpertParallelismDependOnTheRouting) {
+  const int size = runtime().size();
+  for (const int ep : divisors_of_world()) {
+    SCOPED_TRACE(testing::Message() << "ep " << ep);
+    const auto& groups = test_support::groups(parallel::RankGrid{.tp = size, .ep = ep, .etp = size / ep});
+    const auto [plan, measured] = plan_and_measure(with(kExperts, {c10::str("ep=", ep)}), groups);
+    const auto planned = bytes_of(plan);
+    EXPECT_EQ(planned.size(), measured.bytes.size());
+    for (const auto& [kind, bytes] : measured.bytes) {
+      if (kind == "all_to_all") continue;
+      EXPECT_EQ(planned.at(kind), bytes) << kind;
+    }
+  }
+}
+
+TEST(Plan, MemoryOfExpertsIsThePeakOfLiveTensors) {
+  for (const int tp : divisors_of_world()) {
+    SCOPED_TRACE(testing::Message() << "tp " << tp);
+    const auto [plan, measured] = plan_and_measure(kExperts, groups(tp));
+    EXPECT_NEAR(static_cast<double>(plan.memory.total()) / static_cast<double>(measured.peak), 1.0, 0.05);
   }
 }
 
@@ -308,15 +366,15 @@ TEST(Plan, SendsATokenOnceToEachRankThatHasAnExpertOfIt) {
   // 3 layers, 64 rows a rank. Of 28 pairs of experts 6 lie on a given rank: 1 - 6/28 of the tokens go to each of two.
   const int64_t m = 64 * 2 * 22 / 28;
   const auto by_ep = sent({"dp=2", "ep=2", "etp=1"});
-  EXPECT_EQ(by_ep.at({"all_gather", "ep_etp"}), 3 * (8 + 2) * 8);
+  EXPECT_EQ(by_ep.at({"all_gather", "etp_ep"}), 3 * (8 + 2) * 8);
   EXPECT_EQ(by_ep.at({"all_to_all", "ep"}), 3 * (4 * (m * 64 * 4 / 2) + 2 * (m * 4 * 4 / 2)));
   EXPECT_EQ(by_ep.size(), 2U);
   const auto by_both = sent({"dp=2", "ep=2"});  // etp is 2 / 2
   EXPECT_EQ(by_both, by_ep);
   const auto by_etp = sent({"dp=2", "ep=1", "etp=2"});
-  EXPECT_EQ(by_etp.at({"all_gather", "ep_etp"}), 3 * (2 * (8 + 1) * 8 / 2));
+  EXPECT_EQ(by_etp.at({"all_gather", "etp_ep"}), 3 * (2 * (8 + 1) * 8 / 2));
   EXPECT_EQ(by_etp.at({"all_gather", "etp"}), 3 * 64 * (2 * 64 + 4) * 4);
-  EXPECT_EQ(by_etp.at({"all_to_all", "etp"}), 3 * 64 * (2 * 64 + 4) * 4);
+  EXPECT_EQ(by_etp.at({"reduce_scatter", "etp"}), 3 * 64 * (2 * 64 + 4) * 4);
 }
 
 TEST(Plan, RefusesWhatDoesNotDivide) {

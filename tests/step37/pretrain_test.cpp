@@ -227,6 +227,75 @@ TEST_F(Pretrain, TrainsAlikeInEveryLayout) {
   }
 }
 
+/// Turns the second layer into a mixture of experts.
+const Overrides kExperts = {"model.num_moe_experts=8",     "model.moe_first_layer=1",
+                            "model.moe_router_topk=2",     "model.moe_ffn_hidden_size=16",
+                            "model.freeze_router=false",   "model.moe_shared_expert_intermediate_size=32",
+                            "training.clip_grad_norm=0.5", "validation.packs=3"};
+
+Overrides with(Overrides overrides, const Overrides& more) {
+  overrides.insert(overrides.end(), more.begin(), more.end());
+  return overrides;
+}
+
+// Steps are clipped: a norm that differs between ranks would pull the copies of the weights apart. The validation packs
+// don't divide by the replicas.
+TEST_F(Pretrain, TrainsExpertsAlikeInEveryLayout) {
+  pretrain("reference", 1, with(kExperts, {"dp=0"}));
+  const int size = runtime().size();
+  for (const int tp : divisors_of_world()) {
+    for (const int ep : divisors_of_world()) {
+      for (const int etp : divisors_of_world()) {
+        if (size % (ep * etp) != 0) continue;
+        const auto run = c10::str("tp", tp, "ep", ep, "etp", etp);
+        SCOPED_TRACE(run);
+        pretrain(run, tp, with(kExperts, {c10::str("ep=", ep), c10::str("etp=", etp)}));
+        expect_same_run(files(run), files("reference"), 1e-4);
+      }
+    }
+  }
+}
+
+// A run's export is what another run starts from: it goes on with the same loss, from its own copy of the
+// configuration.
+TEST_F(Pretrain, GoesOnFromAPublishedCheckpoint) {
+  const int tp = runtime().size();
+  const Overrides no_steps = {
+      "training.learning_rate_scales=language_model: 0, vision_model: 0, image_insert_embedding: 0"};
+  pretrain("first", tp, with(kExperts, {"checkpoint.export=exported", "training.steps=1"}));
+  const auto exported = files("first").directory / "exported";
+  on_main([&] {
+    write_file(folder_.path() / "from.yaml",
+               "data: {held_out: 0.3, crops: true, crop_side: 28}\nmodel: {from: first/exported}\n"
+               "training: {steps: 2, global_batch_size: 4, sequence_length: 128}\n"
+               "checkpoint: {interval: 1, export: again}\nreport: {pictures: 0}\n");
+  });
+  const auto go_on = [&](const std::string& run, const Overrides& more) {
+    parallel::Runtime own;
+    EXPECT_EQ(step37::pretrain(own, {folder_.path() / "from.yaml", overrides_of(run, tp, more)}), 0);
+    parallel::barrier(world_tp());
+  };
+  go_on("second", no_steps);
+  const auto weights = [](const fs::path& folder) {
+    const SafetensorsFile file(folder / "model.safetensors");
+    Tensors tensors;
+    for (const auto& [name, entry] : file.entries()) tensors[name] = file.read(name);
+    return tensors;
+  };
+  const auto before = weights(exported);
+  for (const auto& [name, tensor] : weights(files("second").directory / "again")) {
+    EXPECT_TRUE(test_support::equal(tensor, before.at(name))) << name;
+  }
+  on_main([&] { fs::rename(exported, folder_.path() / "gone"); });
+  go_on("second", with(no_steps, {"training.steps=3", "checkpoint.export="}));
+  EXPECT_TRUE(contains(agreed_error([&] { go_on("third", {}); }), "model.from in "));
+  on_main([&] { fs::rename(folder_.path() / "gone", exported); });
+  EXPECT_TRUE(contains(agreed_error([&] { go_on("third", {"model.hidden_size=32"}); }), "is a part of the shape"));
+  EXPECT_TRUE(contains(agreed_error([&] { go_on("second", {"training.steps=4"}); }), "not an empty folder"));
+  on_main([&] { fs::remove(exported / "tokenizer.model"); });
+  EXPECT_TRUE(contains(agreed_error([&] { go_on("third", {}); }), "has no tokenizer.model"));
+}
+
 TEST_F(Pretrain, GoesOnAsIfItHadNotBeenInterrupted) {
   const Overrides four_steps = {"training.steps=4", "checkpoint.interval=2", "validation.interval=2"};
   for (const int tp : divisors_of_world()) {
@@ -522,7 +591,7 @@ TEST_F(Pretrain, CaptionsAlikeAtEveryTensorParallelSize) {
   for (const int tp : divisors_of_world()) {
     SCOPED_TRACE(testing::Message() << "tensor " << tp);
     const CheckpointReader reader(checkpoint);
-    const auto state = run_state_from_text(reader.state(), checkpoint.string());
+    const auto state = run_state_of(reader);
     const auto tokenizer = Tokenizer::load(files("run").tokenizer());
     Step37Model model(model_config(state.config, tokenizer.vocab_size()), groups(tp).tp);
     model->to(runtime().device());
@@ -541,7 +610,7 @@ TEST_F(Pretrain, CaptionsAreTextOnly) {
   pretrain("run", runtime().size(), {"training.steps=1"});
   const auto checkpoint = files("run").checkpoints() / "latest";
   const CheckpointReader reader(checkpoint);
-  const auto state = run_state_from_text(reader.state(), checkpoint.string());
+  const auto state = run_state_of(reader);
   const auto tokenizer = Tokenizer::load(files("run").tokenizer());
   Step37Model model(model_config(state.config, tokenizer.vocab_size()), groups(1).tp);
   model->to(runtime().device());

@@ -404,7 +404,7 @@ TEST_F(RunConfigTest, APublishedConfigGivesTheShape) {
   EXPECT_NO_THROW(validate(config, 1));
 
   // Settings name the file, so they have no keys of the shape.
-  const auto again = run_config_from_settings(as_overrides(config));
+  const auto again = run_config_from_settings(as_overrides(config), config.published_form);
   EXPECT_EQ(settings(again), settings(config));
   EXPECT_EQ(model_config(again, 77).text, model.text);
   for (const auto& [key, value] : settings(config)) EXPECT_NE(key, "model.hidden_size");

@@ -46,7 +46,7 @@ class GroupedExpertsImpl : public ParallelModule {
   parallel::Range experts() const { return experts_; }
 
   at::Tensor linear_fc1;  ///< [E/ep, 2I/etp, H]: the rows of gate_proj, then those of up_proj
-  at::Tensor linear_fc2;  ///< [E/ep, H, I/etp]: down_proj
+  at::Tensor linear_fc2;  ///< [E/ep, H, I/etp]: the columns of down_proj
 
  private:
   MoEConfig config_;
