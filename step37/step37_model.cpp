@@ -54,6 +54,8 @@ Step37ModelImpl::Step37ModelImpl(const Step37Config& config, const ModelGroups& 
   if (config_.freeze_vision_model) freeze(*vision_model);
   if (config_.freeze_projector) freeze(*image_insert_embedding);
   if (config_.freeze_language_model) freeze(*language_model);
+  // Nothing trains them yet; with a gradient of 0 weight decay would still change them.
+  for (auto& layer : language_model->mtp_layers) freeze(*layer);
 }
 
 void Step37ModelImpl::keep_own_pictures(std::vector<ImageForInsert>& images) const {

@@ -72,7 +72,8 @@ class Step37ModelImpl : public torch::nn::Module {
   const Step37Config& config() const { return config_; }
 
   VisionTower vision_model{nullptr};                     ///< replicated; each rank runs it on the pictures it holds
-  GPTModel language_model{nullptr};                      ///< takes the result of the insert as decoder_input
+  GPTModel language_model{nullptr};                      ///< takes the result of the insert as decoder_input; its
+                                                         ///< mtp_layers are frozen
   ImageInsertEmbedding image_insert_embedding{nullptr};  ///< uses language_model->embedding
 
  private:
