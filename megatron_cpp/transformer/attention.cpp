@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -52,6 +53,40 @@ std::vector<at::Tensor> windowed_attention(const at::Tensor& q, const at::Tensor
                                                       v.narrow(2, begin - before, before + rows), block_mask));
   }
   return blocks;
+}
+
+/// Attention of queries [n, B, heads, D], which are those of the last n of the positions of k and v.
+at::Tensor attention_of_last(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t sliding_window) {
+  const int64_t n = q.size(0);
+  const int64_t before = k.size(0) - n;
+  std::optional<at::Tensor> mask;  // one query attends to every key that the cache has kept
+  if (n > 1) {
+    mask = at::ones({n, before + n}, q.options().dtype(at::kBool)).tril_(before);
+    if (sliding_window > 0) mask->triu_(before - sliding_window + 1);
+  }
+  const int64_t groups = k.size(2);
+  const int64_t heads_per_group = q.size(2) / groups;
+  const auto output = at::scaled_dot_product_attention(group_queries(q, groups), group_keys(k, heads_per_group),
+                                                       group_keys(v, heads_per_group), mask);
+  return ungroup(output, q.size(1));
+}
+
+/// core_attention of positions that go on where `cache` ends; appends them to it.
+at::Tensor attention_with_cache(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                const SubSequences& sub_sequences, int64_t sliding_window,
+                                KeyValueCache::Layer& cache) {
+  const int64_t n = sub_sequences.ranges().front().length();
+  const bool is_first = !cache.keys.defined();
+  const auto appended = [&](const at::Tensor& cached, const at::Tensor& fresh) {
+    return is_first ? fresh.narrow(0, 0, n) : at::cat({cached, fresh.narrow(0, 0, n)});
+  };
+  const auto keys = appended(cache.keys, k);
+  const auto values = appended(cache.values, v);
+  const int64_t kept = sliding_window > 0 ? std::min(sliding_window - 1, keys.size(0)) : keys.size(0);
+  cache = {keys.narrow(0, keys.size(0) - kept, kept), values.narrow(0, keys.size(0) - kept, kept)};
+  if (is_first) return core_attention(q, k, v, sub_sequences, sliding_window);
+  const auto output = attention_of_last(q.narrow(0, 0, n), keys, values, sliding_window);
+  return at::constant_pad_nd(output, {0, 0, 0, 0, 0, 0, 0, q.size(0) - n});
 }
 
 }  // namespace
@@ -108,7 +143,8 @@ SelfAttentionImpl::SelfAttentionImpl(const TransformerConfig& config, const Laye
   linear_proj = register_module("linear_proj", RowParallelLinear(execution.apply_to(proj_options), tp));
 }
 
-at::Tensor SelfAttentionImpl::forward(const at::Tensor& input, const AttentionBatch& attention) {
+at::Tensor SelfAttentionImpl::forward(const at::Tensor& input, const AttentionBatch& attention,
+                                      KeyValueCache::Layer* cache) {
   TORCH_CHECK_VALUE(input.dim() == 3, "SelfAttention: input ", input.sizes(), " is not [sequence, batch, hidden]");
   const int64_t S = sequence_parallel_ ? input.size(0) * tp_->getSize() : input.size(0);
   TORCH_CHECK_VALUE(attention.sequence_length() == S && attention.batch_size() == input.size(1),
@@ -127,7 +163,10 @@ at::Tensor SelfAttentionImpl::forward(const at::Tensor& input, const AttentionBa
   };
   const auto q = apply_rotary(normed(q_norm, parts[0]), tables);
   const auto k = apply_rotary(normed(k_norm, parts[1]), tables);
-  const auto output = core_attention(q, k, heads(parts[2]), attention.sub_sequences(), sliding_window_);
+  const auto v = heads(parts[2]);
+  const auto output = cache == nullptr
+                          ? core_attention(q, k, v, attention.sub_sequences(), sliding_window_)
+                          : attention_with_cache(q, k, v, attention.sub_sequences(), sliding_window_, *cache);
   const auto gated = output * at::sigmoid(parts[3]).unsqueeze(-1);
   return linear_proj->forward(gated.flatten(2, 3));
 }

@@ -6,6 +6,7 @@
 #include <torch/nn/pimpl.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "megatron_cpp/tensor_parallel/column_parallel_linear.h"
 #include "megatron_cpp/tensor_parallel/row_parallel_linear.h"
@@ -17,6 +18,19 @@
 #include "parallel/group.h"
 
 namespace megatron_cpp {
+
+/// Keys and values of the positions that a decoder has seen, so that tokens are generated without computing these
+/// again. Empty at first; each forward pass of a TransformerBlock appends its positions. A rank has those of its own
+/// heads.
+struct KeyValueCache {
+  /// Of one layer: [positions, B, groups/t, D], after the rotary embedding. A sliding-window layer keeps the last W - 1
+  /// positions only, which are all that later ones attend to.
+  struct Layer {
+    at::Tensor keys;    ///< undefined before the first pass
+    at::Tensor values;  ///< like keys
+  };
+  std::vector<Layer> layers;  ///< in the order of the block's layers
+};
 
 /// softmax(q kᵀ / sqrt(D)) v, causal, within each sub-sequence. With `sliding_window` W > 0 position i attends to j
 /// with i - W < j <= i: W positions in all, itself included.
@@ -46,12 +60,15 @@ class SelfAttentionImpl : public torch::nn::Module {
 
   /// @param input      [S, B, H], equal on every rank; with sequence_parallel [S/t, B, H], this rank's rows.
   /// @param attention  of the whole sequence, equal on every rank; made with rotary().
+  /// @param cache      null, or this layer's: the first sub-sequence goes on where the cached positions end, attends to
+  ///                   them and is appended. Sub-sequences behind it are padding: they are not kept, and get any
+  ///                   values.
   /// @return           the shape of `input`.
   /// Comm: forward 1 all-reduce of S·B·H elements, backward 1; sequence_parallel: forward 1 all-gather and 1
   /// reduce-scatter, backward 2 all-gathers (1 if linear_qkv needs no gradient) and 1 reduce-scatter. Collective over
   /// tp. Throws c10::ValueError, before anything is sent, if the input is not [.., .., H] or `attention` is of other
   /// sizes or without rotary().
-  at::Tensor forward(const at::Tensor& input, const AttentionBatch& attention);
+  at::Tensor forward(const at::Tensor& input, const AttentionBatch& attention, KeyValueCache::Layer* cache = nullptr);
 
   /// The rotary embedding of q and k.
   const RotaryEmbedding& rotary() const { return rotary_; }

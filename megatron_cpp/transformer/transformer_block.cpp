@@ -1,5 +1,6 @@
 #include "megatron_cpp/transformer/transformer_block.h"
 
+#include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
 
 #include <memory>
@@ -26,10 +27,19 @@ TransformerBlockImpl::TransformerBlockImpl(const TransformerConfig& config, cons
   }
 }
 
-at::Tensor TransformerBlockImpl::forward(const at::Tensor& hidden_states, const AttentionInput& attention) {
+at::Tensor TransformerBlockImpl::forward(const at::Tensor& hidden_states, const AttentionInput& attention,
+                                         KeyValueCache* cache) {
   const auto batch = attention_batch(hidden_states, attention);
+  if (cache != nullptr) {
+    TORCH_CHECK_VALUE(!c10::GradMode::is_enabled(), "TransformerBlock: a KeyValueCache goes without gradients");
+    if (cache->layers.empty()) cache->layers.resize(layers.size());
+    TORCH_CHECK_VALUE(cache->layers.size() == layers.size(), "TransformerBlock: the KeyValueCache is of ",
+                      cache->layers.size(), " layers, the block of ", layers.size());
+  }
   auto hidden = hidden_states;
-  for (auto& layer : layers) hidden = layer->forward(hidden, batch);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    hidden = layers[i]->forward(hidden, batch, cache == nullptr ? nullptr : &cache->layers[i]);
+  }
   return final_layernorm ? final_layernorm->forward(hidden) : hidden;
 }
 

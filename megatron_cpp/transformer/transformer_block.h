@@ -29,10 +29,14 @@ class TransformerBlockImpl : public torch::nn::Module {
 
   /// @param hidden_states  [S, B, H], equal on every rank; with sequence_parallel [S/t, B, H], this rank's rows.
   /// @param attention      of the whole sequence, equal on every rank.
+  /// @param cache          null, or the positions before these, to which these attend and are appended. `attention` is
+  ///                       of the new positions alone, whose position_ids go on where the cached ones end. New
+  ///                       positions that sequence_parallel can't split get padding behind them, as a sub-sequence of
+  ///                       its own: it is not kept. Without gradients only.
   /// @return               the shape of hidden_states.
   /// Comm: that of the layers. Collective over tp. Throws c10::ValueError, before anything is sent, if hidden_states
-  /// have not three dimensions, and as AttentionBatch does.
-  at::Tensor forward(const at::Tensor& hidden_states, const AttentionInput& attention);
+  /// have not three dimensions, if the cache is another block's or gradients are on, and as AttentionBatch does.
+  at::Tensor forward(const at::Tensor& hidden_states, const AttentionInput& attention, KeyValueCache* cache = nullptr);
 
   /// The AttentionBatch of these hidden states; forward() makes it once for all layers. Not collective.
   /// @throws c10::ValueError as forward does.

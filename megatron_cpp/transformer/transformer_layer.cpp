@@ -25,8 +25,10 @@ at::Tensor TransformerLayerImpl::feed_forward(const at::Tensor& normed) {
   return moe ? moe->forward(normed) : mlp->forward(normed);
 }
 
-at::Tensor TransformerLayerImpl::forward(const at::Tensor& hidden_states, const AttentionBatch& attention) {
-  const auto attended = hidden_states + self_attention->forward(input_layernorm->forward(hidden_states), attention);
+at::Tensor TransformerLayerImpl::forward(const at::Tensor& hidden_states, const AttentionBatch& attention,
+                                         KeyValueCache::Layer* cache) {
+  const auto attended =
+      hidden_states + self_attention->forward(input_layernorm->forward(hidden_states), attention, cache);
   return attended + feed_forward(pre_mlp_layernorm->forward(attended));
 }
 

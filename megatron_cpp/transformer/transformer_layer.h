@@ -26,9 +26,11 @@ class TransformerLayerImpl : public torch::nn::Module {
 
   /// @param hidden_states  [S, B, H], equal on every rank; with sequence_parallel [S/t, B, H], this rank's rows.
   /// @param attention      of the whole sequence, equal on every rank; made with self_attention->rotary().
+  /// @param cache          null, or this layer's, as SelfAttention takes it.
   /// @return               the shape of hidden_states.
   /// Comm: that of SelfAttention and MLP or MoELayer. Collective over tp, and with experts over ep and etp.
-  at::Tensor forward(const at::Tensor& hidden_states, const AttentionBatch& attention);
+  at::Tensor forward(const at::Tensor& hidden_states, const AttentionBatch& attention,
+                     KeyValueCache::Layer* cache = nullptr);
 
   RMSNorm input_layernorm{nullptr};       ///< before the attention, [H]
   SelfAttention self_attention{nullptr};  ///< split by heads
