@@ -178,18 +178,21 @@ CaptionFormat caption_format(const Tokenizer& tokenizer, const CropOptions& crop
   return format;
 }
 
-std::vector<int64_t> prompt_tokens(const PictureReference& picture, const CaptionFormat& format) {
-  std::vector<int64_t> tokens{format.begin_id};
-  const auto plan = plan_crops(picture.width, picture.height, format.crops);
-  const auto of_picture = picture_tokens(plan, format.crops, format.picture_ids);
-  tokens.insert(tokens.end(), of_picture.begin(), of_picture.end());
+std::vector<int64_t> prompt_tokens(const std::vector<PictureReference>& pictures, const CaptionFormat& format) {
+  std::vector<int64_t> tokens;
+  if (format.begin_id) tokens.push_back(*format.begin_id);
+  for (const auto& picture : pictures) {
+    const auto plan = plan_crops(picture.width, picture.height, format.crops);
+    const auto of_picture = picture_tokens(plan, format.crops, format.picture_ids);
+    tokens.insert(tokens.end(), of_picture.begin(), of_picture.end());
+  }
   return tokens;
 }
 
 Sample caption_sample(const PictureReference& picture, const std::vector<int64_t>& caption,
                       const CaptionFormat& format) {
   Sample sample;
-  sample.tokens = prompt_tokens(picture, format);
+  sample.tokens = prompt_tokens({picture}, format);
   sample.loss_mask.assign(sample.tokens.size(), 0);
   sample.tokens.insert(sample.tokens.end(), caption.begin(), caption.end());
   sample.tokens.push_back(format.end_id);

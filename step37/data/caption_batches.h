@@ -52,13 +52,13 @@ struct CaptionStep {
 struct CaptionFormat {
   CropOptions crops;
   PictureTokenIds picture_ids{};
-  int64_t begin_id = 0;
+  std::optional<int64_t> begin_id;  ///< nullopt: the picture comes first
   int64_t end_id = 0;
 };
 CaptionFormat caption_format(const Tokenizer& tokenizer, const CropOptions& crops);
 
-/// The begin token and the tokens of the picture, from which generation starts.
-std::vector<int64_t> prompt_tokens(const PictureReference& picture, const CaptionFormat& format);
+/// The begin token and the tokens of the pictures, one behind the other, from which generation starts.
+std::vector<int64_t> prompt_tokens(const std::vector<PictureReference>& pictures, const CaptionFormat& format);
 Sample caption_sample(const PictureReference& picture, const std::vector<int64_t>& caption,
                       const CaptionFormat& format);
 

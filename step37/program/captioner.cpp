@@ -2,74 +2,93 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <limits>
+#include <optional>
+#include <random>
 #include <utility>
 
+#include "megatron_cpp/tensor_parallel/to_device.h"
 #include "parallel/collectives.h"
 
 namespace megatron_cpp::step37 {
 namespace {
 
-/// `tokens` as a batch of one sequence, padded; the padding is a sub-sequence of its own.
-Step37Batch one_sequence(const std::vector<int64_t>& tokens, int64_t pad_to, int64_t pad_id) {
-  const auto length = static_cast<int64_t>(tokens.size());
-  const int64_t S = (length + pad_to - 1) / pad_to * pad_to;
+/// `tokens` from position `begin` on as a batch of one sequence, padded; the padding is a sub-sequence of its own.
+Step37Batch one_sequence(const std::vector<int64_t>& tokens, int64_t begin, const CaptionerOptions& options) {
+  const auto length = static_cast<int64_t>(tokens.size()) - begin;
+  const int64_t S = (length + options.pad_to - 1) / options.pad_to * options.pad_to;
   Step37Batch batch;
-  batch.input_ids = at::full({1, S}, pad_id, at::kLong);
-  batch.input_ids.narrow(1, 0, length).copy_(at::tensor(at::ArrayRef<int64_t>(tokens), at::kLong).unsqueeze(0));
+  batch.input_ids = at::full({1, S}, options.pad_id, at::kLong);
+  batch.input_ids.narrow(1, 0, length)
+      .copy_(at::tensor(at::ArrayRef<int64_t>(tokens).slice(static_cast<size_t>(begin)), at::kLong));
   batch.attention.position_ids =
-      at::cat({at::arange(length, at::kLong), at::arange(S - length, at::kLong)}).unsqueeze(0);
+      at::cat({at::arange(begin, begin + length, at::kLong), at::arange(S - length, at::kLong)}).unsqueeze(0);
   std::vector<int32_t> ends{0, static_cast<int32_t>(length)};
   if (S > length) ends.push_back(static_cast<int32_t>(S));
   batch.attention.cu_seqlens = at::tensor(at::ArrayRef<int32_t>(ends), at::kInt);
   return batch;
 }
 
-/// Runs the tower on the views of the picture, on the rank that holds them.
-std::vector<ImageForInsert> features_of(Step37Model& model, const PictureReference& picture,
-                                        const CaptionerOptions& options, const parallel::GroupPtr& tp,
-                                        const at::Device& device) {
-  const CaptionPack pack{{}, {picture}};
+/// The views of the pictures, on the rank that runs the tower on them.
+std::vector<ImageForInsert> images_of(const std::vector<PictureReference>& pictures, const CaptionerOptions& options,
+                                      const parallel::GroupPtr& tp, const at::Device& device) {
+  const CaptionPack pack{{}, pictures};
   PictureFaults unheard;
   auto images = load_pictures(pack, options.format, options.folder, tp->getRank(), tp->getSize(),
                               options.faults != nullptr ? *options.faults : unheard);
-  images = to_model_batch(pack, std::move(images), device).images;
-  for (auto& group : images) {
-    group.image_features = model->vision_model->forward(group.images);
-    group.images.reset();
-  }
-  return images;
+  return to_model_batch(pack, std::move(images), device).images;
 }
 
 }  // namespace
 
+std::vector<int64_t> caption_ids(Step37Model& model, const std::vector<PictureReference>& pictures,
+                                 const std::vector<int64_t>& prompt, const CaptionerOptions& options,
+                                 const parallel::GroupPtr& tp, const at::Device& device) {
+  const at::NoGradGuard no_grad;
+  auto& language_model = *model->language_model;
+  auto tokens = prompt_tokens(pictures, options.format);
+  const auto caption_begin = static_cast<std::ptrdiff_t>(tokens.size());
+  tokens.insert(tokens.end(), prompt.begin(), prompt.end());
+  const auto not_text =
+      megatron_cpp::internal::to_device(at::tensor(at::ArrayRef<int64_t>(options.not_text), at::kLong), device);
+  std::mt19937_64 random(options.sampling.seed);
+  KeyValueCache cache;
+  at::Tensor embeddings;  // of the positions that the decoder runs over
+  for (int64_t i = 0; i < options.max_new_tokens; ++i) {
+    const int64_t begin = i == 0 ? 0 : static_cast<int64_t>(tokens.size()) - 1;
+    auto batch = one_sequence(tokens, begin, options);
+    if (i == 0) batch.images = images_of(pictures, options, tp, device);
+    const auto fresh = model->embed(batch);
+    if (i == 0 || options.cache) {
+      embeddings = fresh;
+    } else {
+      embeddings = at::cat({embeddings, fresh});
+      batch.attention = one_sequence(tokens, 0, options).attention;
+    }
+    auto hidden = language_model.decoder->forward(embeddings, batch.attention, options.cache ? &cache : nullptr);
+    int64_t last = static_cast<int64_t>(tokens.size()) - (options.cache ? begin : 0) - 1;
+    if (!model->config().execution.sequence_parallel) {  // else ranks have other rows each
+      hidden = hidden.narrow(0, last, 1);
+      last = 0;
+    }
+    const auto logits = parallel::all_gather_last_dim(language_model.output_layer->forward(hidden).select(0, last), tp)
+                            .narrow(-1, 0, model->config().text.vocabulary_size)
+                            .index_fill(-1, not_text, -std::numeric_limits<double>::infinity());
+    // Rank 0 chooses for all: hosts may round probabilities differently.
+    const auto chosen = tp->getRank() == 0 ? choose_token(logits.squeeze(0), options.sampling, random) : 0;
+    const auto next =
+        parallel::broadcast(at::full({1}, chosen, logits.options().dtype(at::kLong)), 0, tp).item<int64_t>();
+    if (std::find(options.end_ids.begin(), options.end_ids.end(), next) != options.end_ids.end()) break;
+    tokens.push_back(next);
+  }
+  return {tokens.begin() + caption_begin, tokens.end()};
+}
+
 std::string caption_picture(Step37Model& model, const Tokenizer& tokenizer, const PictureReference& picture,
                             const std::vector<int64_t>& prompt, const CaptionerOptions& options,
                             const parallel::GroupPtr& tp, const at::Device& device) {
-  const at::NoGradGuard no_grad;
-  const auto images = features_of(model, picture, options, tp, device);
-  auto tokens = prompt_tokens(picture, options.format);
-  auto caption = prompt;
-  // Tokens that no caption has; a second <im_start> would require a second picture.
-  const auto& ids = options.format.picture_ids;
-  const auto not_text = at::tensor({ids.im_start, ids.im_patch, ids.im_end, ids.patch_start, ids.patch_end,
-                                    ids.patch_newline, options.format.begin_id, options.pad_id},
-                                   at::TensorOptions(at::kLong).device(device));
-  tokens.insert(tokens.end(), prompt.begin(), prompt.end());
-  for (int64_t i = 0; i < options.max_new_tokens; ++i) {
-    auto batch = one_sequence(tokens, options.pad_to, options.pad_id);
-    batch.images = images;
-    const auto logits = model->forward(batch).select(0, static_cast<int64_t>(tokens.size()) - 1);
-    const auto next = parallel::all_gather_last_dim(logits, tp)
-                          .narrow(-1, 0, model->config().text.vocabulary_size)
-                          .index_fill(-1, not_text, -std::numeric_limits<double>::infinity())
-                          .argmax(-1)
-                          .item<int64_t>();
-    if (next == options.format.end_id) break;
-    tokens.push_back(next);
-    caption.push_back(next);
-  }
-  return tokenizer.decode(caption);
+  return tokenizer.decode(caption_ids(model, {picture}, prompt, options, tp, device));
 }
 
 }  // namespace megatron_cpp::step37

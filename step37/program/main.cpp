@@ -130,15 +130,25 @@ void add_plan(CLI::App& app, Command& command) {
 }
 
 void add_generate(CLI::App& app, Command& command) {
-  auto* generate = app.add_subcommand("generate", "Caption a picture with a trained model");
+  auto* generate = app.add_subcommand("generate", "Caption pictures with a trained model");
   auto arguments = std::make_shared<step37::GenerateArguments>();
-  generate->add_option("--checkpoint", arguments->checkpoint, "Checkpoint of a training run, such as .../latest")
-      ->required();
-  generate->add_option("--image", arguments->image, "Picture (PNG or JPEG)")->required();
+  generate->add_option("--checkpoint", arguments->checkpoint, "Checkpoint of a training run, such as .../latest");
+  generate->add_option("--model", arguments->model, "Or a folder with config.json and safetensors files");
+  generate->add_option("--image", arguments->images, "Picture; give the option again for each further one")
+      ->required()
+      ->allow_extra_args(false);
   generate->add_option("--prompt", arguments->prompt, "How the caption begins");
   generate->add_option("--max-new-tokens", arguments->max_new_tokens, "Longest caption, in tokens")
-      ->capture_default_str()
-      ->check(CLI::PositiveNumber);
+      ->capture_default_str();
+  generate->add_option("--temperature", arguments->sampling.temperature, "0: always the most probable token")
+      ->capture_default_str();
+  generate->add_option("--top-p", arguments->sampling.top_p, "Draw from the tokens that make up this probability")
+      ->capture_default_str();
+  generate->add_option("--seed", arguments->sampling.seed, "Of the draws")->capture_default_str();
+  generate->add_flag("!--no-cache", arguments->cache, "Recompute all positions for every token");
+  generate->add_flag("--ids", arguments->ids, "Print token ids in place of text");
+  generate->add_option("--expert-parallel", arguments->expert_parallel, "Ranks that share out the experts")
+      ->capture_default_str();
   generate->callback([arguments, &command] {
     command = [arguments](parallel::Runtime& runtime) {
       runtime.choose_device({.device = "auto", .may_leave_gpus = true});

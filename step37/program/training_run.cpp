@@ -228,13 +228,22 @@ int64_t padding_multiple(int tensor_parallel_size) {
   return std::lcm<int64_t>(64, std::lcm<int64_t>(tensor_parallel_size, 16));
 }
 
+CaptionerOptions captioner_options(const Tokenizer& tokenizer, const CropOptions& crops) {
+  CaptionerOptions options;
+  options.format = caption_format(tokenizer, crops);
+  options.pad_id = tokenizer.pad_id();
+  options.end_ids = {options.format.end_id};
+  const auto& ids = options.format.picture_ids;
+  options.not_text = {ids.im_start,  ids.im_patch,      ids.im_end,         ids.patch_start,
+                      ids.patch_end, ids.patch_newline, tokenizer.bos_id(), tokenizer.pad_id()};
+  return options;
+}
+
 CaptionerOptions captioner_options(const RunConfig& config, const Tokenizer& tokenizer,
                                    const std::filesystem::path& folder, int tensor_parallel_size) {
-  CaptionerOptions options;
-  options.format = caption_format(tokenizer, crop_options(config));
+  auto options = captioner_options(tokenizer, crop_options(config));
   options.folder = folder;
   options.pad_to = config.parallel.sequence_parallel ? tensor_parallel_size : 1;
-  options.pad_id = tokenizer.pad_id();
   options.max_new_tokens = config.report.max_new_tokens;
   return options;
 }

@@ -113,6 +113,9 @@ PublishedConfig published_config(const RunConfig& config, const Tokenizer& token
 /// Sequences are padded to a multiple of lcm(64, t, 16), as the reference pads its packs.
 int64_t padding_multiple(int tensor_parallel_size);
 
+/// How a model captions that was trained with `tokenizer`: until the end token, without picture symbols.
+CaptionerOptions captioner_options(const Tokenizer& tokenizer, const CropOptions& crops);
+/// The same with the settings of the run.
 CaptionerOptions captioner_options(const RunConfig& config, const Tokenizer& tokenizer,
                                    const std::filesystem::path& folder, int tensor_parallel_size);
 

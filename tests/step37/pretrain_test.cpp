@@ -534,7 +534,7 @@ TEST_F(Pretrain, GoesBackBeyondATruncatedCheckpoint) {
     }
   });
   const auto text = agreed_error([&] {
-    generate(runtime(), {files("run").checkpoints() / "latest", pictures() / "picture0.png", "", 4});
+    generate(runtime(), {.checkpoint = files("run").checkpoints() / "latest", .images = {pictures() / "picture0.png"}});
   });
   EXPECT_TRUE(contains(text, "of-000" + std::to_string(tp) + ".safetensors"));
   pretrain("run", tp, overrides);
@@ -580,13 +580,23 @@ TEST_F(Pretrain, CaptionsAlikeAtEveryTensorParallelSize) {
   const auto checkpoint = files("run").checkpoints() / "latest";
   const std::string picture = "picture3.png";
   if (runtime().rank() == 0) testing::internal::CaptureStdout();
-  const int status = generate(runtime(), {checkpoint, pictures() / picture, "The", 6});
+  const int status = generate(
+      runtime(), {.checkpoint = checkpoint, .images = {pictures() / picture}, .prompt = "The", .max_new_tokens = 6});
   const auto printed = runtime().rank() == 0 ? testing::internal::GetCapturedStdout() : std::string();
   EXPECT_EQ(status, 0);
   if (runtime().rank() == 0) {
     EXPECT_TRUE(printed.starts_with("The")) << printed;
   }
   const auto expected = parallel::broadcast_text(printed, 0, world_tp());
+  if (runtime().rank() == 0) testing::internal::CaptureStdout();
+  generate(runtime(), {.checkpoint = checkpoint,
+                       .images = {pictures() / picture},
+                       .prompt = "The",
+                       .max_new_tokens = 6,
+                       .cache = false});
+  if (runtime().rank() == 0) {
+    EXPECT_EQ(testing::internal::GetCapturedStdout(), expected);
+  }
 
   for (const int tp : divisors_of_world()) {
     SCOPED_TRACE(testing::Message() << "tensor " << tp);
