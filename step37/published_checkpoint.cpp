@@ -312,6 +312,7 @@ void write_published_checkpoint(const fs::path& folder, const PublishedForm& for
         if (!is_first) return;
         if (!copied.empty()) copy_tokenizer_files(copied, partial);
         write_file(partial / kConfig, config + "\n");
+        for (const auto& [name, text] : options.files) write_file(partial / name, text + "\n");
         if (shards.size() > 1) write_file(partial / kIndex, index_of(shards, total_size));
         megatron_cpp::internal::flush_folder(partial);
         megatron_cpp::internal::move_into_place(partial, target);

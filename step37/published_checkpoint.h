@@ -93,6 +93,8 @@ class PublishedCheckpoint {
 struct WritePublishedOptions {
   /// float32, float16 or bfloat16 for all tensors and config.json; empty: as the form says.
   std::string dtype = {};
+  /// More files, by name: their texts.
+  std::map<std::string, std::string> files = {};
   /// Bytes of a file that no further tensor is added to; above it there are several files and an index.
   int64_t max_shard_size = 5'000'000'000;
 };

@@ -17,7 +17,7 @@ TransformerBlockImpl::TransformerBlockImpl(const TransformerConfig& config, cons
                     ", ", own.end, ") of a decoder with ", config.num_layers());
   const auto by_number = register_module("layers", std::make_shared<torch::nn::Module>());
   for (int64_t number = own.begin; number < own.end; ++number) {
-    layers.push_back(
+    layers.emplace_back(
         by_number->register_module(std::to_string(number), TransformerLayer(config, number, execution, groups)));
     rotaries_.push_back(layers.back()->self_attention->rotary());
   }

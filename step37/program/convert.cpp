@@ -13,6 +13,7 @@
 #include "parallel/agree.h"
 #include "parallel/process_groups.h"
 #include "parallel/runtime.h"
+#include "step37/data/preprocessor_config.h"
 #include "step37/program/shell_text.h"
 #include "step37/program/training_run.h"
 #include "step37/published_checkpoint.h"
@@ -53,6 +54,17 @@ Box own_part(const std::vector<int64_t>& shape, const parallel::GroupPtr& world)
   return Box::rows(shape, static_cast<int64_t>(dim), {shape[dim] * rank / size, shape[dim] * (rank + 1) / size});
 }
 
+/// Of a run that has made no step: what a checkpoint must say to be captioned with.
+RunState imported_state(const fs::path& from, const VisionConfig& vision) {
+  const auto crops = read_preprocessor_config(from, vision.image_size, vision.patch_size);
+  RunState state;
+  state.config.training.steps = 1;  // of a training to come: 0 isn't valid
+  state.config.data.crops = crops.with_crops;
+  state.config.data.crop_side = crops.crop_side;
+  state.config.data.max_side = crops.max_side;
+  return state;
+}
+
 void import_checkpoint(const fs::path& from, const fs::path& to, const parallel::GroupPtr& world) {
   CheckpointContents contents;
   parallel::agree_on(
@@ -64,7 +76,7 @@ void import_checkpoint(const fs::path& from, const fs::path& to, const parallel:
           // float64 doesn't occur in published checkpoints; it would lose bits.
           contents.tensors.push_back({name, values.to(at::kFloat), shape, {part}});
         }
-        contents.state = to_text(RunState{});
+        contents.state = to_text(imported_state(from, source.config().vision));
         contents.model = source.form().to_text();
         if (world->getRank() != 0) return;
         check_new_folder(to);
@@ -79,6 +91,7 @@ void import_checkpoint(const fs::path& from, const fs::path& to, const parallel:
 struct TrainedModel {
   PublishedForm form;
   PublishedTensors tensors;
+  CropOptions crops;
 };
 
 TrainedModel model_of(const CheckpointReader& reader, const fs::path& run_directory) {
@@ -86,11 +99,11 @@ TrainedModel model_of(const CheckpointReader& reader, const fs::path& run_direct
   for (const auto& id : reader.tensors()) {
     if (id.role == TensorRole::kParameter) model.tensors[id.name] = reader.global_shape(id);
   }
-  const auto form = PublishedForm::from_text(reader.model(), reader.folder() / "manifest.json");
-  if (form) {
-    model.form = *form;
+  const auto state = run_state_of(reader);
+  model.crops = crop_options(state.config);
+  if (state.config.published_form) {
+    model.form = *state.config.published_form;
   } else {
-    const auto state = run_state_of(reader);
     const auto tokenizer = load_tokenizer(RunFiles{run_directory}.tokenizer(), state, reader.folder());
     model.form.config = hub_form(published_config(state.config, tokenizer));
   }
@@ -119,7 +132,9 @@ void export_checkpoint(const fs::path& from, const fs::path& to, const std::stri
     return values;
   };
   write_published_checkpoint(to, model.form, model.tensors, read, run_directory, world,
-                             {.dtype = dtype, .max_shard_size = max_shard_size});
+                             {.dtype = dtype,
+                              .files = {{kPreprocessorConfig, preprocessor_config(model.crops)}},
+                              .max_shard_size = max_shard_size});
 }
 
 int convert(parallel::Runtime& runtime, const ConvertArguments& arguments) {

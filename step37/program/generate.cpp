@@ -23,6 +23,7 @@
 #include "step37/checkpoint_names.h"
 #include "step37/data/captioned_pictures.h"
 #include "step37/data/picture.h"
+#include "step37/data/preprocessor_config.h"
 #include "step37/program/shell_text.h"
 #include "step37/program/training_run.h"
 #include "step37/published_checkpoint.h"
@@ -83,22 +84,6 @@ nlohmann::ordered_json json_or_empty(const std::filesystem::path& file) {
   return exists(file) ? megatron_cpp::internal::read_json_file(file) : nlohmann::ordered_json::object();
 }
 
-CropOptions published_crops(const std::filesystem::path& folder, const VisionConfig& vision) {
-  const auto file = folder / "preprocessor_config.json";
-  const auto json = json_or_empty(file);
-  const megatron_cpp::internal::JsonObject processor(json, file);
-  CropOptions crops;
-  crops.vision_patch_size = vision.patch_size;
-  crops.global_side = processor.has_value("size") ? processor.object("size").integer("height") : vision.image_size;
-  // The released model's proportion of 504 to 728, in whole patches.
-  const int64_t crop_patches = (2 * 9 * (crops.global_side / vision.patch_size) + 13) / (2 * 13);
-  crops.crop_side = processor.has_value("patch_size") ? processor.integer("patch_size")
-                                                      : std::max<int64_t>(crop_patches, 1) * vision.patch_size;
-  if (processor.has_value("max_image_size")) crops.max_side = processor.integer("max_image_size");
-  crops.validate();
-  return crops;
-}
-
 /// The ids of the symbols that `pictures` need, from config.json or tokenizer.json.
 PictureTokenIds published_picture_ids(const PublishedCheckpoint& checkpoint,
                                       const std::vector<PictureReference>& pictures, const CropOptions& crops) {
@@ -148,7 +133,8 @@ LoadedModel load_published(const std::filesystem::path& folder, const std::vecto
                     " has neither model.safetensors nor model.safetensors.index.json");
   LoadedModel loaded;
   loaded.max_positions = checkpoint.config().max_position_embeddings;
-  const auto crops = published_crops(folder, checkpoint.config().vision);
+  const auto& vision = checkpoint.config().vision;
+  const auto crops = read_preprocessor_config(folder, vision.image_size, vision.patch_size);
   if (const auto file = folder / "tokenizer.model"; exists(file)) {
     loaded.tokenizer.emplace(Tokenizer::load(file));
     loaded.options = captioner_options(*loaded.tokenizer, crops);
@@ -173,7 +159,7 @@ std::optional<std::string> tokenized(const std::string& action, const std::files
   if (program == nullptr) return std::nullopt;
   const auto command = fmt::format("printf %s {} | {} {} {}", shell_quoted(input), shell_quoted_path(program), action,
                                    shell_quoted_path(folder));
-  auto* pipe = popen(command.c_str(), "r");
+  auto* pipe = popen(command.c_str(), "r");  // NOLINT(bugprone-command-processor): the user's own program
   TORCH_CHECK_VALUE(pipe != nullptr, "cannot start ", program, ": ", std::strerror(errno));
   std::string output;
   for (int byte = std::getc(pipe); byte != EOF; byte = std::getc(pipe)) output += static_cast<char>(byte);

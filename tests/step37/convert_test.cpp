@@ -83,6 +83,9 @@ TEST_F(Convert, ThereAndBackIsBitForBit) {
     convert(model_path(name), at(name + "_run"));
     convert(at(name + "_run"), at(name), {.max_shard_size = 100'000});
     expect_same_weights(weights_of(at(name)), weights_of(model_path(name)), name);
+    const auto crops = json_of(at(name) / "preprocessor_config.json");
+    EXPECT_EQ(crops.at("size").at("height"), read_published_config(at(name) / "config.json").vision.image_size);
+    EXPECT_FALSE(crops.contains("enable_patch"));
     const auto index = json_of(at(name) / "model.safetensors.index.json");
     int64_t bytes = 0;
     for (const auto& [tensor_name, tensor] : weights_of(at(name))) bytes += static_cast<int64_t>(tensor.nbytes());
