@@ -132,11 +132,10 @@ TEST(GradientBuffer, RefusesWhatDoesNotFit) {
   const auto frozen = shard_of("frozen", at::zeros({3}), GradientDomain::kReplicated);
   EXPECT_TRUE(contains(value_error([&] { GradientBuffer({frozen}, group); }), "every parameter is frozen"));
   auto elsewhere = shard_of("elsewhere", parameter({2}), GradientDomain::kReplicated);
-  elsewhere.domain.summed_over = "edp";
-  EXPECT_EQ(value_error([&] { GradientBuffer({elsewhere}, group); }), "no group of kind \"edp\" was made");
-  elsewhere.domain = {.sharded_over = "dp"};
-  EXPECT_EQ(value_error([&] { GradientBuffer({elsewhere}, group); }),
-            "parameter elsewhere is sharded over \"dp\": the gradient norm knows sharding over tp only");
+  elsewhere.domain.summed_over = "cp";
+  EXPECT_EQ(value_error([&] { GradientBuffer({elsewhere}, group); }), "no group of kind \"cp\" was made");
+  elsewhere.domain = {.sharded_over = "pp"};
+  EXPECT_EQ(value_error([&] { GradientBuffer({elsewhere}, group); }), "no group of kind \"pp\" was made");
 }
 
 TEST(GradientBuffer, KeepsDtypesApart) {

@@ -3,12 +3,14 @@
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
+#include <c10/util/ThreadLocalDebugInfo.h>
 #include <gtest/gtest.h>
 
 #include <filesystem>
 #include <fstream>
 #include <limits>
 #include <map>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
 
@@ -19,6 +21,7 @@
 #include "step37/step37_model.h"
 #include "tests/step37/published_models.h"
 #include "tests/support/errors.h"
+#include "tests/support/live_bytes.h"
 #include "tests/support/temporary_folder.h"
 #include "tests/support/test_world.h"
 
@@ -151,6 +154,25 @@ TEST_F(Convert, ModelsAskForTheTensorsThatAreListed) {
     }
     EXPECT_EQ(asked, listed) << name;
   }
+}
+
+// Values go from the mapped files into the parameters: loading needs no memory but the rank's share of the model.
+TEST_F(Convert, LoadingNeedsNoMoreThanTheRanksShare) {
+  const auto largest = 61 * 32 * 4;  // bytes of the largest tensor, an embedding
+  const auto watch = std::make_shared<LiveBytes>();
+  const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, watch);
+  const PublishedCheckpoint checkpoint(model_path("wide"));
+  EXPECT_LT(watch->peak, largest);
+  const int size = runtime().size();
+  Step37Model model(step37_config(checkpoint.config(), true),
+                    groups(parallel::RankGrid{.tp = size, .ep = size, .etp = 1}));
+  const auto shards = parameter_shards(*model);
+  int64_t share = 0;
+  for (const auto& shard : shards) share += static_cast<int64_t>(shard.parameter.nbytes());
+  const auto before = watch->peak;
+  EXPECT_GE(before, share);
+  checkpoint.load(shards);
+  EXPECT_LE(watch->peak, before + largest);
 }
 
 TEST_F(Convert, RefusesWithoutLeavingAnything) {

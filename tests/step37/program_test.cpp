@@ -106,13 +106,6 @@ TEST_F(Program, PlansWithoutMpirunOrData) {
       << wrong.output;
 }
 
-TEST_F(Program, RefusesToTrainExperts) {
-  const auto outcome =
-      test_support::run_command(pretrain("model.num_moe_experts=2 model.moe_ffn_hidden_size=8 parallel.tp=1"));
-  EXPECT_EQ(outcome.status, 1);
-  EXPECT_NE(outcome.output.find("error: pretrain can't train experts yet"), std::string::npos) << outcome.output;
-}
-
 TEST_F(Program, RefusesABadOptionValueOnce) {
   const auto outcome = start(embed(kCase) + " --dtype int8");
   EXPECT_GT(outcome.status, 0);
