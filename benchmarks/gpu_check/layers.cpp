@@ -9,7 +9,6 @@
 #include <functional>
 #include <memory>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "benchmarks/gpu_check/check.h"
@@ -175,7 +174,7 @@ void check_layers(const Target& target, Report& report) {
     row["MB"] = gathered_bytes / 1e6;
     row["set_GB/s"] = pace;
     row["GB/s"] = reached;
-    report.row(std::move(row));
+    report.row(row);
   } else if (!target.is_gpu()) {
     report.no_gpu("copies at a set pace");
   }
@@ -193,7 +192,7 @@ void check_layers(const Target& target, Report& report) {
       // 1: side by side; 0: one after the other.
       row["overlap"] = (products + copies - together) / std::min(products, copies);
     }
-    report.row(std::move(row));
+    report.row(row);
   }
 }
 

@@ -21,8 +21,8 @@ GPTModelImpl::GPTModelImpl(const TransformerConfig& config, const TransformerExe
   const auto by_number = mtp->register_module("layers", std::make_shared<torch::nn::Module>());
   for (size_t number = 0; number < config.mtp_layers.size(); ++number) {
     const auto layer = static_cast<int64_t>(number);
-    mtp_layers.push_back(by_number->register_module(std::to_string(config.num_layers() + layer),
-                                                    MultiTokenPredictionLayer(config, layer, execution, groups)));
+    mtp_layers.emplace_back(config, layer, execution, groups);
+    by_number->register_module(std::to_string(config.num_layers() + layer), mtp_layers.back());
   }
 }
 

@@ -17,7 +17,7 @@ CropOptions read_preprocessor_config(const std::filesystem::path& folder, int64_
   crops.vision_patch_size = vision_patch_size;
   crops.global_side = processor.has_value("size") ? processor.object("size").integer("height") : image_size;
   // The released model's proportion of 504 to 728, in whole patches.
-  const int64_t crop_patches = (2 * 9 * (crops.global_side / vision_patch_size) + 13) / (2 * 13);
+  const int64_t crop_patches = (18 * (crops.global_side / vision_patch_size) + 13) / 26;
   crops.crop_side = processor.has_value("patch_size") ? processor.integer("patch_size")
                                                       : std::max<int64_t>(crop_patches, 1) * vision_patch_size;
   if (processor.has_value("max_image_size")) crops.max_side = processor.integer("max_image_size");

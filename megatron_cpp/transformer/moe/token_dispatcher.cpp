@@ -145,7 +145,7 @@ ExpertTokens TokenDispatcher::dispatch(const at::Tensor& tokens) {
 }
 
 at::Tensor TokenDispatcher::combine(const at::Tensor& output) const {
-  const auto rows = parallel::reduce_scatter_uneven_to_sequence_parallel_region(output, gathered_rows_, groups_.etp);
+  auto rows = parallel::reduce_scatter_uneven_to_sequence_parallel_region(output, gathered_rows_, groups_.etp);
   if (size_of(groups_.ep) == 1) return rows;
   const auto returned = parallel::differentiable_all_to_all(rows, send_splits_, receive_splits_, groups_.ep);
   return UnpermuteFunction::apply(returned, sent_tokens_, send_splits_, routing_.experts.size(0));
