@@ -267,7 +267,8 @@ class ForwardRun {
     const Placement placement(input_, config);
     places_ = placement.places();
     const bool has_patches = input_.patches.defined() && input_.patches.size(0) > 0;
-    const bool has_start_tokens = image_start && (patch_start || !has_patches);
+    // In a text without pictures the ids of start tokens mean nothing.
+    const bool has_start_tokens = image_start && (patch_start || !has_patches) && !places_.empty();
     auto plan = has_start_tokens ? placement.after_start_tokens(patch_start.value_or(-1), *image_start)
                                  : placement.by_placeholders(input_.patches_before);
     // Sequence parallelism needs a multiple of t; causal attention doesn't look at what is appended.

@@ -126,6 +126,16 @@ TEST_F(Forward, FindsPlaceholdersWithoutStartTokens) {
   EXPECT_FALSE(without.contains("layers.0.output"));
 }
 
+// Without pictures a start token is a token like any other.
+TEST_F(Forward, TextMayHoldStartTokens) {
+  auto arguments = arguments_for("wide");
+  arguments.input = changed_input("wide", [](Tensors& tensors) {
+    tensors.erase("pixel_values");
+    tensors["input_ids"].masked_fill_(tensors["input_ids"].eq(60), 2);
+  });
+  EXPECT_EQ(run(arguments).at("logits").size(1), 24);
+}
+
 TEST_F(Forward, ComputesInOtherDtypes) {
   auto arguments = arguments_for("wide");
   const auto reference = run(arguments);
