@@ -138,7 +138,21 @@ std::string index_of(const std::vector<Shard>& shards, int64_t total_size) {
 }  // namespace
 
 std::string PublishedForm::to_text() const {
-  return Json{{"published", {{"config", Json::parse(config)}, {"dtypes", dtypes}}}}.dump();
+  return Json{{"published",
+               {{"config", Json::parse(config)},
+                {"dtypes", dtypes},
+                {"has_weights", has_weights},
+                {"has_mtp_layers", has_mtp_layers},
+                {"has_qk_norms", has_qk_norms}}}}
+      .dump();
+}
+
+PublishedConfig PublishedForm::model(const fs::path& where) const {
+  auto model = published_config_from_text(config, where);
+  if (!has_weights) return model;
+  model.text.qk_layernorm = has_qk_norms;
+  if (!has_mtp_layers) model.text.mtp_layers.clear();
+  return model;
 }
 
 std::optional<PublishedForm> PublishedForm::from_text(const std::string& text, const fs::path& where) {
@@ -149,7 +163,10 @@ std::optional<PublishedForm> PublishedForm::from_text(const std::string& text, c
   const auto published = root.object("published");
   published.object("config");  // checks that it is an object
   const auto names = published.object("dtypes");
-  PublishedForm form{json.at("published").at("config").dump(2), {}};
+  PublishedForm form{.config = json.at("published").at("config").dump(2),
+                     .has_weights = published.boolean("has_weights"),
+                     .has_mtp_layers = published.boolean("has_mtp_layers"),
+                     .has_qk_norms = published.boolean("has_qk_norms")};
   for (const auto& name : names.names()) form.dtypes[name] = names.text(name);
   return form;
 }
@@ -226,7 +243,10 @@ void PublishedCheckpoint::check_tensors() {
 }
 
 PublishedForm PublishedCheckpoint::form() const {
-  PublishedForm form{hub_form(folder_ / kConfig), {}};
+  PublishedForm form{.config = hub_form(folder_ / kConfig),
+                     .has_weights = has_weights(),
+                     .has_mtp_layers = !config_.text.mtp_layers.empty(),
+                     .has_qk_norms = config_.text.qk_layernorm};
   const auto usual = safetensors_dtype(dtype_of_config(config_.dtype), "");
   for (const auto& [name, place] : places_) {
     const auto& dtype = entry(place).dtype_name;

@@ -27,14 +27,18 @@ struct PublishedForm {
   /// dtypes of tensors, by published name, that aren't of config.json's dtype (the released router biases); as
   /// safetensors files name them
   std::map<std::string, std::string> dtypes = {};
+  bool has_weights = false;    ///< false: there is only config.json; the next two say nothing then
+  bool has_mtp_layers = true;  ///< whether the weights have the multi-token-prediction layers that config announces
+  bool has_qk_norms = true;    ///< whether the weights have norms of queries and keys
 
   /// JSON for CheckpointContents::model.
   std::string to_text() const;
   /// The form in a text of to_text(); nothing if it is another JSON object.
   /// @throws c10::ValueError naming `where` if the text isn't JSON.
   static std::optional<PublishedForm> from_text(const std::string& text, const std::filesystem::path& where);
-  /// What `config` says. Throws as published_config_from_text; `where` is the text's name in messages.
-  PublishedConfig model(const std::filesystem::path& where) const { return published_config_from_text(config, where); }
+  /// PublishedCheckpoint::config(): what `config` says, and the weights know better. Throws as
+  /// published_config_from_text; `where` is the text's name in messages.
+  PublishedConfig model(const std::filesystem::path& where) const;
   bool operator==(const PublishedForm&) const = default;
 };
 

@@ -369,7 +369,7 @@ std::optional<PublishedForm> form_of_run(const std::filesystem::path& directory)
 }
 
 PublishedForm form_of_source(const RunConfig& config) {
-  if (config.model.from.empty()) return {hub_form(std::filesystem::path(config.model.config)), {}};
+  if (config.model.from.empty()) return {.config = hub_form(std::filesystem::path(config.model.config))};
   return PublishedCheckpoint(config.model.from).form();
 }
 
@@ -572,8 +572,8 @@ Step37Config model_config(const RunConfig& config, int64_t vocabulary_size) {
   Step37Config result;
   result.text = config.published ? config.published->text : decoder_config(model, vocabulary_size);
   result.text.init_std = model.init_std;
-  // Without weights for them, layers of multi-token prediction would stay as they are drawn.
-  if (model.from.empty()) result.text.mtp_layers.clear();
+  // Without weights, layers of multi-token prediction would stay as they are drawn.
+  if (!config.published_form || !config.published_form->has_weights) result.text.mtp_layers.clear();
   if (!model.train_padding_row) {
     constexpr int64_t kPadId = 3;  // of Tokenizer::train
     result.text.embedding_padding_idx = config.published ? config.published->pad_token_id : kPadId;

@@ -131,6 +131,26 @@ TEST_F(Convert, WritesTheHubFormOfTheConfiguration) {
   }
 }
 
+// A run keeps the form, and must make the same model of it, whatever config.json says of parts that the weights lack.
+TEST_F(Convert, TheFormGivesTheModelOfTheWeights) {
+  const auto without_norms = changed_model("wide", [](Tensors& tensors) {
+    std::erase_if(tensors, [](const auto& entry) {
+      return entry.first.find("q_norm") != std::string::npos || entry.first.find("k_norm") != std::string::npos;
+    });
+  });
+  on_main([&] {
+    fs::create_directories(at("shape"));
+    fs::copy_file(model_path("wide") / "config.json", at("shape") / "config.json");
+  });
+  for (const auto& folder :
+       {model_path("base"), model_path("rope_shared"), model_path("wide"), without_norms, at("shape")}) {
+    const PublishedCheckpoint checkpoint(folder);
+    const auto form = checkpoint.form();
+    EXPECT_EQ(form.model("config.json"), checkpoint.config()) << folder;
+    EXPECT_EQ(PublishedForm::from_text(form.to_text(), "form"), form) << folder;
+  }
+}
+
 TEST_F(Convert, ToAnotherDtype) {
   convert(model_path("wide"), at("narrow"), {.layout = "published", .dtype = "bfloat16"});
   EXPECT_EQ(PublishedCheckpoint(at("narrow")).config().dtype, "bfloat16");
