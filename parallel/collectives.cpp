@@ -135,12 +135,22 @@ PendingTensor start_all_gather(const at::Tensor& input, const GroupPtr& group) {
 
 at::Tensor all_gather(const at::Tensor& input, const GroupPtr& group) { return start_all_gather(input, group).wait(); }
 
+namespace {
+
+/// Backends move equal shares faster.
+bool are_equal(const std::vector<int64_t>& rows) {
+  return std::adjacent_find(rows.begin(), rows.end(), std::not_equal_to<>()) == rows.end();
+}
+
+}  // namespace
+
 at::Tensor all_gather_uneven(const at::Tensor& input, const std::vector<int64_t>& rows, const GroupPtr& group) {
   if (group->getSize() == 1) return input.detach();
   check_has_dimension(input, "all_gather_uneven");
   const auto own = static_cast<size_t>(group->getRank());
   TORCH_CHECK_VALUE(rows.size() == static_cast<size_t>(group->getSize()) && input.size(0) == rows[own],
                     "all_gather_uneven: ", input.sizes(), " does not have this rank's rows of ", at::IntArrayRef(rows));
+  if (are_equal(rows)) return all_gather(input, group);
   auto shape = input.sizes().vec();
   shape[0] = std::accumulate(rows.begin(), rows.end(), int64_t{0});
   const auto contiguous = input.detach().contiguous();
@@ -190,9 +200,7 @@ at::Tensor reduce_scatter_uneven(const at::Tensor& input, const std::vector<int6
   const auto total = std::accumulate(rows.begin(), rows.end(), int64_t{0});
   TORCH_CHECK_VALUE(rows.size() == static_cast<size_t>(t) && input.size(0) == total,
                     "reduce_scatter_uneven: ", input.sizes(), " is not made of the rows ", at::IntArrayRef(rows));
-  if (std::adjacent_find(rows.begin(), rows.end(), std::not_equal_to<>()) == rows.end()) {
-    return reduce_scatter(input, group);
-  }
+  if (are_equal(rows)) return reduce_scatter(input, group);
   const int64_t own = rows[static_cast<size_t>(group->getRank())];
   const auto summands = all_to_all(input, std::vector<int64_t>(static_cast<size_t>(t), own), rows, group);
   auto sum = summands.narrow(0, 0, own).clone();

@@ -4,8 +4,6 @@
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <algorithm>
-#include <functional>
 #include <utility>
 
 #include "parallel/collectives.h"
@@ -103,11 +101,6 @@ struct UnevenMapping : torch::autograd::Function<UnevenMapping<kForward, kBackwa
   }
 };
 
-at::Tensor gather_rows(const at::Tensor& input, const std::vector<int64_t>& rows, const GroupPtr& group) {
-  const bool is_even = std::adjacent_find(rows.begin(), rows.end(), std::not_equal_to<>()) == rows.end();
-  return is_even ? all_gather(input, group) : all_gather_uneven(input, rows, group);
-}
-
 }  // namespace
 
 at::Tensor copy_to_tensor_model_parallel_region(const at::Tensor& input, const GroupPtr& tp) {
@@ -157,13 +150,13 @@ at::Tensor reduce_scatter_to_sequence_parallel_region(const at::Tensor& input, c
 at::Tensor gather_uneven_from_sequence_parallel_region(const at::Tensor& input, const std::vector<int64_t>& rows,
                                                        const GroupPtr& group) {
   if (group->getSize() == 1) return input;
-  return UnevenMapping<gather_rows, reduce_scatter_uneven>::apply(input, rows, group);
+  return UnevenMapping<all_gather_uneven, reduce_scatter_uneven>::apply(input, rows, group);
 }
 
 at::Tensor reduce_scatter_uneven_to_sequence_parallel_region(const at::Tensor& input, const std::vector<int64_t>& rows,
                                                              const GroupPtr& group) {
   if (group->getSize() == 1) return input;
-  return UnevenMapping<reduce_scatter_uneven, gather_rows>::apply(input, rows, group);
+  return UnevenMapping<reduce_scatter_uneven, all_gather_uneven>::apply(input, rows, group);
 }
 
 at::Tensor differentiable_all_to_all(const at::Tensor& input, const std::vector<int64_t>& output_splits,

@@ -73,8 +73,8 @@ std::map<std::string, std::set<std::string>> files_of_index(const fs::path& path
   std::map<std::string, std::set<std::string>> files;
   for (const auto& tensor : weight_map.names()) {
     const auto file = weight_map.text(tensor);
-    TORCH_CHECK_VALUE(!file.empty() && fs::path(file).filename() == file && file != "." && file != "..",
-                      weight_map.where(tensor), " is \"", file, "\", which is no file beside the index");
+    TORCH_CHECK_VALUE(megatron_cpp::internal::is_file_name(file), weight_map.where(tensor), " is \"", file,
+                      "\", which is no file beside the index");
     files[file].insert(tensor);
   }
   TORCH_CHECK_VALUE(!files.empty(), path.string(), ": key weight_map is empty");
@@ -157,7 +157,7 @@ PublishedConfig PublishedForm::model(const fs::path& where) const {
 
 std::optional<PublishedForm> PublishedForm::from_text(const std::string& text, const fs::path& where) {
   if (text.empty()) return std::nullopt;
-  const auto json = Json::parse(text, /*cb=*/nullptr, /*allow_exceptions=*/false);
+  const auto json = megatron_cpp::internal::parse_json(text, where);
   const megatron_cpp::internal::JsonObject root(json, where);
   if (!root.has("published")) return std::nullopt;
   const auto published = root.object("published");

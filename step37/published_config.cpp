@@ -561,9 +561,7 @@ PublishedConfig read_published_config(const std::filesystem::path& file) {
 }
 
 PublishedConfig published_config_from_text(const std::string& text, const std::filesystem::path& where) {
-  const auto json = nlohmann::ordered_json::parse(text, /*cb=*/nullptr, /*allow_exceptions=*/false);
-  TORCH_CHECK_VALUE(!json.is_discarded(), where.string(), " is not JSON");
-  return config_from_json(json, where);
+  return config_from_json(megatron_cpp::internal::parse_json(text, where), where);
 }
 
 std::string hub_form(const PublishedConfig& config) {

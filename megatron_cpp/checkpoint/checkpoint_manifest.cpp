@@ -11,6 +11,7 @@
 #include <system_error>
 #include <utility>
 
+#include "megatron_cpp/checkpoint/complete_file.h"
 #include "megatron_cpp/checkpoint/json_integer.h"
 #include "megatron_cpp/checkpoint/json_object.h"
 #include "megatron_cpp/checkpoint/safetensors.h"
@@ -74,12 +75,6 @@ Json manifest_json(const CheckpointManifest& manifest) {
   return {{"format_version", kFormatVersion}, {"step", manifest.step},           {"state", manifest.state},
           {"model", manifest.model},          {"tokenizer", manifest.tokenizer}, {"files", manifest.file_bytes},
           {"tensors", std::move(tensors)}};
-}
-
-/// Whether `name` is a plain file name, which can't lead out of the folder.
-bool is_file_name(std::string_view name) {
-  constexpr std::string_view kSeparators("/\0", 2);
-  return !name.empty() && name != "." && name != ".." && name.find_first_of(kSeparators) == std::string_view::npos;
 }
 
 TensorRole parse_role(const JsonObject& object) {

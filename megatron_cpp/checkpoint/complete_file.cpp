@@ -110,6 +110,11 @@ bool may_write_in_place(int reason) {
   return false;
 }
 
+bool is_file_name(std::string_view name) {
+  constexpr std::string_view kSeparators("/\0", 2);
+  return !name.empty() && name != "." && name != ".." && name.find_first_of(kSeparators) == std::string_view::npos;
+}
+
 fs::path link_target(const fs::path& path) {
   auto target = path;
   std::error_code ignored;

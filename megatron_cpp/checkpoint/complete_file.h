@@ -43,6 +43,9 @@ bool means_lost_data(int reason);
 /// it is a mount point, or the file system can't replace a file.
 bool may_write_in_place(int reason);
 
+/// Whether `name` is a plain file name, which can't lead out of a folder.
+bool is_file_name(std::string_view name);
+
 /// Follows links at the end of `path`; the target may not exist.
 /// @throws c10::Error "cannot write `path`: ..." if the links go in a circle.
 std::filesystem::path link_target(const std::filesystem::path& path);

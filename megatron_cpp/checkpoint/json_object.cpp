@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <fstream>
+#include <iterator>
 #include <nlohmann/json.hpp>
 #include <utility>
 
@@ -114,8 +115,12 @@ const nlohmann::ordered_json& JsonObject::array_at(const std::string& name) cons
 nlohmann::ordered_json read_json_file(const std::filesystem::path& file) {
   std::ifstream stream(file);
   TORCH_CHECK_VALUE(stream, "cannot open ", file.string(), ": ", std::strerror(errno));
-  auto json = nlohmann::ordered_json::parse(stream, /*cb=*/nullptr, /*allow_exceptions=*/false);
-  TORCH_CHECK_VALUE(!json.is_discarded(), file.string(), " is not JSON");
+  return parse_json({std::istreambuf_iterator<char>(stream), {}}, file);
+}
+
+nlohmann::ordered_json parse_json(const std::string& text, const std::filesystem::path& where) {
+  auto json = nlohmann::ordered_json::parse(text, /*cb=*/nullptr, /*allow_exceptions=*/false);
+  TORCH_CHECK_VALUE(!json.is_discarded(), where.string(), " is not JSON");
   return json;
 }
 

@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <filesystem>
 #include <nlohmann/json_fwd.hpp>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -48,5 +47,8 @@ class JsonObject {
 /// The JSON of `file`, whose outermost value is an object.
 /// @throws c10::ValueError naming the file if it can't be read or isn't JSON.
 nlohmann::ordered_json read_json_file(const std::filesystem::path& file);
+
+/// The same from a text; `where` is its name in messages.
+nlohmann::ordered_json parse_json(const std::string& text, const std::filesystem::path& where);
 
 }  // namespace megatron_cpp::internal

@@ -107,7 +107,11 @@ GradientBuffer::GradientBuffer(const std::vector<ParameterShard>& parameters, co
     TORCH_CHECK_VALUE(shard.parameter.device() == first.parameter.device(), "parameter ", shard.name, " is on ",
                       shard.parameter.device(), ", ", first.name, " on ", first.parameter.device(),
                       ": gradients are kept on one device");
-    if (!shard.domain.sharded_over.empty()) groups.of(shard.domain.sharded_over);  // checks that it was made
+    const auto over = shard.domain.sharded_over;
+    const bool is_known = over == GradientDomain::kSharded.sharded_over || over == GradientDomain::kExpert.sharded_over;
+    TORCH_CHECK_VALUE(over.empty() || is_known, "parameter ", shard.name, " is sharded over \"", over,
+                      "\": the gradient norm knows sharding over tp and etp_ep only");
+    if (is_known) groups.of(over);  // checks that it was made
     auto& bucket = bucket_of(shard);
     bucket.numel += padded_numel(shard.parameter);
     by_bucket.resize(buckets_.size());

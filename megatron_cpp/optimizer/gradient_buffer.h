@@ -19,9 +19,8 @@ class GradientBuffer {
  public:
   /// @param parameters  all on one device.
   /// @param groups      those that the domains name, and always "tp".
-  /// @throws c10::ValueError naming a parameter on another device, or a group that wasn't made; or if no parameter
-  /// needs
-  ///         a gradient. Not collective.
+  /// @throws c10::ValueError naming a parameter on another device, or a group that wasn't made or isn't one that
+  ///         parameters are sharded over; or if no parameter needs a gradient. Not collective.
   GradientBuffer(const std::vector<ParameterShard>& parameters, const parallel::ProcessGroups& groups);
 
   /// Sets all gradients to 0 and re-attaches the views. Not collective.

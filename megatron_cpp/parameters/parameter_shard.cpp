@@ -20,7 +20,10 @@ namespace megatron_cpp {
 
 std::string_view GradientDomain::replicated_over() const {
   if (sharded_over.empty()) return "tp_dp";
-  return sharded_over == kExpert.sharded_over ? kExpert.summed_over : kSharded.summed_over;
+  if (sharded_over == kSharded.sharded_over) return kSharded.summed_over;
+  TORCH_CHECK_VALUE(sharded_over == kExpert.sharded_over, "sharded over \"", sharded_over,
+                    "\": parameters are sharded over tp or etp_ep");
+  return kExpert.summed_over;
 }
 
 namespace {

@@ -39,6 +39,7 @@ struct GradientDomain {
   static const GradientDomain kExpert;
 
   /// The group of the ranks that hold the same part of the parameter.
+  /// @throws c10::ValueError naming sharded_over if it isn't empty, "tp" or "etp_ep".
   std::string_view replicated_over() const;
 };
 inline constexpr GradientDomain GradientDomain::kSharded{"tp", "dp"};

@@ -36,6 +36,9 @@ struct ModelGroups {
   parallel::GroupPtr ep;      ///< expert parallel; null: every rank has all experts, or its share of each
   parallel::GroupPtr etp;     ///< tensor parallel within each expert
   parallel::GroupPtr etp_ep;  ///< both together; null if ep is
+
+  int ep_size() const { return ep ? ep->getSize() : 1; }  ///< ranks that share the experts out
+  int ep_rank() const { return ep ? ep->getRank() : 0; }  ///< this rank among them
 };
 
 }  // namespace megatron_cpp

@@ -30,18 +30,6 @@ fs::path checkpoints_of(const fs::path& path) {
   return fs::is_directory(inside, unknown) ? inside : path;
 }
 
-/// The step folder that `from` stands for, the same on every rank.
-fs::path step_folder(const fs::path& from, const parallel::GroupPtr& world) {
-  std::string found;
-  parallel::agree_on(
-      [&] {
-        // One rank looks: it warns once, and `latest` may change between two looks.
-        if (world->getRank() == 0) found = find_checkpoint(checkpoints_of(from)).string();
-      },
-      world);
-  return parallel::broadcast_text(found, 0, world);
-}
-
 /// The dimension with the most elements is split: a rank's rows of it, [begin, end).
 Box own_part(const std::vector<int64_t>& shape, const parallel::GroupPtr& world) {
   if (shape.empty()) return Box::whole(shape);
@@ -112,9 +100,9 @@ TrainedModel model_of(const CheckpointReader& reader, const fs::path& run_direct
 
 }  // namespace
 
-void export_checkpoint(const fs::path& from, const fs::path& to, const std::string& dtype, int64_t max_shard_size,
-                       const parallel::GroupPtr& world) {
-  const auto folder = step_folder(from, world);
+void export_checkpoint(const fs::path& from, const fs::path& to, const parallel::GroupPtr& world,
+                       WritePublishedOptions options) {
+  const auto folder = find_checkpoint_together(checkpoints_of(from), world);
   std::optional<CheckpointReader> reader;
   TrainedModel model;
   fs::path run_directory;
@@ -131,10 +119,8 @@ void export_checkpoint(const fs::path& from, const fs::path& to, const std::stri
     reader->load({{name, values, shape, {Box::whole(shape)}}}, UnusedTensors::kAllow);
     return values;
   };
-  write_published_checkpoint(to, model.form, model.tensors, read, run_directory, world,
-                             {.dtype = dtype,
-                              .files = {{kPreprocessorConfig, preprocessor_config(model.crops)}},
-                              .max_shard_size = max_shard_size});
+  options.files = {{kPreprocessorConfig, preprocessor_config(model.crops)}};
+  write_published_checkpoint(to, model.form, model.tensors, read, run_directory, world, options);
 }
 
 int convert(parallel::Runtime& runtime, const ConvertArguments& arguments) {
@@ -163,6 +149,7 @@ int convert(parallel::Runtime& runtime, const ConvertArguments& arguments) {
         check_new_folder(arguments.to);
       },
       world);
+  const WritePublishedOptions options{.dtype = dtype, .max_shard_size = arguments.max_shard_size};
   if (layout == "training") {
     import_checkpoint(arguments.from, arguments.to, world);
   } else if (from_published) {
@@ -170,10 +157,9 @@ int convert(parallel::Runtime& runtime, const ConvertArguments& arguments) {
     parallel::agree_on([&] { source.emplace(arguments.from); }, world);
     const auto tensors = source->tensors();
     const auto read = [&](const std::string& name) { return source->read(name, Box::whole(tensors.at(name))); };
-    write_published_checkpoint(arguments.to, source->form(), tensors, read, arguments.from, world,
-                               {.dtype = dtype, .max_shard_size = arguments.max_shard_size});
+    write_published_checkpoint(arguments.to, source->form(), tensors, read, arguments.from, world, options);
   } else {
-    export_checkpoint(arguments.from, arguments.to, dtype, arguments.max_shard_size, world);
+    export_checkpoint(arguments.from, arguments.to, world, options);
   }
   parallel::destroy_process_groups(runtime, groups);
   return 0;

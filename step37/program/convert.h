@@ -6,6 +6,7 @@
 #include <string>
 
 #include "parallel/group.h"
+#include "step37/published_checkpoint.h"
 
 namespace megatron_cpp::parallel {
 class Runtime;
@@ -19,7 +20,7 @@ struct ConvertArguments {
   std::filesystem::path to = {};    ///< must not exist, or be empty
   std::string layout = {};          ///< published or training; empty: the other one than `from` has
   std::string dtype = {};           ///< of a published result: float32 or bfloat16; empty: as config.json says
-  int64_t max_shard_size = 5'000'000'000;  ///< bytes of a file of a published result
+  int64_t max_shard_size = WritePublishedOptions{}.max_shard_size;  ///< bytes of a file of a published result
 };
 
 /// Converts on any number of ranks. A published checkpoint becomes a run directory: its tokenizer files, and
@@ -34,8 +35,8 @@ int convert(parallel::Runtime& runtime, const ConvertArguments& arguments);
 
 /// Writes the parameters of a training checkpoint as a published one.
 /// @param from  a run directory, its checkpoints, or one of these.
-/// The other parameters are as in ConvertArguments. Collective over `world`; throws as convert().
-void export_checkpoint(const std::filesystem::path& from, const std::filesystem::path& to, const std::string& dtype,
-                       int64_t max_shard_size, const parallel::GroupPtr& world);
+/// @param options  its files are set here. Collective over `world`; throws as convert().
+void export_checkpoint(const std::filesystem::path& from, const std::filesystem::path& to,
+                       const parallel::GroupPtr& world, WritePublishedOptions options = {});
 
 }  // namespace megatron_cpp::step37

@@ -211,16 +211,8 @@ int generate(parallel::Runtime& runtime, const GenerateArguments& arguments) {
   const int ep = arguments.expert_parallel;
   const auto groups =
       parallel::make_process_groups(runtime, {.tp = runtime.size(), .ep = ep, .etp = runtime.size() / ep});
-  // Only one rank looks: it warns once, and `latest` may change between two looks.
-  std::string found;
-  parallel::agree_on(
-      [&] {
-        if (runtime.rank() == 0 && !arguments.checkpoint.empty()) {
-          found = find_checkpoint(arguments.checkpoint).string();
-        }
-      },
-      groups.world);
-  const std::filesystem::path checkpoint = parallel::broadcast_text(found, 0, groups.world);
+  std::filesystem::path checkpoint;
+  if (arguments.model.empty()) checkpoint = find_checkpoint_together(arguments.checkpoint, groups.world);
   LoadedModel loaded;
   std::vector<PictureReference> pictures;
   std::string prompt_text;

@@ -26,7 +26,7 @@ inline constexpr std::string_view kModelParts[] = {"embedding",    "attention", 
                                                    "vision tower", "MTP layers"};
 
 /// Every parameter of Step37Model(config) on one rank of `grid`, norms with the part that they precede, and those of
-/// `mtp_layers` (multi-token prediction), which Step37Model doesn't have yet. The router's correction bias is a buffer.
+/// `mtp_layers` (multi-token prediction), as if they were trained. The router's correction bias is a buffer.
 /// @param config  valid for the grid.
 std::vector<TensorGroup> tensors_of(const Step37Config& config, const std::vector<LayerConfig>& mtp_layers,
                                     const parallel::RankGrid& grid);

@@ -48,8 +48,6 @@ std::vector<size_t> spread(size_t total, size_t count) {
   return chosen;
 }
 
-constexpr int64_t kMaxShardSize = 5'000'000'000;
-
 class PretrainRun {
  public:
   PretrainRun(parallel::Runtime& runtime, const parallel::ProcessGroups& groups, RunConfig config,
@@ -91,6 +89,9 @@ class PretrainRun {
   bool is_main() const { return runtime_.rank() == 0; }
   /// Whether this rank packs batches for its tensor-parallel group.
   bool packs() const { return groups_.tp->getRank() == 0; }
+
+  /// What rank 0 gives, on every rank. Collective.
+  bool main_says(bool value) const { return parallel::broadcast_text(value ? "y" : "", 0, groups_.world) == "y"; }
 
   void say(const std::string& text) const {
     if (!is_main()) return;
@@ -411,18 +412,15 @@ class PretrainRun {
   void write_export(int64_t steps_before) {
     if (config_.checkpoint.export_to.empty()) return;
     const bool is_done = steps_before >= config_.training.steps;
-    const auto there = parallel::broadcast_text(
-        is_main() && is_done && PublishedCheckpoint::is_at(export_folder()) ? "y" : "", 0, groups_.world);
-    if (there == "y") return;
-    export_checkpoint(files_.checkpoints(), export_folder(), /*dtype=*/"", kMaxShardSize, groups_.world);
+    if (main_says(is_main() && is_done && PublishedCheckpoint::is_at(export_folder()))) return;
+    export_checkpoint(files_.checkpoints(), export_folder(), groups_.world);
     say(fmt::format("The model in the published layout is in {}.", export_folder().string()));
   }
 
   /// Captions a few pictures and writes the report, unless a finished run has written it. Every data-parallel replica
   /// captions the same pictures, so that all ranks stay together.
   void write_report() {
-    const bool exists = parallel::broadcast_text(is_main() && std::filesystem::exists(files_.report()) ? "y" : "", 0,
-                                                 groups_.world) == "y";
+    const bool exists = main_says(is_main() && std::filesystem::exists(files_.report()));
     if (exists && trainer_->optimizer().num_steps() == resumed_steps_) return;
     auto shown = caption_pictures();
     parallel::agree_on(

@@ -22,6 +22,7 @@
 
 #include "megatron_cpp/checkpoint/complete_file.h"
 #include "megatron_cpp/checkpoint/json_integer.h"
+#include "parallel/agree.h"
 #include "parallel/hash.h"
 
 namespace megatron_cpp::step37 {
@@ -186,6 +187,16 @@ Tokenizer load_tokenizer(const std::filesystem::path& path, const RunState& stat
                     " pieces) is not the tokenizer of ", checkpoint.string(), " (hash ", state.tokenizer->hash, ", ",
                     state.tokenizer->vocabulary_size, " pieces)");
   return tokenizer;
+}
+
+std::filesystem::path find_checkpoint_together(const std::filesystem::path& path, const parallel::GroupPtr& world) {
+  std::string found;
+  parallel::agree_on(
+      [&] {
+        if (world->getRank() == 0) found = find_checkpoint(path).string();
+      },
+      world);
+  return parallel::broadcast_text(found, 0, world);
 }
 
 std::filesystem::path tokenizer_of_checkpoint(const std::filesystem::path& given, const std::filesystem::path& folder) {

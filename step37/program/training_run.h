@@ -101,6 +101,10 @@ void check_resumable(const RunConfig& began, const RunConfig& now, const std::st
 Tokenizer load_tokenizer(const std::filesystem::path& path, const RunState& state,
                          const std::filesystem::path& checkpoint);
 
+/// find_checkpoint, the same on every rank: one looks, which warns once, and `latest` may change between two looks.
+/// Collective over `world`. @throws parallel::AgreedError on every rank as find_checkpoint does.
+std::filesystem::path find_checkpoint_together(const std::filesystem::path& path, const parallel::GroupPtr& world);
+
 /// The path of the tokenizer of a checkpoint, two folders above the step folder. Looks there first from `given`, the
 /// path that the user gave, since `checkpoints` may be a link to another disk, then from `folder`, the step folder with
 /// links resolved. Returns the path from `folder` if the file is in neither place.

@@ -134,8 +134,9 @@ TEST(GradientBuffer, RefusesWhatDoesNotFit) {
   auto elsewhere = shard_of("elsewhere", parameter({2}), GradientDomain::kReplicated);
   elsewhere.domain.summed_over = "cp";
   EXPECT_EQ(value_error([&] { GradientBuffer({elsewhere}, group); }), "no group of kind \"cp\" was made");
-  elsewhere.domain = {.sharded_over = "pp"};
-  EXPECT_EQ(value_error([&] { GradientBuffer({elsewhere}, group); }), "no group of kind \"pp\" was made");
+  elsewhere.domain = {.sharded_over = "dp"};
+  EXPECT_EQ(value_error([&] { GradientBuffer({elsewhere}, group); }),
+            "parameter elsewhere is sharded over \"dp\": the gradient norm knows sharding over tp and etp_ep only");
 }
 
 TEST(GradientBuffer, KeepsDtypesApart) {

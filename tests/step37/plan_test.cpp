@@ -129,7 +129,7 @@ Bytes bytes_of(const Plan& plan) {
 
 /// A plan for the layout of `groups`, and the same measured.
 std::pair<Plan, Measured> plan_and_measure(Overrides overrides, const parallel::ProcessGroups& groups) {
-  overrides.push_back("tp=" + std::to_string(groups.grid.tp));
+  overrides.push_back(c10::str("tp=", groups.grid.tp));
   const auto config = load(overrides);
   const auto plan = make_plan(config, groups.grid.world_size());
   return {plan, measure(config, plan, groups)};
@@ -259,7 +259,7 @@ TEST(Plan, BytesOfManyRanksAreThoseOfARehearsedStep) {
       "vision: {image_size: 112, width: 48, layers: 2, heads: 4, mlp_width: 280}\n"
       "training: {steps: 1, global_batch_size: 1024, sequence_length: 128}\n";
   for (const int ranks : {8, 64, 4096}) {
-    const auto config = load({"tp=8", "parallel.dp=" + std::to_string(ranks / 8)}, kNarrow);
+    const auto config = load({"tp=8", c10::str("parallel.dp=", ranks / 8)}, kNarrow);
     auto few = config;
     few.training.global_batch_size = 2 * ranks / 8;  // two micro-batches of each replica
     const auto plan = make_plan(few, ranks);

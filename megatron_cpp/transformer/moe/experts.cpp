@@ -29,11 +29,6 @@ at::Tensor rows_of(const at::Tensor& tensor, parallel::Range range) {
   return tensor.narrow(0, range.begin, range.length());
 }
 
-/// leftᵀ · right, into row `expert` of the gradient.
-void set_weight_gradient(const at::Tensor& gradient, int64_t expert, const at::Tensor& left, const at::Tensor& right) {
-  internal::add_matrix_product(gradient[expert], left.t(), right);
-}
-
 struct ExpertsFunction : torch::autograd::Function<ExpertsFunction> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& rows, const at::Tensor& weights,
                             const at::Tensor& fc1, const at::Tensor& fc2, const at::Tensor& order,
@@ -93,13 +88,13 @@ struct ExpertsFunction : torch::autograd::Function<ExpertsFunction> {
       }
       if (fc2_gradient.defined()) {
         const auto weighted = (activated * rows_of(scale, range)).to(rows.scalar_type());
-        set_weight_gradient(fc2_gradient, expert, gradient, weighted);
+        internal::add_matrix_product(fc2_gradient[expert], gradient.t(), weighted);
       }
       if (!needs_rows && !fc1_gradient.defined()) return;
       const auto activated_gradient = (weighted_gradient * rows_of(scale, range)).to(rows.scalar_type());
       const auto hidden_gradient = internal::swiglu_gradient(activated_gradient, hidden, limit);
       if (fc1_gradient.defined()) {
-        set_weight_gradient(fc1_gradient, expert, hidden_gradient, rows.index_select(0, own));
+        internal::add_matrix_product(fc1_gradient[expert], hidden_gradient.t(), rows.index_select(0, own));
       }
       if (needs_rows) {
         rows_gradient.index_add_(0, own, internal::matrix_product(hidden_gradient, fc1[expert]).to(wide));
@@ -134,9 +129,8 @@ GroupedExpertsImpl::GroupedExpertsImpl(const TransformerConfig& config, double s
       init_std_(config.init_std),
       swiglu_limit_(swiglu_limit),
       accumulate_into_grad_(execution.accumulate_into_grad) {
-  const int ep = groups.ep ? groups.ep->getSize() : 1;
-  experts_ = parallel::even_shard(config_.num_experts, ep, groups.ep ? groups.ep->getRank() : 0, "num_experts",
-                                  "expert-parallel");
+  experts_ =
+      parallel::even_shard(config_.num_experts, groups.ep_size(), groups.ep_rank(), "num_experts", "expert-parallel");
   columns_ = parallel::even_shard(config_.ffn_hidden_size, groups.etp->getSize(), groups.etp->getRank(),
                                   "the experts' ffn_hidden_size", "expert-tensor-parallel");
   const int64_t own_experts = experts_.length();

@@ -16,7 +16,7 @@ MoELayerImpl::MoELayerImpl(const TransformerConfig& config, const LayerConfig& l
   TORCH_CHECK_VALUE(config.moe.has_value(), "a layer has experts, but the configuration has no `moe`");
   const auto& moe = *config.moe;
   const int t = groups.tp->getSize();
-  moe.validate(t, groups.ep ? groups.ep->getSize() : 1, groups.etp->getSize());
+  moe.validate(t, groups.ep_size(), groups.etp->getSize());
   num_experts_ = moe.num_experts;
   const auto domain = t > 1 ? GradientDomain::kReplicatedPartial : GradientDomain::kReplicated;
   router = register_module("router", TopKRouter(moe, config.hidden_size, config.init_std, domain));
@@ -28,7 +28,7 @@ MoELayerImpl::MoELayerImpl(const TransformerConfig& config, const LayerConfig& l
 }
 
 at::Tensor MoELayerImpl::routed_experts(const at::Tensor& tokens) {
-  TokenDispatcher dispatcher(router->forward(tokens), num_experts_, experts->experts(), groups_);
+  const TokenDispatcher dispatcher(router->forward(tokens), num_experts_, experts->experts(), groups_);
   return dispatcher.combine(experts->forward(dispatcher.dispatch(tokens)));
 }
 

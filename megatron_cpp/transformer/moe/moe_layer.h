@@ -18,8 +18,8 @@ namespace megatron_cpp {
 /// and dispatches its own 1/t of the tokens (TokenDispatcher), also without sequence parallelism.
 class MoELayerImpl : public torch::nn::Module {
  public:
-  /// @param groups  tp, and ep and etp, whose ranks hold tp whole: with ep·etp ranks that are not a multiple of tp, a
-  ///                copy of the experts is shared by data-parallel replicas.
+  /// @param groups  tp, ep and etp. If a copy of the experts is on ranks of several data-parallel replicas, these must
+  ///                run as many forward and backward passes.
   /// @throws c10::ValueError as MoEConfig::validate does, or if there is no `config.moe`.
   MoELayerImpl(const TransformerConfig& config, const LayerConfig& layer, const TransformerExecution& execution,
                const ModelGroups& groups);

@@ -15,8 +15,7 @@ namespace megatron_cpp {
 /// Which experts each token goes to, and how their outputs are weighed.
 struct Routing {
   at::Tensor experts;  ///< [n, K] int64: the chosen experts, the highest score first
-  at::Tensor
-      weights;  ///< [n, K], of each chosen expert's output, with gradient: float32, or float64 for float64 tokens
+  at::Tensor weights;  ///< [n, K], with gradient, of their outputs: float32, or float64 for float64 tokens
 };
 
 /// Scores are sigmoid(weight · token). A token goes to the K experts of the highest score + expert_bias; of equal ones

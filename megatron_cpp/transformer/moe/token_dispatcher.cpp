@@ -8,7 +8,6 @@
 #include <utility>
 
 #include "megatron_cpp/tensor_parallel/rows.h"
-#include "megatron_cpp/tensor_parallel/to_device.h"
 #include "parallel/collectives.h"
 #include "parallel/mappings.h"
 
@@ -17,9 +16,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-int size_of(const parallel::GroupPtr& group) { return group ? group->getSize() : 1; }
-int rank_of(const parallel::GroupPtr& group) { return group ? group->getRank() : 0; }
 
 /// Adds rows to the tokens that they belong to, one list of numbers after the other: no token is twice in a list, so no
 /// order is left open.
@@ -68,8 +64,8 @@ struct UnpermuteFunction : torch::autograd::Function<UnpermuteFunction> {
 TokenDispatcher::TokenDispatcher(const Routing& routing, int64_t num_experts, parallel::Range own_experts,
                                  const ModelGroups& groups)
     : groups_(groups), routing_(routing), own_experts_(own_experts) {
-  const auto ep = static_cast<size_t>(size_of(groups.ep));
-  const auto etp = static_cast<size_t>(size_of(groups.etp));
+  const auto ep = static_cast<size_t>(groups.ep_size());
+  const auto etp = static_cast<size_t>(groups.etp->getSize());
   const int64_t experts_per_rank = own_experts.length();
   const auto experts = routing.experts.cpu();
   const int64_t n = experts.size(0);
@@ -103,8 +99,8 @@ TokenDispatcher::TokenDispatcher(const Routing& routing, int64_t num_experts, pa
     all = parallel::all_gather(all.to(device), group).cpu();
   }
   const auto table = all.accessor<int64_t, 2>();
-  const auto own_ep = rank_of(groups.ep);
-  const auto own_etp = rank_of(groups.etp);
+  const auto own_ep = groups.ep_rank();
+  const auto own_etp = groups.etp->getRank();
   for (size_t rank = 0; rank < ep; ++rank) {
     receive_splits_.push_back(table[static_cast<int64_t>(rank * etp) + own_etp][own_ep]);
   }
@@ -117,12 +113,12 @@ TokenDispatcher::TokenDispatcher(const Routing& routing, int64_t num_experts, pa
   tokens_per_expert_.assign(per_expert.const_data_ptr<int64_t>(), per_expert.const_data_ptr<int64_t>() + num_experts);
 }
 
-ExpertTokens TokenDispatcher::dispatch(const at::Tensor& tokens) {
+ExpertTokens TokenDispatcher::dispatch(const at::Tensor& tokens) const {
   // The numbers of the experts travel as floating point, exact below 2^24, so that weights and numbers are one message.
   TORCH_INTERNAL_ASSERT(tokens_per_expert_.size() < (size_t{1} << 24));
   auto rows = tokens;
   auto routed = at::cat({routing_.weights, routing_.experts.to(routing_.weights.scalar_type())}, 1);
-  if (size_of(groups_.ep) > 1) {
+  if (groups_.ep_size() > 1) {
     const auto send = [&](const at::Tensor& values) {
       return parallel::differentiable_all_to_all(PermuteFunction::apply(values, sent_tokens_, send_splits_),
                                                  receive_splits_, send_splits_, groups_.ep);
@@ -146,7 +142,7 @@ ExpertTokens TokenDispatcher::dispatch(const at::Tensor& tokens) {
 
 at::Tensor TokenDispatcher::combine(const at::Tensor& output) const {
   auto rows = parallel::reduce_scatter_uneven_to_sequence_parallel_region(output, gathered_rows_, groups_.etp);
-  if (size_of(groups_.ep) == 1) return rows;
+  if (groups_.ep_size() == 1) return rows;
   const auto returned = parallel::differentiable_all_to_all(rows, send_splits_, receive_splits_, groups_.ep);
   return UnpermuteFunction::apply(returned, sent_tokens_, send_splits_, routing_.experts.size(0));
 }

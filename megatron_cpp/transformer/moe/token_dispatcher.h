@@ -34,7 +34,7 @@ class TokenDispatcher {
   /// @param tokens  [n, H], this rank's.
   /// Comm: all-to-all over ep of the rows, and of 2K numbers for each; then an all-gather of both over etp. Backward:
   /// the same ways back. Collective over ep and etp.
-  ExpertTokens dispatch(const at::Tensor& tokens);
+  ExpertTokens dispatch(const at::Tensor& tokens) const;
 
   /// @param output  [M, H], this rank's experts' sums (summands over etp) for the tokens that dispatch() gave.
   /// @return        [n, H]: the sum of all experts of each of this rank's tokens.
