@@ -103,7 +103,7 @@ at::Tensor Step37ModelImpl::forward(const Step37Batch& batch) {
   return language_model->forward(batch.input_ids, batch.attention, embed(batch));
 }
 
-at::Tensor Step37ModelImpl::loss_sum(const Step37Batch& batch) {
+LossSum Step37ModelImpl::loss_sum(const Step37Batch& batch) {
   const auto logits = forward(batch);
   CrossEntropyOptions options;
   options.vocabulary_size = config_.text.vocabulary_size;

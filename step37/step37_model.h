@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "megatron_cpp/training/trainer.h"
 #include "megatron_cpp/transformer/execution.h"
 #include "megatron_cpp/transformer/gpt_model.h"
 #include "megatron_cpp/transformer/transformer_config.h"
@@ -66,7 +67,7 @@ class Step37ModelImpl : public torch::nn::Module {
 
   /// The sum of the token losses of the batch, a float32 scalar, equal on every rank. Divide by the number of loss
   /// tokens of the global batch. Collective over tp.
-  at::Tensor loss_sum(const Step37Batch& batch);
+  LossSum loss_sum(const Step37Batch& batch);
 
   /// As given to the constructor.
   const Step37Config& config() const { return config_; }

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <map>
+#include <string>
 
 #include "megatron_cpp/training/schedule.h"
 #include "parallel/collectives.h"
@@ -21,33 +22,50 @@ Trainer::Trainer(const std::vector<ParameterShard>& parameters, const parallel::
   TORCH_CHECK_VALUE(options_.clip_grad_norm >= 0, "clip_grad_norm ", options_.clip_grad_norm, " is below 0");
 }
 
-StepResult Trainer::step(const std::function<at::Tensor(int64_t)>& loss_sum, int64_t num_micro_batches,
+StepResult Trainer::step(const std::function<LossSum(int64_t)>& loss_sum, int64_t num_micro_batches,
                          int64_t num_loss_tokens) {
   TORCH_CHECK_VALUE(num_loss_tokens > 0, "the global batch has no loss token");
   const int64_t step_number = optimizer_.num_steps() + 1;
+  const auto& names = options_.auxiliary_losses;
   gradients_.zero();
   // Also on a rank without a micro-batch.
-  auto loss =
-      at::zeros({1}, gradients_.parameters().front().parameter.options().dtype(at::kDouble).requires_grad(false));
+  auto losses = at::zeros({1 + static_cast<int64_t>(names.size())},
+                          gradients_.parameters().front().parameter.options().dtype(at::kDouble).requires_grad(false));
   std::map<int64_t, at::Tensor> means;  // of micro-batches between their forward and backward pass
   for (const auto& [kind, micro_batch] : one_after_the_other(num_micro_batches)) {
     if (kind == Action::Kind::kForward) {
-      means[micro_batch] = loss_sum(micro_batch) / static_cast<double>(num_loss_tokens);
+      const auto sums = loss_sum(micro_batch);
+      TORCH_CHECK_VALUE(sums.auxiliary.size() == names.size(), "a micro-batch has ", sums.auxiliary.size(),
+                        " auxiliary losses, and ", names.size(), " have names");
+      auto mean = sums.tokens / static_cast<double>(num_loss_tokens);
+      std::vector<at::Tensor> parts{mean.detach().reshape({})};
+      for (const auto& auxiliary : sums.auxiliary) {
+        parts.push_back((auxiliary.detach() / static_cast<double>(num_loss_tokens)).reshape({}));
+        mean = mean + auxiliary / static_cast<double>(num_loss_tokens);
+      }
+      losses.add_(at::stack(parts));
+      means[micro_batch] = mean;
     } else {
-      const auto mean = means.extract(micro_batch).mapped();
-      mean.backward();
-      loss.add_(mean.detach());
+      means.extract(micro_batch).mapped().backward();
     }
   }
   gradients_.reduce();
   // The only wait for the device in a step; the work up to the norm is queued before it.
-  const auto loss_and_square = at::cat({parallel::all_reduce(loss, groups_.dp), gradients_.squared_norm()}).cpu();
+  const auto numbers = at::cat({parallel::all_reduce(losses, groups_.dp), gradients_.squared_norm()}).cpu();
+  const auto* number = numbers.const_data_ptr<double>();
   StepResult result;
-  result.loss = loss_and_square.const_data_ptr<double>()[0];
-  result.grad_norm = std::sqrt(loss_and_square.const_data_ptr<double>()[1]);
+  result.loss = number[0];
+  for (size_t i = 0; i < names.size(); ++i) result.auxiliary_losses.emplace_back(names[i], number[i + 1]);
+  result.grad_norm = std::sqrt(number[names.size() + 1]);
   result.learning_rate = options_.learning_rate.at(step_number);
-  TORCH_CHECK_VALUE(std::isfinite(result.loss) && std::isfinite(result.grad_norm), "step ", step_number, ": loss ",
-                    result.loss, " and gradient norm ", result.grad_norm, " are not both finite");
+  bool finite = std::isfinite(result.loss) && std::isfinite(result.grad_norm);
+  std::string auxiliary;
+  for (const auto& [name, value] : result.auxiliary_losses) {
+    finite = finite && std::isfinite(value);
+    auxiliary += ", " + name + " " + c10::str(value);
+  }
+  TORCH_CHECK_VALUE(finite, "step ", step_number, ": loss ", result.loss, auxiliary, " and gradient norm ",
+                    result.grad_norm, " are not all finite");
   if (options_.clip_grad_norm > 0 && result.grad_norm > options_.clip_grad_norm) {
     gradients_.scale(options_.clip_grad_norm / result.grad_norm);
   }

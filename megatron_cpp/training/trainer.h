@@ -5,6 +5,8 @@
 
 #include <cstdint>
 #include <functional>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "megatron_cpp/optimizer/adamw.h"
@@ -20,13 +22,29 @@ struct TrainerOptions {
   AdamWOptions adamw;                  ///< constants of the optimizer
   LearningRateSchedule learning_rate;  ///< of each step
   double clip_grad_norm = 1.0;         ///< 0: no clipping
+  /// Names of what is trained on beside the token losses, in the order of LossSum::auxiliary; equal on every rank, also
+  /// on one without a micro-batch.
+  std::vector<std::string> auxiliary_losses = {};
+};
+
+/// What a micro-batch adds to the loss of a step, before the division by the loss tokens of the global batch. All are
+/// scalars with gradients, equal over tp.
+struct LossSum {
+  /// A tensor alone is a LossSum, too.
+  LossSum(at::Tensor token_losses,
+          std::vector<at::Tensor> auxiliary_losses = {})  // NOLINT(google-explicit-constructor)
+      : tokens(std::move(token_losses)), auxiliary(std::move(auxiliary_losses)) {}
+
+  at::Tensor tokens;                  ///< the sum of the token losses
+  std::vector<at::Tensor> auxiliary;  ///< one for each of TrainerOptions::auxiliary_losses, with its coefficient
 };
 
 /// What a step did; equal on every rank.
 struct StepResult {
-  double loss = 0.0;           ///< mean over the loss tokens of the global batch
+  double loss = 0.0;           ///< mean over the loss tokens of the global batch, without auxiliary losses
   double grad_norm = 0.0;      ///< before clipping
   double learning_rate = 0.0;  ///< of this step
+  std::vector<std::pair<std::string, double>> auxiliary_losses = {};  ///< as they are added to `loss`, by name
 };
 
 /// Forward and backward over the micro-batches, gradient reduction, clipping by the global norm, AdamW.
@@ -37,17 +55,16 @@ class Trainer {
           const TrainerOptions& options);
 
   /// One step. The loss is the sum of the token losses of the global batch, over all micro-batches and data-parallel
-  /// ranks, divided by num_loss_tokens, so that all tokens have the same weight.
+  /// ranks, divided by num_loss_tokens, so that all tokens have the same weight; auxiliary losses are summed and
+  /// divided in the same way, and added.
   /// @param num_micro_batches  of this data-parallel rank, equal over tp; 0 if the global batch has none left for it.
-  /// @param loss_sum           for micro-batch i of this data-parallel rank, in [0, num_micro_batches): the sum of its
-  ///                           token losses, a scalar, equal over tp.
+  /// @param loss_sum           for micro-batch i of this data-parallel rank, in [0, num_micro_batches).
   /// @param num_loss_tokens    of the global batch; equal on every rank.
-  /// Comm: that of loss_sum and of GradientBuffer::reduce and norm; 1 all-reduce of one element over dp. Collective
+  /// Comm: that of loss_sum and of GradientBuffer::reduce and norm; 1 all-reduce of the losses over dp. Collective
   /// over tp and dp. Waits for a GPU once, to read loss and norm together. Throws c10::ValueError, on every rank alike,
-  /// if there is no loss token, or loss or gradient is not finite (naming the step and both; the parameters are left as
-  /// they were).
-  StepResult step(const std::function<at::Tensor(int64_t)>& loss_sum, int64_t num_micro_batches,
-                  int64_t num_loss_tokens);
+  /// if there is no loss token, or a loss or the gradient is not finite (naming the step and all; the parameters are
+  /// left as they were), or a micro-batch has not as many auxiliary losses as have names.
+  StepResult step(const std::function<LossSum(int64_t)>& loss_sum, int64_t num_micro_batches, int64_t num_loss_tokens);
 
   /// The optimizer, for resuming and for checkpoints of its moments.
   AdamW& optimizer() { return optimizer_; }

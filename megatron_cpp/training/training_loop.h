@@ -19,7 +19,7 @@ struct StepBatch {
   int64_t num_micro_batches = 0;  ///< of this data-parallel rank, equal over tp
   int64_t num_loss_tokens = 0;    ///< of the global batch; equal on every rank
   /// As Trainer::step takes it. Owns or refers to what it needs of the batch.
-  std::function<at::Tensor(int64_t)> loss_sum;
+  std::function<LossSum(int64_t)> loss_sum;
   /// Numbers for the step's metrics, by name: tokens, images.
   std::vector<std::pair<std::string, int64_t>> counts = {};
 };

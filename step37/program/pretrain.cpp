@@ -391,7 +391,7 @@ class PretrainRun {
     for (const auto& pack : validation.micro_batches) {
       auto images = load_pictures(pack, loader_options_.format, loader_options_.folder, groups_.tp->getRank(),
                                   groups_.tp->getSize(), faults_);
-      sum.add_(model_->loss_sum(to_model_batch(pack, std::move(images), runtime_.device())));
+      sum.add_(model_->loss_sum(to_model_batch(pack, std::move(images), runtime_.device())).tokens);
     }
     return parallel::all_reduce(sum, groups_.dp).item<double>() / static_cast<double>(validation.num_loss_tokens);
   }

@@ -300,6 +300,36 @@ TEST(Trainer, AReplicaMayHaveNoMicroBatch) {
   }
 }
 
+TEST(Trainer, AuxiliaryLossesAreTrainedOnAndReportedByName) {
+  // (1 - 1/4 - 1/2 + 3/4) of the token losses is all of them.
+  const Regression reference;
+  Trainer reference_trainer(reference.shards(), alone(), trainer_options(1.0));
+  const auto expected = step(reference_trainer, reference, alone(), 1);
+  for (const int tp : divisors_of_world()) {
+    SCOPED_TRACE(testing::Message() << "tensor " << tp);
+    const auto& group = groups(tp);
+    const Regression model;
+    auto options = trainer_options(1.0);
+    options.auxiliary_losses = {"quarter", "rest"};
+    Trainer trainer(model.shards(), group, options);
+    const bool is_last = group.dp->getRank() == group.dp->getSize() - 1;  // the others know the names alone
+    const auto result = trainer.step(
+        [&](int64_t /*i*/) {
+          const auto sum = model.loss_sum(0, kTokens);
+          return LossSum(sum * 0.5, {sum * -0.25, sum * 0.75});
+        },
+        is_last ? 1 : 0, kTokens);
+    EXPECT_NEAR(result.loss, 0.5 * expected.loss, 1e-6 * expected.loss);
+    ASSERT_EQ(result.auxiliary_losses.size(), 2U);
+    EXPECT_EQ(result.auxiliary_losses[0].first, "quarter");
+    EXPECT_NEAR(result.auxiliary_losses[0].second, -0.25 * expected.loss, 1e-6 * expected.loss);
+    EXPECT_EQ(result.auxiliary_losses[1].first, "rest");
+    EXPECT_NEAR(result.auxiliary_losses[1].second, 0.75 * expected.loss, 1e-6 * expected.loss);
+    EXPECT_NEAR(result.grad_norm, expected.grad_norm, 1e-5 * expected.grad_norm);
+    EXPECT_TRUE(near(model.weight, reference.weight, 1e-5));
+  }
+}
+
 TEST(Trainer, ClipsTheGradientOnly) {
   const auto& group = groups(runtime().size());
   double unclipped = 0.0;
@@ -358,7 +388,7 @@ TEST(Trainer, LossesThatAreNotFiniteChangeNothing) {
         trainer.step([&](int64_t /*i*/) { return model.loss_sum(0, 1) * (broken ? factor : 1.0); }, 1, kTokens);
       });
       EXPECT_TRUE(contains(text, "step 2: loss "));
-      EXPECT_TRUE(contains(text, "are not both finite"));
+      EXPECT_TRUE(contains(text, "are not all finite"));
       EXPECT_TRUE(test_support::equal(model.weight, weight));
       EXPECT_TRUE(test_support::equal(trainer.optimizer().slices()[0].exp_avg, exp_avg));
       EXPECT_EQ(trainer.optimizer().num_steps(), 1);
@@ -378,6 +408,11 @@ TEST(Trainer, RefusesWhatDoesNotFit) {
   Trainer trainer(model.shards(), group, trainer_options(1.0));
   EXPECT_TRUE(contains(value_error([&] { trainer.step([&](int64_t /*i*/) { return model.loss_sum(0, 1); }, 1, 0); }),
                        "no loss token"));
+  EXPECT_TRUE(contains(value_error([&] {
+                         trainer.step([&](int64_t /*i*/) { return LossSum(model.loss_sum(0, 1), {at::ones({})}); }, 1,
+                                      kTokens);
+                       }),
+                       "1 auxiliary losses, and 0 have names"));
 }
 
 }  // namespace megatron_cpp

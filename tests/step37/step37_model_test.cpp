@@ -101,7 +101,7 @@ Gradients backward(const Step37Config& config, const Step37Batch& batch, const p
   for (auto& shard : result.shards) {
     if (shard.parameter.requires_grad()) shard.parameter.mutable_grad() = at::zeros_like(shard.parameter.detach());
   }
-  const auto loss = model->loss_sum(on_device(batch));
+  const auto loss = model->loss_sum(on_device(batch)).tokens;
   loss.backward();
   result.loss = loss.item<double>();
   for (auto& shard : result.shards) {
@@ -211,7 +211,7 @@ TEST_F(Model, ReadsNothingBackInForwardAndBackward) {
         initialize_parameters(parameter_shards(*model), 7);
         const auto there = on_device(batch);
         const test_support::OperatorWatch watch;
-        model->loss_sum(there).backward();
+        model->loss_sum(there).tokens.backward();
         EXPECT_GT(watch.count("aten::convolution_backward"), 0);
         EXPECT_EQ(watch.count("aten::_local_scalar_dense"), 0);
         EXPECT_EQ(watch.count("aten::nonzero"), 0);
