@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 
+#include <map>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -102,6 +103,19 @@ GroupPtr observe(const GroupPtr& group, CollectiveObserver observer) {
                          c10::make_intrusive<ObservedBackend>(group->getBackend(device.type()), shared_observer));
   }
   observed->setGroupName(group->getGroupName());
+  return observed;
+}
+
+ProcessGroups observe(const ProcessGroups& groups, const CollectiveObserver& observer) {
+  auto observed = groups;
+  std::map<GroupPtr, GroupPtr> replacements{{groups.world, groups.world}};
+  for (const auto& kind : kGroupKinds) {
+    auto& group = observed.*(kind.group);
+    if (!group) continue;
+    auto& replacement = replacements[group];
+    if (!replacement) replacement = observe(group, observer);
+    group = replacement;
+  }
   return observed;
 }
 

@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "parallel/group.h"
+#include "parallel/process_groups.h"
 
 namespace megatron_cpp::parallel {
 
@@ -27,6 +28,9 @@ using CollectiveObserver = std::function<void(CollectiveKind kind, int64_t bytes
 /// throws, the collective fails and sends nothing. Barriers, and calls on `group` itself, aren't observed. Not
 /// collective.
 GroupPtr observe(const GroupPtr& group, CollectiveObserver observer);
+
+/// The same for all groups but the world. Kinds that share a group share the observed one.
+ProcessGroups observe(const ProcessGroups& groups, const CollectiveObserver& observer);
 
 /// Collectives of a group since its recording began, and the bytes this rank sends for them, as in CollectiveObserver.
 struct CommunicationCount {

@@ -15,6 +15,7 @@
 #include "step37/program/generate.h"
 #include "step37/program/plan.h"
 #include "step37/program/pretrain.h"
+#include "step37/program/verify.h"
 
 namespace megatron_cpp {
 namespace {
@@ -129,6 +130,21 @@ void add_plan(CLI::App& app, Command& command) {
   });
 }
 
+void add_verify(CLI::App& app, Command& command) {
+  auto* verify = app.add_subcommand("verify", "Does a configuration compute the same in every layout of the ranks?");
+  auto arguments = std::make_shared<step37::VerifyArguments>();
+  verify->add_option("--config", arguments->config, "Configuration of the run (YAML)")->required();
+  verify->add_option("overrides", arguments->overrides, kOverridesHelp);
+  verify->add_option("--layers", arguments->layers, "Take the decoder's first layers only");
+  verify->add_option("--dtype", arguments->dtype, "float64 or float32")->capture_default_str();
+  verify->add_option("--tolerance", arguments->tolerance, "Largest relative difference [float64 1e-10, float32 1e-4]")
+      ->check(CLI::NonNegativeNumber);
+  verify->add_option("--against", arguments->against, "Gradients from elsewhere, by published name (safetensors)");
+  verify->callback([arguments, &command] {
+    command = [arguments](parallel::Runtime& runtime) { return step37::verify(runtime, *arguments); };
+  });
+}
+
 void add_generate(CLI::App& app, Command& command) {
   auto* generate = app.add_subcommand("generate", "Caption pictures with a trained model");
   auto arguments = std::make_shared<step37::GenerateArguments>();
@@ -168,6 +184,7 @@ int main(int argc, char** argv) {
   app.require_subcommand(1);
   Command command;
   add_plan(app, command);
+  add_verify(app, command);
   add_pretrain(app, command);
   add_generate(app, command);
   add_convert(app, command);

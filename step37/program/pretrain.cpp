@@ -29,6 +29,7 @@
 #include "step37/program/shell_text.h"
 #include "step37/program/stop_signals.h"
 #include "step37/program/training_run.h"
+#include "step37/published_checkpoint.h"
 
 namespace megatron_cpp::step37 {
 namespace {
@@ -145,29 +146,11 @@ class PretrainRun {
 
   void read_pictures() {
     pictures_ = find_pictures(runtime_, groups_, config_, files_.directory / kIndexFile);
-    loader_options_.max_unreadable = pictures_.max_unreadable;
     if (is_main()) {
       say(fmt::format("{} pictures to train on, {} held out, {} without a caption in {}",
                       pictures_.training.pictures.size(), pictures_.held_out.pictures.size(),
                       pictures_.num_without_caption, printable(config_.data.directory)));
     }
-  }
-
-  /// model.from's own, or one that is trained on the captions if training starts from random weights.
-  Tokenizer first_tokenizer() const {
-    const std::filesystem::path from = config_.model.from;
-    if (from.empty()) return train_tokenizer(pictures_.training_captions, config_.data.vocabulary_size);
-    const int64_t V = config_.published->text.vocabulary_size;
-    if (!PublishedCheckpoint::is_at(from)) {
-      return train_tokenizer(pictures_.training_captions, std::min(config_.data.vocabulary_size, V));
-    }
-    const auto file = RunFiles{from}.tokenizer();
-    TORCH_CHECK_VALUE(std::filesystem::exists(file), from.string(), " has no ", file.filename().string(),
-                      ": without the tokenizer of its weights captions can't be turned into their ids");
-    auto tokenizer = Tokenizer::load(file);
-    TORCH_CHECK_VALUE(tokenizer.vocab_size() <= V, file.string(), " has ", tokenizer.vocab_size(),
-                      " pieces, the model a vocabulary of ", V);
-    return tokenizer;
   }
 
   void prepare_tokenizer(const RunState& state) {
@@ -181,7 +164,7 @@ class PretrainRun {
                               " is missing: the run can't go on with another tokenizer; run.fresh=true starts over");
             return;
           }
-          const auto tokenizer = first_tokenizer();
+          const auto tokenizer = first_tokenizer(config_, pictures_.training_captions);
           // Only now, when all input is known to be usable.
           if (config_.run.fresh) remove_earlier_run(files_);
           tokenizer.save(files_.tokenizer());
@@ -201,16 +184,10 @@ class PretrainRun {
     for (const auto& caption : pictures_.held_out_captions) {
       pictures_.held_out.captions.push_back(tokenizer_->encode(caption));
     }
-    loader_options_.folder = config_.data.directory;
+    loader_options_ = loader_options(config_, *tokenizer_, groups_.grid.tp);
     loader_options_.index = files_.directory / kIndexFile;
     loader_options_.device = runtime_.device();
-    loader_options_.format = caption_format(*tokenizer_, crop_options(config_));
-    loader_options_.packing.max_length = config_.training.sequence_length;
-    loader_options_.packing.pad_to = padding_multiple(groups_.grid.tp);
-    loader_options_.packing.pad_token = tokenizer_->pad_id();
-    loader_options_.global_batch_size = config_.training.global_batch_size;
-    loader_options_.micro_batch_size = config_.training.micro_batch_size;
-    loader_options_.seed = static_cast<uint64_t>(config_.training.seed);
+    loader_options_.max_unreadable = pictures_.max_unreadable;
   }
 
   void say_what_is_left_out() {
@@ -244,7 +221,7 @@ class PretrainRun {
     model_ = Step37Model(model_config(config_, tokenizer_->vocab_size()), groups_);
     parameters_ = parameter_shards(*model_);
     initialize_parameters(parameters_, static_cast<uint64_t>(config_.training.seed));
-    load_published_weights();
+    if (!resume_from_) parallel::agree_on([&] { load_published_weights(config_, parameters_); }, groups_.world);
     model_->to(runtime_.device());
     TrainerOptions options;
     options.adamw = config_.training;
@@ -255,17 +232,6 @@ class PretrainRun {
     const auto experts = model_->config().text.moe ? fmt::format(", ep {}, etp {}", grid.ep, grid.expert_tp()) : "";
     say(fmt::format("{} parameters on {} ranks: tp {}, dp {}{}{}", num_parameters(), runtime_.size(), grid.tp, grid.dp,
                     experts, config_.parallel.sequence_parallel ? ", sequence parallel" : ""));
-  }
-
-  /// From model.from, if there are weights, and at the first start only.
-  void load_published_weights() {
-    if (config_.model.from.empty() || resume_from_) return;
-    parallel::agree_on(
-        [&] {
-          const PublishedCheckpoint checkpoint(config_.model.from);
-          if (checkpoint.has_weights()) checkpoint.load(parameters_);
-        },
-        groups_.world);
   }
 
   int64_t num_parameters() const {

@@ -19,6 +19,8 @@
 #include "step37/data/captioned_pictures.h"
 #include "step37/data/picture.h"
 #include "step37/data/utf8.h"
+#include "step37/program/training_run.h"
+#include "step37/published_checkpoint.h"
 
 namespace megatron_cpp::step37 {
 namespace {
@@ -160,6 +162,22 @@ Tokenizer train_tokenizer(const std::vector<std::string>& captions, int64_t voca
         vocabulary_size, needed.num_characters, needed.vocab_size);
     std::fputs(text.c_str(), stderr);
   }
+  return tokenizer;
+}
+
+Tokenizer first_tokenizer(const RunConfig& config, const std::vector<std::string>& captions) {
+  const std::filesystem::path from = config.model.from;
+  if (from.empty()) return train_tokenizer(captions, config.data.vocabulary_size);
+  const int64_t V = config.published->text.vocabulary_size;
+  if (!PublishedCheckpoint::is_at(from)) {
+    return train_tokenizer(captions, std::min(config.data.vocabulary_size, V));
+  }
+  const auto file = RunFiles{from}.tokenizer();
+  TORCH_CHECK_VALUE(std::filesystem::exists(file), from.string(), " has no ", file.filename().string(),
+                    ": without the tokenizer of its weights captions can't be turned into their ids");
+  auto tokenizer = Tokenizer::load(file);
+  TORCH_CHECK_VALUE(tokenizer.vocab_size() <= V, file.string(), " has ", tokenizer.vocab_size(),
+                    " pieces, the model a vocabulary of ", V);
   return tokenizer;
 }
 

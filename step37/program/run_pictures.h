@@ -56,6 +56,11 @@ class WaitForAll {
 /// Tokenizer::train, with a warning if the vocabulary is too small for the captions' characters. Not collective.
 Tokenizer train_tokenizer(const std::vector<std::string>& captions, int64_t vocabulary_size);
 
+/// The tokenizer that training starts with: model.from's own, or one that is trained on the captions if the weights are
+/// random. Not collective.
+/// @throws c10::ValueError as Tokenizer::train and load; if model.from lacks one, or it has more pieces than the model.
+Tokenizer first_tokenizer(const RunConfig& config, const std::vector<std::string>& captions);
+
 /// The number of samples that are too long for a pack. Not collective.
 int64_t num_too_long(const CaptionLoader::Source& source, const CaptionLoader::Options& options);
 

@@ -24,6 +24,7 @@
 #include "megatron_cpp/checkpoint/json_integer.h"
 #include "parallel/agree.h"
 #include "parallel/hash.h"
+#include "step37/published_checkpoint.h"
 
 namespace megatron_cpp::step37 {
 
@@ -237,6 +238,25 @@ PublishedConfig published_config(const RunConfig& config, const Tokenizer& token
 
 int64_t padding_multiple(int tensor_parallel_size) {
   return std::lcm<int64_t>(64, std::lcm<int64_t>(tensor_parallel_size, 16));
+}
+
+void load_published_weights(const RunConfig& config, const std::vector<ParameterShard>& parameters) {
+  if (config.model.from.empty()) return;
+  const PublishedCheckpoint checkpoint(config.model.from);
+  if (checkpoint.has_weights()) checkpoint.load(parameters);
+}
+
+CaptionLoader::Options loader_options(const RunConfig& config, const Tokenizer& tokenizer, int tensor_parallel_size) {
+  CaptionLoader::Options options;
+  options.folder = config.data.directory;
+  options.format = caption_format(tokenizer, crop_options(config));
+  options.packing.max_length = config.training.sequence_length;
+  options.packing.pad_to = padding_multiple(tensor_parallel_size);
+  options.packing.pad_token = tokenizer.pad_id();
+  options.global_batch_size = config.training.global_batch_size;
+  options.micro_batch_size = config.training.micro_batch_size;
+  options.seed = static_cast<uint64_t>(config.training.seed);
+  return options;
 }
 
 CaptionerOptions captioner_options(const Tokenizer& tokenizer, const CropOptions& crops) {

@@ -5,10 +5,13 @@
 #include <filesystem>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "megatron_cpp/checkpoint/sharded_checkpoint.h"
 #include "megatron_cpp/data/sampler.h"
+#include "megatron_cpp/parameters/parameter_shard.h"
 #include "parallel/process_groups.h"
+#include "step37/data/caption_batches.h"
 #include "step37/data/tokenizer.h"
 #include "step37/program/captioner.h"
 #include "step37/program/run_config.h"
@@ -116,6 +119,13 @@ PublishedConfig published_config(const RunConfig& config, const Tokenizer& token
 
 /// Sequences are padded to a multiple of lcm(64, t, 16), as the reference pads its packs.
 int64_t padding_multiple(int tensor_parallel_size);
+
+/// Fills the parameters from model.from, if that is given and has weights. Not collective.
+/// @throws c10::ValueError as PublishedCheckpoint does.
+void load_published_weights(const RunConfig& config, const std::vector<ParameterShard>& parameters);
+
+/// How the run's pictures are packed and loaded: what its configuration says.
+CaptionLoader::Options loader_options(const RunConfig& config, const Tokenizer& tokenizer, int tensor_parallel_size);
 
 /// How a model captions that was trained with `tokenizer`: until the end token, without picture symbols.
 CaptionerOptions captioner_options(const Tokenizer& tokenizer, const CropOptions& crops);

@@ -87,6 +87,10 @@ def as_small_run(command, test):
     return command if "data.directory=" in command else f"{command} data.directory={test.pictures}"
 
 
+def on_small_pictures(command, test):
+    return re.sub(r"-np \d+", "-np 2", command) + f" data.directory={test.pictures}"
+
+
 def in_full_and_small(command, test):
     """With all ranks up to where the pictures are read, so that the configuration fits them; then two steps on two."""
     no_pictures = "picture folder nowhere isn't a folder"
@@ -128,12 +132,13 @@ def under_a_stub_of_slurm(command, test):
 
 
 def options_are_known(command, _):
-    """Runs `PROGRAM --help` and looks for the options there."""
+    """Runs `PROGRAM [SUBCOMMAND] --help` and looks for the options there."""
     words = shlex.split(command)
     program = next(i for i, word in enumerate(words) if word.startswith("build/bin/"))
-    options = [word.split("=")[0] for word in words[program + 1:] if word.startswith("--")]
+    begin = next((i for i, word in enumerate(words) if i > program and word.startswith("--")), len(words))
+    options = [word.split("=")[0] for word in words[begin:] if word.startswith("--")]
     checks = [f"grep -qE -e '{option}([^a-z-]|$)' help.txt" for option in options]
-    return " && ".join([f"{words[program]} --help > help.txt", *checks])
+    return " && ".join([f"{shlex.join(words[program:begin])} --help > help.txt", *checks])
 
 
 def options_are_in_the_source(command, _):
@@ -157,6 +162,8 @@ def syntax_only(command, _):
 TREATMENTS = [
     (r"mpirun .*--host(file)? .*step37 pretrain ", on_this_host, "there is one host: its ranks stand for those of several"),
     (r"scripts/pretrain\.sh(?! --help)", as_small_run, "hundreds of steps, and pictures out of the network"),
+    (r"mpirun .*step37 verify (?!.*--against)", on_small_pictures, "pictures out of the network"),
+    (r"mpirun .*step37 verify .*--against", options_are_known, "gradients out of another program"),
     (r"mpirun .*step37 pretrain ", as_small_run, "hundreds of steps, and pictures out of the network"),
     (r"sbatch .*slurm_pretrain\.sh", under_a_stub_of_slurm, "there is no Slurm"),
     (r"(mpirun .*)?build/bin/benchmark_image_insert", options_are_known, "12 GB of memory and minutes"),

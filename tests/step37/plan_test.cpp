@@ -83,17 +83,9 @@ struct Measured {
 /// One step of the real model over `groups`.
 Measured measure(const RunConfig& config, const Plan& plan, parallel::ProcessGroups groups) {
   Measured measured;
-  std::map<parallel::GroupPtr, parallel::GroupPtr> observed{{groups.world, groups.world}};  // shared ones stay shared
-  for (const auto& kind : parallel::kGroupKinds) {
-    auto& group = groups.*(kind.group);
-    auto& replacement = observed[group];
-    if (!replacement) {
-      replacement = parallel::observe(group, [&](parallel::CollectiveKind collective, int64_t sent) {
-        if (sent > 0) measured.bytes[std::string(parallel::collective_name(collective))] += sent;
-      });
-    }
-    group = replacement;
-  }
+  groups = parallel::observe(groups, [&](parallel::CollectiveKind collective, int64_t sent) {
+    if (sent > 0) measured.bytes[std::string(parallel::collective_name(collective))] += sent;
+  });
   const auto watch = std::make_shared<LiveBytes>();
   {
     const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, watch);

@@ -27,9 +27,9 @@
 #include "step37/program/generate.h"
 #include "step37/program/training_run.h"
 #include "step37/step37_model.h"
+#include "tests/step37/small_pictures.h"
 #include "tests/step37/small_run.h"
 #include "tests/support/errors.h"
-#include "tests/support/stb_image_write.h"
 #include "tests/support/temporary_folder.h"
 #include "tests/support/test_world.h"
 
@@ -42,36 +42,12 @@ using small_run::Overrides;
 using namespace test_support;
 using Tensors = std::map<std::string, at::Tensor>;
 
-void write_picture(const fs::path& path, int width, int height, int seed) {
-  std::vector<unsigned char> pixels;
-  for (int y = 0; y < height; ++y) {
-    for (int x = 0; x < width; ++x) {
-      for (int channel = 0; channel < 3; ++channel) {
-        pixels.push_back(static_cast<unsigned char>((x * (seed + 1) + y * (channel + 2) + 37 * seed) % 256));
-      }
-    }
-  }
-  EXPECT_NE(stbi_write_png(path.c_str(), width, height, 3, pixels.data(), 3 * width), 0);
-}
-
-/// Twelve captioned pictures; the larger ones are cut into crops.
-void write_pictures(const fs::path& folder) {
-  fs::create_directories(folder);
-  const std::vector<std::string> things = {"red ball", "blue bird", "green tree", "red bird"};
-  for (int i = 0; i < 12; ++i) {
-    const auto name = "picture" + std::to_string(i);
-    write_picture(folder / (name + ".png"), 40 + 7 * (i % 5), 44 + 9 * (i % 4), i);
-    write_file(folder / (name + ".txt"),
-               (i % 2 == 0 ? "A " : "The other ") + things[static_cast<size_t>(i % 4)] + ".\n");
-  }
-}
-
 /// A small run with pictures.
 class Pretrain : public small_run::SmallRun {
  protected:
   void SetUp() override {
     SmallRun::SetUp();
-    on_main([&] { write_pictures(pictures()); });
+    on_main([&] { small_run::write_pictures(pictures()); });
   }
 
   /// Trains; a failure if that doesn't end well.
@@ -498,9 +474,9 @@ TEST_F(Pretrain, LeavesPicturesWithoutCaptionOut) {
   const Overrides one_step = {"training.steps=1"};
   pretrain("run", runtime().size(), one_step);
   on_main([&] {
-    write_picture(pictures() / "empty.png", 40, 40, 3);
+    small_run::write_picture(pictures() / "empty.png", 40, 40, 3);
     write_file(pictures() / "empty.txt", " \n\n");
-    write_picture(pictures() / "none.png", 40, 40, 4);
+    small_run::write_picture(pictures() / "none.png", 40, 40, 4);
   });
   pretrain("more", runtime().size(), one_step);
   expect_same_run(files("more"), files("run"), rounding());
@@ -512,7 +488,7 @@ TEST_F(Pretrain, RefusesFoldersWithoutCaptionedPictures) {
   const auto empty = (folder_.path() / "empty").string();
   on_main([&] {
     fs::create_directory(empty);
-    write_picture(fs::path(empty) / "a.png", 20, 20, 1);
+    small_run::write_picture(fs::path(empty) / "a.png", 20, 20, 1);
   });
   for (const int size : {1, tp}) {
     EXPECT_TRUE(contains(pretrain_error("run", size, {"data.directory=" + missing}), missing));
