@@ -12,13 +12,14 @@
 #   shared    a build with shared libraries, installed, moved and used, and the two-rank tests
 #   mpich     a build with MPICH and the two-rank tests under it
 #   faults    200 ranks killed, stopped or throwing in the middle of a training step
+#   precision 150 steps of training in bfloat16 beside float32
 #   fuzz      a million inputs for every reader of outside data
 #   coverage  the line coverage of the unit, one- and two-rank tests
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 [[ ${1:-} != --help ]] || { usage; exit 0; }
 gates=("$@")
-[[ $# -gt 0 ]] || gates=(tidy sanitize headers consumers oldest shared mpich faults fuzz coverage)
+[[ $# -gt 0 ]] || gates=(tidy sanitize headers consumers oldest shared mpich faults precision fuzz coverage)
 
 cd "$root"
 for gate in "${gates[@]}"; do
@@ -40,6 +41,7 @@ for gate in "${gates[@]}"; do
       scripts/test.sh --preset mpich -L '^np2$'
       ;;
     faults) scripts/faults.sh 200 ;;
+    precision) scripts/precision.sh ;;
     fuzz) scripts/fuzz.sh --runs 1000000 ;;
     coverage)
       scripts/test.sh --preset coverage

@@ -25,10 +25,8 @@ using Json = nlohmann::ordered_json;
 /// Version 2 has parts of any form and the roles of tensors; version 1 had only rows of one dimension.
 constexpr int64_t kFormatVersion = 2;
 
-constexpr std::array<std::pair<TensorRole, const char*>, 4> kRoles = {{{TensorRole::kParameter, "parameter"},
-                                                                       {TensorRole::kMain, "main"},
-                                                                       {TensorRole::kExpAvg, "exp_avg"},
-                                                                       {TensorRole::kExpAvgSq, "exp_avg_sq"}}};
+constexpr std::array<std::pair<TensorRole, const char*>, 3> kRoles = {
+    {{TensorRole::kParameter, "parameter"}, {TensorRole::kExpAvg, "exp_avg"}, {TensorRole::kExpAvgSq, "exp_avg_sq"}}};
 
 /// Refuses pieces that leave an element of the tensor out or hold it twice.
 void check_pieces(const TensorId& id, const CheckpointTensor& tensor) {

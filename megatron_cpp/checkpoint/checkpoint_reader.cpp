@@ -72,6 +72,11 @@ void copy_overlap(const SafetensorsFile& file, const CheckpointPiece& piece, con
   });
 }
 
+/// Of a dtype's name in a file.
+bool is_floating_point(const std::string& dtype) {
+  return dtype == "F64" || dtype == "F32" || dtype == "F16" || dtype == "BF16";
+}
+
 /// The file of a piece, opened unless it is open. Refuses one that doesn't hold what the manifest says.
 const SafetensorsFile& open_piece(const fs::path& folder, const CheckpointPiece& piece, const TensorId& id,
                                   const CheckpointTensor& tensor, std::map<std::string, SafetensorsFile>& open_files) {
@@ -141,9 +146,10 @@ void CheckpointReader::load(const std::vector<ShardedTensor>& tensors, UnusedTen
                       "; asked for one of shape ", at::IntArrayRef(wanted.global_shape));
     const auto& tensor = found->second;
     const auto dtype = safetensors_dtype(wanted.local.scalar_type(), wanted.id.text());
-    TORCH_CHECK_VALUE(tensor.shape == wanted.global_shape && tensor.dtype == dtype, manifest_file, ": tensor ",
-                      wanted.id.text(), " is ", tensor.dtype, " ", at::IntArrayRef(tensor.shape), ", asked for as ",
-                      dtype, " ", at::IntArrayRef(wanted.global_shape));
+    const bool fits = tensor.dtype == dtype || (is_floating_point(tensor.dtype) && is_floating_point(dtype));
+    TORCH_CHECK_VALUE(tensor.shape == wanted.global_shape && fits, manifest_file, ": tensor ", wanted.id.text(), " is ",
+                      tensor.dtype, " ", at::IntArrayRef(tensor.shape), ", asked for as ", dtype, " ",
+                      at::IntArrayRef(wanted.global_shape));
     for (const auto& piece : tensor.pieces) {
       if (!overlaps(piece.part, wanted.part)) continue;
       copies.push_back({open_piece(folder_, piece, wanted.id, tensor, open_files), piece, wanted});

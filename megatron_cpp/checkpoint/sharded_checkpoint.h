@@ -30,8 +30,7 @@ namespace megatron_cpp {
 
 /// The role of a checkpoint's tensor for the parameter of its name.
 enum class TensorRole {
-  kParameter,  ///< the parameter itself
-  kMain,       ///< the optimizer's copy of it, of higher precision
+  kParameter,  ///< the parameter itself: the float32 copy of it, if there is one (AdamW::main_parameters)
   kExpAvg,     ///< AdamW's decaying mean of the gradient
   kExpAvgSq,   ///< AdamW's decaying mean of its square
 };
@@ -145,10 +144,12 @@ class CheckpointReader {
   /// @throws c10::ValueError naming the manifest and the tensor if it isn't there.
   const std::vector<int64_t>& global_shape(const TensorId& id) const;
 
-  /// Fills each `local`, in place and without gradient, from the pieces that overlap it; only these are read.
+  /// Fills each `local`, in place and without gradient, from the pieces that overlap it; only these are read. Floating
+  /// point numbers of another dtype are converted.
   /// @throws c10::ValueError, before anything is filled: naming manifest and tensor, and both shapes and dtypes, if a
-  ///         tensor is missing or has another shape or dtype, or if one isn't asked for and `unused` is kRefuse; naming
-  ///         tensor and file, if a file is missing, truncated or holds something else than the manifest says.
+  ///         tensor is missing or has another shape or a dtype that can't be converted, or if one isn't asked for and
+  ///         `unused` is kRefuse; naming tensor and file, if a file is missing, truncated or holds something else than
+  ///         the manifest says.
   void load(const std::vector<ShardedTensor>& tensors, UnusedTensors unused = UnusedTensors::kRefuse) const;
 
  private:

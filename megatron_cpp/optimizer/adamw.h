@@ -24,6 +24,8 @@ struct AdamWOptions {
   double beta2 = 0.95;                        ///< decay of the second moment (exp_avg_sq), in [0, 1)
   double eps = 1e-8;                          ///< added to the root of the second moment, above 0
   double weight_decay = 0.1;                  ///< not applied where ParameterShard::weight_decay is false
+  at::ScalarType exp_avg = at::kFloat;        ///< dtype of the first moment, float32 or bfloat16
+  at::ScalarType exp_avg_sq = at::kFloat;     ///< dtype of the second moment, likewise
   ParameterScales learning_rate_scales = {};  ///< each at least 0; also scale weight decay, as in PyTorch
   ParameterScales weight_decay_scales = {};   ///< each at least 0; scale weight decay only
 
@@ -36,36 +38,48 @@ struct AdamWOptions {
   void check_prefixes(const std::vector<std::string>& names) const;
 };
 
-/// Elements of a parameter that this rank's optimizer updates, and their moments. For float32 main parameters or a
-/// distributed optimizer only the slices would differ, not AdamW.
+/// Elements of a parameter that this rank's optimizer updates, and their moments.
 struct ParameterSlice {
   ParameterShard shard;      ///< the parameter
   parallel::Range elements;  ///< which elements of the rank's tensor, numbered row-major
-  at::Tensor main;           ///< [elements], the updated values: a view of the parameter, or a separate copy
+  at::Tensor main;           ///< [elements], the updated values: a view of the parameter, or a float32 copy
   at::Tensor exp_avg;        ///< [elements], decaying mean of the gradient
   at::Tensor exp_avg_sq;     ///< [elements], decaying mean of its square
 
   /// [elements], a view of the parameter's .grad.
   /// @throws c10::ValueError naming the parameter if it has none.
   at::Tensor gradient() const;
+  /// Whether `main` is a copy, which the parameter is rounded from after each update.
+  bool has_copy() const { return main.scalar_type() != shard.parameter.scalar_type(); }
 };
 
-/// One slice per parameter that needs a gradient: all its elements, updated in place; moments of its dtype start at 0.
-std::vector<ParameterSlice> whole_slices(const std::vector<ParameterShard>& parameters);
+/// One slice per parameter that needs a gradient: all its elements. A parameter of a lower precision than float32 gets
+/// a float32 copy (main parameters, as in Megatron-Core); others are updated in place. The moments start at 0; they
+/// have the dtypes of the options, or that of a parameter that is wider than float32.
+std::vector<ParameterSlice> whole_slices(const std::vector<ParameterShard>& parameters, const AdamWOptions& options);
 
 /// Decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), by LibTorch's fused kernel. Each rank updates its
-/// own slices from their gradients; equal replicas stay equal because their gradients are equal.
+/// own slices from their gradients; equal replicas stay equal because their gradients are equal. Gradients and moments
+/// of another dtype than `main` are converted for an update and the moments rounded after it, a few million elements at
+/// a time.
 class AdamW {
  public:
-  /// @param slices  of one dtype and device, gradients included.
+  /// @param slices  on one device, gradients included; `main` of one dtype.
   /// @throws c10::ValueError as AdamWOptions::validate does.
   AdamW(std::vector<ParameterSlice> slices, const AdamWOptions& options);
-  /// Updates whole_slices(parameters).
+  /// Updates whole_slices(parameters, options).
   AdamW(const std::vector<ParameterShard>& parameters, const AdamWOptions& options);
 
-  /// One update. Not collective.
+  /// One update, also of the parameters whose `main` is a copy. Not collective.
   /// @throws c10::ValueError, before anything is changed, naming a parameter that has no .grad.
   void step(double learning_rate);
+
+  /// `parameters` with the float32 copy in place of each parameter that has one: what initial values and checkpoints
+  /// are for, so that they don't depend on the precision. Call write_parameters() after filling them.
+  /// @throws c10::ValueError naming a parameter that this optimizer has a part of only. Not collective.
+  std::vector<ParameterShard> main_parameters(std::vector<ParameterShard> parameters) const;
+  /// Rounds the parameters from the copies in `main`. Not collective.
+  void write_parameters();
 
   /// As given to the constructor.
   const std::vector<ParameterSlice>& slices() const { return slices_; }

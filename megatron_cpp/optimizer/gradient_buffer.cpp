@@ -16,9 +16,9 @@ namespace {
 
 // On a GPU the optimizer's kernel loads 16 bytes at a time if every tensor begins at a multiple of 16 bytes, and
 // element by element otherwise.
-int64_t padded_numel(const at::Tensor& parameter) {
+int64_t padded_numel(const at::Tensor& parameter, at::ScalarType dtype) {
   constexpr int64_t kLoadBytes = 16;
-  const int64_t multiple = std::max<int64_t>(1, kLoadBytes / static_cast<int64_t>(parameter.element_size()));
+  const int64_t multiple = std::max<int64_t>(1, kLoadBytes / static_cast<int64_t>(c10::elementSize(dtype)));
   return (parameter.numel() + multiple - 1) / multiple * multiple;
 }
 
@@ -89,8 +89,7 @@ at::Tensor internal::squares_of_blocks_by_operators(const std::vector<at::Tensor
   return at::cat(norms).square_();
 }
 
-GradientBuffer::Bucket& GradientBuffer::bucket_of(const ParameterShard& shard) {
-  const auto dtype = shard.parameter.scalar_type();
+GradientBuffer::Bucket& GradientBuffer::bucket_of(const ParameterShard& shard, at::ScalarType dtype) {
   const auto& group = groups_.of(shard.domain.summed_over);
   for (auto& bucket : buckets_) {
     if (bucket.dtype == dtype && bucket.group == group) return bucket;
@@ -98,7 +97,8 @@ GradientBuffer::Bucket& GradientBuffer::bucket_of(const ParameterShard& shard) {
   return buckets_.emplace_back(Bucket{dtype, group, {}});
 }
 
-GradientBuffer::GradientBuffer(const std::vector<ParameterShard>& parameters, const parallel::ProcessGroups& groups)
+GradientBuffer::GradientBuffer(const std::vector<ParameterShard>& parameters, const parallel::ProcessGroups& groups,
+                               const GradientBufferOptions& options)
     : groups_(groups) {
   std::vector<std::vector<ParameterShard>> by_bucket;
   for (const auto& shard : parameters) {
@@ -112,22 +112,25 @@ GradientBuffer::GradientBuffer(const std::vector<ParameterShard>& parameters, co
     TORCH_CHECK_VALUE(over.empty() || is_known, "parameter ", shard.name, " is sharded over \"", over,
                       "\": the gradient norm knows sharding over tp and etp_ep only");
     if (is_known) groups.of(over);  // checks that it was made
-    auto& bucket = bucket_of(shard);
-    bucket.numel += padded_numel(shard.parameter);
+    const auto dtype = c10::isReducedFloatingType(shard.parameter.scalar_type()) ? options.low_precision_gradients
+                                                                                 : shard.parameter.scalar_type();
+    auto& bucket = bucket_of(shard, dtype);
+    bucket.numel += padded_numel(shard.parameter, dtype);
     by_bucket.resize(buckets_.size());
     by_bucket[static_cast<size_t>(&bucket - buckets_.data())].push_back(shard);
   }
   TORCH_CHECK_VALUE(!buckets_.empty(), "every parameter is frozen: there is nothing to train");
   for (size_t number = 0; number < buckets_.size(); ++number) {
     auto& bucket = buckets_[number];
-    const auto options = by_bucket[number].front().parameter.options().requires_grad(false);
-    bucket.gradients = at::zeros({bucket.numel}, options);
+    bucket.gradients =
+        at::zeros({bucket.numel}, at::TensorOptions(by_bucket[number].front().parameter.device()).dtype(bucket.dtype));
     int64_t begin = 0;
     for (const auto& shard : by_bucket[number]) {
       const auto& parameter = shard.parameter;
       views_.push_back(bucket.gradients.narrow(0, begin, parameter.numel()).view(parameter.sizes()));
+      parameter.set_grad_dtype(bucket.dtype);
       parameters_.push_back(shard);
-      begin += padded_numel(parameter);
+      begin += padded_numel(parameter, bucket.dtype);
     }
   }
   zero();

@@ -12,16 +12,24 @@
 
 namespace megatron_cpp {
 
+/// Which dtype gradients are added up and reduced in.
+struct GradientBufferOptions {
+  /// Of the gradients of parameters of a lower precision than float32; the others have their parameter's dtype.
+  at::ScalarType low_precision_gradients = at::kFloat;
+};
+
 /// Owns a flat tensor, a bucket, for each dtype and group that gradients are summed over (GradientDomain), and makes
 /// every trainable parameter's .grad a view of its bucket, so that backward (with or without accumulate_into_grad) adds
-/// into it, micro-batch after micro-batch. Parameters that need no gradient take no space.
+/// into it, micro-batch after micro-batch: also a float32 gradient of a bfloat16 parameter (Tensor::set_grad_dtype).
+/// Parameters that need no gradient take no space.
 class GradientBuffer {
  public:
   /// @param parameters  all on one device.
   /// @param groups      those that the domains name, and always "tp".
   /// @throws c10::ValueError naming a parameter on another device, or a group that wasn't made or isn't one that
   ///         parameters are sharded over; or if no parameter needs a gradient. Not collective.
-  GradientBuffer(const std::vector<ParameterShard>& parameters, const parallel::ProcessGroups& groups);
+  GradientBuffer(const std::vector<ParameterShard>& parameters, const parallel::ProcessGroups& groups,
+                 const GradientBufferOptions& options = {});
 
   /// Sets all gradients to 0 and re-attaches the views. Not collective.
   void zero();
@@ -59,7 +67,7 @@ class GradientBuffer {
     at::Tensor gradients;      ///< flat, with padding, which is always 0
     int64_t numel = 0;         ///< of `gradients`
   };
-  Bucket& bucket_of(const ParameterShard& shard);
+  Bucket& bucket_of(const ParameterShard& shard, at::ScalarType dtype);
   /// [1] float64: the squares of this rank's gradients of parameters sharded over that group, and of replicated ones.
   at::Tensor own_squares(std::string_view sharded_over, bool with_replicated) const;
 

@@ -51,7 +51,7 @@ struct LookUpFunction : torch::autograd::Function<LookUpFunction> {
     if (frozen_row >= 0) gradient.masked_fill_(saved[2].eq(frozen_row).unsqueeze(1), 0);
     at::Tensor table_gradient;
     if (context->saved_data["accumulate_into_grad"].toBool() && table.grad().defined()) {
-      table.grad().index_add_(0, saved[2], gradient);
+      table.grad().index_add_(0, saved[2], gradient.to(table.grad().scalar_type()));
     } else {
       table_gradient = at::zeros_like(table).index_add_(0, saved[2], gradient);
     }

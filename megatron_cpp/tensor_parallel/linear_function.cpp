@@ -28,12 +28,11 @@ at::Tensor weight_gradient(const at::Tensor& weight, const at::Tensor& gradient,
 }
 
 at::Tensor bias_gradient(const at::Tensor& bias, const at::Tensor& gradient, bool accumulate_into_grad) {
-  auto sum = as_matrix(gradient).sum(0);
   if (accumulate_into_grad && bias.grad().defined()) {
-    bias.grad().add_(sum);
+    bias.grad().add_(as_matrix(gradient).sum(0, /*keepdim=*/false, bias.grad().scalar_type()));
     return {};
   }
-  return sum;
+  return as_matrix(gradient).sum(0);
 }
 
 struct LinearFunction : torch::autograd::Function<LinearFunction> {

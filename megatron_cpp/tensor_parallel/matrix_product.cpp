@@ -50,14 +50,16 @@ void product_through_float(const at::Tensor& result, const at::Tensor& a, const 
 /// sum += a · b, one block of rows of the sum at a time.
 void add_product_through_float(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
   const int64_t height = std::min(kBlock, sum.size(0));
+  const bool is_float = sum.scalar_type() == at::kFloat;
   const auto float_b = b.to(at::kFloat);
-  const auto buffer = at::empty({height, sum.size(1)}, float_b.options());
+  const auto buffer = is_float ? at::Tensor() : at::empty({height, sum.size(1)}, float_b.options());
   for (int64_t begin = 0; begin < sum.size(0); begin += height) {
     const int64_t rows = std::min(height, sum.size(0) - begin);
-    const auto block = buffer.narrow(0, 0, rows);
-    block.copy_(sum.narrow(0, begin, rows));
+    const auto own = sum.narrow(0, begin, rows);
+    const auto block = is_float ? own : buffer.narrow(0, 0, rows);
+    if (!is_float) block.copy_(own);
     block.addmm_(a.narrow(0, begin, rows).to(at::kFloat), float_b);
-    sum.narrow(0, begin, rows).copy_(block);
+    if (!is_float) own.copy_(block);
   }
 }
 
@@ -91,8 +93,12 @@ at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b) {
 
 void add_matrix_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
   RECORD_FUNCTION(kName, c10::ArrayRef<const c10::IValue>());
-  if (goes_through_float(sum)) {
+  const bool is_mixed = sum.scalar_type() != a.scalar_type();
+  if (goes_through_float(a) || (is_mixed && sum.is_cpu())) {
     add_product_through_float(sum, a, b);
+  } else if (is_mixed) {
+    auto result = sum;
+    at::addmm_out(result, sum, a, b, sum.scalar_type());  // added up in float32, and not rounded
   } else {
     sum.addmm_(a, b);
   }

@@ -16,7 +16,7 @@ Trainer::Trainer(const std::vector<ParameterShard>& parameters, const parallel::
                  const TrainerOptions& options)
     : groups_(groups),
       options_(options),
-      gradients_(parameters, groups),
+      gradients_(parameters, groups, options.gradients),
       optimizer_(gradients_.parameters(), options.adamw) {
   options_.learning_rate.validate();
   TORCH_CHECK_VALUE(options_.clip_grad_norm >= 0, "clip_grad_norm ", options_.clip_grad_norm, " is below 0");

@@ -19,9 +19,10 @@ namespace megatron_cpp {
 
 /// Optimizer, learning rate and clipping.
 struct TrainerOptions {
-  AdamWOptions adamw;                  ///< constants of the optimizer
-  LearningRateSchedule learning_rate;  ///< of each step
-  double clip_grad_norm = 1.0;         ///< 0: no clipping
+  AdamWOptions adamw;                    ///< constants of the optimizer
+  LearningRateSchedule learning_rate;    ///< of each step
+  double clip_grad_norm = 1.0;           ///< 0: no clipping
+  GradientBufferOptions gradients = {};  ///< dtypes of the gradients
   /// Names of what is trained on beside the token losses, in the order of LossSum::auxiliary; equal on every rank, also
   /// on one without a micro-batch.
   std::vector<std::string> auxiliary_losses = {};

@@ -185,6 +185,9 @@ int ranks_of(const RunConfig& config) {
 
 Plan make_plan(const RunConfig& config, int num_ranks, std::optional<int64_t> images_per_pack) {
   validate(config, num_ranks);
+  TORCH_CHECK_VALUE(config.training.precision == at::kFloat && config.training.exp_avg == at::kFloat &&
+                        config.training.exp_avg_sq == at::kFloat,
+                    "plan counts float32 only as yet: leave training.precision, exp_avg and exp_avg_sq out");
   const int64_t most = images_that_fit(config);
   const int64_t images = images_per_pack.value_or(most);
   TORCH_CHECK_VALUE(images >= 0 && images <= most, "--images-per-pack ", images, " is not in [0, ", most,

@@ -219,15 +219,18 @@ class PretrainRun {
 
   void build_model() {
     model_ = Step37Model(model_config(config_, tokenizer_->vocab_size()), groups_);
+    model_->to(runtime_.device(), config_.training.precision);
     parameters_ = parameter_shards(*model_);
-    initialize_parameters(parameters_, static_cast<uint64_t>(config_.training.seed));
-    if (!resume_from_) parallel::agree_on([&] { load_published_weights(config_, parameters_); }, groups_.world);
-    model_->to(runtime_.device());
     TrainerOptions options;
+    options.gradients.low_precision_gradients = config_.training.main_gradients;
     options.adamw = config_.training;
     options.learning_rate = learning_rate_schedule(config_);
     options.clip_grad_norm = config_.training.clip_grad_norm;
     trainer_ = std::make_unique<Trainer>(parameters_, groups_, options);
+    const auto main_parameters = trainer_->optimizer().main_parameters(parameters_);
+    initialize_parameters(main_parameters, static_cast<uint64_t>(config_.training.seed));
+    if (!resume_from_) parallel::agree_on([&] { load_published_weights(config_, main_parameters); }, groups_.world);
+    trainer_->optimizer().write_parameters();
     const auto& grid = groups_.grid;
     const auto experts = model_->config().text.moe ? fmt::format(", ep {}, etp {}", grid.ep, grid.expert_tp()) : "";
     say(fmt::format("{} parameters on {} ranks: tp {}, dp {}{}{}", num_parameters(), runtime_.size(), grid.tp, grid.dp,
@@ -247,10 +250,9 @@ class PretrainRun {
   }
 
   std::vector<ShardedTensor> tensors() const {
-    auto all = sharded_tensors(parameters_, published_name, groups_);
-    for (auto& tensor : sharded_tensors(trainer_->optimizer(), published_name, groups_)) {
-      all.push_back(std::move(tensor));
-    }
+    const auto& optimizer = trainer_->optimizer();
+    auto all = sharded_tensors(optimizer.main_parameters(parameters_), published_name, groups_);
+    for (auto& tensor : sharded_tensors(optimizer, published_name, groups_)) all.push_back(std::move(tensor));
     return all;
   }
 
@@ -268,6 +270,7 @@ class PretrainRun {
 
   void load_checkpoint(const RunState& state) {
     parallel::agree_on([&] { CheckpointReader(*resume_from_).load(tensors()); }, groups_.world);
+    trainer_->optimizer().write_parameters();
     trainer_->optimizer().set_num_steps(state.optimizer_steps);
     resumed_steps_ = state.optimizer_steps;
     say(fmt::format("resuming after step {} from {}", state.optimizer_steps, resume_from_->string()));

@@ -83,7 +83,8 @@ void visit_keys(Config& config, const Visit& visit) {
   each(kAtLeast0, KEY(training, warmup_steps), KEY(training, decay_steps));
   each(kAny, KEY(training, learning_rate), KEY(training, min_learning_rate), KEY(training, learning_rate_decay),
        KEY(training, learning_rate_scales), KEY(training, weight_decay), KEY(training, weight_decay_scales),
-       KEY(training, beta1), KEY(training, beta2), KEY(training, eps), KEY(training, clip_grad_norm));
+       KEY(training, beta1), KEY(training, beta2), KEY(training, eps), KEY(training, clip_grad_norm),
+       KEY(training, precision), KEY(training, main_gradients), KEY(training, exp_avg), KEY(training, exp_avg_sq));
   each(kAtLeast0, KEY(validation, interval));
   each(kAtLeast1, KEY(validation, packs));
   each(kAtLeast0, KEY(checkpoint, interval));
@@ -144,6 +145,9 @@ Names<InsertExchange> names_of(InsertExchange /*type*/) {
 Names<LearningRateDecay> names_of(LearningRateDecay /*type*/) {
   using enum LearningRateDecay;
   return {{"cosine", kCosine}, {"linear", kLinear}, {"constant", kConstant}, {"wsd", kWsd}};
+}
+Names<at::ScalarType> names_of(at::ScalarType /*type*/) {
+  return {{"float32", at::kFloat}, {"bfloat16", at::kBFloat16}};
 }
 /// All spellings of YAML 1.2's core schema; the first of each is written.
 Names<bool> names_of(bool /*type*/) {
@@ -529,6 +533,9 @@ void validate(const RunConfig& config, int num_ranks) {
                     "training.global_batch_size ", training.global_batch_size,
                     " is not divisible by training.micro_batch_size ", training.micro_batch_size,
                     " x data-parallel size ", grid.dp);
+  TORCH_CHECK_VALUE(training.precision == at::kBFloat16 || training.main_gradients == at::kFloat,
+                    "training.main_gradients bfloat16 goes with training.precision bfloat16: gradients of float32 "
+                    "parameters are float32");
   const int64_t S = training.sequence_length;
   if (config.parallel.sequence_parallel) parallel::even_shard_size(S, grid.tp, "training.sequence_length");
   // Begin token, <im_start>, the picture's rows, <im_end>, and a caption of at least one token.

@@ -99,7 +99,8 @@ struct VisionSection : VisionConfig {
   bool freeze = false;
 };
 
-/// The members of AdamWOptions are keys, too; scales are written as "vision_model: 0.1, language_model.embedding: 2".
+/// The members of AdamWOptions are keys, too (exp_avg and exp_avg_sq are float32 or bfloat16); scales are written as
+/// "vision_model: 0.1, language_model.embedding: 2".
 struct TrainingSection : AdamWOptions {
   int64_t steps = 0;  ///< required: optimizer steps of the whole run
   int64_t seed = 1234;
@@ -112,6 +113,10 @@ struct TrainingSection : AdamWOptions {
   LearningRateDecay learning_rate_decay = LearningRateDecay::kCosine;  ///< or linear, constant, wsd
   int64_t decay_steps = 0;      ///< wsd: number of last steps in which the rate decays
   double clip_grad_norm = 1.0;  ///< 0: no clipping
+  /// float32, or bfloat16: parameters, activations and what is sent of them; the optimizer updates float32 copies.
+  at::ScalarType precision = at::kFloat;
+  at::ScalarType main_gradients =
+      at::kFloat;  ///< what gradients of bfloat16 parameters are added up in: float32 or bfloat16
 };
 
 struct ValidationSection {

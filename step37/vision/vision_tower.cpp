@@ -5,6 +5,7 @@
 #include <torch/nn/module.h>
 
 #include <cmath>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -84,6 +85,14 @@ struct VisionTowerImpl::Affine : torch::nn::Module {
 
   at::Tensor layer_norm(const at::Tensor& x, double eps) const {
     return at::layer_norm(x, weight.sizes(), weight, bias, eps);
+  }
+
+  at::Tensor convolution(const at::Tensor& x, int64_t stride, int64_t padding = 0) const {
+    // On CPUs LibTorch 2.15 leaves elements of a half-precision weight's gradient uninitialized that meet padding only.
+    const bool in_float = x.is_cpu() && c10::isReducedFloatingType(x.scalar_type());
+    const auto dtype = in_float ? at::kFloat : x.scalar_type();
+    const auto wide_bias = bias.defined() ? std::optional<at::Tensor>(bias.to(dtype)) : std::nullopt;
+    return at::conv2d(x.to(dtype), weight.to(dtype), wide_bias, stride, padding).to(x.scalar_type());
   }
 
   at::Tensor weight;
@@ -197,15 +206,14 @@ at::Tensor VisionTowerImpl::forward(const at::Tensor& pixels) {
   const auto [rows, columns] = patch_grid(pixels, config_.patch_size);
   auto x = encode(pixels).transpose(1, 2).unflatten(2, {rows, columns});
   for (const auto& downsampler : {vit_downsampler1_, vit_downsampler2_}) {
-    x = at::conv2d(x, downsampler->weight, downsampler->bias, /*stride=*/2, /*padding=*/1);
+    x = downsampler->convolution(x, /*stride=*/2, /*padding=*/1);
   }
   return x.flatten(2).transpose(1, 2);
 }
 
 at::Tensor VisionTowerImpl::encode(const at::Tensor& pixels) {
   const auto [rows, columns] = patch_grid(pixels, config_.patch_size);
-  const auto patches = at::conv2d(pixels.to(conv1_->weight.scalar_type()), conv1_->weight, /*bias=*/{},
-                                  /*stride=*/config_.patch_size);
+  const auto patches = conv1_->convolution(pixels.to(conv1_->weight.scalar_type()), /*stride=*/config_.patch_size);
   auto x = patches.flatten(2).transpose(1, 2) + positions(rows, columns);
   x = ln_pre_->layer_norm(x, config_.layer_norm_eps);
   const Rotary table = rotary(rows, columns);

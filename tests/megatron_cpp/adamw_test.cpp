@@ -161,7 +161,7 @@ TEST(AdamW, OfSlicesIsThatOfTheWhole) {
   const auto shards = parameters_for_adamw();
   std::vector<ParameterSlice> first;
   std::vector<ParameterSlice> second;
-  for (const auto& slice : whole_slices(shards)) {
+  for (const auto& slice : whole_slices(shards, {})) {
     const auto numel = slice.elements.end;
     for (const auto& [begin, end, part] : {std::tuple{int64_t{0}, numel / 3, &first}, {numel / 3, numel, &second}}) {
       const auto main = slice.main.narrow(0, begin, end - begin);
@@ -175,6 +175,62 @@ TEST(AdamW, OfSlicesIsThatOfTheWhole) {
   }
   for (size_t i = 0; i < shards.size(); ++i) {
     EXPECT_TRUE(test_support::equal(shards[i].parameter, whole.slices()[i].shard.parameter));
+  }
+}
+
+// The updates are those of the float32 parameters, and the bfloat16 ones are these, rounded.
+TEST(AdamW, UpdatesAFloat32CopyOfBfloat16Parameters) {
+  AdamW wide(parameters_for_adamw(), {});
+  auto shards = parameters_for_adamw();
+  for (auto& shard : shards) {
+    shard.parameter = shard.parameter.detach().to(at::kBFloat16).requires_grad_(true);
+    shard.parameter.set_grad_dtype(at::kFloat);
+  }
+  AdamW narrow(shards, {});
+  const auto mains = narrow.main_parameters(shards);
+  for (size_t i = 0; i < shards.size(); ++i) {
+    EXPECT_EQ(mains[i].parameter.scalar_type(), at::kFloat);
+    mains[i].parameter.copy_(wide.slices()[i].shard.parameter.detach());  // the values before rounding
+  }
+  narrow.write_parameters();
+  for (int64_t step = 1; step <= 4; ++step) {
+    step_with_gradients(wide, step, 0.01);
+    step_with_gradients(narrow, step, 0.01);
+    for (size_t i = 0; i < shards.size(); ++i) {
+      const auto expected = wide.slices()[i].shard.parameter.detach();
+      EXPECT_TRUE(test_support::equal(mains[i].parameter, expected));
+      EXPECT_TRUE(test_support::equal(shards[i].parameter.detach(), expected.to(at::kBFloat16)));
+    }
+  }
+}
+
+TEST(AdamW, MomentsAndGradientsMayBeBfloat16) {
+  const AdamWOptions options{
+      .beta1 = 0.8, .beta2 = 0.9, .eps = 1e-3, .exp_avg = at::kBFloat16, .exp_avg_sq = at::kBFloat16};
+  auto shards = parameters_for_adamw();
+  std::vector<NaiveAdamW> naive;
+  for (auto& shard : shards) {
+    naive.emplace_back(shard.parameter);
+    shard.parameter = shard.parameter.detach().to(at::kBFloat16).requires_grad_(true);
+  }
+  AdamW optimizer(shards, options);
+  for (int64_t step = 1; step <= 4; ++step) {
+    for (size_t i = 0; i < shards.size(); ++i) {
+      const auto gradient = gradient_for(shards[i], step).to(at::kBFloat16);
+      shards[i].parameter.mutable_grad() = gradient;
+      auto& by_hand = naive[i];
+      by_hand.step(gradient, step, 0.1, shards[i].weight_decay ? options.weight_decay : 0.0, options);
+      by_hand.exp_avg = by_hand.exp_avg.to(at::kBFloat16).to(at::kDouble);
+      by_hand.exp_avg_sq = by_hand.exp_avg_sq.to(at::kBFloat16).to(at::kDouble);
+    }
+    optimizer.step(0.1);
+    for (size_t i = 0; i < shards.size(); ++i) {
+      const auto& slice = optimizer.slices()[i];
+      EXPECT_EQ(slice.exp_avg.scalar_type(), at::kBFloat16);
+      // A value between two bfloat16 numbers may be rounded to the one or the other.
+      EXPECT_TRUE(test_support::near(slice.exp_avg.cpu().to(at::kDouble), naive[i].exp_avg.view({-1}), 1e-2));
+      EXPECT_TRUE(test_support::near(slice.main.cpu().to(at::kDouble), naive[i].value.view({-1}), 2e-3));
+    }
   }
 }
 
@@ -208,6 +264,8 @@ TEST(AdamW, RefusesValuesOutOfRange) {
       contains(value_error([] { AdamW(std::vector<ParameterShard>(), {.eps = 0.0}); }), "eps 0 is not above 0"));
   EXPECT_TRUE(contains(value_error([] { AdamW(std::vector<ParameterShard>(), {.weight_decay = -1.0}); }),
                        "weight decay -1 is below 0"));
+  EXPECT_TRUE(contains(value_error([] { AdamW(std::vector<ParameterShard>(), {.exp_avg_sq = at::kHalf}); }),
+                       "moments in Half: they can be float32 or bfloat16"));
   EXPECT_TRUE(contains(value_error([] {
                          AdamW(std::vector<ParameterShard>(), {.learning_rate_scales = {{"a", -2.0}}});
                        }),

@@ -251,6 +251,16 @@ TEST_F(Checkpoint, AnyLayoutReadsWhatAnyLayoutWrote) {
   }
 }
 
+TEST_F(Checkpoint, FloatingPointNumbersAreConverted) {
+  save(1, {split("values", {8, 3}, 0, 1)});
+  const auto expected = global_values("values", {8, 3}, 1);
+  for (const auto dtype : {at::kBFloat16, at::kHalf, at::kDouble}) {
+    const ShardedTensor loaded{{"values"}, at::zeros({8, 3}, dtype), {8, 3}, {Box::whole({8, 3})}};
+    CheckpointReader(directory()).load({loaded});
+    EXPECT_TRUE(test_support::equal(loaded.local, expected.to(dtype))) << dtype;
+  }
+}
+
 TEST_F(Checkpoint, LoadingWritesIntoTheParametersThemselves) {
   const auto& layout = groups(world_size());
   Training saved(layout);
@@ -318,7 +328,7 @@ TEST_F(Checkpoint, PiecesMayBeSplitInAnotherDimension) {
   }
   EXPECT_EQ(reader.tensors(), (std::vector<TensorId>{{"by_columns"}, {"by_rows"}, {"middle"}, {"whole"}}));
   EXPECT_EQ(reader.global_shape({"whole"}), (std::vector<int64_t>{8, 12, 2}));
-  EXPECT_FALSE(reader.contains({"whole", TensorRole::kMain}));
+  EXPECT_FALSE(reader.contains({"whole", TensorRole::kExpAvg}));
 }
 
 // As experts are split, over themselves and over a matrix's rows, and the slices of a distributed optimizer.
@@ -331,12 +341,12 @@ TEST_F(Checkpoint, PartsMayBeBoxesOrRangesOfElements) {
   const Box own{{world_rank() / others * experts, world_rank() % others * rows, 0}, {experts, rows, 5}};
   const auto values = global_values("experts", shape, 1);
   const ShardedTensor boxes{{"experts"}, view_of(values, Box::whole(shape), own).clone(), shape, {own}};
-  const auto ranges = split_flat({"experts", TensorRole::kMain}, shape, Box::whole(shape), 1);
+  const auto ranges = split_flat({"experts", TensorRole::kExpAvgSq}, shape, Box::whole(shape), 1);
   const auto few = split_flat({"few", TensorRole::kExpAvg}, {3}, Box::whole({3}), 1, at::kBFloat16);
   const auto one = split_flat({"scalar"}, {}, Box{}, 1);
   save(1, {boxes, ranges, few, one});
   const CheckpointReader reader(directory());
-  for (const auto role : {TensorRole::kParameter, TensorRole::kMain}) {
+  for (const auto role : {TensorRole::kParameter, TensorRole::kExpAvgSq}) {
     for (const int64_t begin : {0, 1, 3}) {
       const Box asked{{begin, 2 - begin / 2, 1}, {1, 3, 4}};
       ShardedTensor box{{"experts", role}, at::zeros(asked.length), shape, {asked}};
@@ -587,7 +597,7 @@ TEST_F(DamagedCheckpoint, AsksThatDontFit) {
   const auto file = manifest().string();
   EXPECT_TRUE(mentions(load_error({wanted("missing", {4, 2})}), {file, "no tensor missing", "[4, 2]"}));
   EXPECT_TRUE(mentions(load_error({wanted("rows", {8, 4})}), {file, "tensor rows", "F32 [8, 3]", "F32 [8, 4]"}));
-  EXPECT_TRUE(mentions(load_error({wanted("rows", {8, 3}, at::kHalf)}), {file, "tensor rows", "F16 [8, 3]"}));
+  EXPECT_TRUE(mentions(load_error({wanted("rows", {8, 3}, at::kInt)}), {file, "tensor rows", "I32 [8, 3]"}));
   const auto norm = wanted("norm", {5});
   EXPECT_EQ(load_error({norm}), "nothing thrown");
   norm.local.zero_();

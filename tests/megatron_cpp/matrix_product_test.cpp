@@ -34,6 +34,11 @@ TEST(MatrixProduct, OfEveryDtypeIsRoundedOnce) {
       const auto added = sum.to(at::kDouble).addmm(gradient.to(at::kDouble).t(), a.to(at::kDouble)).to(dtype);
       megatron_cpp::internal::add_matrix_product(sum, gradient.t(), a);
       EXPECT_TRUE(test_support::equal(sum, added));
+      // A float32 sum of products isn't rounded to their dtype.
+      const auto wide_sum = on_device(exact_values({size, 7}, 4));
+      const auto wide_added = wide_sum.to(at::kDouble).addmm(gradient.to(at::kDouble).t(), a.to(at::kDouble));
+      megatron_cpp::internal::add_matrix_product(wide_sum, gradient.t(), a);
+      EXPECT_TRUE(test_support::equal(wide_sum, wide_added.to(at::kFloat)));
     }
   }
 }

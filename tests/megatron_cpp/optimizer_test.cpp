@@ -13,6 +13,7 @@
 #include "megatron_cpp/optimizer/adamw.h"
 #include "megatron_cpp/optimizer/gradient_buffer.h"
 #include "megatron_cpp/parameters/parameter_shard.h"
+#include "megatron_cpp/tensor_parallel/column_parallel_linear.h"
 #include "megatron_cpp/training/trainer.h"
 #include "tests/support/errors.h"
 #include "tests/support/operator_watch.h"
@@ -143,7 +144,7 @@ TEST(GradientBuffer, KeepsDtypesApart) {
   const auto& group = groups(runtime().size());
   const auto narrow = shard_of("narrow", parameter({5}, at::kBFloat16), GradientDomain::kReplicated);
   const auto wide = shard_of("wide", parameter({3}, at::kDouble), GradientDomain::kReplicatedPartial);
-  GradientBuffer buffer({narrow, wide}, group);
+  GradientBuffer buffer({narrow, wide}, group, {.low_precision_gradients = at::kBFloat16});
   (narrow.parameter.sum() * 2.0 + wide.parameter.sum()).backward();
   buffer.reduce();
   const double ranks = runtime().size();
@@ -152,6 +153,31 @@ TEST(GradientBuffer, KeepsDtypesApart) {
   EXPECT_EQ(buffer.squared_norm().item<double>(), 5 * 4.0 + 3 * ranks * ranks);
   EXPECT_EQ(buffer.clip_grad_norm(1.0), std::sqrt(5 * 4.0 + 3 * ranks * ranks));
   EXPECT_NEAR(buffer.norm(), 1.0, 1e-2);  // bfloat16 rounds
+}
+
+// In bfloat16 a sum of ones ends at 256.
+TEST(GradientBuffer, AddsUpGradientsOfBfloat16ParametersInFloat32) {
+  const auto& group = groups(runtime().size());
+  for (const bool accumulate : {false, true}) {
+    ColumnParallelLinear linear(ColumnParallelLinearOptions(1, 2 * runtime().size()).accumulate_into_grad(accumulate),
+                                group.tp);
+    linear->to(runtime().device(), at::kBFloat16);
+    const auto alone = parameter({3}, at::kBFloat16);
+    auto shards = parameter_shards(*linear);
+    shards.push_back(shard_of("alone", alone, GradientDomain::kReplicatedPartial));
+    GradientBuffer buffer(shards, group);
+    const auto input = on_device(at::ones({1, 1}, at::kBFloat16));
+    constexpr int64_t kPasses = 300;
+    for (int64_t pass = 0; pass < kPasses; ++pass) (linear->forward(input).sum() + alone.sum()).backward();
+    buffer.reduce();
+    for (const auto& shard : shards) {
+      const int ranks = shard.name == "alone" ? runtime().size() : 1;
+      EXPECT_TRUE(test_support::equal(
+          shard.parameter.grad(),
+          on_device(at::full(shard.parameter.sizes(), static_cast<double>(kPasses * ranks), at::kFloat))))
+          << shard.name;
+    }
+  }
 }
 
 // Whoever holds a slice that begins at a block's border finds the sums that the holder of everything finds.
@@ -190,13 +216,14 @@ TEST(GradientBuffer, BeginsEveryGradientAtAMultipleOfSixteenBytes) {
     GradientBuffer buffer(shards, groups(runtime().size()));
     for (const auto& shard : shards) {
       shard.parameter.grad().fill_(2.0);
-      const auto place = shard.parameter.grad().storage_offset() * static_cast<int64_t>(at::elementSize(dtype));
+      const auto& gradient = shard.parameter.grad();
+      const auto place = gradient.storage_offset() * gradient.element_size();
       EXPECT_EQ(place % 16, 0) << shard.name;
     }
     buffer.reduce();
     for (const auto& shard : shards) {
       const int ranks = shard.name == "partial" ? runtime().size() : 1;
-      EXPECT_TRUE(test_support::equal(shard.parameter.grad(), at::full_like(shard.parameter, 2.0 * ranks)));
+      EXPECT_TRUE(test_support::equal(shard.parameter.grad(), at::full_like(shard.parameter.grad(), 2.0 * ranks)));
     }
     const double ranks = runtime().size();
     EXPECT_NEAR(buffer.norm(), 2.0 * std::sqrt(17 * (1 + ranks * ranks)), 1e-5 * ranks);

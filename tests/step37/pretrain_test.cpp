@@ -298,6 +298,41 @@ TEST_F(Pretrain, GoesOnAsIfItHadNotBeenInterrupted) {
   expect_same_run(files("wider"), files("whole1"), 1e-4);
 }
 
+// bfloat16 moves the losses by its rounding, in whatever layout, and checkpoints hold float32 all the same: a run of
+// either precision goes on in the other one.
+TEST_F(Pretrain, TrainsInBfloat16) {
+  const int world = runtime().size();
+  const Overrides four_steps = with(kExperts, {"training.steps=4", "checkpoint.interval=2", "report.pictures=0"});
+  const auto narrow = with(four_steps, {"training.precision=bfloat16"});
+  pretrain("float32", 1, four_steps);
+  const auto expect_near_float32 = [&](const std::string& run) {
+    if (runtime().rank() != 0) return;
+    const auto lines = metrics_of(files(run));
+    const auto expected = metrics_of(files("float32"));
+    ASSERT_EQ(lines.size(), expected.size());
+    for (size_t i = 0; i < lines.size(); ++i) {
+      EXPECT_NEAR(lines[i].value("loss", 0.0), expected[i].value("loss", 0.0), 0.02) << run << ", " << i;
+    }
+  };
+  for (const int tp : divisors_of_world()) {
+    const auto run = "narrow" + std::to_string(tp);
+    pretrain(run, tp, narrow);
+    expect_near_float32(run);
+  }
+  const auto run = "narrow" + std::to_string(world);
+  copy_state(run, "again", 2);
+  pretrain("again", world, narrow);
+  expect_same_run(files("again"), files(run), rounding());
+  copy_state(run, "wider", 2);
+  pretrain("wider", 1, four_steps);
+  expect_near_float32("wider");
+  copy_state("float32", "narrower", 2);
+  pretrain(
+      "narrower", world,
+      with(narrow, {"training.main_gradients=bfloat16", "training.exp_avg=bfloat16", "training.exp_avg_sq=bfloat16"}));
+  expect_near_float32("narrower");
+}
+
 TEST_F(Pretrain, ScalesTheLearningRateByName) {
   const int tp = runtime().size();
   pretrain("run", tp,

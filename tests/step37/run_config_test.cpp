@@ -517,6 +517,9 @@ TEST_F(RunConfigTest, WhatDoesntFitIsRefusedWithTheNumbers) {
   EXPECT_EQ(validation_error({"validation.packs=0"}), "validation.packs 0 is below 1");
   EXPECT_EQ(validation_error({"run.device=tpu"}), "run.device tpu is not one of auto, cpu, cuda");
   EXPECT_EQ(validation_error({"training.clip_grad_norm=-1"}), "training.clip_grad_norm -1 is negative");
+  EXPECT_EQ(validation_error({"training.main_gradients=bfloat16"}),
+            "training.main_gradients bfloat16 goes with training.precision bfloat16: gradients of float32 parameters "
+            "are float32");
   EXPECT_EQ(validation_error({"training.sequence_length=33"}),
             "training.sequence_length 33 is not divisible by tensor-parallel size 2");
   EXPECT_EQ(validation_error({"training.sequence_length=33", "parallel.sequence_parallel=false"}), "no error");

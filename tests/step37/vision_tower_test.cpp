@@ -215,6 +215,21 @@ TEST(VisionTower, FeaturesAreInTheParametersDtype) {
   EXPECT_LT(relative_difference(features.to(at::kFloat), expected.read("vision_last_hidden_state")), 0.05);
 }
 
+// The last convolution's weight meets padding for the most part.
+TEST(VisionTower, GradientsInBfloat16AreNearThoseInFloat64) {
+  auto tower = small_tower();
+  auto narrow = small_tower();
+  narrow->to(at::kBFloat16);
+  const auto pixels = at::randn({4, 3, 8, 8}, at::kDouble);
+  tower->forward(pixels).square().sum().backward();
+  narrow->forward(pixels).square().sum().backward();
+  const auto gradients = narrow->named_parameters();
+  for (const auto& item : tower->named_parameters()) {
+    EXPECT_LT(relative_difference(gradients[item.key()].grad().to(at::kDouble), item.value().grad()), 0.1)
+        << item.key();
+  }
+}
+
 TEST(VisionTower, OwnParameters) {
   const VisionTower tower(small_config(), GradientDomain::kReplicatedPartial);
   std::map<std::string, ParameterShard> shards;

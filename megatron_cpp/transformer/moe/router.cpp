@@ -25,6 +25,14 @@ Routing TopKRouterImpl::forward(const at::Tensor& tokens) {
   return {experts, shares * config_.router_scaling_factor};
 }
 
+void TopKRouterImpl::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
+  const auto bias = expert_bias.detach().to(device, c10::promoteTypes(dtype, at::kFloat));
+  torch::nn::Module::to(device, dtype, non_blocking);
+  expert_bias.set_data(bias);
+}
+
+void TopKRouterImpl::to(torch::Dtype dtype, bool non_blocking) { to(expert_bias.device(), dtype, non_blocking); }
+
 std::vector<ParameterShard> TopKRouterImpl::own_parameters() const {
   return {replicated_parameter("weight", weight, domain_, InitialValue::normal(init_std_), true),
           replicated_parameter("expert_bias", expert_bias, GradientDomain::kReplicated, InitialValue::constant(0.0),

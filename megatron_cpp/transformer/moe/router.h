@@ -35,6 +35,12 @@ class TopKRouterImpl : public ParallelModule {
 
   std::vector<ParameterShard> own_parameters() const override;
 
+  /// As of every module, but expert_bias stays float32 (or float64) in a lower precision: its updates are too small for
+  /// bfloat16, and near ties it decides.
+  void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
+  void to(torch::Dtype dtype, bool non_blocking = false) override;
+  using torch::nn::Module::to;
+
   at::Tensor weight;  ///< [E, H]
   /// [E]: is added to the scores for the choice only. A parameter, so that checkpoints have it, that never needs a
   /// gradient.
