@@ -38,7 +38,7 @@ class TopKRouterImpl : public ParallelModule {
   /// As of every module, but expert_bias stays float32 (or float64) in a lower precision: its updates are too small for
   /// bfloat16, and near ties it decides.
   void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
-  void to(torch::Dtype dtype, bool non_blocking = false) override;
+  void to(torch::Dtype dtype, bool non_blocking = false) override;  ///< likewise
   using torch::nn::Module::to;
 
   at::Tensor weight;  ///< [E, H]
