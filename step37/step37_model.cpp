@@ -3,10 +3,12 @@
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "megatron_cpp/tensor_parallel/rows.h"
 #include "megatron_cpp/tensor_parallel/vocab_parallel_cross_entropy.h"
+#include "parallel/mappings.h"
 #include "parallel/shard.h"
 
 namespace megatron_cpp::step37 {
@@ -14,6 +16,13 @@ namespace {
 
 void freeze(torch::nn::Module& module) {
   for (auto& parameter : module.parameters()) parameter.set_requires_grad(false);
+}
+
+VisionTower make_tower(const Step37Config& config, const parallel::GroupPtr& tp) {
+  if (config.mm_encoder_tp_mode == MmEncoderTpMode::kWeights) return VisionTower(config.vision, tp);
+  // Each rank runs the tower only on the pictures that it holds.
+  return VisionTower(config.vision,
+                     tp->getSize() > 1 ? GradientDomain::kReplicatedPartial : GradientDomain::kReplicated);
 }
 
 /// Whether the tower has yet to run on pictures that every rank was given.
@@ -26,6 +35,7 @@ bool is_to_be_shared_out(const ImageForInsert& group) {
 void Step37Config::validate(int tensor_parallel_size) const {
   text.validate(tensor_parallel_size);
   vision.validate();
+  if (mm_encoder_tp_mode == MmEncoderTpMode::kWeights) vision.validate_split(tensor_parallel_size);
   if (projector_sharding == ProjectorSharding::kRow) {
     parallel::even_shard_size(vision.output_dim(), tensor_parallel_size, "the vision tower's output width");
   }
@@ -38,9 +48,7 @@ void Step37Config::validate(int tensor_parallel_size) const {
 Step37ModelImpl::Step37ModelImpl(const Step37Config& config, const ModelGroups& groups)
     : config_(config), tp_(groups.tp) {
   config_.validate(tp_->getSize());
-  // Each rank runs the tower only on the pictures that it holds.
-  const auto domain = tp_->getSize() > 1 ? GradientDomain::kReplicatedPartial : GradientDomain::kReplicated;
-  vision_model = register_module("vision_model", VisionTower(config_.vision, domain));
+  vision_model = register_module("vision_model", make_tower(config_, tp_));
   language_model = register_module("language_model", GPTModel(config_.text, config_.execution, groups));
   image_insert_embedding = register_module(
       "image_insert_embedding",
@@ -59,7 +67,7 @@ Step37ModelImpl::Step37ModelImpl(const Step37Config& config, const ModelGroups& 
 }
 
 void Step37ModelImpl::keep_own_pictures(std::vector<ImageForInsert>& images) const {
-  if (tp_->getSize() == 1) return;
+  if (tp_->getSize() == 1 || config_.mm_encoder_tp_mode == MmEncoderTpMode::kWeights) return;
   std::vector<int64_t> costs;  // patches of each picture that every rank was given
   for (const auto& group : images) {
     if (!is_to_be_shared_out(group)) continue;
@@ -85,15 +93,31 @@ void Step37ModelImpl::keep_own_pictures(std::vector<ImageForInsert>& images) con
   }
 }
 
-at::Tensor Step37ModelImpl::embed(const Step37Batch& batch) {
-  auto images = batch.images;
-  keep_own_pictures(images);
+void Step37ModelImpl::run_tower(std::vector<ImageForInsert>& images) {
+  const bool is_split = config_.mm_encoder_tp_mode == MmEncoderTpMode::kWeights;
+  const auto is_held = [](const ImageForInsert& group) { return group.held.has_value(); };
+  // The insert then leaves the gradient of each image's features on one rank; the split tower takes it on all.
+  const bool gradients_are_on_holders =
+      projected_part(config_.projector_sharding) == Part::kWhole || std::any_of(images.begin(), images.end(), is_held);
   for (auto& group : images) {
     if (group.image_features.has_value()) continue;
     TORCH_CHECK_VALUE(group.images.defined(), "the group of start token ", group.insert_start_token,
                       " has neither images nor image_features");
-    group.image_features = vision_model->forward(group.images);
+    TORCH_CHECK_VALUE(
+        !is_split || !is_held(group), "the group of start token ", group.insert_start_token,
+        " has each picture on one rank (held): with mm_encoder_tp_mode weights every rank needs them all");
+    auto features = vision_model->forward(group.images);
+    if (is_split && gradients_are_on_holders) {
+      features = parallel::copy_to_tensor_model_parallel_region(features, tp_);
+    }
+    group.image_features = features;
   }
+}
+
+at::Tensor Step37ModelImpl::embed(const Step37Batch& batch) {
+  auto images = batch.images;
+  keep_own_pictures(images);
+  run_tower(images);
   const auto& position_ids = batch.attention.position_ids;
   return batch.plan ? image_insert_embedding->forward(batch.input_ids, images, *batch.plan, position_ids)
                     : image_insert_embedding->forward(batch.input_ids, images, position_ids);

@@ -28,6 +28,9 @@ struct Step37Config {
   bool projector_bias = false;     ///< whether the projector has a bias [H]
   ProjectorSharding projector_sharding = ProjectorSharding::kReplicated;  ///< features are where the tower ran
   InsertExchange exchange = InsertExchange::kFused;                       ///< see InsertExchange
+  /// How the ranks share the tower's work. With kWeights every rank has all features: the natural partner is a
+  /// column-sharded projector.
+  MmEncoderTpMode mm_encoder_tp_mode = MmEncoderTpMode::kData;
   /// See ImageInsertEmbeddingOptions::checked.
   bool checked = checked_by_default();
   /// Parts that are not trained.
@@ -39,8 +42,8 @@ struct Step37Config {
   void validate(int tensor_parallel_size) const;
 };
 
-/// One micro-batch. Equal on every rank of the tensor-parallel group, except that a rank may have only the pictures of
-/// `images` that it holds (ImageForInsert::held).
+/// One micro-batch. Equal on every rank of the tensor-parallel group, except that with MmEncoderTpMode::kData a rank
+/// may have only the pictures of `images` that it holds (ImageForInsert::held).
 struct Step37Batch {
   at::Tensor input_ids;                ///< [B, S] int64 on the CPU
   at::Tensor labels;                   ///< [B, S] int64: the token to predict at each position, -100 for no loss
@@ -57,12 +60,14 @@ class Step37ModelImpl : public torch::nn::Module {
   Step37ModelImpl(const Step37Config& config, const ModelGroups& groups);
 
   /// @return  logits [S, B, V'/t], this rank's columns of the padded vocabulary.
-  /// Each picture goes through the tower on one rank; the number of pictures may differ between ranks and may be 0.
+  /// With MmEncoderTpMode::kData each picture goes through the tower on one rank; the number of pictures may differ
+  /// between ranks and may be 0. With kWeights each goes through the tower on all ranks together.
   /// Collective over tp, and with experts over ep and etp. Throws c10::ValueError as the parts do.
   at::Tensor forward(const Step37Batch& batch);
 
   /// The decoder's input: [S, B, H], with sequence_parallel [S/t, B, H], this rank's rows.
-  /// Collective over tp. Throws c10::ValueError as the tower and the insert do.
+  /// Collective over tp. Throws c10::ValueError as the tower and the insert do, and with MmEncoderTpMode::kWeights for
+  /// a group whose pictures are `held`.
   at::Tensor embed(const Step37Batch& batch);
 
   /// The sum of the token losses of the batch, a float32 scalar, equal on every rank. Divide by the number of loss
@@ -72,7 +77,7 @@ class Step37ModelImpl : public torch::nn::Module {
   /// As given to the constructor.
   const Step37Config& config() const { return config_; }
 
-  VisionTower vision_model{nullptr};                     ///< replicated; each rank runs it on the pictures it holds
+  VisionTower vision_model{nullptr};                     ///< see Step37Config::mm_encoder_tp_mode
   GPTModel language_model{nullptr};                      ///< takes the result of the insert as decoder_input; its
                                                          ///< mtp_layers are frozen
   ImageInsertEmbedding image_insert_embedding{nullptr};  ///< uses language_model->embedding
@@ -81,6 +86,8 @@ class Step37ModelImpl : public torch::nn::Module {
   /// Splits the pictures that every rank was given over the ranks, balanced by number of patches, and keeps those of
   /// this rank. Groups that are `held` or have features are left alone.
   void keep_own_pictures(std::vector<ImageForInsert>& images) const;
+  /// Fills in image_features where the tower has yet to run.
+  void run_tower(std::vector<ImageForInsert>& images);
 
   Step37Config config_;
   parallel::GroupPtr tp_;

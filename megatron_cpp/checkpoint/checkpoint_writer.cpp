@@ -50,12 +50,14 @@ CheckpointManifest manifest_part(const CheckpointContents& contents, const std::
   CheckpointManifest part{contents.step, contents.state, contents.model, contents.tokenizer, {}, {}};
   for (const auto& tensor : contents.tensors) {
     internal::check_part(tensor);
-    CheckpointTensor entry{safetensors_dtype(tensor.local.scalar_type(), tensor.id.text()), tensor.global_shape, {}};
+    const auto dtype = safetensors_dtype(tensor.local.scalar_type(), tensor.id.text());
+    auto& entry = part.tensors.try_emplace(tensor.id, CheckpointTensor{dtype, tensor.global_shape, {}}).first->second;
+    TORCH_CHECK_VALUE(entry.dtype == dtype && entry.shape == tensor.global_shape, "parts of tensor ", tensor.id.text(),
+                      " are of ", entry.dtype, " ", at::IntArrayRef(entry.shape), " and of ", dtype, " ",
+                      at::IntArrayRef(tensor.global_shape));
     if (is_written(tensor)) {
       entry.pieces.push_back({file, internal::stored_name(tensor.id, tensor.part), tensor.part});
     }
-    const bool is_new = part.tensors.emplace(tensor.id, std::move(entry)).second;
-    TORCH_CHECK_VALUE(is_new, "tensor ", tensor.id.text(), " is given twice");
   }
   return part;
 }

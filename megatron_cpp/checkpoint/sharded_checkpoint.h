@@ -76,7 +76,7 @@ std::vector<ShardedTensor> sharded_tensors(const AdamW& optimizer, const Checkpo
 struct CheckpointContents {
   int64_t step = 0;                    ///< optimizer steps done; names the folder
   std::string state;                   ///< small text (JSON), such as the sampler position; rank 0's is saved
-  std::vector<ShardedTensor> tensors;  ///< of this rank; an id at most once
+  std::vector<ShardedTensor> tensors;  ///< of this rank; several may be parts of one tensor
   std::string model = {};              ///< JSON that describes the model; rank 0's is saved
   std::string tokenizer = {};          ///< hash of the tokenizer that the model was trained with; rank 0's is saved
 };

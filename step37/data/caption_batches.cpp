@@ -218,9 +218,12 @@ std::vector<int64_t> assign_pictures(const std::vector<PictureReference>& pictur
 }
 
 std::vector<ImageForInsert> load_pictures(const CaptionPack& pack, const CaptionFormat& format,
-                                          const std::filesystem::path& folder, int tp_rank, int tp_size,
-                                          PictureFaults& faults) {
-  const auto holders = assign_pictures(pack.pictures, format.crops, tp_size);
+                                          const std::filesystem::path& folder, MmEncoderTpMode mode,
+                                          const parallel::GroupPtr& tp, PictureFaults& faults) {
+  const bool shares_out = mode == MmEncoderTpMode::kData;
+  const int rank = tp->getRank();
+  const auto holders = shares_out ? assign_pictures(pack.pictures, format.crops, tp->getSize())
+                                  : std::vector<int64_t>(pack.pictures.size(), rank);
   std::vector<int64_t> crop_holders;
   std::vector<at::Tensor> global_views;
   std::vector<at::Tensor> crop_views;
@@ -228,7 +231,7 @@ std::vector<ImageForInsert> load_pictures(const CaptionPack& pack, const Caption
     const auto& picture = pack.pictures[i];
     const auto num_crops = static_cast<size_t>(plan_crops(picture.width, picture.height, format.crops).num_crops());
     crop_holders.insert(crop_holders.end(), num_crops, holders[i]);
-    if (holders[i] != tp_rank) continue;
+    if (holders[i] != rank) continue;
     const auto views = views_of(picture, format, folder, faults);
     global_views.push_back(views.global);
     if (num_crops > 0) crop_views.push_back(views.crops);
@@ -240,6 +243,9 @@ std::vector<ImageForInsert> load_pictures(const CaptionPack& pack, const Caption
   }
   groups.push_back(group_of(format.picture_ids.im_start, format.crops.global_side, global_views, holders,
                             format.crops.global_tokens()));
+  if (!shares_out) {
+    for (auto& group : groups) group.held.reset();
+  }
   return groups;
 }
 
@@ -313,12 +319,11 @@ void CaptionLoader::prefetch() {
       },
       groups_.tp);
   step = broadcast_step(step, groups_.tp);
-  const int rank = groups_.tp->getRank();
-  const int size = groups_.tp->getSize();
-  ahead_ = std::async(std::launch::async, [step = std::move(step), this, rank, size]() mutable {
+  ahead_ = std::async(std::launch::async, [step = std::move(step), this]() mutable {
     LoadedStep loaded;
     for (const auto& pack : step.micro_batches) {
-      auto images = load_pictures(pack, options_.format, options_.folder, rank, size, faults_);
+      auto images =
+          load_pictures(pack, options_.format, options_.folder, options_.mm_encoder_tp_mode, groups_.tp, faults_);
       if (options_.device.is_cuda()) {
         for (auto& group : images) group.images = group.images.pin_memory();
       }

@@ -1,4 +1,4 @@
-// Batches of captioned pictures for training: packed on one rank, decoded one step ahead on the rank that needs them.
+// Batches of captioned pictures for training: packed on one rank, decoded one step ahead on the ranks that need them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -70,11 +70,12 @@ PictureReference reference_to(const std::filesystem::path& folder, const std::st
 std::vector<int64_t> assign_pictures(const std::vector<PictureReference>& pictures, const CropOptions& crops, int t);
 
 /// Decodes this rank's pictures of a pack into groups for the model: crops, then global views; pixels are uint8 on the
-/// CPU. A broken picture becomes a black one. Broken, damaged and changed files are noted in `faults`. Thread-safe; not
-/// collective.
+/// CPU. With MmEncoderTpMode::kData these are the pictures that assign_pictures gives to the rank of `tp`, and groups
+/// are `held`; with kWeights all of them. A broken picture becomes a black one. Broken, damaged and changed files are
+/// noted in `faults`. Thread-safe; not collective.
 std::vector<ImageForInsert> load_pictures(const CaptionPack& pack, const CaptionFormat& format,
-                                          const std::filesystem::path& folder, int tp_rank, int tp_size,
-                                          PictureFaults& faults);
+                                          const std::filesystem::path& folder, MmEncoderTpMode mode,
+                                          const parallel::GroupPtr& tp, PictureFaults& faults);
 
 /// Makes the model's batch from a pack: copies pixels to `device` as uint8, without waiting, and normalises them there.
 Step37Batch to_model_batch(const CaptionPack& pack, std::vector<ImageForInsert> images, const at::Device& device);
@@ -90,6 +91,7 @@ class CaptionLoader {
     int64_t global_batch_size = 1;  ///< packs per step, over all data-parallel ranks
     int64_t micro_batch_size = 1;   ///< packs per micro-batch; times data-parallel size a divisor of global_batch_size
     uint64_t seed = 0;
+    MmEncoderTpMode mm_encoder_tp_mode = MmEncoderTpMode::kData;  ///< which pictures a rank decodes
     c10::Device device = c10::Device(c10::kCPU);  ///< that the model runs on; for a GPU pixels are in pinned memory
     /// The number of pictures that may be unreadable; one more ends the run.
     int64_t max_unreadable = std::numeric_limits<int64_t>::max();

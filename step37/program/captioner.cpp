@@ -30,12 +30,12 @@ Step37Batch one_sequence(const std::vector<int64_t>& tokens, int64_t begin, cons
   return batch;
 }
 
-/// The views of the pictures, on the rank that runs the tower on them.
+/// The views of the pictures, on the ranks that run the tower on them.
 std::vector<ImageForInsert> images_of(const std::vector<PictureReference>& pictures, const CaptionerOptions& options,
-                                      const parallel::GroupPtr& tp, const at::Device& device) {
+                                      MmEncoderTpMode mode, const parallel::GroupPtr& tp, const at::Device& device) {
   const CaptionPack pack{{}, pictures};
   PictureFaults unheard;
-  auto images = load_pictures(pack, options.format, options.folder, tp->getRank(), tp->getSize(),
+  auto images = load_pictures(pack, options.format, options.folder, mode, tp,
                               options.faults != nullptr ? *options.faults : unheard);
   return to_model_batch(pack, std::move(images), device).images;
 }
@@ -58,7 +58,7 @@ std::vector<int64_t> caption_ids(Step37Model& model, const std::vector<PictureRe
   for (int64_t i = 0; i < options.max_new_tokens; ++i) {
     const int64_t begin = i == 0 ? 0 : static_cast<int64_t>(tokens.size()) - 1;
     auto batch = one_sequence(tokens, begin, options);
-    if (i == 0) batch.images = images_of(pictures, options, tp, device);
+    if (i == 0) batch.images = images_of(pictures, options, model->config().mm_encoder_tp_mode, tp, device);
     const auto fresh = model->embed(batch);
     if (i == 0 || options.cache) {
       embeddings = fresh;

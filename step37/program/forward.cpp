@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 
 #include <cstdio>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -31,11 +32,21 @@ at::ScalarType dtype_of(const std::string& name) {
   TORCH_CHECK_VALUE(false, "--dtype ", name, ": expected float32, float64 or bfloat16");
 }
 
+MmEncoderTpMode mm_encoder_tp_mode_of(const std::string& name) {
+  if (name == "data") return MmEncoderTpMode::kData;
+  if (name == "weights") return MmEncoderTpMode::kWeights;
+  TORCH_CHECK_VALUE(false, "--mm-encoder-tp-mode ", name, ": expected data or weights");
+}
+
 /// The steps of a run, in the order in which forward() calls them.
 class ForwardRun {
  public:
   ForwardRun(const ForwardArguments& arguments, const parallel::ProcessGroups& groups, at::Device device)
-      : arguments_(arguments), groups_(groups), device_(device), dtype_(dtype_of(arguments.dtype)) {
+      : arguments_(arguments),
+        groups_(groups),
+        device_(device),
+        dtype_(dtype_of(arguments.dtype)),
+        mm_encoder_tp_mode_(mm_encoder_tp_mode_of(arguments.mm_encoder_tp_mode)) {
     TORCH_CHECK_VALUE(arguments.dump.empty() || arguments.dump == "layers", "--dump ", arguments.dump,
                       ": expected layers");
   }
@@ -57,6 +68,7 @@ class ForwardRun {
     auto config = step37_config(checkpoint_->config(), /*train_padding_row=*/false);
     config.text.mtp_layers.clear();
     config.execution.sequence_parallel = arguments_.sequence_parallel;
+    config.mm_encoder_tp_mode = mm_encoder_tp_mode_;
     model_ = Step37Model(config, groups_);
     model_->to(device_, dtype_);
     parameters_ = parameter_shards(*model_);
@@ -136,11 +148,15 @@ class ForwardRun {
     for (const auto& shard : parameters_) {
       if (!shard.parameter.requires_grad()) continue;
       const bool counts = groups_.of(shard.domain.replicated_over())->getRank() == 0;
+      std::map<std::string, at::Tensor> wholes;  // several segments may be boxes of one tensor
       for (const auto& segment : shard.segments) {
-        auto whole = at::zeros(segment.global_shape, shard.parameter.options().requires_grad(false));
+        auto& whole = wholes[segment.name];
+        if (!whole.defined()) whole = at::zeros(segment.global_shape, shard.parameter.options().requires_grad(false));
         if (counts) segment.in_global(whole).copy_(segment.in_local(shard.parameter.grad()));
+      }
+      for (auto& [name, whole] : wholes) {
         parallel::all_reduce_in_place(whole, groups_.world);
-        results.push_back({"grad." + published_name(segment.name), whole});
+        results.push_back({"grad." + published_name(name), whole});
       }
     }
   }
@@ -149,6 +165,7 @@ class ForwardRun {
   parallel::ProcessGroups groups_;
   at::Device device_;
   at::ScalarType dtype_;
+  MmEncoderTpMode mm_encoder_tp_mode_;
   std::optional<PublishedCheckpoint> checkpoint_;
   ForwardBatch input_;
   Step37Model model_{nullptr};

@@ -20,6 +20,7 @@ struct ForwardArguments {
   std::optional<int64_t> image_start_token;  ///< else config.json's image_start_token_id
   std::optional<int64_t> patch_start_token;  ///< else config.json's patch_start_token_id
   bool sequence_parallel = false;
+  std::string mm_encoder_tp_mode = "data";  ///< data or weights, as parallel.mm_encoder_tp_mode
   bool gradients = false;
   int expert_parallel = 1;
   std::optional<int> expert_tensor_parallel;  ///< else the number of ranks / expert_parallel

@@ -74,6 +74,10 @@ void add_forward(CLI::App& app, Command& command) {
   forward->add_option("--image-start-token", arguments->image_start_token, "Token id before an image's rows");
   forward->add_option("--patch-start-token", arguments->patch_start_token, "Token id before a patch's rows");
   forward->add_flag("--sequence-parallel", arguments->sequence_parallel, "Split the sequence over the ranks");
+  forward
+      ->add_option("--mm-encoder-tp-mode", arguments->mm_encoder_tp_mode,
+                   "Share out the vision tower's pictures (data) or its weights (weights)")
+      ->capture_default_str();
   forward->add_flag("--gradients", arguments->gradients, "Write gradients of the loss, too");
   forward->add_option("--expert-parallel", arguments->expert_parallel, "Ranks that share out the experts")
       ->capture_default_str();

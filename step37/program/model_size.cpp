@@ -69,20 +69,27 @@ class TensorList {
     const auto& vision = config_.vision;
     const int64_t W = vision.width;
     const int64_t grid = vision.image_size / vision.patch_size;
+    const bool is_split = config_.mm_encoder_tp_mode == MmEncoderTpMode::kWeights;
+    const auto on_every_rank = [&](int64_t elements, int64_t count = 1) {
+      is_split ? add(kTower, count, elements, elements, "dp") : partial(kTower, elements, count);
+    };
+    const auto of_blocks = [&](int64_t elements, int64_t count) {
+      is_split ? add(kTower, count, elements, elements / grid_.tp, "dp") : partial(kTower, elements, count);
+    };
     trained_ = !config_.freeze_vision_model;
-    partial(kTower, grid * grid * W);                                // positional_embedding
-    partial(kTower, W * 3 * vision.patch_size * vision.patch_size);  // conv1
-    partial(kTower, W, 2);                                           // ln_pre
+    on_every_rank(grid * grid * W);                                // positional_embedding
+    on_every_rank(W * 3 * vision.patch_size * vision.patch_size);  // conv1
+    on_every_rank(W, 2);                                           // ln_pre
     // ln_1, ln_2, ls_1, ls_2, and the biases of out_proj and c_proj
-    partial(kTower, W, 8 * vision.layers);
-    partial(kTower, 3 * W * W, vision.layers);
-    partial(kTower, 3 * W, vision.layers);
-    partial(kTower, W * W, vision.layers);
-    partial(kTower, W * vision.mlp_width, 2 * vision.layers);
-    partial(kTower, vision.mlp_width, vision.layers);
+    on_every_rank(W, 8 * vision.layers);
+    of_blocks(3 * W * W, vision.layers);
+    of_blocks(3 * W, vision.layers);
+    of_blocks(W * W, vision.layers);
+    of_blocks(W * vision.mlp_width, 2 * vision.layers);
+    of_blocks(vision.mlp_width, vision.layers);
     for (const int64_t width : {W, 2 * W}) {  // the downsamplers
-      partial(kTower, 2 * width * width * 9);
-      partial(kTower, 2 * width);
+      on_every_rank(2 * width * width * 9);
+      on_every_rank(2 * width);
     }
   }
 

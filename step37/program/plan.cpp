@@ -204,7 +204,7 @@ Plan make_plan(const RunConfig& config, int num_ranks, std::optional<int64_t> im
       tensors_of(model, config.published ? config.published->text.mtp_layers : std::vector<LayerConfig>{}, plan.grid);
   plan.memory = step_memory(model, plan.grid, plan.shape, plan.tensors);
   plan.traffic = step_traffic(model, plan.grid, plan.shape, plan.tensors);
-  plan.flops = step_flops(model, plan.shape);
+  plan.flops = step_flops(model, plan.grid, plan.shape);
   return plan;
 }
 

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -238,14 +239,14 @@ class PretrainRun {
   }
 
   int64_t num_parameters() const {
-    int64_t total = 0;
+    std::map<std::string, int64_t> elements;  // several segments may be boxes of one tensor
     for (const auto& shard : parameters_) {
       for (const auto& segment : shard.segments) {
-        int64_t elements = 1;
-        for (const int64_t size : segment.global_shape) elements *= size;
-        total += elements;
+        elements[segment.name] = c10::multiply_integers(segment.global_shape);
       }
     }
+    int64_t total = 0;
+    for (const auto& [name, count] : elements) total += count;
     return total;
   }
 
@@ -358,8 +359,8 @@ class PretrainRun {
     const at::NoGradGuard no_grad;
     auto sum = at::zeros({1}, at::TensorOptions().device(runtime_.device()).dtype(at::kDouble));
     for (const auto& pack : validation.micro_batches) {
-      auto images = load_pictures(pack, loader_options_.format, loader_options_.folder, groups_.tp->getRank(),
-                                  groups_.tp->getSize(), faults_);
+      auto images = load_pictures(pack, loader_options_.format, loader_options_.folder,
+                                  loader_options_.mm_encoder_tp_mode, groups_.tp, faults_);
       sum.add_(model_->loss_sum(to_model_batch(pack, std::move(images), runtime_.device())).tokens);
     }
     return parallel::all_reduce(sum, groups_.dp).item<double>() / static_cast<double>(validation.num_loss_tokens);

@@ -56,7 +56,7 @@ void visit_keys(Config& config, const Visit& visit) {
   each(kAtLeast1, KEY(parallel, cp), KEY(parallel, pp), KEY(parallel, ep));
   each(kAtLeast0, KEY(parallel, etp));
   each(kAny, KEY(parallel, sequence_parallel), KEY(parallel, embedding_sharding), KEY(parallel, projector_sharding),
-       KEY(parallel, exchange));
+       KEY(parallel, exchange), KEY(parallel, mm_encoder_tp_mode));
   each(kRequired, KEY(data, directory));
   each(kAny, KEY(data, held_out), KEY(data, max_unreadable), KEY(data, crops), KEY(data, crop_side));
   each(kAtLeast1, KEY(data, max_side), KEY(data, vocabulary_size));
@@ -141,6 +141,9 @@ Names<ProjectorSharding> names_of(ProjectorSharding /*type*/) {
 }
 Names<InsertExchange> names_of(InsertExchange /*type*/) {
   return {{"fused", InsertExchange::kFused}, {"all-gather", InsertExchange::kAllGather}};
+}
+Names<MmEncoderTpMode> names_of(MmEncoderTpMode /*type*/) {
+  return {{"data", MmEncoderTpMode::kData}, {"weights", MmEncoderTpMode::kWeights}};
 }
 Names<LearningRateDecay> names_of(LearningRateDecay /*type*/) {
   using enum LearningRateDecay;
@@ -593,6 +596,7 @@ Step37Config model_config(const RunConfig& config, int64_t vocabulary_size) {
   result.projector_bias = config.published ? config.published->projector_bias : model.projector_bias;
   result.projector_sharding = config.parallel.projector_sharding;
   result.exchange = config.parallel.exchange;
+  result.mm_encoder_tp_mode = config.parallel.mm_encoder_tp_mode;
   result.checked = config.run.checked;
   result.freeze_vision_model = config.vision.freeze;
   result.freeze_projector = model.freeze_projector;

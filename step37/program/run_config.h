@@ -43,6 +43,8 @@ struct ParallelSection {
   EmbeddingSharding embedding_sharding = EmbeddingSharding::kVocab;       ///< vocab or hidden
   ProjectorSharding projector_sharding = ProjectorSharding::kReplicated;  ///< replicated, column or row
   InsertExchange exchange = InsertExchange::kFused;                       ///< fused or all-gather
+  /// What tp shares out of the vision tower: data, whole pictures; or weights, whose heads and mlp_width tp divides.
+  MmEncoderTpMode mm_encoder_tp_mode = MmEncoderTpMode::kData;
 };
 
 struct DataSection {

@@ -27,10 +27,18 @@ struct Sizes {
         V(padded_vocabulary_size(config.text.vocabulary_size, grid.tp)),
         C(config.vision.output_dim()),
         images(shape.images_per_pack * shape.micro_batch_size),
+        patches(images * patches_of(config.vision)),
         rows(images * config.vision.feature_rows(config.vision.image_size, config.vision.image_size)),
         trains_text(!config.freeze_language_model),
         trains_features(!config.freeze_vision_model),
-        trains_projected(!config.freeze_projector || !config.freeze_vision_model) {}
+        trains_projected(!config.freeze_projector || !config.freeze_vision_model),
+        splits_tower(config.mm_encoder_tp_mode == MmEncoderTpMode::kWeights),
+        tower_images(splits_tower ? images : (images + t - 1) / t) {}
+
+  static int64_t patches_of(const VisionConfig& vision) {
+    const int64_t side = vision.image_size / vision.patch_size;
+    return side * side;
+  }
 
   int64_t t;
   int64_t S;  ///< positions of a micro-batch, its packs one behind the other
@@ -38,11 +46,14 @@ struct Sizes {
   int64_t H;
   int64_t V;  ///< padded
   int64_t C;
-  int64_t images;  ///< of a micro-batch
-  int64_t rows;    ///< of features of a micro-batch
+  int64_t images;   ///< of a micro-batch
+  int64_t patches;  ///< of its images
+  int64_t rows;     ///< of features of a micro-batch
   bool trains_text;
   bool trains_features;
   bool trains_projected;
+  bool splits_tower;     ///< MmEncoderTpMode::kWeights
+  int64_t tower_images;  ///< that the fullest rank's tower runs on
 };
 
 /// Adds up what a rank sends.
@@ -132,35 +143,20 @@ void add_experts(const Sizes& n, const MoEConfig& moe, const parallel::RankGrid&
   sum.of_experts = false;
 }
 
-/// Word embedding and image insert, features being on the ranks where the tower ran (docs/image-insert.md).
-void add_insert(const Step37Config& config, const Sizes& n, TrafficSum& sum) {
-  const bool sp = config.execution.sequence_parallel;
-  const int64_t M = n.S * n.H * kElement;
-  const int64_t image_rows = n.rows * n.H * kElement;
+/// The blocks of a tower that is split: the outputs of attention and mlp forward, gradients of their inputs backward.
+void add_split_tower(const Step37Config& config, const Sizes& n, TrafficSum& sum) {
+  const int64_t activations = n.patches * config.vision.width * kElement;
+  sum.add(Kind::kAllReduce, "tp", activations, 2 * config.vision.layers * (n.trains_features ? 2 : 1));
+}
+
+/// Brings features from where the tower ran to where they are projected, and their gradients back.
+void add_features(ProjectorSharding sharding, const Sizes& n, TrafficSum& sum) {
   const int64_t features = n.rows * n.C * kElement;
-  const bool by_columns = config.execution.embedding_sharding == EmbeddingSharding::kHidden;
-  const bool gathers = config.exchange == InsertExchange::kAllGather;
-  const auto sharding = config.projector_sharding;
-  if (by_columns) {
-    sp ? sum.add(Kind::kAllToAll, "tp", M / n.t) : sum.add(Kind::kAllGather, "tp", M);
-  } else {
-    sum.add(sp ? Kind::kReduceScatter : Kind::kAllReduce, "tp", M);
-  }
-  const bool needs_both = n.trains_text && (n.trains_projected || n.images == 0);
-  if (sp && (needs_both || (gathers && n.trains_text))) {
-    by_columns ? sum.add(Kind::kAllToAll, "tp", M / n.t) : sum.add(Kind::kAllGather, "tp", M);
-  } else if (sp && n.trains_text) {
-    sum.add(Kind::kAllToAll, "tp", (M - image_rows) / n.t);
-  } else if (sp && !gathers && sharding == ProjectorSharding::kRow) {
-    sum.send(Kind::kAllGather, "tp", (n.t - 1) * image_rows / n.t);
-  } else if (sp && !gathers) {
-    sum.add(Kind::kAllToAll, "tp", image_rows / n.t);
-  }
-  if (gathers && sharding == ProjectorSharding::kRow) {
-    sum.add(Kind::kAllReduce, "tp", image_rows, sp && n.trains_projected ? 2 : 1);
-  } else if (gathers) {
-    sum.add(Kind::kAllGather, "tp", image_rows);
-    if (sp && n.trains_projected) sum.add(Kind::kReduceScatter, "tp", image_rows);
+  if (n.splits_tower) {  // every rank has them
+    if (n.trains_features) {
+      sum.add(sharding == ProjectorSharding::kRow ? Kind::kAllGather : Kind::kAllReduce, "tp", features);
+    }
+    return;
   }
   if (sharding == ProjectorSharding::kColumn) {
     sum.add(Kind::kAllGather, "tp", features);
@@ -169,9 +165,44 @@ void add_insert(const Step37Config& config, const Sizes& n, TrafficSum& sum) {
   if (sharding == ProjectorSharding::kRow) sum.add(Kind::kAllToAll, "tp", features / n.t, n.trains_features ? 2 : 1);
 }
 
+/// Word embedding and image insert (docs/image-insert.md).
+void add_insert(const Step37Config& config, const Sizes& n, TrafficSum& sum) {
+  const bool sp = config.execution.sequence_parallel;
+  const int64_t M = n.S * n.H * kElement;
+  const int64_t image_rows = n.rows * n.H * kElement;
+  const bool by_columns = config.execution.embedding_sharding == EmbeddingSharding::kHidden;
+  const bool gathers = config.exchange == InsertExchange::kAllGather;
+  const auto sharding = config.projector_sharding;
+  if (by_columns) {
+    sp ? sum.add(Kind::kAllToAll, "tp", M / n.t) : sum.add(Kind::kAllGather, "tp", M);
+  } else {
+    sum.add(sp ? Kind::kReduceScatter : Kind::kAllReduce, "tp", M);
+  }
+  // Where only a replicated projector trains, each rank projects the rows that it owns.
+  const bool owners_project = n.splits_tower && sharding == ProjectorSharding::kReplicated && !n.trains_features;
+  const bool needs_both = n.trains_text && (n.trains_projected || n.images == 0);
+  if (sp && (needs_both || (gathers && n.trains_text))) {
+    by_columns ? sum.add(Kind::kAllToAll, "tp", M / n.t) : sum.add(Kind::kAllGather, "tp", M);
+  } else if (sp && n.trains_text) {
+    sum.add(Kind::kAllToAll, "tp", (M - image_rows) / n.t);
+  } else if (sp && !gathers && sharding == ProjectorSharding::kRow) {
+    sum.send(Kind::kAllGather, "tp", (n.t - 1) * image_rows / n.t);
+  } else if (sp && !gathers && !owners_project) {
+    sum.add(Kind::kAllToAll, "tp", image_rows / n.t);
+  }
+  if (gathers && sharding == ProjectorSharding::kRow) {
+    sum.add(Kind::kAllReduce, "tp", image_rows, sp && n.trains_projected ? 2 : 1);
+  } else if (gathers) {
+    sum.add(Kind::kAllGather, "tp", image_rows);
+    if (sp && n.trains_projected) sum.add(Kind::kReduceScatter, "tp", image_rows);
+  }
+  add_features(sharding, n, sum);
+}
+
 void add_micro_batch(const Step37Config& config, const Sizes& n, const parallel::RankGrid& grid, TrafficSum& sum) {
   const bool sp = config.execution.sequence_parallel;
   const auto& moe = config.text.moe;
+  if (n.splits_tower) add_split_tower(config, n, sum);
   add_insert(config, n, sum);
   for (const auto& layer : config.text.layers) {
     add_linear_pair(n, sp, sum);  // attention
@@ -258,15 +289,16 @@ LayerElements layer_elements(const Step37Config& config, const LayerConfig& laye
 }
 
 /// What backward needs of the vision tower for the pictures of the fullest rank, in elements.
-int64_t tower_elements(const VisionConfig& vision, int64_t images) {
+int64_t tower_elements(const VisionConfig& vision, const Sizes& n) {
   const int64_t side = vision.image_size / vision.patch_size;
   const int64_t half = (side + 1) / 2;
   const int64_t patches = side * side;
-  // Both norms' inputs, outputs and statistics, qkv, rotated q and k, attention's output and logsumexp, what the layer
-  // scales multiply; the mlp's input to its activation, the sigmoid, their product.
-  const int64_t block = 12 * vision.width + 3 * vision.mlp_width + 4 + vision.heads;
+  const int64_t parts = n.splits_tower ? n.t : 1;
+  // Both norms' inputs, outputs and statistics, what the layer scales multiply; qkv, rotated q and k, attention's
+  // output and logsumexp; the mlp's input to its activation, the sigmoid, their product.
+  const int64_t block = 6 * vision.width + 4 + (6 * vision.width + vision.heads + 3 * vision.mlp_width) / parts;
   const int64_t ends = patches * (2 * vision.width + 2) + half * half * 2 * vision.width;
-  return images * (vision.layers * patches * block + ends);
+  return n.tower_images * (vision.layers * patches * block + ends);
 }
 
 }  // namespace
@@ -299,7 +331,7 @@ std::vector<Traffic> step_traffic(const Step37Config& config, const parallel::Ra
   return sum.result();
 }
 
-int64_t step_flops(const Step37Config& config, const StepShape& shape) {
+int64_t step_flops(const Step37Config& config, const parallel::RankGrid& grid, const StepShape& shape) {
   const auto& text = config.text;
   const auto S = static_cast<double>(shape.sequence_length);
   const auto H = static_cast<double>(text.hidden_size);
@@ -330,13 +362,16 @@ int64_t step_flops(const Step37Config& config, const StepShape& shape) {
   const auto rows = static_cast<double>(vision.feature_rows(vision.image_size, vision.image_size));
   const double conv1 = patches * 3 * static_cast<double>(vision.patch_size * vision.patch_size) * W;
   const double block = patches * (4 * W * W + 2 * W * static_cast<double>(vision.mlp_width) + 2 * patches * W);
-  const double tower = static_cast<double>(vision.layers) * block + half_grid * 18 * W * W + rows * 72 * W * W;
+  const double downsamplers = half_grid * 18 * W * W + rows * 72 * W * W;
   const double projector = rows * static_cast<double>(vision.output_dim()) * H;
 
   // Forward once, a gradient of the input where one flows, a gradient of the weight where it is trained.
   const bool trains_tower = !config.freeze_vision_model;
   const double text_sum = S * (linear * (config.freeze_language_model ? 2 : 3) + attention * 3);
-  const double image_sum = conv1 * (trains_tower ? 2 : 1) + tower * (trains_tower ? 3 : 1) +
+  const double ends = conv1 * (trains_tower ? 2 : 1) + downsamplers * (trains_tower ? 3 : 1);
+  const bool on_every_rank = config.mm_encoder_tp_mode == MmEncoderTpMode::kWeights;
+  const double image_sum = ends * (on_every_rank ? grid.tp : 1) +
+                           static_cast<double>(vision.layers) * block * (trains_tower ? 3 : 1) +
                            projector * (1 + (trains_tower ? 1 : 0) + (config.freeze_projector ? 0 : 1));
   const double pack = text_sum + static_cast<double>(shape.images_per_pack) * image_sum;
   return static_cast<int64_t>(2 * pack * static_cast<double>(shape.global_batch_size));
@@ -367,18 +402,19 @@ MemoryBytes step_memory(const Step37Config& config, const parallel::RankGrid& gr
       decoder += shape.sequence_length * shape.micro_batch_size * layer.rotary_dim(text.head_dim);
     }
   }
-  const int64_t own_images = (n.images + n.t - 1) / n.t;
-  const int64_t own_rows = n.images == 0 ? 0 : n.rows / n.images * own_images;
-  const int64_t features = own_rows * n.C;
-  const int64_t tower = n.trains_features ? tower_elements(config.vision, own_images) : 0;
+  const int64_t rows_of_image = n.images == 0 ? 0 : n.rows / n.images;
+  const bool projects_all = config.projector_sharding == ProjectorSharding::kColumn;
+  const int64_t features = (projects_all ? n.images : (n.images + n.t - 1) / n.t) * rows_of_image * n.C;
+  const int64_t tower = n.trains_features ? tower_elements(config.vision, n) : 0;
   const int64_t side = config.vision.image_size;
-  const int64_t pixels = own_images * 3 * side * side;
+  const int64_t pixels = n.tower_images * 3 * side * side;
   const int64_t saved = decoder + logits + features + tower;
   memory.activations = saved * kElement;
 
   // The logits or their gradient; the last layer's feed-forward; the tower when the decoder's part is gone.
-  const int64_t patches = own_images * (side / config.vision.patch_size) * (side / config.vision.patch_size);
-  const int64_t tower_temporary = patches * 2 * (config.vision.mlp_width + config.vision.width);
+  const int64_t patches = n.tower_images * Sizes::patches_of(config.vision);
+  const int64_t mlp_width = config.vision.mlp_width / (n.splits_tower ? n.t : 1);
+  const int64_t tower_temporary = patches * 2 * (mlp_width + config.vision.width);
   const int64_t peak = std::max({logits, temporary + n.s * n.H - freed, tower_temporary + tower - saved});
   memory.buffers = (pixels + peak) * kElement + n.S * 4 * kInt64;
   return memory;

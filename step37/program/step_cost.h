@@ -13,7 +13,7 @@
 namespace megatron_cpp::step37 {
 
 /// A step: every pack is one sub-sequence of `sequence_length` positions with `images_per_pack` pictures of the tower's
-/// image_size, spread evenly over the tensor-parallel ranks.
+/// image_size, spread evenly over the tensor-parallel ranks (with MmEncoderTpMode::kData the tower's work, too).
 struct StepShape {
   int64_t sequence_length = 0;
   int64_t micro_batch_size = 1;   ///< packs, one behind the other in one sequence
@@ -46,8 +46,9 @@ std::vector<Traffic> step_traffic(const Step37Config& config, const parallel::Ra
 
 /// Floating-point operations of a step, of all ranks: matrix products and attention, an addition and a multiplication
 /// counted as two. Backward costs twice as much as forward, less what frozen parts spare. Causal attention over S
-/// positions counts S/2 keys a query, a window of W (below S/2) W keys. Without MTP layers.
-int64_t step_flops(const Step37Config& config, const StepShape& shape);
+/// positions counts S/2 keys a query, a window of W (below S/2) W keys. With MmEncoderTpMode::kWeights what isn't split
+/// of the tower counts once for each tensor-parallel rank. Without MTP layers.
+int64_t step_flops(const Step37Config& config, const parallel::RankGrid& grid, const StepShape& shape);
 
 /// Bytes on a rank at the peak of a step, in float32.
 struct MemoryBytes {

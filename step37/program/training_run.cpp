@@ -256,6 +256,7 @@ CaptionLoader::Options loader_options(const RunConfig& config, const Tokenizer& 
   options.global_batch_size = config.training.global_batch_size;
   options.micro_batch_size = config.training.micro_batch_size;
   options.seed = static_cast<uint64_t>(config.training.seed);
+  options.mm_encoder_tp_mode = config.parallel.mm_encoder_tp_mode;
   return options;
 }
 

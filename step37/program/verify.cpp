@@ -189,10 +189,10 @@ class Verification {
 
   size_t num_micro_batches() const { return given_ ? 1 : packs_.size(); }
 
-  Step37Batch micro_batch(size_t number, const parallel::GroupPtr& tp) {
+  Step37Batch micro_batch(size_t number, const Step37Model& model, const parallel::GroupPtr& tp) {
     if (given_) return given_->batch;
-    auto images = load_pictures(packs_[number], loader_options_.format, loader_options_.folder, tp->getRank(),
-                                tp->getSize(), faults_);
+    auto images = load_pictures(packs_[number], loader_options_.format, loader_options_.folder,
+                                model->config().mm_encoder_tp_mode, tp, faults_);
     return to_model_batch(packs_[number], std::move(images), runtime_.device());
   }
 
@@ -224,7 +224,7 @@ class Verification {
     for (size_t first = 0; first < num_micro_batches(); first += replicas) {
       const auto number = first + static_cast<size_t>(groups.dp->getRank());
       const bool is_spare = number >= num_micro_batches();
-      auto batch = micro_batch(is_spare ? 0 : number, groups.tp);
+      auto batch = micro_batch(is_spare ? 0 : number, model, groups.tp);
       if (is_spare) batch.labels = at::full_like(batch.labels, kIgnoreIndex);
       parts.change_batch(batch);
       const auto sums = parts.loss_sum(model, batch);
@@ -244,11 +244,15 @@ class Verification {
     for (const auto& shard : parameter_shards(*model)) {
       if (!shard.parameter.requires_grad()) continue;
       const auto gradient = shard.parameter.grad().defined() ? shard.parameter.grad() : at::zeros_like(shard.parameter);
-      for (const auto& segment : shard.segments) {
-        const auto whole = segment.in_local(gradient).detach().clone();
-        square += inner_product(whole, whole);
-        reference_.names.push_back(segment.name);
-        reference_.gradients.emplace(segment.name, whole);
+      for (const auto& segment : shard.segments) {  // several may be boxes of one tensor
+        auto& whole = reference_.gradients[segment.name];
+        if (!whole.defined()) {
+          whole = at::zeros(segment.global_shape, gradient.options());
+          reference_.names.push_back(segment.name);
+        }
+        const auto own = segment.in_local(gradient);
+        segment.in_global(whole).copy_(own);
+        square += inner_product(own, own);
       }
     }
     TORCH_CHECK_VALUE(!reference_.names.empty(), "no parameter is trained: there is nothing to compare");
@@ -344,7 +348,7 @@ class Verification {
     if (widest == 1) return all;
     for (const auto* change : {"sequence_parallel=true", "sequence_parallel=false", "projector_sharding=replicated",
                                "projector_sharding=column", "projector_sharding=row", "embedding_sharding=vocab",
-                               "embedding_sharding=hidden"}) {
+                               "embedding_sharding=hidden", "mm_encoder_tp_mode=data", "mm_encoder_tp_mode=weights"}) {
       auto with_change = wide;
       with_change.push_back(fmt::format("parallel.{}", change));
       if (settings(changed(with_change)) != settings(changed(wide))) all.push_back(std::move(with_change));

@@ -10,12 +10,26 @@
 #include <string_view>
 #include <utility>
 
+#include "parallel/mappings.h"
+#include "parallel/shard.h"
+
 namespace megatron_cpp::step37 {
 namespace {
 
 using megatron_cpp::InitialValue;
+using SplitOver = std::optional<parallel::GroupPtr>;
 
 constexpr int64_t kPixelChannels = 3;
+
+/// `total` heads or channels of a block: how many a rank has.
+int64_t own_part(int64_t total, const SplitOver& split_over) {
+  return split_over ? total / (*split_over)->getSize() : total;
+}
+
+/// x for maps whose output channels may be split: the ranks' gradients of x are summed.
+at::Tensor input_of_split(const at::Tensor& x, const SplitOver& split_over) {
+  return split_over ? parallel::copy_to_tensor_model_parallel_region(x, *split_over) : x;
+}
 
 struct PatchGrid {
   int64_t rows;
@@ -39,13 +53,43 @@ PatchGrid patch_grid(const at::Tensor& pixels, int64_t patch_size) {
 }
 
 /// A weight of a linear map or a convolution, as opposed to norms, biases, layer scales and positions.
-bool is_weight_of_map(std::string_view name, const at::Tensor& parameter) {
-  return parameter.dim() >= 2 && name != "positional_embedding";
+bool is_weight_of_map(std::string_view name, at::IntArrayRef shape) {
+  return shape.size() >= 2 && name != "positional_embedding";
 }
 
-InitialValue initial_value(std::string_view name, const at::Tensor& parameter, const VisionConfig& config) {
-  if (is_weight_of_map(name, parameter)) {
-    const int64_t fan_in = parameter.numel() / parameter.size(0);
+/// How a parameter is split over ranks.
+struct ParameterSplit {
+  int64_t dim;    ///< that is split
+  int64_t parts;  ///< that it has one behind the other, each of them split evenly: q, k and v
+};
+
+/// None for a parameter that is on every rank of a split tower.
+std::optional<ParameterSplit> split_of(std::string_view name) {
+  if (name.ends_with("attn.in_proj_weight") || name.ends_with("attn.in_proj_bias")) return ParameterSplit{0, 3};
+  if (name.ends_with("mlp.c_fc.weight") || name.ends_with("mlp.c_fc.bias")) return ParameterSplit{0, 1};
+  if (name.ends_with("attn.out_proj.weight") || name.ends_with("mlp.c_proj.weight")) return ParameterSplit{1, 1};
+  return std::nullopt;
+}
+
+/// Rank r of t has part r of t of each part of the split dimension.
+std::vector<ParameterSegment> segments_of(const std::string& name, const at::Tensor& parameter,
+                                          const ParameterSplit& split, const parallel::GroupPtr& tp) {
+  const int64_t own = parameter.size(split.dim) / split.parts;
+  const int64_t t = tp->getSize();
+  auto global_shape = parameter.sizes().vec();
+  global_shape[static_cast<size_t>(split.dim)] *= t;
+  std::vector<ParameterSegment> segments;
+  for (int64_t part = 0; part < split.parts; ++part) {
+    const int64_t begin = (part * t + tp->getRank()) * own;
+    segments.push_back(ParameterSegment::rows(name, global_shape, split.dim, begin, part * own, own));
+  }
+  return segments;
+}
+
+/// @param shape  of the whole parameter.
+InitialValue initial_value(std::string_view name, at::IntArrayRef shape, const VisionConfig& config) {
+  if (is_weight_of_map(name, shape)) {
+    const int64_t fan_in = c10::multiply_integers(shape.slice(1));
     return InitialValue::normal(1.0 / std::sqrt(static_cast<double>(fan_in)));
   }
   if (name == "positional_embedding") return InitialValue::normal(1.0 / std::sqrt(static_cast<double>(config.width)));
@@ -69,6 +113,11 @@ void VisionConfig::validate() const {
   TORCH_CHECK_VALUE(rope_theta > 0.0, "vision rope_theta ", rope_theta, " is not positive");
 }
 
+void VisionConfig::validate_split(int tensor_parallel_size) const {
+  parallel::even_shard_size(heads, tensor_parallel_size, "mm_encoder_tp_mode weights: vision heads");
+  parallel::even_shard_size(mlp_width, tensor_parallel_size, "mm_encoder_tp_mode weights: vision mlp_width");
+}
+
 int64_t VisionConfig::feature_rows(int64_t image_height, int64_t image_width) const {
   const auto [rows, columns] = patch_grid(image_height, image_width, patch_size);
   return ((rows + 3) / 4) * ((columns + 3) / 4);
@@ -85,6 +134,11 @@ struct VisionTowerImpl::Affine : torch::nn::Module {
 
   at::Tensor layer_norm(const at::Tensor& x, double eps) const {
     return at::layer_norm(x, weight.sizes(), weight, bias, eps);
+  }
+  /// The map's input channels may be split: the ranks' products are summed, and the bias is added once.
+  at::Tensor linear_of_split(const at::Tensor& x, const SplitOver& split_over) const {
+    if (!split_over) return at::linear(x, weight, bias);
+    return parallel::reduce_from_tensor_model_parallel_region(at::linear(x, weight), *split_over) + bias;
   }
 
   at::Tensor convolution(const at::Tensor& x, int64_t stride, int64_t padding = 0) const {
@@ -120,36 +174,41 @@ struct VisionTowerImpl::Rotary {
 };
 
 struct VisionTowerImpl::Attention : torch::nn::Module {
-  Attention(int64_t width, int64_t num_heads)
-      : heads(num_heads),
-        in_proj_weight(register_parameter("in_proj_weight", at::empty({3 * width, width}))),
-        in_proj_bias(register_parameter("in_proj_bias", at::empty({3 * width}))),
-        out_proj(register_module("out_proj", std::make_shared<Affine>(at::IntArrayRef{width, width}))) {}
+  Attention(const VisionConfig& config, const SplitOver& split_over)
+      : heads(own_part(config.heads, split_over)),
+        head_dim(config.width / config.heads),
+        in_proj_weight(register_parameter("in_proj_weight", at::empty({3 * heads * head_dim, config.width}))),
+        in_proj_bias(register_parameter("in_proj_bias", at::empty({3 * heads * head_dim}))),
+        out_proj(
+            register_module("out_proj", std::make_shared<Affine>(at::IntArrayRef{config.width, heads * head_dim}))) {}
 
-  at::Tensor forward(const at::Tensor& x, const Rotary& rotary) const {
-    const auto qkv = at::linear(x, in_proj_weight, in_proj_bias).unflatten(-1, {3, heads, x.size(-1) / heads});
+  at::Tensor forward(const at::Tensor& x, const Rotary& rotary, const SplitOver& split_over) const {
+    const auto input = input_of_split(x, split_over);
+    const auto qkv = at::linear(input, in_proj_weight, in_proj_bias).unflatten(-1, {3, heads, head_dim});
     const auto qk = rotary.rotate(qkv.narrow(2, 0, 2));
     const auto q = qk.select(2, 0).transpose(1, 2);  // [N, heads, patches, head_dim]
     const auto k = qk.select(2, 1).transpose(1, 2);
     const auto v = qkv.select(2, 2).transpose(1, 2);
     const auto y = at::scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2);
-    return at::linear(y, out_proj->weight, out_proj->bias);
+    return out_proj->linear_of_split(y, split_over);
   }
 
-  int64_t heads;
-  at::Tensor in_proj_weight;  ///< [3 * width, width]: q, k, v
+  int64_t heads;  ///< of this rank
+  int64_t head_dim;
+  at::Tensor in_proj_weight;  ///< [3 * heads * head_dim, width]: q, k, v
   at::Tensor in_proj_bias;
   std::shared_ptr<Affine> out_proj;
 };
 
 struct VisionTowerImpl::Mlp : torch::nn::Module {
+  /// @param mlp_width  of this rank.
   Mlp(int64_t width, int64_t mlp_width)
       : c_fc(register_module("c_fc", std::make_shared<Affine>(at::IntArrayRef{mlp_width, width}))),
         c_proj(register_module("c_proj", std::make_shared<Affine>(at::IntArrayRef{width, mlp_width}))) {}
 
-  at::Tensor forward(const at::Tensor& x) const {
-    const auto y = at::linear(x, c_fc->weight, c_fc->bias);
-    return at::linear(y * at::sigmoid(1.702 * y), c_proj->weight, c_proj->bias);
+  at::Tensor forward(const at::Tensor& x, const SplitOver& split_over) const {
+    const auto y = at::linear(input_of_split(x, split_over), c_fc->weight, c_fc->bias);
+    return c_proj->linear_of_split(y * at::sigmoid(1.702 * y), split_over);
   }
 
   std::shared_ptr<Affine> c_fc;
@@ -157,18 +216,18 @@ struct VisionTowerImpl::Mlp : torch::nn::Module {
 };
 
 struct VisionTowerImpl::Block : torch::nn::Module {
-  explicit Block(const VisionConfig& config)
+  Block(const VisionConfig& config, const SplitOver& split_over)
       : eps(config.layer_norm_eps),
         ln_1(register_module("ln_1", std::make_shared<Affine>(config.width))),
-        attn(register_module("attn", std::make_shared<Attention>(config.width, config.heads))),
+        attn(register_module("attn", std::make_shared<Attention>(config, split_over))),
         ls_1(register_module("ls_1", std::make_shared<LayerScale>(config.width))),
         ln_2(register_module("ln_2", std::make_shared<Affine>(config.width))),
-        mlp(register_module("mlp", std::make_shared<Mlp>(config.width, config.mlp_width))),
+        mlp(register_module("mlp", std::make_shared<Mlp>(config.width, own_part(config.mlp_width, split_over)))),
         ls_2(register_module("ls_2", std::make_shared<LayerScale>(config.width))) {}
 
-  at::Tensor forward(const at::Tensor& x, const Rotary& rotary) const {
-    const auto y = at::addcmul(x, ls_1->gamma, attn->forward(ln_1->layer_norm(x, eps), rotary));
-    return at::addcmul(y, ls_2->gamma, mlp->forward(ln_2->layer_norm(y, eps)));
+  at::Tensor forward(const at::Tensor& x, const Rotary& rotary, const SplitOver& split_over) const {
+    const auto y = at::addcmul(x, ls_1->gamma, attn->forward(ln_1->layer_norm(x, eps), rotary, split_over));
+    return at::addcmul(y, ls_2->gamma, mlp->forward(ln_2->layer_norm(y, eps), split_over));
   }
 
   double eps;
@@ -180,8 +239,17 @@ struct VisionTowerImpl::Block : torch::nn::Module {
   std::shared_ptr<LayerScale> ls_2;
 };
 
-VisionTowerImpl::VisionTowerImpl(const VisionConfig& config, GradientDomain domain) : config_(config), domain_(domain) {
+VisionTowerImpl::VisionTowerImpl(const VisionConfig& config, GradientDomain domain)
+    : VisionTowerImpl(config, domain, std::nullopt) {}
+
+VisionTowerImpl::VisionTowerImpl(const VisionConfig& config, const parallel::GroupPtr& tp)
+    : VisionTowerImpl(config, GradientDomain::kReplicated, tp) {}
+
+VisionTowerImpl::VisionTowerImpl(const VisionConfig& config, GradientDomain domain,
+                                 std::optional<parallel::GroupPtr> split_over)
+    : config_(config), domain_(domain), split_over_(std::move(split_over)) {
   config.validate();
+  if (split_over_) config.validate_split((*split_over_)->getSize());
   TORCH_CHECK_VALUE(domain.sharded_over.empty(),
                     "the vision tower is replicated: its gradient domain can't be kSharded");
   const int64_t width = config.width;
@@ -196,7 +264,7 @@ VisionTowerImpl::VisionTowerImpl(const VisionConfig& config, GradientDomain doma
   const auto transformer = register_module("transformer", std::make_shared<torch::nn::Module>());
   const auto resblocks = transformer->register_module("resblocks", std::make_shared<torch::nn::Module>());
   for (int64_t layer = 0; layer < config.layers; ++layer) {
-    blocks_.push_back(resblocks->register_module(std::to_string(layer), std::make_shared<Block>(config)));
+    blocks_.push_back(resblocks->register_module(std::to_string(layer), std::make_shared<Block>(config, split_over_)));
   }
   vit_downsampler1_ = affine("vit_downsampler1", {2 * width, width, 3, 3});
   vit_downsampler2_ = affine("vit_downsampler2", {config.output_dim(), 2 * width, 3, 3});
@@ -217,7 +285,7 @@ at::Tensor VisionTowerImpl::encode(const at::Tensor& pixels) {
   auto x = patches.flatten(2).transpose(1, 2) + positions(rows, columns);
   x = ln_pre_->layer_norm(x, config_.layer_norm_eps);
   const Rotary table = rotary(rows, columns);
-  for (const auto& block : blocks_) x = block->forward(x, table);
+  for (const auto& block : blocks_) x = block->forward(x, table, split_over_);
   return x;
 }
 
@@ -244,9 +312,14 @@ VisionTowerImpl::Rotary VisionTowerImpl::rotary(int64_t grid_rows, int64_t grid_
 std::vector<ParameterShard> VisionTowerImpl::own_parameters() const {
   std::vector<ParameterShard> shards;
   for (const auto& item : named_parameters()) {
-    shards.push_back(replicated_parameter(item.key(), item.value(), domain_,
-                                          initial_value(item.key(), item.value(), config_),
-                                          is_weight_of_map(item.key(), item.value())));
+    const auto& name = item.key();
+    auto shard = replicated_parameter(name, item.value(), domain_, {}, is_weight_of_map(name, item.value().sizes()));
+    if (const auto split = split_of(name); split && split_over_) {
+      shard.domain = GradientDomain::kSharded;
+      shard.segments = segments_of(name, item.value(), *split, *split_over_);
+    }
+    shard.initial_value = initial_value(name, shard.segments.front().global_shape, config_);
+    shards.push_back(std::move(shard));
   }
   return shards;
 }

@@ -482,7 +482,9 @@ TEST_F(Checkpoint, SavingRefusesSlicesThatDontFit) {
       mentions(save_error({1, "{}", {shape}}), {"tensor shape of shape [5, 2] has no part [0:5, 0:1]", "[5, 2]"}));
 
   const auto norm = whole("norm", {5}, 1);
-  EXPECT_TRUE(mentions(save_error({1, "{}", {norm, norm}}), {"tensor norm is given twice"}));
+  EXPECT_TRUE(mentions(save_error({1, "{}", {norm, norm}}), {"tensor norm", "two pieces"}));
+  EXPECT_TRUE(mentions(save_error({1, "{}", {norm, whole("norm", {6}, 1)}}),
+                       {"parts of tensor norm are of F32 [5] and of F32 [6]"}));
   EXPECT_TRUE(mentions(save_error({-1, "{}", {norm}}), {"step -1"}));
 
   if (last > 0) {

@@ -114,6 +114,19 @@ TEST_F(Forward, ComputesWhatTransformersComputes) {
   }
 }
 
+TEST_F(Forward, ComputesTheSameWithASplitTower) {
+  if (runtime().size() > 2) GTEST_SKIP() << "the towers have two heads";
+  for (const std::string name : {"base", "bias_crop"}) {
+    auto arguments = arguments_for(name);
+    arguments.mm_encoder_tp_mode = "weights";
+    arguments.gradients = true;
+    arguments.dump = "layers";
+    expect_golden(run(arguments), tensors_of(case_path(name)), name);
+    arguments.mm_encoder_tp_mode = "heads";
+    EXPECT_TRUE(contains(error_of_all(arguments), "--mm-encoder-tp-mode heads: expected data or weights"));
+  }
+}
+
 TEST_F(Forward, FindsPlaceholdersWithoutStartTokens) {
   const std::string name = runtime().size() > 2 ? "wide" : "bias_crop";
   auto arguments = arguments_for(name);

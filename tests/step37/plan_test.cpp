@@ -66,8 +66,11 @@ Step37Batch batch_of(const RunConfig& config, const StepShape& shape, const para
   const int64_t t = tp->getSize();
   ImageForInsert group;
   group.insert_start_token = kImStart;
-  group.held = HeldImages{at::full({images}, rows, at::kLong), at::arange(images, at::kLong).remainder(t)};
-  const int64_t own = (images - tp->getRank() + t - 1) / t;
+  int64_t own = images;
+  if (config.parallel.mm_encoder_tp_mode == MmEncoderTpMode::kData) {
+    group.held = HeldImages{at::full({images}, rows, at::kLong), at::arange(images, at::kLong).remainder(t)};
+    own = (images - tp->getRank() + t - 1) / t;
+  }
   group.images = at::ones({own, 3, config.vision.image_size, config.vision.image_size});
   batch.images = {group};
   return batch;
@@ -149,18 +152,12 @@ std::string refusal(const std::function<void()>& body) {
 
 }  // namespace
 
-TEST(Plan, ParametersAndBytesAreThoseOfARealStep) {
-  const std::vector<Overrides> variants = {
-      {},
-      {"parallel.sequence_parallel=false"},
-      {"training.micro_batch_size=1", "model.projector_bias=false"},
-      {"parallel.projector_sharding=column"},
-      {"parallel.projector_sharding=row"},
-      {"parallel.embedding_sharding=hidden"},
-      {"parallel.exchange=all-gather"},
-      {"model.freeze_language_model=true"},
-      {"vision.freeze=true"},
-      {"vision.freeze=true", "model.freeze_projector=true", "parallel.sequence_parallel=false"}};
+Overrides with(Overrides overrides, const Overrides& more) {
+  overrides.insert(overrides.end(), more.begin(), more.end());
+  return overrides;
+}
+
+void expect_a_real_steps_parameters_and_bytes(const std::vector<Overrides>& variants) {
   for (const int tp : divisors_of_world()) {
     for (const auto& variant : variants) {
       SCOPED_TRACE(testing::Message() << "tp " << tp << ", " << testing::PrintToString(variant));
@@ -172,13 +169,41 @@ TEST(Plan, ParametersAndBytesAreThoseOfARealStep) {
   }
 }
 
+TEST(Plan, ParametersAndBytesAreThoseOfARealStep) {
+  expect_a_real_steps_parameters_and_bytes(
+      {{},
+       {"parallel.sequence_parallel=false"},
+       {"training.micro_batch_size=1", "model.projector_bias=false"},
+       {"parallel.projector_sharding=column"},
+       {"parallel.projector_sharding=row"},
+       {"parallel.embedding_sharding=hidden"},
+       {"parallel.exchange=all-gather"},
+       {"model.freeze_language_model=true"},
+       {"vision.freeze=true"},
+       {"vision.freeze=true", "model.freeze_projector=true", "parallel.sequence_parallel=false"}});
+}
+
+/// Heads for four ranks.
+const Overrides kSplitTower = {"parallel.mm_encoder_tp_mode=weights", "vision.heads=4"};
+
+// Every rank has the features: a replicated projector that is trained alone sends nothing backward.
+TEST(Plan, ParametersAndBytesOfASplitTowerAreThoseOfARealStep) {
+  std::vector<Overrides> variants = {{},
+                                     {"parallel.sequence_parallel=false"},
+                                     {"parallel.projector_sharding=column"},
+                                     {"parallel.projector_sharding=row"},
+                                     {"parallel.embedding_sharding=hidden"},
+                                     {"parallel.exchange=all-gather"},
+                                     {"vision.freeze=true"},
+                                     {"vision.freeze=true", "model.freeze_language_model=true"}};
+  for (auto& variant : variants) {
+    variant = with(with(kSplitTower, {"training.global_batch_size=4", "training.micro_batch_size=1"}), variant);
+  }
+  expect_a_real_steps_parameters_and_bytes(variants);
+}
+
 const Overrides kExperts = {"model.num_moe_experts=8", "model.moe_ffn_hidden_size=64", "model.moe_router_topk=2",
                             "model.moe_shared_expert_intermediate_size=96", "model.moe_first_layer=1"};
-
-Overrides with(Overrides overrides, const Overrides& more) {
-  overrides.insert(overrides.end(), more.begin(), more.end());
-  return overrides;
-}
 
 // Without expert parallelism bytes don't depend on the routing.
 TEST(Plan, BytesOfExpertsAreThoseOfARealStep) {
@@ -223,13 +248,18 @@ TEST(Plan, MemoryOfExpertsIsThePeakOfLiveTensors) {
 }
 
 TEST(Plan, MemoryIsThePeakOfLiveTensors) {
-  const std::vector<Overrides> variants = {{},
-                                           {"parallel.sequence_parallel=false"},
-                                           {"training.sequence_length=512", "training.micro_batch_size=1"},
-                                           {"data.vocabulary_size=10000"},
-                                           {"model.ffn_hidden_size=1024"},
-                                           {"model.num_layers=1", "vision.layers=6", "vision.mlp_width=512"},
-                                           {"vision.freeze=true"}};
+  const std::vector<Overrides> variants = {
+      {},
+      {"parallel.sequence_parallel=false"},
+      {"training.sequence_length=512", "training.micro_batch_size=1"},
+      {"data.vocabulary_size=10000"},
+      {"model.ffn_hidden_size=1024"},
+      {"model.num_layers=1", "vision.layers=6", "vision.mlp_width=512"},
+      {"vision.freeze=true"},
+      kSplitTower,
+      with(kSplitTower, {"parallel.projector_sharding=column"}),
+      with(kSplitTower, {"model.num_layers=1", "vision.layers=6", "vision.mlp_width=512"}),
+      with(kSplitTower, {"vision.freeze=true"})};
   for (const int tp : divisors_of_world()) {
     for (const auto& variant : variants) {
       SCOPED_TRACE(testing::Message() << "tp " << tp << ", " << testing::PrintToString(variant));
@@ -307,6 +337,17 @@ TEST(Plan, FlopsAreThoseOfTheModelsMatrices) {
   EXPECT_LT(frozen.flops, with_picture.flops);
 }
 
+// The blocks are shared out; patches and downsamplers are computed on every rank.
+TEST(Plan, FlopsOfASplitTowerRepeatItsEnds) {
+  const auto flops = [](const Overrides& more) {
+    return make_plan(load(with({"vision.heads=4", "tp=4", "dp=1"}, more)), 4).flops;
+  };
+  const double pictures = 8 * 16;
+  const double ends = 2 * (2 * 64 * 3 * 14 * 14 * 32) + 3 * (2 * 16 * 18 * 32 * 32) + 3 * (2 * 4 * 72 * 32 * 32);
+  EXPECT_DOUBLE_EQ(static_cast<double>(flops({"parallel.mm_encoder_tp_mode=weights"}) - flops({})),
+                   3 * pictures * ends);
+}
+
 // Counted by hand from the published shapes.
 TEST(Plan, HasTheReleasedModelsNumbers) {
   const auto plan = make_plan(released(), 64);
@@ -362,6 +403,8 @@ TEST(Plan, RefusesWhatDoesNotDivide) {
   EXPECT_EQ(error({"tp=3"}, 3), "hidden_size 64 is not divisible by tensor-parallel size 3");
   EXPECT_EQ(error({"tp=2"}, 6),
             "training.global_batch_size 8 is not divisible by training.micro_batch_size 2 x data-parallel size 3");
+  EXPECT_EQ(error(with(kSplitTower, {"tp=2", "dp=1", "vision.mlp_width=127"}), 2),
+            "mm_encoder_tp_mode weights: vision mlp_width 127 is not divisible by tensor-parallel size 2");
   EXPECT_EQ(error({"cp=2"}, 2), "parallel.cp 2: context parallelism is not there yet");
   EXPECT_EQ(error({"ep=2"}, 2), "parallel.ep 2: the model has no experts to split over ranks");
   EXPECT_EQ(refusal([] {

@@ -39,6 +39,7 @@ namespace {
 namespace fs = std::filesystem;
 using nlohmann::json;
 using small_run::Overrides;
+using small_run::with;
 using namespace test_support;
 using Tensors = std::map<std::string, at::Tensor>;
 
@@ -203,16 +204,36 @@ TEST_F(Pretrain, TrainsAlikeInEveryLayout) {
   }
 }
 
+// Heads for four ranks. A run goes on from a checkpoint of the other mode.
+TEST_F(Pretrain, TrainsAlikeWithASplitTower) {
+  const int tp = runtime().size();
+  const Overrides heads = {"vision.heads=4"};
+  const auto weights = with(heads, {"parallel.mm_encoder_tp_mode=weights"});
+  pretrain("reference", 1, with(heads, {"parallel.sequence_parallel=false"}));
+  pretrain("data", tp, with(heads, {"checkpoint.interval=1"}));
+  pretrain("replicated", tp, with(weights, {"parallel.sequence_parallel=false", "report.pictures=2"}));
+  pretrain("row", tp, with(weights, {"parallel.projector_sharding=row"}));
+  pretrain("column", tp,
+           with(weights, {"parallel.projector_sharding=column", "run.checked=true", "checkpoint.interval=1"}));
+  copy_state("column", "weights-to-data", 2);
+  pretrain("weights-to-data", divisors_of_world()[divisors_of_world().size() / 2], heads);
+  copy_state("data", "data-to-weights", 2);
+  pretrain("data-to-weights", tp, weights);
+  for (const char* run : {"data", "replicated", "row", "column", "weights-to-data", "data-to-weights"}) {
+    SCOPED_TRACE(run);
+    expect_same_run(files(run), files("reference"), 1e-4);
+  }
+  const auto error = pretrain_error("none", tp, {"vision.heads=1", "parallel.mm_encoder_tp_mode=weights"});
+  if (tp > 1) {
+    EXPECT_TRUE(contains(error, "mm_encoder_tp_mode weights: vision heads 1 is not divisible"));
+  }
+}
+
 /// Turns the second layer into a mixture of experts.
 const Overrides kExperts = {"model.num_moe_experts=8",     "model.moe_first_layer=1",
                             "model.moe_router_topk=2",     "model.moe_ffn_hidden_size=16",
                             "model.freeze_router=false",   "model.moe_shared_expert_intermediate_size=32",
                             "training.clip_grad_norm=0.5", "validation.packs=3"};
-
-Overrides with(Overrides overrides, const Overrides& more) {
-  overrides.insert(overrides.end(), more.begin(), more.end());
-  return overrides;
-}
 
 // Steps are clipped: a norm that differs between ranks would pull the copies of the weights apart. The validation packs
 // don't divide by the replicas.

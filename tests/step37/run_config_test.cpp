@@ -85,6 +85,7 @@ TEST_F(RunConfigTest, KeysThatAreLeftOutHaveTheirDefaults) {
   EXPECT_TRUE(config.parallel.sequence_parallel);
   EXPECT_EQ(config.parallel.projector_sharding, ProjectorSharding::kReplicated);
   EXPECT_EQ(config.parallel.exchange, InsertExchange::kFused);
+  EXPECT_EQ(config.parallel.mm_encoder_tp_mode, MmEncoderTpMode::kData);
   EXPECT_EQ(config.data.directory, "pictures");
   EXPECT_EQ(config.model.rope_theta, 5e6);
   EXPECT_EQ(config.training.sequence_length, 2048);
@@ -158,6 +159,7 @@ TEST_F(RunConfigTest, SettingsReadBackToTheSameConfiguration) {
   config.run.fresh = true;
   config.parallel.projector_sharding = ProjectorSharding::kColumn;
   config.parallel.exchange = InsertExchange::kAllGather;
+  config.parallel.mm_encoder_tp_mode = MmEncoderTpMode::kWeights;
   config.training.learning_rate = 0.1 + 0.2;
   config.training.eps = 1e-300;
   config.training.seed = INT64_MAX;
@@ -247,6 +249,10 @@ TEST_F(RunConfigTest, ValuesOfAnotherTypeAreRefused) {
             "run.fresh in the override run.fresh=yes must be one of true, false, True, False, TRUE, FALSE, got yes");
   EXPECT_EQ(override_error("parallel.exchange=slow"),
             "parallel.exchange in the override parallel.exchange=slow must be one of fused, all-gather, got slow");
+  EXPECT_EQ(
+      override_error("parallel.mm_encoder_tp_mode=heads"),
+      "parallel.mm_encoder_tp_mode in the override parallel.mm_encoder_tp_mode=heads must be one of data, weights, "
+      "got heads");
   EXPECT_EQ(override_error("parallel.projector_sharding=rows"),
             "parallel.projector_sharding in the override parallel.projector_sharding=rows must be one of "
             "replicated, column, row, got rows");

@@ -18,6 +18,12 @@ namespace megatron_cpp::small_run {
 
 using Overrides = std::vector<std::string>;
 
+/// `more` behind `overrides`, which it wins over.
+inline Overrides with(Overrides overrides, const Overrides& more) {
+  overrides.insert(overrides.end(), more.begin(), more.end());
+  return overrides;
+}
+
 // eps is far above rounding: gradients that are 0 but for rounding (of key biases) must not become steps.
 inline constexpr std::string_view kConfig = R"(data:
   held_out: 0.3

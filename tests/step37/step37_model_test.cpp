@@ -15,6 +15,7 @@
 #include "parallel/collectives.h"
 #include "step37/program/run_config.h"
 #include "tests/step37/small_run.h"
+#include "tests/support/errors.h"
 #include "tests/support/operator_watch.h"
 #include "tests/support/test_world.h"
 
@@ -22,6 +23,7 @@ namespace megatron_cpp::step37 {
 namespace {
 
 using small_run::Overrides;
+using small_run::with;
 using namespace test_support;
 using Tensors = std::map<std::string, at::Tensor>;
 
@@ -142,15 +144,17 @@ class Model : public small_run::SmallRun {
     return model_config(load_run_config(config_file(), overrides_of("none", 1, more)), kVocabulary);
   }
 
-  /// `images_of(tp)` on every tensor-parallel size give what `dense_images` give on one rank.
+  /// `images_of(tp)` on every tensor-parallel size give what `dense_images` give on one rank with the whole tower.
   void expect_like_dense(const Overrides& overrides, const std::vector<ImageForInsert>& dense_images,
-                         const std::function<std::vector<ImageForInsert>(const parallel::GroupPtr&)>& images_of) const {
-    auto batch = batch_without_pictures();
+                         const std::function<std::vector<ImageForInsert>(const parallel::GroupPtr&)>& images_of,
+                         Step37Batch batch = batch_without_pictures()) const {
     for (const std::string sp : {"false", "true"}) {
       auto with_sp = overrides;
       with_sp.push_back("parallel.sequence_parallel=" + sp);
       batch.images = dense_images;
-      const auto dense = backward(config(with_sp), batch, single());
+      auto whole_tower = with_sp;
+      whole_tower.emplace_back("parallel.mm_encoder_tp_mode=data");
+      const auto dense = backward(config(whole_tower), batch, single());
       for (const int tp : divisors_of_world()) {
         SCOPED_TRACE(testing::Message() << "tensor " << tp << ", sequence_parallel " << sp);
         batch.images = images_of(groups(tp).tp);
@@ -191,6 +195,70 @@ TEST_F(Model, PicturesHereAndThere) {
 
 TEST_F(Model, PicturesOnEveryRank) {
   expect_like_dense({}, pictures_for_all(), [](const parallel::GroupPtr& /*tp*/) { return pictures_for_all(); });
+}
+
+/// Heads for four ranks.
+const Overrides kSplitTower = {"parallel.mm_encoder_tp_mode=weights", "vision.heads=4"};
+
+TEST_F(Model, PicturesOnEveryRankOfASplitTower) {
+  for (const auto& frozen : kFrozen) {
+    for (const char* layout : {"projector_sharding=replicated", "projector_sharding=column", "projector_sharding=row",
+                               "embedding_sharding=hidden", "exchange=all-gather"}) {
+      const auto overrides = with(with(kSplitTower, frozen), {std::string("parallel.") + layout});
+      SCOPED_TRACE(testing::PrintToString(overrides));
+      expect_like_dense(overrides, pictures_for_all(),
+                        [](const parallel::GroupPtr& /*tp*/) { return pictures_for_all(); });
+    }
+  }
+}
+
+// Features from elsewhere are on single ranks, and with them the gradients of all.
+TEST_F(Model, FeaturesOnSingleRanksBesideASplitTower) {
+  const auto features = test_support::exact_values({2, 1, 64}, 3);
+  auto dense_images = pictures_for_all();
+  dense_images[0].images.reset();
+  dense_images[0].image_features = features;
+  for (const char* sharding : {"replicated", "column", "row"}) {
+    SCOPED_TRACE(sharding);
+    const auto overrides = with(kSplitTower, {std::string("parallel.projector_sharding=") + sharding});
+    expect_like_dense(overrides, dense_images, [&](const parallel::GroupPtr& tp) {
+      auto images = dense_images;
+      const int64_t last = tp->getSize() - 1;
+      images[0].held = HeldImages{at::full({2}, 1, at::kLong), at::full({2}, last, at::kLong)};
+      images[0].image_features = tp->getRank() == last ? features : features.narrow(0, 0, 0);
+      return images;
+    });
+  }
+}
+
+TEST_F(Model, AGroupWithoutPicturesReachesTheSplitTower) {
+  auto images = pictures_for_all();
+  images[0].images = images[0].images.narrow(0, 0, 0);
+  auto batch = batch_without_pictures();
+  batch.input_ids.masked_fill_(batch.input_ids.eq(kPatchStart), 20);
+  for (const char* sharding : {"replicated", "column"}) {
+    SCOPED_TRACE(sharding);
+    expect_like_dense(
+        with(kSplitTower, {std::string("parallel.projector_sharding=") + sharding}), images,
+        [&](const parallel::GroupPtr& /*tp*/) { return images; }, batch);
+  }
+}
+
+TEST_F(Model, ASplitTowerRefusesPicturesOnSingleRanks) {
+  const auto& tp = world_tp();
+  Step37Model model(config(kSplitTower), tp);
+  auto batch = batch_without_pictures();
+  batch.images = pictures_held_by(std::vector<int64_t>(5, 0), tp);
+  EXPECT_EQ(
+      value_error([&] { model->embed(batch); }),
+      "the group of start token 7 has each picture on one rank (held): with mm_encoder_tp_mode weights every rank "
+      "needs them all");
+  auto narrow = config(kSplitTower);
+  narrow.vision.mlp_width = 33;
+  EXPECT_EQ(value_error([&] { narrow.validate(2); }),
+            "mm_encoder_tp_mode weights: vision mlp_width 33 is not divisible by tensor-parallel size 2");
+  narrow.mm_encoder_tp_mode = MmEncoderTpMode::kData;
+  EXPECT_NO_THROW(narrow.validate(2));
 }
 
 TEST_F(Model, NoPictures) {

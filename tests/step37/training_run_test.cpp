@@ -93,8 +93,9 @@ TEST(Resuming, WhatARunCannotChangeIsNamed) {
   }
   for (const std::string free :
        {"model.init_std=3", "training.steps=3", "training.learning_rate=3", "training.global_batch_size=3",
-        "training.sequence_length=3", "parallel.tp=3", "parallel.projector_sharding=row", "data.directory=d",
-        "data.held_out=0.5", "data.crops=true", "run.directory=d", "run.fresh=true", "checkpoint.keep=3"}) {
+        "training.sequence_length=3", "parallel.tp=3", "parallel.projector_sharding=row",
+        "parallel.mm_encoder_tp_mode=weights", "data.directory=d", "data.held_out=0.5", "data.crops=true",
+        "run.directory=d", "run.fresh=true", "checkpoint.keep=3"}) {
     EXPECT_EQ(error(free), "nothing thrown") << free;
   }
 }

@@ -100,8 +100,8 @@ TEST_F(Verify, AllLayoutsAgree) {
     EXPECT_EQ(verdict.status, 0);
     if (runtime().rank() != 0) continue;
     const std::map<int, std::string> expected = {{1, "verify: 1 layout agrees"},
-                                                 {2, experts ? "verify: 8 layouts agree" : "verify: 6 layouts agree"},
-                                                 {4, experts ? "verify: 11 layouts agree" : "verify: 7 layouts agree"}};
+                                                 {2, experts ? "verify: 9 layouts agree" : "verify: 7 layouts agree"},
+                                                 {4, experts ? "verify: 12 layouts agree" : "verify: 8 layouts agree"}};
     EXPECT_EQ(verdict.last(), expected.at(world())) << testing::PrintToString(verdict.lines);
     const auto line = std::find_if(verdict.lines.begin(), verdict.lines.end(), [&](const std::string& text) {
       return text.starts_with("tp=" + std::to_string(world()) + " dp=1");

@@ -7,7 +7,6 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <cstdlib>
 #include <functional>
 #include <map>
 #include <set>
@@ -20,10 +19,12 @@
 #include "step37/published_config.h"
 #include "tests/support/environment.h"
 #include "tests/support/errors.h"
+#include "tests/support/test_world.h"
 
 namespace megatron_cpp::step37 {
 namespace {
 
+using test_support::device;
 using test_support::value_error;
 
 const std::string kCases = test_support::cases();
@@ -39,12 +40,6 @@ VisionConfig golden_config(const std::string& name) {
 void load(VisionTower& tower, const SafetensorsFile& file) {
   const at::NoGradGuard no_grad;
   for (auto& item : tower->named_parameters()) item.value().copy_(file.read("vision_model." + item.key()));
-}
-
-/// cpu, or what TEST_DEVICE says.
-at::Device device() {
-  const char* name = std::getenv("TEST_DEVICE");
-  return at::Device(name == nullptr ? "cpu" : name);
 }
 
 /// On the test's device.
@@ -303,6 +298,15 @@ TEST(VisionConfig, ValidateNamesTheNumbers) {
             "vision head size 2 (width 32 / heads 16) is not a multiple of 4");
   EXPECT_EQ(error([](auto& c) { c.layer_norm_eps = 0.0; }), "vision layer_norm_eps 0 is not positive");
   EXPECT_EQ(error([](auto& c) { c.rope_theta = -1.0; }), "vision rope_theta -1 is not positive");
+}
+
+TEST(VisionConfig, ValidateSplitNamesTheNumbers) {
+  const VisionConfig config;
+  EXPECT_NO_THROW(config.validate_split(16));
+  EXPECT_EQ(value_error([&] { config.validate_split(5); }),
+            "mm_encoder_tp_mode weights: vision heads 16 is not divisible by tensor-parallel size 5");
+  EXPECT_EQ(value_error([] { VisionConfig{.mlp_width = 8961}.validate_split(2); }),
+            "mm_encoder_tp_mode weights: vision mlp_width 8961 is not divisible by tensor-parallel size 2");
 }
 
 }  // namespace
