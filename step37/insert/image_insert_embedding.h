@@ -27,7 +27,7 @@ namespace megatron_cpp::step37 {
 /// features that every rank has get their whole gradient on every rank (if channels come sliced, this rank's). With a
 /// replicated projector or none, and with every sharding if a group of the batch is `held`, features get their gradient
 /// on the holder of the image and zeros on the other ranks: a module that computes features on every rank then needs
-/// GradientDomain::kReplicatedPartial.
+/// GradientDomain::kReplicatedPartial, or parallel::copy_to_tensor_model_parallel_region behind it.
 ///
 /// Communication with kFused, if every rank has the features and they are frozen: the word embedding's one collective
 /// (ParallelEmbedding::reduce), which carries the image rows too. docs/image-insert.md has the table of all cases.

@@ -201,15 +201,19 @@ TEST_F(Model, PicturesOnEveryRank) {
 const Overrides kSplitTower = {"parallel.mm_encoder_tp_mode=weights", "vision.heads=4"};
 
 TEST_F(Model, PicturesOnEveryRankOfASplitTower) {
-  for (const auto& frozen : kFrozen) {
-    for (const char* layout : {"projector_sharding=replicated", "projector_sharding=column", "projector_sharding=row",
-                               "embedding_sharding=hidden", "exchange=all-gather"}) {
-      const auto overrides = with(with(kSplitTower, frozen), {std::string("parallel.") + layout});
-      SCOPED_TRACE(testing::PrintToString(overrides));
-      expect_like_dense(overrides, pictures_for_all(),
-                        [](const parallel::GroupPtr& /*tp*/) { return pictures_for_all(); });
-    }
+  const auto expect_like_whole_tower = [&](const Overrides& overrides) {
+    SCOPED_TRACE(testing::PrintToString(overrides));
+    expect_like_dense(with(kSplitTower, overrides), pictures_for_all(),
+                      [](const parallel::GroupPtr& /*tp*/) { return pictures_for_all(); });
+  };
+  for (const char* sharding : {"replicated", "column", "row"}) {
+    const auto projector = std::string("parallel.projector_sharding=") + sharding;
+    expect_like_whole_tower({projector});
+    expect_like_whole_tower({projector, "vision.freeze=true", "model.freeze_language_model=true"});
   }
+  expect_like_whole_tower({"parallel.embedding_sharding=hidden"});
+  expect_like_whole_tower({"parallel.exchange=all-gather"});
+  expect_like_whole_tower({"model.freeze_projector=true", "model.freeze_language_model=true"});
 }
 
 // Features from elsewhere are on single ranks, and with them the gradients of all.
