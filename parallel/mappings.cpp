@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "parallel/collectives.h"
@@ -40,6 +41,28 @@ at::Tensor hidden_to_sequence(const at::Tensor& input, const GroupPtr& group) {
   const int t = group->getSize();
   even_shard_size(input.size(0), t, "sequence length");
   return at::cat(all_to_all(input, {}, {}, group).chunk(t, 0), -1);
+}
+
+/// Gives `edge`, at most one row, to the rank that stands `step` places from this one, in a ring.
+at::Tensor pass_on(const at::Tensor& edge, int step, const GroupPtr& group) {
+  const int t = group->getSize();
+  std::vector<int64_t> send(static_cast<size_t>(t), 0);
+  auto receive = send;
+  send[static_cast<size_t>((group->getRank() + step + t) % t)] = edge.size(0);
+  receive[static_cast<size_t>((group->getRank() - step + t) % t)] = edge.size(0);
+  return all_to_all(edge, receive, send, group);
+}
+
+at::Tensor next_rows(const at::Tensor& input, const GroupPtr& group) {
+  const int64_t edge = std::min<int64_t>(input.size(0), 1);
+  const auto kept = input.narrow(0, edge, input.size(0) - edge);
+  return at::cat({kept, pass_on(input.narrow(0, 0, edge), -1, group)});
+}
+
+at::Tensor previous_rows(const at::Tensor& input, const GroupPtr& group) {
+  const int64_t kept = std::max<int64_t>(input.size(0) - 1, 0);
+  const auto edge = input.narrow(0, kept, input.size(0) - kept);
+  return at::cat({pass_on(edge, 1, group), input.narrow(0, 0, kept)});
 }
 
 using Operation = at::Tensor (*)(const at::Tensor&, const GroupPtr&);
@@ -163,6 +186,10 @@ at::Tensor differentiable_all_to_all(const at::Tensor& input, const std::vector<
                                      const std::vector<int64_t>& input_splits, const GroupPtr& tp) {
   if (tp->getSize() == 1) return input;
   return AllToAll::apply(input, output_splits, input_splits, tp);
+}
+
+at::Tensor roll_sequence_parallel_region(const at::Tensor& input, const GroupPtr& tp) {
+  return Mapping<next_rows, previous_rows>::apply(input, tp);
 }
 
 at::Tensor all_to_all_sequence_to_hidden_parallel(const at::Tensor& input, const GroupPtr& tp) {

@@ -72,6 +72,12 @@ at::Tensor reduce_scatter_uneven_to_sequence_parallel_region(const at::Tensor& i
 at::Tensor differentiable_all_to_all(const at::Tensor& input, const std::vector<int64_t>& output_splits,
                                      const std::vector<int64_t>& input_splits, const GroupPtr& tp);
 
+/// [S_r, ...] -> [S_r, ...]: the rows of the sequence that follow this rank's, by one: row i of the result is row i + 1
+/// of the sequence, and row 0 comes last (at::roll by -1 of all ranks' rows). Backward rolls the gradient back. Each
+/// sends one row (all-to-all), also where ranks have different numbers of rows; either every rank has at least one, or
+/// none has any. A group of one rank sends nothing, but copies.
+at::Tensor roll_sequence_parallel_region(const at::Tensor& input, const GroupPtr& tp);
+
 /// [S/t, ..., H] -> [S, ..., H/t] by one all-to-all; gradient by the inverse. H % t == 0.
 at::Tensor all_to_all_sequence_to_hidden_parallel(const at::Tensor& input, const GroupPtr& tp);
 

@@ -9,6 +9,7 @@
 #include <torch/csrc/autograd/autograd.h>
 
 #include <functional>
+#include <numeric>
 #include <optional>
 #include <ostream>
 #include <string>
@@ -281,6 +282,45 @@ TEST(CopyToTensorModelParallelRegion, ReturnsAView) {
     const auto input = test_support::on_device(at::ones({3, 2})).requires_grad_();
     const auto output = copy_to_tensor_model_parallel_region(input, test_support::groups(t).tp);
     EXPECT_EQ(output.data_ptr(), input.data_ptr());
+  }
+}
+
+// Rank r has rows[r] rows of the sequence. Rolled as often as there are rows, the sequence is itself again.
+TEST(RollSequence, MovesTheRowsOfAllRanksByOne) {
+  for (const int t : test_support::divisors_of_world()) {
+    std::vector<int64_t> one_each(static_cast<size_t>(t), 1);
+    std::vector<int64_t> uneven;
+    for (int rank = 0; rank < t; ++rank) uneven.push_back((rank + 2) % 4 + 1);
+    for (const auto& rows : {one_each, uneven, std::vector<int64_t>(static_cast<size_t>(t), 0)}) {
+      SCOPED_TRACE(testing::PrintToString(rows));
+      const auto recorded = record(test_support::groups(t).tp);
+      const auto rank = static_cast<size_t>(recorded.group->getRank());
+      const int64_t total = std::accumulate(rows.begin(), rows.end(), int64_t{0});
+      const auto own = [&](const at::Tensor& whole) { return whole.split_with_sizes(rows)[rank]; };
+      const auto whole = test_support::on_device(test_support::exact_values({total, 2, 3}, 5));
+      const auto weights = test_support::on_device(test_support::exact_values({total, 2, 3}, 6));
+      const auto input = own(whole).transpose(0, 2).contiguous().transpose(0, 2).detach().requires_grad_();
+      auto output = input;
+      for (int64_t shift = 1; shift <= total; ++shift) {
+        const auto before = *recorded.count;
+        output = roll_sequence_parallel_region(output, recorded.group);
+        EXPECT_TRUE(test_support::equal(output, own(whole.roll(-shift, 0)))) << shift;
+        const auto sent = *recorded.count - before;
+        EXPECT_EQ(sent.of(CollectiveKind::kAllToAll), t > 1 ? 1 : 0);
+        EXPECT_EQ(sent.total(), t > 1 ? 1 : 0);
+        EXPECT_EQ(sent.bytes_sent, t > 1 ? 2 * 3 * 4 : 0);
+
+        const auto before_backward = *recorded.count;
+        const auto gradient =
+            torch::autograd::grad({(output * own(weights)).sum()}, {input}, {}, /*retain_graph=*/true)[0];
+        EXPECT_TRUE(test_support::equal(gradient, own(weights.roll(shift, 0)))) << shift;
+        EXPECT_EQ((*recorded.count - before_backward).bytes_sent, t > 1 ? shift * 2 * 3 * 4 : 0);
+      }
+      if (total > 0) continue;
+      const auto none = roll_sequence_parallel_region(input, recorded.group);
+      EXPECT_EQ(none.sizes(), input.sizes());
+      EXPECT_EQ(recorded.count->bytes_sent, 0);
+    }
   }
 }
 
