@@ -1,6 +1,7 @@
 #include "step37/step37_model.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -43,6 +44,16 @@ void Step37Config::validate(int tensor_parallel_size) const {
                         (projector_sharding != ProjectorSharding::kRow && exchange == InsertExchange::kFused),
                     "a hidden-parallel embedding goes with a column-sharded or a replicated projector and the fused "
                     "exchange");
+  TORCH_CHECK_VALUE(mtp_loss_scaling_factor >= 0.0, "mtp_loss_scaling_factor ", mtp_loss_scaling_factor,
+                    " is negative");
+  TORCH_CHECK_VALUE(!trains_mtp() || !text.mtp_layers.empty(), "mtp_loss_scaling_factor ", mtp_loss_scaling_factor,
+                    ": the model has no layers of multi-token prediction to train");
+  TORCH_CHECK_VALUE(!trains_mtp() || !freeze_language_model, "mtp_loss_scaling_factor ", mtp_loss_scaling_factor,
+                    " trains layers that freeze_language_model freezes: set one of the two");
+}
+
+std::vector<std::string> Step37Config::auxiliary_losses() const {
+  return trains_mtp() ? std::vector<std::string>{"mtp_loss"} : std::vector<std::string>{};
 }
 
 Step37ModelImpl::Step37ModelImpl(const Step37Config& config, const ModelGroups& groups)
@@ -62,8 +73,8 @@ Step37ModelImpl::Step37ModelImpl(const Step37Config& config, const ModelGroups& 
   if (config_.freeze_vision_model) freeze(*vision_model);
   if (config_.freeze_projector) freeze(*image_insert_embedding);
   if (config_.freeze_language_model) freeze(*language_model);
-  // Nothing trains them yet; with a gradient of 0 weight decay would still change them.
-  for (auto& layer : language_model->mtp_layers) freeze(*layer);
+  // With a gradient of 0 weight decay would still change them.
+  if (language_model->mtp && !config_.trains_mtp()) freeze(*language_model->mtp);
 }
 
 void Step37ModelImpl::keep_own_pictures(std::vector<ImageForInsert>& images) const {
@@ -128,10 +139,22 @@ at::Tensor Step37ModelImpl::forward(const Step37Batch& batch) {
 }
 
 LossSum Step37ModelImpl::loss_sum(const Step37Batch& batch) {
-  const auto logits = forward(batch);
+  const bool adds_mtp = config_.trains_mtp() && c10::GradMode::is_enabled();
+  const auto decoder_input = embed(batch);
+  at::Tensor mtp_input;
   CrossEntropyOptions options;
   options.vocabulary_size = config_.text.vocabulary_size;
-  return vocab_parallel_cross_entropy(logits, batch.labels.t(), options, tp_).sum();
+  // The logits have no name: they are freed before those of multi-token prediction are made.
+  LossSum sum = vocab_parallel_cross_entropy(language_model->forward(batch.input_ids, batch.attention, decoder_input,
+                                                                     adds_mtp ? &mtp_input : nullptr),
+                                             batch.labels.t(), options, tp_)
+                    .sum();
+  if (adds_mtp) {
+    auto& mtp = *language_model->mtp;
+    const double scale = config_.mtp_loss_scaling_factor / static_cast<double>(mtp.layers.size());
+    sum.auxiliary.push_back(mtp.loss_sum(mtp_input, decoder_input, batch.attention, batch.labels) * scale);
+  }
+  return sum;
 }
 
 }  // namespace megatron_cpp::step37

@@ -6,6 +6,7 @@
 #include <torch/nn/pimpl.h>
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "megatron_cpp/training/trainer.h"
@@ -37,6 +38,13 @@ struct Step37Config {
   bool freeze_vision_model = false;
   bool freeze_projector = false;       ///< align_projector
   bool freeze_language_model = false;  ///< embedding, decoder and output layer
+  /// Weight of multi-token prediction's mean loss over its layers, as in Megatron-Core; 0: they are not trained.
+  double mtp_loss_scaling_factor = 0.0;
+
+  /// Whether there are layers of multi-token prediction that are trained.
+  bool trains_mtp() const { return mtp_loss_scaling_factor > 0.0; }
+  /// Names of what Step37Model::loss_sum adds to the token losses, for TrainerOptions: "mtp_loss" if that is trained.
+  std::vector<std::string> auxiliary_losses() const;
 
   /// @throws c10::ValueError naming what doesn't fit, as the validate() of each part does.
   void validate(int tensor_parallel_size) const;
@@ -72,14 +80,18 @@ class Step37ModelImpl : public torch::nn::Module {
 
   /// The sum of the token losses of the batch, a float32 scalar, equal on every rank. Divide by the number of loss
   /// tokens of the global batch. Collective over tp.
+  /// With gradients also Step37Config::auxiliary_losses. mtp_loss is mtp_loss_scaling_factor / n times the token losses
+  /// of all n layers of multi-token prediction (MultiTokenPredictionBlock::loss_sum; its embeddings are embed()'s, with
+  /// the pictures). Layer k has a few targets less than the decoder; dividing by the decoder's number of loss tokens
+  /// gives each target the same weight however a batch is split.
   LossSum loss_sum(const Step37Batch& batch);
 
   /// As given to the constructor.
   const Step37Config& config() const { return config_; }
 
   VisionTower vision_model{nullptr};                     ///< see Step37Config::mm_encoder_tp_mode
-  GPTModel language_model{nullptr};                      ///< takes the result of the insert as decoder_input; its
-                                                         ///< mtp_layers are frozen
+  GPTModel language_model{nullptr};                      ///< takes the result of the insert as decoder_input; its mtp
+                                                         ///< is frozen unless Step37Config::trains_mtp
   ImageInsertEmbedding image_insert_embedding{nullptr};  ///< uses language_model->embedding
 
  private:

@@ -1,8 +1,34 @@
 #include "megatron_cpp/transformer/multi_token_prediction.h"
 
 #include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+
+#include <memory>
+#include <string>
+
+#include "megatron_cpp/tensor_parallel/rows.h"
+#include "megatron_cpp/tensor_parallel/vocab_parallel_cross_entropy.h"
+#include "parallel/mappings.h"
 
 namespace megatron_cpp {
+namespace {
+
+/// The last position of each sub-sequence.
+struct LastPositions {
+  /// @param begin, count  this rank's positions.
+  LastPositions(const SubSequences& sub_sequences, int64_t begin, int64_t count) {
+    for (const auto& range : sub_sequences.ranges()) {
+      const int64_t last = range.end - 1;
+      all.push_back(last);
+      if (last >= begin && last < begin + count) own.push_back(last - begin);
+    }
+  }
+
+  std::vector<int64_t> all;  ///< of the whole sequence
+  std::vector<int64_t> own;  ///< counted from this rank's first position
+};
+
+}  // namespace
 
 ReplicatedLinearImpl::ReplicatedLinearImpl(int64_t in_features, int64_t out_features, double init_std,
                                            GradientDomain domain)
@@ -48,8 +74,52 @@ at::Tensor MultiTokenPredictionLayerImpl::forward(const at::Tensor& hidden_state
   return transformer_layer->forward(eh_proj->forward(both), attention);
 }
 
-at::Tensor MultiTokenPredictionLayerImpl::logits(const at::Tensor& hidden_states) {
-  return output_layer->forward(final_layernorm->forward(hidden_states));
+MultiTokenPredictionBlockImpl::MultiTokenPredictionBlockImpl(const TransformerConfig& config,
+                                                             const TransformerExecution& execution,
+                                                             const ModelGroups& groups)
+    : vocabulary_size_(config.vocabulary_size),
+      chain_after_norm_(config.mtp_chain_after_norm),
+      sequence_parallel_(execution.sequence_parallel),
+      tp_(groups.tp) {
+  const auto by_number = register_module("layers", std::make_shared<torch::nn::Module>());
+  for (int64_t number = 0; number < static_cast<int64_t>(config.mtp_layers.size()); ++number) {
+    layers.emplace_back(config, number, execution, groups);
+    by_number->register_module(std::to_string(config.num_layers() + number), layers.back());
+    rotaries_.push_back(layers.back()->transformer_layer->self_attention->rotary());
+  }
+}
+
+at::Tensor MultiTokenPredictionBlockImpl::loss_sum(const at::Tensor& hidden_states, const at::Tensor& decoder_input,
+                                                   const AttentionInput& attention, const at::Tensor& labels) {
+  TORCH_CHECK_VALUE(decoder_input.dim() == 3 && hidden_states.sizes() == decoder_input.sizes(),
+                    "MultiTokenPredictionBlock: hidden states ", hidden_states.sizes(), " and decoder input ",
+                    decoder_input.sizes(), " are not alike [sequence, batch, hidden]");
+  const int64_t own = decoder_input.size(0);
+  const int64_t S = sequence_parallel_ ? own * tp_->getSize() : own;
+  const int64_t B = decoder_input.size(1);
+  TORCH_CHECK_VALUE(labels.dim() == 2 && labels.size(0) == B && labels.size(1) == S,
+                    "MultiTokenPredictionBlock: labels are ", labels.sizes(), ", wanted [", B, ", ", S, "]");
+  const AttentionBatch batch(attention, S, B, rotaries_, decoder_input.device());
+  const LastPositions last(batch.sub_sequences(), sequence_parallel_ ? own * tp_->getRank() : 0, own);
+  const auto own_last = internal::index_tensors({last.own}, decoder_input.device()).front();
+  CrossEntropyOptions options;
+  options.vocabulary_size = vocabulary_size_;
+
+  auto hidden = hidden_states;
+  auto embeddings = decoder_input;
+  auto targets = labels.t();
+  at::Tensor sum;
+  for (auto& layer : layers) {
+    embeddings = sequence_parallel_ ? parallel::roll_sequence_parallel_region(embeddings, tp_) : embeddings.roll(-1, 0);
+    embeddings.index_fill_(0, own_last, 0);
+    targets = targets.roll(-1, 0).index_fill_(0, at::tensor(last.all, at::kLong), options.ignore_index);
+    hidden = layer->forward(hidden, embeddings, batch);
+    const auto normed = layer->final_layernorm->forward(hidden);
+    const auto losses = vocab_parallel_cross_entropy(layer->output_layer->forward(normed), targets, options, tp_);
+    sum = sum.defined() ? sum + losses.sum() : losses.sum();
+    if (chain_after_norm_) hidden = normed;
+  }
+  return sum;
 }
 
 }  // namespace megatron_cpp

@@ -29,6 +29,12 @@ TransformerBlockImpl::TransformerBlockImpl(const TransformerConfig& config, cons
 
 at::Tensor TransformerBlockImpl::forward(const at::Tensor& hidden_states, const AttentionInput& attention,
                                          KeyValueCache* cache) {
+  const auto hidden = forward_layers(hidden_states, attention, cache);
+  return final_layernorm ? final_layernorm->forward(hidden) : hidden;
+}
+
+at::Tensor TransformerBlockImpl::forward_layers(const at::Tensor& hidden_states, const AttentionInput& attention,
+                                                KeyValueCache* cache) {
   const auto batch = attention_batch(hidden_states, attention);
   if (cache != nullptr) {
     TORCH_CHECK_VALUE(!c10::GradMode::is_enabled(), "TransformerBlock: a KeyValueCache goes without gradients");
@@ -40,7 +46,7 @@ at::Tensor TransformerBlockImpl::forward(const at::Tensor& hidden_states, const 
   for (size_t i = 0; i < layers.size(); ++i) {
     hidden = layers[i]->forward(hidden, batch, cache == nullptr ? nullptr : &cache->layers[i]);
   }
-  return final_layernorm ? final_layernorm->forward(hidden) : hidden;
+  return hidden;
 }
 
 AttentionBatch TransformerBlockImpl::attention_batch(const at::Tensor& hidden_states,

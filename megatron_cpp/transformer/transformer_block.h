@@ -38,6 +38,10 @@ class TransformerBlockImpl : public torch::nn::Module {
   /// have not three dimensions, if the cache is another block's or gradients are on, and as AttentionBatch does.
   at::Tensor forward(const at::Tensor& hidden_states, const AttentionInput& attention, KeyValueCache* cache = nullptr);
 
+  /// forward() without the norm at the end.
+  at::Tensor forward_layers(const at::Tensor& hidden_states, const AttentionInput& attention,
+                            KeyValueCache* cache = nullptr);
+
   /// The AttentionBatch of these hidden states; forward() makes it once for all layers. Not collective.
   /// @throws c10::ValueError as forward does.
   AttentionBatch attention_batch(const at::Tensor& hidden_states, const AttentionInput& attention) const;

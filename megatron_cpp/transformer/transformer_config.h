@@ -69,6 +69,9 @@ struct TransformerConfig {
   bool qk_layernorm = true;                  ///< whether q and k are normed per head, before they are rotated
   std::vector<LayerConfig> layers;           ///< one entry per layer
   std::vector<LayerConfig> mtp_layers = {};  ///< of multi-token prediction, behind the decoder; dense or with experts
+  /// Which hidden states a layer of multi-token prediction passes on: those behind its norm, as the decoder does then
+  /// (Megatron-Core), or those before it (as the released Step3.7 is run by vLLM).
+  bool mtp_chain_after_norm = false;
   std::optional<MoEConfig> moe = std::nullopt;  ///< given if a layer has experts
 
   /// Entries of `layers`.

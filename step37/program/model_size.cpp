@@ -34,9 +34,9 @@ class TensorList {
   void add_mtp(const LayerConfig& layer) {
     const auto& text = config_.text;
     const int64_t H = text.hidden_size;
-    trained_ = !config_.freeze_language_model;
+    trained_ = config_.trains_mtp();
     norm(kMtp, H, 3);
-    sharded(kMtp, 2 * H * H);
+    norm(kMtp, 2 * H * H);  // eh_proj, which runs on the same rows
     add_attention(kMtp, layer);
     add_mlp(kMtp, text.ffn_hidden_size, /*with_norm=*/true);
     sharded(kMtp, padded_vocabulary_size(text.vocabulary_size, grid_.tp) * H);
@@ -148,11 +148,10 @@ class TensorList {
 
 }  // namespace
 
-std::vector<TensorGroup> tensors_of(const Step37Config& config, const std::vector<LayerConfig>& mtp_layers,
-                                    const parallel::RankGrid& grid) {
+std::vector<TensorGroup> tensors_of(const Step37Config& config, const parallel::RankGrid& grid) {
   TensorList list(config, grid);
   list.add_decoder();
-  for (const auto& layer : mtp_layers) list.add_mtp(layer);
+  for (const auto& layer : config.text.mtp_layers) list.add_mtp(layer);
   list.add_projector();
   list.add_tower();
   return std::move(list.tensors);

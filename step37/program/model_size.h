@@ -25,11 +25,10 @@ inline constexpr std::string_view kModelParts[] = {"embedding",    "attention", 
                                                    "router",       "shared experts", "output layer",       "projector",
                                                    "vision tower", "MTP layers"};
 
-/// Every parameter of Step37Model(config) on one rank of `grid`, norms with the part that they precede, and those of
-/// `mtp_layers` (multi-token prediction), as if they were trained. The router's correction bias is a buffer.
+/// Every parameter of Step37Model(config) on one rank of `grid`, norms with the part that they precede. The router's
+/// correction bias is a buffer.
 /// @param config  valid for the grid.
-std::vector<TensorGroup> tensors_of(const Step37Config& config, const std::vector<LayerConfig>& mtp_layers,
-                                    const parallel::RankGrid& grid);
+std::vector<TensorGroup> tensors_of(const Step37Config& config, const parallel::RankGrid& grid);
 
 /// Elements of all tensors in the whole model.
 int64_t whole_elements(const std::vector<TensorGroup>& tensors);

@@ -200,8 +200,7 @@ Plan make_plan(const RunConfig& config, int num_ranks, std::optional<int64_t> im
                 .micro_batch_size = config.training.micro_batch_size,
                 .global_batch_size = config.training.global_batch_size,
                 .images_per_pack = images};
-  plan.tensors =
-      tensors_of(model, config.published ? config.published->text.mtp_layers : std::vector<LayerConfig>{}, plan.grid);
+  plan.tensors = tensors_of(model, plan.grid);
   plan.memory = step_memory(model, plan.grid, plan.shape, plan.tensors);
   plan.traffic = step_traffic(model, plan.grid, plan.shape, plan.tensors);
   plan.flops = step_flops(model, plan.grid, plan.shape);

@@ -227,6 +227,7 @@ class PretrainRun {
     options.adamw = config_.training;
     options.learning_rate = learning_rate_schedule(config_);
     options.clip_grad_norm = config_.training.clip_grad_norm;
+    options.auxiliary_losses = model_->config().auxiliary_losses();
     trainer_ = std::make_unique<Trainer>(parameters_, groups_, options);
     const auto main_parameters = trainer_->optimizer().main_parameters(parameters_);
     initialize_parameters(main_parameters, static_cast<uint64_t>(config_.training.seed));

@@ -71,6 +71,8 @@ void visit_keys(Config& config, const Visit& visit) {
        KEY(model, moe_router_in_float32));
   each({.shape = true, .least = 0}, KEY(model, num_moe_experts), KEY(model, moe_first_layer),
        KEY(model, moe_ffn_hidden_size), KEY(model, moe_shared_expert_intermediate_size));
+  each({.shape = true, .least = 0, .most = kMaxLayers}, KEY(model, mtp_num_layers));
+  each(kAny, KEY(model, mtp_loss_scaling_factor), KEY(model, mtp_chain_after_norm));
   each(kAny, KEY(model, init_std), KEY(model, freeze_language_model), KEY(model, freeze_projector),
        KEY(model, freeze_router));
   each(kRequiredShape, KEY(vision, image_size), KEY(vision, width), KEY(vision, layers), KEY(vision, heads),
@@ -481,16 +483,17 @@ TransformerConfig decoder_config(const ModelSection& model, int64_t vocabulary_s
                          .ffn_hidden_size = model.ffn_hidden_size,
                          .rms_norm_eps = model.rms_norm_eps,
                          .layers = {}};
+  const LayerConfig full{.num_attention_heads = model.num_attention_heads,
+                         .rope_theta = model.rope_theta,
+                         .partial_rotary_factor = model.partial_rotary_factor};
+  const LayerConfig sliding{.num_attention_heads = model.num_sliding_attention_heads,
+                            .sliding_window = model.sliding_window,
+                            .rope_theta = model.sliding_rope_theta};
   for (int64_t number = 0; number < model.num_layers; ++number) {
-    const bool full = number % model.full_attention_interval == 0;
-    LayerConfig layer;
-    layer.num_attention_heads = full ? model.num_attention_heads : model.num_sliding_attention_heads;
-    layer.sliding_window = full ? 0 : model.sliding_window;
-    layer.rope_theta = full ? model.rope_theta : model.sliding_rope_theta;
-    layer.partial_rotary_factor = full ? model.partial_rotary_factor : 1.0;
-    layer.has_experts = model.num_moe_experts > 0 && number >= model.moe_first_layer;
-    text.layers.push_back(layer);
+    text.layers.push_back(number % model.full_attention_interval == 0 ? full : sliding);
+    text.layers.back().has_experts = model.num_moe_experts > 0 && number >= model.moe_first_layer;
   }
+  text.mtp_layers.assign(static_cast<size_t>(model.mtp_num_layers), sliding);
   if (model.num_moe_experts > 0) {
     text.moe = MoEConfig{.num_experts = model.num_moe_experts,
                          .router_topk = model.moe_router_topk,
@@ -582,8 +585,12 @@ Step37Config model_config(const RunConfig& config, int64_t vocabulary_size) {
   Step37Config result;
   result.text = config.published ? config.published->text : decoder_config(model, vocabulary_size);
   result.text.init_std = model.init_std;
-  // Without weights, layers of multi-token prediction would stay as they are drawn.
-  if (!config.published_form || !config.published_form->has_weights) result.text.mtp_layers.clear();
+  result.text.mtp_chain_after_norm = model.mtp_chain_after_norm;
+  result.mtp_loss_scaling_factor = model.mtp_loss_scaling_factor;
+  // What a config.json alone announces would stay as it is drawn.
+  if (config.published_form && !config.published_form->has_weights && !result.trains_mtp()) {
+    result.text.mtp_layers.clear();
+  }
   if (!model.train_padding_row) {
     constexpr int64_t kPadId = 3;  // of Tokenizer::train
     result.text.embedding_padding_idx = config.published ? config.published->pad_token_id : kPadId;

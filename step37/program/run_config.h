@@ -57,8 +57,8 @@ struct DataSection {
   int64_t max_side = 3024;         ///< pixels; larger pictures are scaled down
 };
 
-/// The shape keys, which are all but init_std, config and freeze_*, are taken from `config` where that is given; they
-/// are refused then, as are those of VisionSection.
+/// The shape keys, which are all but init_std, config, freeze_* and the last two of mtp_*, are taken from `config`
+/// where that is given; they are refused then, as are those of VisionSection.
 struct ModelSection {
   /// A published config.json that gives the shape. In a file: relative to the folder of this file; in an override:
   /// relative to the working directory. Kept as an absolute path. Empty: the keys below give the shape.
@@ -89,7 +89,11 @@ struct ModelSection {
   int64_t moe_shared_expert_intermediate_size = 0;  ///< of the expert that sees every token; 0: there is none
   double moe_router_topk_scaling_factor = 1.0;      ///< of the sum of the experts' outputs
   bool moe_router_in_float32 = true;                ///< whether the router computes in float32 whatever the weights are
-  double init_std = 0.02;                           ///< default with `config`: what that says
+  /// Layers of multi-token prediction behind the decoder, each a sliding-window layer with a dense feed-forward.
+  int64_t mtp_num_layers = 0;
+  double mtp_loss_scaling_factor = 0.0;  ///< of their mean loss; 0: they aren't trained
+  bool mtp_chain_after_norm = false;     ///< TransformerConfig's; no published file says which it is
+  double init_std = 0.02;                ///< default with `config`: what that says
   bool freeze_language_model = false;
   bool freeze_projector = false;
   bool freeze_router = false;

@@ -199,18 +199,10 @@ void add_insert(const Step37Config& config, const Sizes& n, TrafficSum& sum) {
   add_features(sharding, n, sum);
 }
 
-void add_micro_batch(const Step37Config& config, const Sizes& n, const parallel::RankGrid& grid, TrafficSum& sum) {
-  const bool sp = config.execution.sequence_parallel;
-  const auto& moe = config.text.moe;
-  if (n.splits_tower) add_split_tower(config, n, sum);
-  add_insert(config, n, sum);
-  for (const auto& layer : config.text.layers) {
-    add_linear_pair(n, sp, sum);  // attention
-    if (layer.has_experts) add_experts(n, *moe, grid, sp, sum);
-    if (!layer.has_experts || moe->shared_expert_ffn_hidden_size > 0) add_linear_pair(n, sp, sum);
-  }
+/// An output layer with its cross entropy.
+void add_output(const Sizes& n, bool sequence_parallel, TrafficSum& sum) {
   const int64_t M = n.S * n.H * kElement;
-  if (sp) {
+  if (sequence_parallel) {
     sum.add(Kind::kAllGather, "tp", M, n.trains_text ? 2 : 1);
     sum.add(Kind::kReduceScatter, "tp", M);
   } else {
@@ -219,6 +211,30 @@ void add_micro_batch(const Step37Config& config, const Sizes& n, const parallel:
   // Cross entropy: the maxima, then the sums of the exponentials and the logits of the targets.
   sum.add(Kind::kAllReduce, "tp", n.S * kElement);
   sum.add(Kind::kAllReduce, "tp", 2 * n.S * kElement);
+}
+
+/// The layers of multi-token prediction that are trained.
+std::vector<LayerConfig> trained_mtp_layers(const Step37Config& config) {
+  return config.trains_mtp() ? config.text.mtp_layers : std::vector<LayerConfig>{};
+}
+
+void add_micro_batch(const Step37Config& config, const Sizes& n, const parallel::RankGrid& grid, TrafficSum& sum) {
+  const bool sp = config.execution.sequence_parallel;
+  const auto& moe = config.text.moe;
+  const auto add_layer = [&](const LayerConfig& layer) {
+    add_linear_pair(n, sp, sum);  // attention
+    if (layer.has_experts) add_experts(n, *moe, grid, sp, sum);
+    if (!layer.has_experts || moe->shared_expert_ffn_hidden_size > 0) add_linear_pair(n, sp, sum);
+  };
+  if (n.splits_tower) add_split_tower(config, n, sum);
+  add_insert(config, n, sum);
+  for (const auto& layer : config.text.layers) add_layer(layer);
+  add_output(n, sp, sum);
+  for (const auto& layer : trained_mtp_layers(config)) {
+    if (sp && n.t > 1) sum.send(Kind::kAllToAll, "tp", 2 * n.H * kElement);  // a row of the embeddings, and back
+    add_layer(layer);
+    add_output(n, sp, sum);
+  }
 }
 
 /// As GradientBuffer lays them out: each gradient begins at a multiple of 16 bytes.
@@ -324,8 +340,9 @@ std::vector<Traffic> step_traffic(const Step37Config& config, const parallel::Ra
   add_micro_batch(config, Sizes(config, grid, shape), grid, sum);
   sum.repeat = 1;
   for (const auto& [group, bytes] : gradient_bytes(tensors)) sum.add(Kind::kAllReduce, group, bytes);
-  // The loss and the gradient norm, float64.
-  for (const char* group : {"dp", "tp"}) sum.add(Kind::kAllReduce, group, 8);
+  // The losses and the gradient norm, float64.
+  sum.add(Kind::kAllReduce, "dp", 8 * (1 + static_cast<int64_t>(config.auxiliary_losses().size())));
+  sum.add(Kind::kAllReduce, "tp", 8);
   const auto is_of_experts = [](const auto& tensor) { return tensor.trained && tensor.summed_over == "edp"; };
   if (std::any_of(tensors.begin(), tensors.end(), is_of_experts)) sum.add(Kind::kAllReduce, "etp_ep", 8);
   return sum.result();
@@ -338,20 +355,25 @@ int64_t step_flops(const Step37Config& config, const parallel::RankGrid& grid, c
   const auto D = static_cast<double>(text.head_dim);
   double linear = 0.0;     // elements of the matrices that a position is multiplied by
   double attention = 0.0;  // the like for q kᵀ and the weighted sum of v
-  for (const auto& layer : text.layers) {
+  const auto add_layer = [&](const LayerConfig& layer) {
     const auto heads = static_cast<double>(layer.num_attention_heads);
     linear += H * (2 * heads * D + 2 * static_cast<double>(text.num_query_groups) * D + heads);
     const auto window = static_cast<double>(layer.sliding_window);
     attention += 2 * heads * D * (window > 0 ? std::min(window, S / 2) : S / 2);
     if (!layer.has_experts) {
       linear += 3 * H * static_cast<double>(text.ffn_hidden_size);
-      continue;
+      return;
     }
     const auto& moe = *text.moe;
     linear += H * static_cast<double>(moe.num_experts + 3 * moe.router_topk * moe.ffn_hidden_size +
                                       3 * moe.shared_expert_ffn_hidden_size);
-  }
+  };
+  for (const auto& layer : text.layers) add_layer(layer);
   linear += H * static_cast<double>(text.vocabulary_size);
+  for (const auto& layer : trained_mtp_layers(config)) {
+    add_layer(layer);
+    linear += 2 * H * H + H * static_cast<double>(text.vocabulary_size);
+  }
 
   const auto& vision = config.vision;
   const auto W = static_cast<double>(vision.width);
@@ -392,16 +414,23 @@ MemoryBytes step_memory(const Step37Config& config, const parallel::RankGrid& gr
   int64_t decoder = n.s * (2 * n.H + 1);  // the last norm's input and output
   int64_t temporary = 0;                  // of the last layer
   int64_t freed = 0;                      // when backward has come to it
-  std::set<std::pair<double, int64_t>> tables;
-  for (const auto& layer : text.layers) {
-    const auto elements = layer_elements(config, layer, n, shape, grid);
-    decoder += elements.attention + elements.feed_forward;
-    temporary = elements.feed_forward_temporary;
-    freed = logits + n.s * 2 * n.H;
-    if (tables.emplace(layer.rope_theta, layer.rotary_dim(text.head_dim)).second) {
-      decoder += shape.sequence_length * shape.micro_batch_size * layer.rotary_dim(text.head_dim);
+  const auto add_layers = [&](const std::vector<LayerConfig>& layers) {
+    std::set<std::pair<double, int64_t>> tables;
+    for (const auto& layer : layers) {
+      const auto elements = layer_elements(config, layer, n, shape, grid);
+      decoder += elements.attention + elements.feed_forward;
+      temporary = elements.feed_forward_temporary;
+      freed = logits + n.s * 2 * n.H;
+      if (tables.emplace(layer.rope_theta, layer.rotary_dim(text.head_dim)).second) {
+        decoder += shape.sequence_length * shape.micro_batch_size * layer.rotary_dim(text.head_dim);
+      }
     }
-  }
+  };
+  add_layers(text.layers);
+  // The moved embeddings, both norms side by side, what the last norm and the output layer keep.
+  const auto mtp = trained_mtp_layers(config);
+  add_layers(mtp);
+  decoder += static_cast<int64_t>(mtp.size()) * (n.s * (5 * n.H + 3) + logits);
   const int64_t rows_of_image = n.images == 0 ? 0 : n.rows / n.images;
   const bool projects_all = config.projector_sharding == ProjectorSharding::kColumn;
   const int64_t features = (projects_all ? n.images : (n.images + n.t - 1) / n.t) * rows_of_image * n.C;

@@ -39,15 +39,14 @@ GroupExtent extent_of(std::string_view group, const parallel::RankGrid& grid);
 /// All that Trainer::step sends, in float32, without checked mode and without the loader. Exact for models without
 /// experts whose ranks hold as many image rows each, in their part of the sequence as well as from the tower, unless
 /// the word embedding is trained and neither projector nor tower: gradients then go to the ranks that have the ids,
-/// which is taken to be even. Routing to experts is taken to be uniform. Of MTP layers only the gradients' reduction
-/// counts.
+/// which is taken to be even. Routing to experts is taken to be uniform.
 std::vector<Traffic> step_traffic(const Step37Config& config, const parallel::RankGrid& grid, const StepShape& shape,
                                   const std::vector<TensorGroup>& tensors);
 
 /// Floating-point operations of a step, of all ranks: matrix products and attention, an addition and a multiplication
 /// counted as two. Backward costs twice as much as forward, less what frozen parts spare. Causal attention over S
 /// positions counts S/2 keys a query, a window of W (below S/2) W keys. With MmEncoderTpMode::kWeights what isn't split
-/// of the tower counts once for each tensor-parallel rank. Without MTP layers.
+/// of the tower counts once for each tensor-parallel rank.
 int64_t step_flops(const Step37Config& config, const parallel::RankGrid& grid, const StepShape& shape);
 
 /// Bytes on a rank at the peak of a step, in float32.
@@ -59,7 +58,7 @@ struct MemoryBytes {
   int64_t buffers = 0;      ///< on top of that at the peak: the batch, and the largest temporary tensors of backward
   int64_t total() const { return weights + gradients + optimizer + activations + buffers; }
 };
-/// Without the activations of MTP layers; those of experts are estimates for uniform routing.
+/// The activations of experts are estimates for uniform routing.
 MemoryBytes step_memory(const Step37Config& config, const parallel::RankGrid& grid, const StepShape& shape,
                         const std::vector<TensorGroup>& tensors);
 

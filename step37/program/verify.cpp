@@ -201,6 +201,7 @@ class Verification {
     if (arguments_.layers) {
       shape.text.layers.resize(static_cast<size_t>(*arguments_.layers));
       shape.text.mtp_layers.clear();
+      shape.mtp_loss_scaling_factor = 0.0;
     }
     return shape;
   }

@@ -252,6 +252,76 @@ TEST_F(Pretrain, TrainsExpertsAlikeInEveryLayout) {
   }
 }
 
+const Overrides kMtp = {"model.mtp_num_layers=2", "model.mtp_loss_scaling_factor=0.3", "training.steps=4",
+                        "checkpoint.interval=2", "validation.interval=2"};
+
+TEST_F(Pretrain, TrainsMultiTokenPredictionAlikeInEveryLayout) {
+  pretrain("reference", 1, with(kMtp, {"parallel.sequence_parallel=false"}));
+  if (runtime().rank() == 0) {
+    const auto lines = metrics_of(files("reference"));
+    EXPECT_EQ(lines.size(), 4U);
+    // As many nats a token as the decoder's, times 0.3.
+    EXPECT_NEAR(lines.front().value("mtp_loss", 0.0) / (0.3 * lines.front().value("loss", 0.0)), 1.0, 0.2);
+    EXPECT_LT(lines.back().value("mtp_loss", 9.0), 0.95 * lines.front().value("mtp_loss", 0.0));
+  }
+  for (const int tp : divisors_of_world()) {
+    for (const std::string sp : {"false", "true"}) {
+      SCOPED_TRACE(testing::Message() << "tensor " << tp << ", sequence_parallel " << sp);
+      const auto run = "tensor" + std::to_string(tp) + sp;
+      pretrain(run, tp, with(kMtp, {"parallel.sequence_parallel=" + sp}));
+      expect_same_run(files(run), files("reference"), 1e-4);
+    }
+  }
+  const int tp = runtime().size();
+  pretrain("one-micro-batch", tp, with(kMtp, {"training.micro_batch_size=4"}));
+  expect_same_run(files("one-micro-batch"), files("reference"), 1e-4);
+  const auto whole = "tensor" + std::to_string(tp) + "true";
+  copy_state(whole, "resumed", 2);
+  pretrain("resumed", tp, kMtp);
+  expect_same_run(files("resumed"), files(whole), rounding());
+  EXPECT_TRUE(contains(pretrain_error("resumed", tp, with(kMtp, {"model.mtp_loss_scaling_factor=0"})),
+                       "with model.mtp_loss_scaling_factor 0 (was 0.3)"));
+}
+
+// From a published checkpoint: layers that aren't trained are carried along.
+TEST_F(Pretrain, MultiTokenPredictionStaysBitForBitUnlessItIsTrained) {
+  const int tp = runtime().size();
+  pretrain("first", tp, with(kMtp, {"checkpoint.export=exported", "training.steps=1"}));
+  on_main([&] {
+    write_file(folder_.path() / "from.yaml",
+               "data: {held_out: 0.3, crops: true, crop_side: 28}\nmodel: {from: first/exported}\n"
+               "training: {steps: 2, global_batch_size: 4, sequence_length: 128, learning_rate: 1e-2}\n"
+               "checkpoint: {export: exported}\nreport: {pictures: 0}\n");
+  });
+  const auto weights = [&](const std::string& run) {
+    const SafetensorsFile file(files(run).directory / "exported" / "model.safetensors");
+    Tensors tensors;
+    for (const auto& [name, entry] : file.entries()) tensors[name] = file.read(name);
+    return tensors;
+  };
+  for (const std::string factor : {"0", "0.3"}) {
+    parallel::Runtime own;
+    EXPECT_EQ(step37::pretrain(own, {folder_.path() / "from.yaml",
+                                     overrides_of(factor, tp, {"model.mtp_loss_scaling_factor=" + factor})}),
+              0);
+    parallel::barrier(world_tp());
+    const auto before = weights("first");
+    const auto after = weights(factor);
+    EXPECT_EQ(before.size(), after.size());
+    int64_t mtp_tensors = 0;
+    for (const auto& [name, tensor] : before) {
+      const bool is_mtp = name.starts_with("model.layers.2.") || name.starts_with("model.layers.3.");
+      if (!is_mtp) continue;
+      ++mtp_tensors;
+      EXPECT_EQ(at::equal(after.at(name), tensor), factor == "0") << name;
+    }
+    EXPECT_EQ(mtp_tensors, 2 * 17);
+    if (runtime().rank() != 0) continue;
+    const auto kept = tensors_of(files(factor).checkpoints() / "latest");
+    EXPECT_EQ(kept.count("exp_avg of model.layers.3.eh_proj.weight"), factor == "0" ? 0U : 1U);
+  }
+}
+
 // A run's export is what another run starts from: it goes on with the same loss, from its own copy of the
 // configuration.
 TEST_F(Pretrain, GoesOnFromAPublishedCheckpoint) {

@@ -481,6 +481,49 @@ TEST_F(RunConfigTest, TheModelHasFullAttentionInEveryKthLayer) {
   EXPECT_EQ(frozen.exchange, InsertExchange::kAllGather);
 }
 
+TEST_F(RunConfigTest, KeysMakeLayersOfMultiTokenPrediction) {
+  const std::vector<std::string> two{"model.mtp_num_layers=2", "model.num_moe_experts=8",
+                                     "model.moe_ffn_hidden_size=48"};
+  const auto frozen = model_config(smallest(two), 77);
+  ASSERT_EQ(frozen.text.mtp_layers.size(), 2U);
+  for (const auto& layer : frozen.text.mtp_layers) {
+    auto sliding = frozen.text.layers[1];
+    EXPECT_TRUE(std::exchange(sliding.has_experts, false));
+    EXPECT_EQ(layer, sliding);
+  }
+  EXPECT_FALSE(frozen.trains_mtp());
+  EXPECT_TRUE(frozen.auxiliary_losses().empty());
+  EXPECT_FALSE(frozen.text.mtp_chain_after_norm);
+  auto overrides = two;
+  overrides.insert(overrides.end(), {"model.mtp_loss_scaling_factor=0.25", "model.mtp_chain_after_norm=true"});
+  const auto trained = model_config(smallest(overrides), 77);
+  EXPECT_EQ(trained.mtp_loss_scaling_factor, 0.25);
+  EXPECT_EQ(trained.auxiliary_losses(), std::vector<std::string>{"mtp_loss"});
+  EXPECT_TRUE(trained.text.mtp_chain_after_norm);
+
+  EXPECT_EQ(validation_error({"model.mtp_num_layers=-1"}), "model.mtp_num_layers -1 is below 0");
+  EXPECT_EQ(validation_error({"model.mtp_num_layers=1", "model.mtp_loss_scaling_factor=-0.5"}),
+            "mtp_loss_scaling_factor -0.5 is negative");
+  EXPECT_EQ(validation_error({"model.mtp_loss_scaling_factor=0.5"}),
+            "mtp_loss_scaling_factor 0.5: the model has no layers of multi-token prediction to train");
+  EXPECT_EQ(validation_error(
+                {"model.mtp_num_layers=1", "model.mtp_loss_scaling_factor=0.5", "model.freeze_language_model=true"}),
+            "mtp_loss_scaling_factor 0.5 trains layers that freeze_language_model freezes: set one of the two");
+}
+
+// The layers that a config.json alone announces are there if they are trained.
+TEST_F(RunConfigTest, APublishedConfigAnnouncesMultiTokenPrediction) {
+  fs::copy_file(test_support::cases() / "../../configs/step37_flash.json", folder_.path() / "shape.json");
+  const auto released = [&](const std::vector<std::string>& overrides) {
+    return load("data: {directory: none}\nmodel: {config: shape.json}\ntraining: {steps: 1}\n", overrides);
+  };
+  EXPECT_TRUE(model_config(released({}), 77).text.mtp_layers.empty());
+  const auto trained = model_config(released({"model.mtp_loss_scaling_factor=0.3"}), 77);
+  ASSERT_EQ(trained.text.mtp_layers.size(), 3U);
+  EXPECT_EQ(trained.text.mtp_layers[0].sliding_window, 512);
+  EXPECT_NE(error_of([&] { released({"model.mtp_num_layers=1"}); }).find("is a part of the shape"), std::string::npos);
+}
+
 TEST_F(RunConfigTest, OptionsOfTheOtherPartsAreTheConfigurations) {
   const auto config =
       smallest({"training.learning_rate=0.5", "training.min_learning_rate=0.25", "training.warmup_steps=4",

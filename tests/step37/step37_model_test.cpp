@@ -103,7 +103,10 @@ Gradients backward(const Step37Config& config, const Step37Batch& batch, const p
   for (auto& shard : result.shards) {
     if (shard.parameter.requires_grad()) shard.parameter.mutable_grad() = at::zeros_like(shard.parameter.detach());
   }
-  const auto loss = model->loss_sum(on_device(batch)).tokens;
+  const auto sums = model->loss_sum(on_device(batch));
+  auto loss = sums.tokens;
+  for (const auto& auxiliary : sums.auxiliary) loss = loss + auxiliary;
+  EXPECT_EQ(sums.auxiliary.size(), config.auxiliary_losses().size());
   loss.backward();
   result.loss = loss.item<double>();
   for (auto& shard : result.shards) {
@@ -269,6 +272,43 @@ TEST_F(Model, NoPictures) {
   expect_like_dense({}, {}, [](const parallel::GroupPtr& /*tp*/) { return std::vector<ImageForInsert>(); });
 }
 
+TEST_F(Model, MultiTokenPredictionWithPictures) {
+  const Overrides mtp{"model.mtp_num_layers=2", "model.mtp_loss_scaling_factor=0.5"};
+  for (const Overrides& more :
+       {Overrides{}, Overrides{"parallel.projector_sharding=column"}, Overrides{"parallel.embedding_sharding=hidden"},
+        Overrides{"vision.freeze=true", "model.freeze_projector=true"}}) {
+    auto overrides = mtp;
+    overrides.insert(overrides.end(), more.begin(), more.end());
+    SCOPED_TRACE(testing::PrintToString(overrides));
+    expect_like_dense(overrides, pictures_for_all(), [](const parallel::GroupPtr& tp) {
+      const int64_t t = tp->getSize();
+      return pictures_held_by({1 % t, 0, 3 % t, 0, 2 % t}, tp);
+    });
+  }
+}
+
+// The weights are the same with and without it, so that the decoder's own loss is, too.
+TEST_F(Model, MultiTokenPredictionIsForTrainingOnly) {
+  const auto batch = on_device(batch_without_pictures());
+  const auto sums = [&](const Overrides& overrides) {
+    Step37Model model(config(overrides), world_tp());
+    model->to(test_support::runtime().device());
+    initialize_parameters(parameter_shards(*model), 7);
+    return model->loss_sum(batch);
+  };
+  const Overrides trained{"model.mtp_num_layers=2", "model.mtp_loss_scaling_factor=0.5", "run.checked=false"};
+  const auto plain = sums({"run.checked=false"});
+  EXPECT_TRUE(plain.auxiliary.empty());
+  EXPECT_TRUE(sums({"model.mtp_num_layers=2", "run.checked=false"}).auxiliary.empty());
+  const auto with_mtp = sums(trained);
+  EXPECT_TRUE(test_support::equal(with_mtp.tokens, plain.tokens));
+  ASSERT_EQ(with_mtp.auxiliary.size(), 1U);
+  const double mean = with_mtp.auxiliary[0].item<double>() / 0.5;
+  EXPECT_NEAR(mean / plain.tokens.item<double>(), 1.0, 0.2);
+  const at::NoGradGuard no_grad;
+  EXPECT_TRUE(sums(trained).auxiliary.empty());
+}
+
 // On a GPU each of these operators waits until all that was asked of it is done.
 TEST_F(Model, ReadsNothingBackInForwardAndBackward) {
   auto batch = batch_without_pictures();
@@ -278,12 +318,15 @@ TEST_F(Model, ReadsNothingBackInForwardAndBackward) {
         SCOPED_TRACE(testing::Message() << "tensor " << tp << ", sequence_parallel " << sp << ", " << on_every_rank);
         const auto& group = groups(tp).tp;
         batch.images = on_every_rank ? pictures_for_all() : pictures_held_by({1 % tp, 0, 3 % tp, 0, 2 % tp}, group);
-        Step37Model model(config({"parallel.sequence_parallel=" + sp, "run.checked=false"}), group);
+        Step37Model model(config({"parallel.sequence_parallel=" + sp, "run.checked=false", "model.mtp_num_layers=2",
+                                  "model.mtp_loss_scaling_factor=0.5"}),
+                          group);
         model->to(test_support::runtime().device());
         initialize_parameters(parameter_shards(*model), 7);
         const auto there = on_device(batch);
         const test_support::OperatorWatch watch;
-        model->loss_sum(there).tokens.backward();
+        const auto sums = model->loss_sum(there);
+        (sums.tokens + sums.auxiliary.at(0)).backward();
         EXPECT_GT(watch.count("aten::convolution_backward"), 0);
         EXPECT_EQ(watch.count("aten::_local_scalar_dense"), 0);
         EXPECT_EQ(watch.count("aten::nonzero"), 0);
