@@ -149,9 +149,12 @@ RunState run_state_of(const CheckpointReader& reader) {
 
 void check_resumable(const RunConfig& began, const RunConfig& now, const std::string& where) {
   // Settings that define the weights, the sampler's order (seed), the parameters that have optimizer moments in the
-  // checkpoint (freeze) and the tokenizer.
-  const auto is_fixed = [](const std::string& key) {
+  // checkpoint (freeze, whether multi-token prediction is trained) and the tokenizer.
+  const bool trained_mtp = began.model.mtp_loss_scaling_factor > 0.0;
+  const bool trains_mtp = now.model.mtp_loss_scaling_factor > 0.0;
+  const auto is_fixed = [&](const std::string& key) {
     if (key == "data.vocabulary_size" || key == "training.seed") return true;
+    if (key == "model.mtp_loss_scaling_factor") return trained_mtp != trains_mtp;
     return (key.starts_with("model.") || key.starts_with("vision.")) && key != "model.init_std";
   };
   const auto all = settings(now);

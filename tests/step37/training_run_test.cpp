@@ -84,10 +84,10 @@ TEST(Resuming, WhatARunCannotChangeIsNamed) {
   const auto error = [](const std::string& key_value) {
     return value_error([&] { check_resumable(config_of({}), config_of({key_value}), "step-7"); });
   };
-  for (const std::string fixed :
-       {"model.hidden_size=3", "model.num_layers=3", "model.sliding_window=3", "model.rope_theta=3",
-        "model.projector_bias=true", "model.freeze_projector=true", "vision.image_size=28", "vision.freeze=true",
-        "data.vocabulary_size=3", "training.seed=3"}) {
+  for (const std::string fixed : {"model.hidden_size=3", "model.num_layers=3", "model.sliding_window=3",
+                                  "model.rope_theta=3", "model.projector_bias=true", "model.freeze_projector=true",
+                                  "vision.image_size=28", "vision.freeze=true", "model.mtp_loss_scaling_factor=0.3",
+                                  "model.mtp_chain_after_norm=true", "data.vocabulary_size=3", "training.seed=3"}) {
     const auto key = fixed.substr(0, fixed.find('='));
     EXPECT_TRUE(contains(error(fixed), "the run can't go on from step-7 with " + key + " ")) << fixed;
   }
@@ -98,6 +98,12 @@ TEST(Resuming, WhatARunCannotChangeIsNamed) {
         "run.directory=d", "run.fresh=true", "checkpoint.keep=3"}) {
     EXPECT_EQ(error(free), "nothing thrown") << free;
   }
+  // The weight of multi-token prediction may change, but not to 0: its layers have moments.
+  const auto weighing = [](const char* factor) {
+    return config_of({std::string("model.mtp_loss_scaling_factor=") + factor});
+  };
+  EXPECT_NO_THROW(check_resumable(weighing("0.3"), weighing("0.1"), "step-7"));
+  EXPECT_THROW(check_resumable(weighing("0.3"), weighing("0"), "step-7"), c10::ValueError);
 }
 
 class RunFolder : public testing::Test {
