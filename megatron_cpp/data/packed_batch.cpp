@@ -24,6 +24,7 @@ PackedBatch concatenate(const std::vector<PackedBatch>& batches) {
   std::vector<at::Tensor> loss_mask;
   std::vector<at::Tensor> position_ids;
   std::vector<at::Tensor> cu_seqlens{at::zeros({1}, at::kInt)};
+  std::vector<at::Tensor> padding_mask;
   int64_t begin = 0;
   for (const auto& batch : batches) {
     tokens.push_back(batch.tokens);
@@ -31,11 +32,13 @@ PackedBatch concatenate(const std::vector<PackedBatch>& batches) {
     loss_mask.push_back(batch.loss_mask);
     position_ids.push_back(batch.position_ids);
     cu_seqlens.push_back(batch.cu_seqlens.slice(0, 1) + begin);
+    padding_mask.push_back(batch.padding_mask);
     begin += batch.tokens.size(1);
     TORCH_CHECK_VALUE(begin <= std::numeric_limits<int32_t>::max(), "sequences of ", begin,
                       " positions together are too long for cu_seqlens in int32");
   }
-  return {at::cat(tokens, 1), at::cat(labels, 1), at::cat(loss_mask, 1), at::cat(position_ids, 1), at::cat(cu_seqlens)};
+  return {at::cat(tokens, 1),       at::cat(labels, 1),  at::cat(loss_mask, 1),
+          at::cat(position_ids, 1), at::cat(cu_seqlens), at::cat(padding_mask, 1)};
 }
 
 SamplePacker::SamplePacker(const PackingOptions& options) : options_(options) { options_.validate(); }
@@ -64,6 +67,7 @@ SamplePacker::Result SamplePacker::add(const Sample& sample) {
 
 PackedBatch SamplePacker::finish() {
   TORCH_CHECK_VALUE(!empty(), "no sample was added to the sequence");
+  std::vector<int64_t> padding_mask(tokens_.size(), 0);
   const int64_t padding = (options_.pad_to - num_positions() % options_.pad_to) % options_.pad_to;
   const int64_t padded_length = num_positions() + padding;
   TORCH_CHECK_VALUE(padded_length <= std::numeric_limits<int32_t>::max(), "a sequence of ", padded_length,
@@ -76,8 +80,11 @@ PackedBatch SamplePacker::finish() {
     labels_.push_back(kIgnoreIndex);
     loss_mask_.push_back(0);
     position_ids_.push_back(i);
+    padding_mask.push_back(1);
   }
-  PackedBatch batch{row(tokens_), row(labels_), row(loss_mask_), row(position_ids_), at::tensor(cu_seqlens, at::kInt)};
+  PackedBatch batch{
+      row(tokens_),     row(labels_), row(loss_mask_), row(position_ids_), at::tensor(cu_seqlens, at::kInt),
+      row(padding_mask)};
   *this = SamplePacker(options_);
   return batch;
 }

@@ -41,6 +41,7 @@ struct PackedBatch {
   at::Tensor loss_mask;     ///< [1, S] int64: loss_mask[1:] of each sample
   at::Tensor position_ids;  ///< [1, S] int64: from 0 in each sub-sequence
   at::Tensor cu_seqlens;    ///< [k + 1] int32: 0, then the end of each of the k sub-sequences; the last is S
+  at::Tensor padding_mask;  ///< [1, S] int64: 1 at positions of the padding, else 0
 };
 
 /// Joins several sequences into one; their sub-sequences stay separate, and so do their paddings.

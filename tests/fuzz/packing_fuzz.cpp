@@ -91,13 +91,14 @@ void check_lengths(const Input& input, const PackedSamples& packed) {
 /// One sequence, position by position.
 void check_batch(const Input& input, const PackedBatch& batch, const std::vector<int64_t>& members) {
   const int64_t S = batch.tokens.size(1);
-  for (const auto& row : {batch.tokens, batch.labels, batch.loss_mask, batch.position_ids}) {
+  for (const auto& row : {batch.tokens, batch.labels, batch.loss_mask, batch.position_ids, batch.padding_mask}) {
     FUZZ_CHECK(row.sizes() == at::IntArrayRef({1, S}) && row.scalar_type() == at::kLong && row.is_contiguous());
   }
   const auto* tokens = batch.tokens.const_data_ptr<int64_t>();
   const auto* labels = batch.labels.const_data_ptr<int64_t>();
   const auto* loss_mask = batch.loss_mask.const_data_ptr<int64_t>();
   const auto* position_ids = batch.position_ids.const_data_ptr<int64_t>();
+  const auto* padding_mask = batch.padding_mask.const_data_ptr<int64_t>();
   const auto* ends = batch.cu_seqlens.const_data_ptr<int32_t>();
   std::vector<int64_t> expected_ends{0};
   int64_t s = 0;
@@ -107,7 +108,7 @@ void check_batch(const Input& input, const PackedBatch& batch, const std::vector
       const bool counts = sample.loss_mask[i + 1] != 0;
       FUZZ_CHECK(tokens[s] == sample.tokens[i] && position_ids[s] == static_cast<int64_t>(i), "position ", s);
       FUZZ_CHECK(labels[s] == (counts ? sample.tokens[i + 1] : kIgnoreIndex), "position ", s);
-      FUZZ_CHECK(loss_mask[s] == (counts ? 1 : 0), "position ", s);
+      FUZZ_CHECK(loss_mask[s] == (counts ? 1 : 0) && padding_mask[s] == 0, "position ", s);
     }
     expected_ends.push_back(s);
   }
@@ -115,7 +116,7 @@ void check_batch(const Input& input, const PackedBatch& batch, const std::vector
   if (S > s) expected_ends.push_back(S);
   for (int64_t i = 0; s < S; ++i, ++s) {
     FUZZ_CHECK(tokens[s] == input.options.pad_token && labels[s] == kIgnoreIndex, "position ", s);
-    FUZZ_CHECK(loss_mask[s] == 0 && position_ids[s] == i, "position ", s);
+    FUZZ_CHECK(loss_mask[s] == 0 && position_ids[s] == i && padding_mask[s] == 1, "position ", s);
   }
   FUZZ_CHECK(std::vector<int64_t>(ends, ends + batch.cu_seqlens.numel()) == expected_ends);
 }

@@ -55,6 +55,7 @@ TEST(Packing, ByHand) {
   EXPECT_EQ(values(batch.labels), (Row{kNone, 12, 13, kNone, 22, kNone, kNone, kNone}));
   EXPECT_EQ(values(batch.loss_mask), (Row{0, 1, 1, 0, 1, 0, 0, 0}));
   EXPECT_EQ(values(batch.position_ids), (Row{0, 1, 2, 0, 1, 0, 1, 2}));
+  EXPECT_EQ(values(batch.padding_mask), (Row{0, 0, 0, 0, 0, 1, 1, 1}));
   EXPECT_EQ(ends(batch), (std::vector<int32_t>{0, 3, 5, 8}));
   EXPECT_EQ(packed.samples, (std::vector<Row>{{0, 1}}));
   EXPECT_TRUE(packed.dropped.empty());
