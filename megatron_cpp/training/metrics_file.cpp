@@ -41,6 +41,7 @@ void MetricsFile::write(const StepMetrics& metrics) {
                               {"grad_norm", metrics.result.grad_norm},
                               {"learning_rate", metrics.result.learning_rate}};
   for (const auto& [name, loss] : metrics.result.auxiliary_losses) json[name] = loss;
+  for (const auto& [name, value] : metrics.result.metrics) json[name] = value;
   for (const auto& [name, count] : metrics.counts) json[name] = count;
   if (json.contains("tokens")) json["tokens_per_second"] = json["tokens"].get<double>() / metrics.seconds;
   json["step_seconds"] = metrics.seconds;

@@ -7,6 +7,7 @@
 #include <map>
 #include <string>
 
+#include "megatron_cpp/training/expert_balance.h"
 #include "megatron_cpp/training/schedule.h"
 #include "parallel/collectives.h"
 
@@ -27,7 +28,9 @@ StepResult Trainer::step(const std::function<LossSum(int64_t)>& loss_sum, int64_
   TORCH_CHECK_VALUE(num_loss_tokens > 0, "the global batch has no loss token");
   const int64_t step_number = optimizer_.num_steps() + 1;
   const auto& names = options_.auxiliary_losses;
+  const auto& balance = options_.expert_balance;
   gradients_.zero();
+  if (balance) balance->zero();
   // Also on a rank without a micro-batch.
   auto losses = at::zeros({1 + static_cast<int64_t>(names.size())},
                           gradients_.parameters().front().parameter.options().dtype(at::kDouble).requires_grad(false));
@@ -51,12 +54,17 @@ StepResult Trainer::step(const std::function<LossSum(int64_t)>& loss_sum, int64_
   }
   gradients_.reduce();
   // The only wait for the device in a step; the work up to the norm is queued before it.
-  const auto numbers = at::cat({parallel::all_reduce(losses, groups_.dp), gradients_.squared_norm()}).cpu();
+  std::vector<at::Tensor> parts{parallel::all_reduce(losses, groups_.dp), gradients_.squared_norm()};
+  if (balance) parts.push_back(balance->reduce());
+  const auto numbers = at::cat(parts).cpu();
   const auto* number = numbers.const_data_ptr<double>();
   StepResult result;
-  result.loss = number[0];
-  for (size_t i = 0; i < names.size(); ++i) result.auxiliary_losses.emplace_back(names[i], number[i + 1]);
-  result.grad_norm = std::sqrt(number[names.size() + 1]);
+  result.loss = *number++;
+  for (const auto& name : names) result.auxiliary_losses.emplace_back(name, *number++);
+  result.grad_norm = std::sqrt(*number++);
+  if (balance) {
+    for (const auto& name : ExpertBalance::metric_names()) result.metrics.emplace_back(name, *number++);
+  }
   result.learning_rate = options_.learning_rate.at(step_number);
   bool finite = std::isfinite(result.loss) && std::isfinite(result.grad_norm);
   std::string auxiliary;
@@ -70,6 +78,7 @@ StepResult Trainer::step(const std::function<LossSum(int64_t)>& loss_sum, int64_
     gradients_.scale(options_.clip_grad_norm / result.grad_norm);
   }
   optimizer_.step(result.learning_rate);
+  if (balance) balance->update_biases();
   return result;
 }
 

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -17,6 +18,8 @@
 
 namespace megatron_cpp {
 
+class ExpertBalance;
+
 /// Optimizer, learning rate and clipping.
 struct TrainerOptions {
   AdamWOptions adamw;                    ///< constants of the optimizer
@@ -26,6 +29,8 @@ struct TrainerOptions {
   /// Names of what is trained on beside the token losses, in the order of LossSum::auxiliary; equal on every rank, also
   /// on one without a micro-batch.
   std::vector<std::string> auxiliary_losses = {};
+  /// Of a model with experts, or null: each step begins it, reports its numbers, and ends with its bias rule.
+  std::shared_ptr<ExpertBalance> expert_balance = nullptr;
 };
 
 /// What a micro-batch adds to the loss of a step, before the division by the loss tokens of the global batch. All are
@@ -46,6 +51,7 @@ struct StepResult {
   double grad_norm = 0.0;      ///< before clipping
   double learning_rate = 0.0;  ///< of this step
   std::vector<std::pair<std::string, double>> auxiliary_losses = {};  ///< as they are added to `loss`, by name
+  std::vector<std::pair<std::string, double>> metrics = {};           ///< ExpertBalance::metric_names, if there is one
 };
 
 /// Forward and backward over the micro-batches, gradient reduction, clipping by the global norm, AdamW.
@@ -61,10 +67,11 @@ class Trainer {
   /// @param num_micro_batches  of this data-parallel rank, equal over tp; 0 if the global batch has none left for it.
   /// @param loss_sum           for micro-batch i of this data-parallel rank, in [0, num_micro_batches).
   /// @param num_loss_tokens    of the global batch; equal on every rank.
-  /// Comm: that of loss_sum and of GradientBuffer::reduce and norm; 1 all-reduce of the losses over dp. Collective
-  /// over tp and dp. Waits for a GPU once, to read loss and norm together. Throws c10::ValueError, on every rank alike,
-  /// if there is no loss token, or a loss or the gradient is not finite (naming the step and all; the parameters are
-  /// left as they were), or a micro-batch has not as many auxiliary losses as have names.
+  /// Comm: that of loss_sum, of GradientBuffer::reduce and norm, and of ExpertBalance::reduce; 1 all-reduce of the
+  /// losses over dp. Collective over tp and dp. Waits for a GPU once, to read all numbers together. Throws
+  /// c10::ValueError, on every rank alike, if there is no loss token, or a loss or the gradient is not finite (naming
+  /// the step and all; the parameters are left as they were), or a micro-batch has not as many auxiliary losses as have
+  /// names.
   StepResult step(const std::function<LossSum(int64_t)>& loss_sum, int64_t num_micro_batches, int64_t num_loss_tokens);
 
   /// The optimizer, for resuming and for checkpoints of its moments.

@@ -24,6 +24,7 @@ class GPTModelImpl : public torch::nn::Module {
   /// @param attention      of the whole sequence, equal on every rank.
   /// @param decoder_input  undefined, or embeddings computed elsewhere: [S, B, H], equal on every rank; with
   ///                       sequence_parallel [S/t, B, H], this rank's rows.
+  /// @param statistics     null, or where the decoder's routing is added, as TransformerBlock takes it.
   /// @param mtp_input      null, or gets the hidden states that `mtp` goes on from, of that shape.
   /// @return               logits [S, B, V'/t], V' = padded_vocabulary_size(V, t): rank r's columns
   ///                       [r·V'/t, (r+1)·V'/t) of the vocabulary, for every position of the sequence. Columns beyond V
@@ -32,7 +33,7 @@ class GPTModelImpl : public torch::nn::Module {
   /// of S·B·H elements; sequence_parallel: forward 1 all-gather, backward 1 all-gather and 1 reduce-scatter. Collective
   /// over tp. Throws c10::ValueError if shapes don't fit.
   at::Tensor forward(const at::Tensor& input_ids, const AttentionInput& attention, const at::Tensor& decoder_input = {},
-                     at::Tensor* mtp_input = nullptr);
+                     RouterStatistics* statistics = nullptr, at::Tensor* mtp_input = nullptr);
 
   LanguageModelEmbedding embedding{nullptr};   ///< may be borrowed: an image insert shares it
   TransformerBlock decoder{nullptr};           ///< all layers and the norm at their end

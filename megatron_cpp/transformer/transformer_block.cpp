@@ -28,14 +28,20 @@ TransformerBlockImpl::TransformerBlockImpl(const TransformerConfig& config, cons
 }
 
 at::Tensor TransformerBlockImpl::forward(const at::Tensor& hidden_states, const AttentionInput& attention,
-                                         KeyValueCache* cache) {
-  const auto hidden = forward_layers(hidden_states, attention, cache);
+                                         KeyValueCache* cache, RouterStatistics* statistics) {
+  const auto hidden = forward_layers(hidden_states, attention, cache, statistics);
   return final_layernorm ? final_layernorm->forward(hidden) : hidden;
 }
 
 at::Tensor TransformerBlockImpl::forward_layers(const at::Tensor& hidden_states, const AttentionInput& attention,
-                                                KeyValueCache* cache) {
+                                                KeyValueCache* cache, RouterStatistics* statistics) {
   const auto batch = attention_batch(hidden_states, attention);
+  if (statistics != nullptr && statistics->padding_mask().defined()) {
+    const auto shape = statistics->padding_mask().sizes();
+    TORCH_CHECK_VALUE(shape == at::IntArrayRef({batch.batch_size(), batch.sequence_length()}),
+                      "TransformerBlock: the padding mask is ", shape, ", the batch [", batch.batch_size(), ", ",
+                      batch.sequence_length(), "]");
+  }
   if (cache != nullptr) {
     TORCH_CHECK_VALUE(!c10::GradMode::is_enabled(), "TransformerBlock: a KeyValueCache goes without gradients");
     if (cache->layers.empty()) cache->layers.resize(layers.size());
@@ -44,9 +50,17 @@ at::Tensor TransformerBlockImpl::forward_layers(const at::Tensor& hidden_states,
   }
   auto hidden = hidden_states;
   for (size_t i = 0; i < layers.size(); ++i) {
-    hidden = layers[i]->forward(hidden, batch, cache == nullptr ? nullptr : &cache->layers[i]);
+    hidden = layers[i]->forward(hidden, batch, cache == nullptr ? nullptr : &cache->layers[i], statistics);
   }
   return hidden;
+}
+
+std::vector<MoELayer> TransformerBlockImpl::moe_layers() const {
+  std::vector<MoELayer> result;
+  for (const auto& layer : layers) {
+    if (layer->moe) result.push_back(layer->moe);
+  }
+  return result;
 }
 
 AttentionBatch TransformerBlockImpl::attention_batch(const at::Tensor& hidden_states,

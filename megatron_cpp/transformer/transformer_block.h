@@ -33,18 +33,24 @@ class TransformerBlockImpl : public torch::nn::Module {
   ///                       of the new positions alone, whose position_ids go on where the cached ones end. New
   ///                       positions that sequence_parallel can't split get padding behind them, as a sub-sequence of
   ///                       its own: it is not kept. Without gradients only.
+  /// @param statistics     null, or where the routing of the layers with experts is added.
   /// @return               the shape of hidden_states.
   /// Comm: that of the layers. Collective over tp. Throws c10::ValueError, before anything is sent, if hidden_states
-  /// have not three dimensions, if the cache is another block's or gradients are on, and as AttentionBatch does.
-  at::Tensor forward(const at::Tensor& hidden_states, const AttentionInput& attention, KeyValueCache* cache = nullptr);
+  /// have not three dimensions, if the cache is another block's or gradients are on, if the padding mask of the
+  /// statistics is not [B, S], and as AttentionBatch does.
+  at::Tensor forward(const at::Tensor& hidden_states, const AttentionInput& attention, KeyValueCache* cache = nullptr,
+                     RouterStatistics* statistics = nullptr);
 
   /// forward() without the norm at the end.
   at::Tensor forward_layers(const at::Tensor& hidden_states, const AttentionInput& attention,
-                            KeyValueCache* cache = nullptr);
+                            KeyValueCache* cache = nullptr, RouterStatistics* statistics = nullptr);
 
   /// The AttentionBatch of these hidden states; forward() makes it once for all layers. Not collective.
   /// @throws c10::ValueError as forward does.
   AttentionBatch attention_batch(const at::Tensor& hidden_states, const AttentionInput& attention) const;
+
+  /// The mixtures of experts of the layers that have one, in their order.
+  std::vector<MoELayer> moe_layers() const;
 
   std::vector<TransformerLayer> layers;  ///< those of the range, in their order
   RMSNorm final_layernorm{nullptr};      ///< of the hidden states, [H]; none without the last layer

@@ -48,6 +48,20 @@ void MoEConfig::validate(int tensor_parallel_size, int expert_parallel_size, int
   parallel::even_shard_size(ffn_hidden_size, expert_tensor_parallel_size, "the experts' ffn_hidden_size",
                             "expert-tensor-parallel");
   parallel::even_shard_size(shared_expert_ffn_hidden_size, tensor_parallel_size, "shared_expert_ffn_hidden_size");
+  const auto check_not_negative = [](double value, const char* name) {
+    TORCH_CHECK_VALUE(value >= 0.0, name, " ", value, " is negative");
+  };
+  check_not_negative(aux_loss_coeff, "moe_aux_loss_coeff");
+  check_not_negative(group_balance_loss_coeff, "moe_group_balance_loss_coeff");
+  check_not_negative(z_loss_coeff, "moe_z_loss_coeff");
+  check_not_negative(router_bias_update_rate, "moe_router_bias_update_rate");
+  TORCH_CHECK_VALUE(group_balance_groups > 0 && num_experts % group_balance_groups == 0, "moe_group_balance_groups ",
+                    group_balance_groups, " does not divide num_experts ", num_experts);
+  TORCH_CHECK_VALUE(group_balance_loss_coeff == 0.0 || group_balance_groups > 1, "moe_group_balance_loss_coeff ",
+                    group_balance_loss_coeff,
+                    " needs moe_group_balance_groups above 1: with one group the loss is constant");
+  TORCH_CHECK_VALUE(router_bias_update_rate == 0.0 || !freeze_router, "moe_router_bias_update_rate ",
+                    router_bias_update_rate, " would change the correction bias of a frozen router");
 }
 
 void TransformerConfig::validate(int tensor_parallel_size) const {

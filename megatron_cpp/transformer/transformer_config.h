@@ -45,11 +45,18 @@ struct MoEConfig {
   int64_t shared_expert_ffn_hidden_size = 0;  ///< of the shared expert, divisible by t; 0: there is none
   double router_scaling_factor = 1.0;         ///< of the sum of the routed experts' outputs
   bool router_in_float32 = true;              ///< whether logits are computed in float32; false: in the weights' dtype
-  bool freeze_router = false;                 ///< the router's weight is not trained
+  bool freeze_router = false;                 ///< the router is not trained
+  // Training: RouterStatistics::losses has the formulas, ExpertBalance the bias rule.
+  double aux_loss_coeff = 0.0;            ///< of the load-balancing loss; 0: none
+  double group_balance_loss_coeff = 0.0;  ///< of the balance loss over groups of experts; 0: none
+  int64_t group_balance_groups = 1;       ///< G of that loss, a divisor of E, above 1 if there is the loss
+  double z_loss_coeff = 0.0;              ///< of the z-loss; 0: none
+  double router_bias_update_rate = 0.0;   ///< what a step adds to or takes from the correction biases; 0: nothing
 
   /// Not collective.
-  /// @throws c10::ValueError naming the numbers: a size that isn't positive, topk above num_experts, or sizes that the
-  ///         groups don't divide.
+  /// @throws c10::ValueError naming the numbers: a size that isn't positive, topk above num_experts, sizes that the
+  ///         groups don't divide, a negative coefficient or rate, groups that don't divide num_experts or are too few
+  ///         for their loss, or a bias rule for a frozen router.
   void validate(int tensor_parallel_size, int expert_parallel_size, int expert_tensor_parallel_size) const;
 
   bool operator==(const MoEConfig&) const = default;  ///< every field alike

@@ -21,15 +21,15 @@ TransformerLayerImpl::TransformerLayerImpl(const TransformerConfig& config, int6
   }
 }
 
-at::Tensor TransformerLayerImpl::feed_forward(const at::Tensor& normed) {
-  return moe ? moe->forward(normed) : mlp->forward(normed);
+at::Tensor TransformerLayerImpl::feed_forward(const at::Tensor& normed, RouterStatistics* statistics) {
+  return moe ? moe->forward(normed, statistics) : mlp->forward(normed);
 }
 
 at::Tensor TransformerLayerImpl::forward(const at::Tensor& hidden_states, const AttentionBatch& attention,
-                                         KeyValueCache::Layer* cache) {
+                                         KeyValueCache::Layer* cache, RouterStatistics* statistics) {
   const auto attended =
       hidden_states + self_attention->forward(input_layernorm->forward(hidden_states), attention, cache);
-  return attended + feed_forward(pre_mlp_layernorm->forward(attended));
+  return attended + feed_forward(pre_mlp_layernorm->forward(attended), statistics);
 }
 
 }  // namespace megatron_cpp

@@ -27,10 +27,11 @@ class TransformerLayerImpl : public torch::nn::Module {
   /// @param hidden_states  [S, B, H], equal on every rank; with sequence_parallel [S/t, B, H], this rank's rows.
   /// @param attention      of the whole sequence, equal on every rank; made with self_attention->rotary().
   /// @param cache          null, or this layer's, as SelfAttention takes it.
+  /// @param statistics     null, or where the routing is added if the layer has experts.
   /// @return               the shape of hidden_states.
   /// Comm: that of SelfAttention and MLP or MoELayer. Collective over tp, and with experts over ep and etp.
   at::Tensor forward(const at::Tensor& hidden_states, const AttentionBatch& attention,
-                     KeyValueCache::Layer* cache = nullptr);
+                     KeyValueCache::Layer* cache = nullptr, RouterStatistics* statistics = nullptr);
 
   RMSNorm input_layernorm{nullptr};       ///< before the attention, [H]
   SelfAttention self_attention{nullptr};  ///< split by heads
@@ -40,7 +41,7 @@ class TransformerLayerImpl : public torch::nn::Module {
 
  private:
   /// What follows the second norm. The one place that knows which kind of feed-forward a layer has.
-  at::Tensor feed_forward(const at::Tensor& normed);
+  at::Tensor feed_forward(const at::Tensor& normed, RouterStatistics* statistics);
 };
 TORCH_MODULE(TransformerLayer);
 

@@ -3,11 +3,16 @@
 #include <c10/util/Exception.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
+#include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "megatron_cpp/optimizer/gradient_buffer.h"
+#include "megatron_cpp/training/expert_balance.h"
+#include "megatron_cpp/training/trainer.h"
 #include "megatron_cpp/transformer/moe/moe_layer.h"
 #include "megatron_cpp/transformer/moe/token_dispatcher.h"
 #include "parallel/collectives.h"
@@ -42,6 +47,16 @@ MoEConfig small_moe() {
   moe.ffn_hidden_size = 20;
   moe.shared_expert_ffn_hidden_size = 8;
   moe.router_scaling_factor = 3.0;
+  return moe;
+}
+
+/// The same with every auxiliary loss.
+MoEConfig balanced_moe() {
+  auto moe = small_moe();
+  moe.aux_loss_coeff = 0.7;
+  moe.group_balance_loss_coeff = 0.3;
+  moe.group_balance_groups = 4;
+  moe.z_loss_coeff = 0.05;
   return moe;
 }
 
@@ -101,6 +116,48 @@ at::Tensor reference(const at::Tensor& x, const Weights& w, const MoEConfig& moe
                          layer.swiglu_limit);
 }
 
+/// Token by token: what balanced_moe()'s losses are by their formulas. `is_token` [n] on the CPU.
+std::vector<at::Tensor> reference_losses(const at::Tensor& x, const at::Tensor& is_token, const Weights& w,
+                                         const MoEConfig& moe) {
+  if (moe.aux_loss_coeff == 0.0) return {};
+  const int64_t E = moe.num_experts;
+  const int64_t G = moe.group_balance_groups;
+  const auto logits = at::linear(x, w.at("router.weight"));
+  auto probabilities = at::zeros({E}, x.options());
+  auto squares = at::zeros({}, x.options());
+  std::vector<double> counts(static_cast<size_t>(E), 0.0);
+  std::vector<double> reached(static_cast<size_t>(G), 0.0);
+  double num_tokens = 0.0;
+  const auto chosen_by = [&](const at::Tensor& values) {
+    const auto chosen = std::get<1>(values.topk(moe.router_topk)).cpu();
+    return std::vector<int64_t>(chosen.data_ptr<int64_t>(), chosen.data_ptr<int64_t>() + moe.router_topk);
+  };
+  for (int64_t token = 0; token < x.size(0); ++token) {
+    if (!is_token[token].item<bool>()) continue;
+    num_tokens += 1.0;
+    const auto scores = logits[token].sigmoid();
+    probabilities = probabilities + scores / scores.sum();
+    squares = squares + logits[token].exp().sum().log().square();
+    for (const auto expert : chosen_by(scores)) counts[static_cast<size_t>(expert)] += 1.0;
+    std::vector<bool> reaches(static_cast<size_t>(G), false);
+    for (const auto expert : chosen_by(scores + w.at("router.expert_bias"))) {
+      reaches[static_cast<size_t>(expert / (E / G))] = true;
+    }
+    for (size_t group = 0; group < reaches.size(); ++group) reached[group] += reaches[group] ? 1.0 : 0.0;
+  }
+  const double T = std::max(num_tokens, 1.0);
+  auto aux = at::zeros({}, x.options());
+  auto by_group = at::zeros({}, x.options());
+  for (int64_t expert = 0; expert < E; ++expert) {
+    const auto probability = probabilities[expert];
+    aux = aux + probability * counts[static_cast<size_t>(expert)];
+    by_group = by_group + probability * reached[static_cast<size_t>(expert / (E / G))];
+  }
+  return {aux * (moe.aux_loss_coeff * static_cast<double>(E) / (static_cast<double>(moe.router_topk) * T * T)),
+          by_group * (moe.group_balance_loss_coeff * static_cast<double>(G) / (T * T)),
+          squares * (moe.z_loss_coeff / T)};
+}
+
 /// Every grid of the world: all ways to lay out dense layers and experts.
 std::vector<RankGrid> grids() {
   const int size = runtime().size();
@@ -145,8 +202,20 @@ class MoETest : public TransformerTest {
     // One batch for each replica; the reference sees them all.
     const auto batches = leaf(normal_values({grid.dp, S, kBatch, kHidden}, 3, at::kDouble));
     const auto output_gradients = normal_values({grid.dp, S, kBatch, kHidden}, 4, at::kDouble);
+    const auto padding = normal_values({grid.dp, kBatch, S}, 6, at::kDouble).lt(-0.4);
     const auto expected = reference(batches.view({-1, kHidden}), weights, moe, layer).view_as(batches);
-    expected.backward(output_gradients);
+    std::vector<std::vector<at::Tensor>> expected_losses;
+    const auto weighted = [](at::Tensor sum, const std::vector<at::Tensor>& losses, int64_t replica) {
+      for (const auto& loss : losses) sum = sum + loss * static_cast<double>(replica + 2);  // as its loss tokens weigh
+      return sum;
+    };
+    auto expected_sum = (expected * output_gradients).sum();
+    for (int64_t replica = 0; replica < grid.dp; ++replica) {
+      const auto is_token = padding[replica].t().reshape({-1}).logical_not().cpu();
+      expected_losses.push_back(reference_losses(batches[replica].view({-1, kHidden}), is_token, weights, moe));
+      expected_sum = weighted(expected_sum, expected_losses.back(), replica);
+    }
+    expected_sum.backward();
 
     const int replica = groups.dp->getRank();
     const auto own = [&](const at::Tensor& all) {
@@ -155,10 +224,20 @@ class MoETest : public TransformerTest {
     };
     const auto input = leaf(own(batches));
     GradientBuffer buffer(shards, groups);
-    const auto output = module->forward(input);
+    RouterStatistics statistics(padding[replica]);
+    const auto output = module->forward(input, &statistics);
+    const auto losses = statistics.losses(moe, groups.tp);
     const auto what = grid.text() + (sequence_parallel ? " sequence parallel" : "");
     compare(output, own(expected), what, kExact);
-    output.backward(own(output_gradients));
+    ASSERT_EQ(losses.size(), router_loss_names(moe).size());
+    for (size_t i = 0; i < losses.size(); ++i) {
+      compare(losses[i], expected_losses[static_cast<size_t>(replica)][i], what + ": " + router_loss_names(moe)[i],
+              kExact);
+    }
+    const auto num_tokens = padding[replica].logical_not().sum().item<double>();
+    EXPECT_EQ(parallel::all_reduce(statistics.tokens_per_expert(), groups.tp).sum().item<double>(),
+              num_tokens * static_cast<double>(moe.router_topk));
+    weighted((output * own(output_gradients)).sum(), losses, replica).backward();
     buffer.reduce();
     compare(input.grad(), own(batches.grad()), what + ": input", kExact);
     double squares = 0.0;
@@ -184,14 +263,14 @@ class MoETest : public TransformerTest {
 TEST_F(MoETest, EveryLayoutComputesTheLoopOverExperts) {
   for (const auto& grid : grids()) {
     for (const bool sequence_parallel : {false, true}) {
-      expect_like_reference(grid, sequence_parallel, 8, small_moe(), clamped());
+      expect_like_reference(grid, sequence_parallel, 8, balanced_moe(), clamped());
     }
   }
 }
 
 TEST_F(MoETest, TokensThatRanksCanNotShareEvenly) {
   for (const auto& grid : grids()) {
-    for (const int64_t S : {1, 3}) expect_like_reference(grid, false, S, small_moe(), clamped());
+    for (const int64_t S : {1, 3}) expect_like_reference(grid, false, S, balanced_moe(), clamped());
   }
 }
 
@@ -276,6 +355,154 @@ TEST_F(MoETest, SizesThatRanksCanNotShareAreNamed) {
   EXPECT_TRUE(
       contains(error_of<c10::ValueError>([&] { MoELayer(config_of(moe), clamped(), TransformerExecution{}, groups); }),
                "num_experts 9 is not divisible by expert-parallel size"));
+}
+
+// ---- a training step ----
+
+/// Four micro-batches a step, shared out among the replicas; the last of each has padding.
+struct TrainedLayer {
+  static constexpr int64_t kSteps = 6;
+  static constexpr int64_t kS = 8;
+  static constexpr int64_t kMicroBatches = 4;
+
+  explicit TrainedLayer(const parallel::ProcessGroups& process_groups) : groups(process_groups) {
+    moe.router_bias_update_rate = 0.05;
+    layer = MoELayer(config_of(moe), clamped(), TransformerExecution{}, groups);
+    shards = start(layer);
+    layer->to(runtime().device(), at::kDouble);
+    shards = parameter_shards(*layer);
+    balance = std::make_shared<ExpertBalance>(std::vector<MoELayer>{layer}, groups);
+  }
+
+  std::vector<StepResult> train() {
+    TrainerOptions options;
+    options.learning_rate = {.peak = 0.02, .floor = 0.02, .total_steps = kSteps};
+    options.clip_grad_norm = 0.05;
+    options.auxiliary_losses = router_loss_names(moe);
+    options.expert_balance = balance;
+    Trainer trainer(shards, groups, options);
+    const int64_t own = kMicroBatches / groups.dp->getSize();
+    const auto padding = at::zeros({kBatch, kS}, at::kLong);
+    padding.narrow(1, kS - 3, 3).fill_(1);
+    std::vector<StepResult> results;
+    for (int64_t step = 0; step < kSteps; ++step) {
+      const auto x = normal_values({kMicroBatches, kS, kBatch, kHidden}, 10 + static_cast<uint64_t>(step), at::kDouble);
+      results.push_back(trainer.step(
+          [&](int64_t i) {
+            const int64_t number = own * groups.dp->getRank() + i;
+            RouterStatistics statistics(number == kMicroBatches - 1 ? on_device(padding) : at::Tensor());
+            LossSum sum = (layer->forward(x[number], &statistics) - x[number].roll(1, 2)).square().sum();
+            const auto num_loss_tokens = static_cast<double>(number + 3);
+            for (const auto& loss : statistics.losses(moe, groups.tp)) sum.auxiliary.push_back(loss * num_loss_tokens);
+            balance->add(statistics);
+            return sum;
+          },
+          own, 3 + 4 + 5 + 6));
+    }
+    return results;
+  }
+
+  parallel::ProcessGroups groups;
+  MoEConfig moe = balanced_moe();
+  MoELayer layer{nullptr};
+  std::vector<ParameterShard> shards;
+  std::shared_ptr<ExpertBalance> balance;
+};
+
+TEST_F(MoETest, StepsAreThoseOfOneRank) {
+  const auto& one = single();
+  TrainedLayer reference({{}, one, one, one, one, one, one, one, one});
+  const auto bias_before = reference.layer->router->expert_bias.clone();
+  const auto expected = reference.train();
+  EXPECT_FALSE(at::equal(reference.layer->router->expert_bias, bias_before));
+  for (const auto& result : expected) EXPECT_GT(result.grad_norm, 0.05);  // each is clipped
+  std::map<std::string, at::Tensor> whole;
+  for (const auto& shard : reference.shards) {
+    for (const auto& segment : shard.segments) whole[segment.name] = segment.in_local(shard.parameter).detach();
+  }
+  for (const auto& grid : grids()) {
+    SCOPED_TRACE(grid.text());
+    TrainedLayer trained(test_support::groups(grid));
+    const auto results = trained.train();
+    for (size_t step = 0; step < results.size(); ++step) {
+      EXPECT_NEAR(results[step].loss / expected[step].loss, 1.0, 1e-9);
+      EXPECT_NEAR(results[step].grad_norm / expected[step].grad_norm, 1.0, 1e-9);
+      for (const auto member : {&StepResult::auxiliary_losses, &StepResult::metrics}) {
+        const auto& numbers = results[step].*member;
+        const auto& expected_numbers = expected[step].*member;
+        ASSERT_EQ(numbers.size(), expected_numbers.size());
+        for (size_t i = 0; i < numbers.size(); ++i) {
+          EXPECT_EQ(numbers[i].first, expected_numbers[i].first);
+          EXPECT_NEAR(numbers[i].second / expected_numbers[i].second, 1.0, 1e-9) << numbers[i].first;
+        }
+      }
+    }
+    for (const auto& shard : trained.shards) {
+      for (const auto& segment : shard.segments) {
+        compare(segment.in_local(shard.parameter), segment.in_global(whole.at(segment.name)), segment.name, 1e-8);
+      }
+      const auto& copies = trained.groups.of(shard.domain.replicated_over());
+      EXPECT_TRUE(test_support::equal(parallel::all_reduce(shard.parameter, copies, parallel::Reduction::kMax),
+                                      parallel::all_reduce(shard.parameter, copies, parallel::Reduction::kMin)))
+          << shard.name;
+    }
+    EXPECT_TRUE(test_support::equal(trained.layer->router->expert_bias, whole.at("router.expert_bias")));
+  }
+}
+
+TEST_F(MoETest, BiasesGrowWhereTokensAreFew) {
+  const auto& groups = test_support::groups(RankGrid{.tp = 1, .dp = runtime().size()});
+  auto moe = small_moe();
+  moe.router_bias_update_rate = 0.25;
+  MoELayer layer(config_of(moe), clamped(), TransformerExecution{}, groups);
+  start(layer);
+  {
+    const at::NoGradGuard no_grad;
+    for (int64_t expert = 0; expert < 8; ++expert) {  // norms 4, 8, .. 32
+      layer->experts->linear_fc1[expert].zero_()[0][0].fill_(4.0 * static_cast<double>(expert + 1));
+      layer->experts->linear_fc2[expert].zero_();
+    }
+    layer->router->expert_bias.zero_();
+  }
+  ExpertBalance balance({layer}, groups);
+  // Two tokens of each rank to experts 0, 1, 2, one of them also in 3: three experts a token.
+  const auto experts = on_device(integers({0, 1, 2, 0, 1, 3}).view({2, 3}));
+  RouterStatistics statistics;
+  statistics.add({experts, on_device(at::ones({2, 3}))}, small_moe(), 0);
+  balance.add(statistics);
+  const auto numbers = balance.reduce().cpu();
+  const double size = runtime().size();
+  EXPECT_TRUE(
+      test_support::equal(balance.tokens_per_expert(),
+                          at::tensor({2.0, 2.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0}).to(at::kDouble).unsqueeze(0) * size));
+  EXPECT_DOUBLE_EQ(numbers[0].item<double>(), 2.0 / (6.0 / 8.0));
+  EXPECT_DOUBLE_EQ(numbers[1].item<double>(), 32.0 / 16.0);
+  balance.update_biases();
+  EXPECT_TRUE(test_support::equal(layer->router->expert_bias,
+                                  at::tensor({-0.25F, -0.25F, -0.25F, -0.25F, 0.25F, 0.25F, 0.25F, 0.25F})));
+  balance.zero();
+  EXPECT_EQ(balance.tokens_per_expert().sum().item<double>(), 0.0);
+  EXPECT_TRUE(
+      contains(error_of<c10::ValueError>([&] { ExpertBalance({}, groups); }), "no layer has experts to balance"));
+}
+
+TEST_F(MoETest, NumbersOfTrainingThatMakeNoSenseAreNamed) {
+  const auto error = [](const std::function<void(MoEConfig&)>& change) {
+    auto moe = small_moe();
+    change(moe);
+    return error_of<c10::ValueError>([&] { moe.validate(1, 1, 1); });
+  };
+  EXPECT_TRUE(contains(error([](auto& moe) { moe.aux_loss_coeff = -1; }), "moe_aux_loss_coeff -1 is negative"));
+  EXPECT_TRUE(contains(error([](auto& moe) { moe.z_loss_coeff = -1; }), "moe_z_loss_coeff -1 is negative"));
+  EXPECT_TRUE(contains(error([](auto& moe) { moe.group_balance_groups = 3; }),
+                       "moe_group_balance_groups 3 does not divide num_experts 8"));
+  EXPECT_TRUE(
+      contains(error([](auto& moe) { moe.group_balance_loss_coeff = 1; }), "needs moe_group_balance_groups above 1"));
+  EXPECT_TRUE(contains(error([](auto& moe) {
+                         moe.router_bias_update_rate = 1;
+                         moe.freeze_router = true;
+                       }),
+                       "would change the correction bias of a frozen router"));
 }
 
 // ---- the router alone ----

@@ -118,11 +118,17 @@ TEST(MetricsFile, HasOneLineAStepWhateverWasThere) {
   MetricsFile file(path, 1);
   StepMetrics metrics;
   metrics.step = 2;
-  metrics.result = {.loss = 0.5, .grad_norm = 0.25, .learning_rate = 0.125};
+  metrics.result = {.loss = 0.5,
+                    .grad_norm = 0.25,
+                    .learning_rate = 0.125,
+                    .auxiliary_losses = {{"z_loss", 0.5}},
+                    .metrics = {{"moe_max_load", 1.5}}};
   metrics.counts = {{"tokens", 20}, {"images", 3}};
   metrics.seconds = 2.0;
   file.write(metrics);
   metrics.counts.clear();
+  metrics.result.auxiliary_losses.clear();
+  metrics.result.metrics.clear();
   metrics.validation_loss = 0.75;
   file.write(metrics);
   std::ifstream written(path);
@@ -131,8 +137,8 @@ TEST(MetricsFile, HasOneLineAStepWhateverWasThere) {
   while (std::getline(written, line)) lines.push_back(line);
   EXPECT_EQ(lines, (std::vector<std::string>{
                        R"({"step": 1, "loss": 2.0})",
-                       R"({"step":2,"loss":0.5,"grad_norm":0.25,"learning_rate":0.125,"tokens":20,"images":3,)"
-                       R"("tokens_per_second":10.0,"step_seconds":2.0})",
+                       R"({"step":2,"loss":0.5,"grad_norm":0.25,"learning_rate":0.125,"z_loss":0.5,"moe_max_load":1.5,)"
+                       R"("tokens":20,"images":3,"tokens_per_second":10.0,"step_seconds":2.0})",
                        R"({"step":2,"loss":0.5,"grad_norm":0.25,"learning_rate":0.125,"step_seconds":2.0,)"
                        R"("validation_loss":0.75})"}));
 }

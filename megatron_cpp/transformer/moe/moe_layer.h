@@ -9,6 +9,7 @@
 #include "megatron_cpp/transformer/mlp.h"
 #include "megatron_cpp/transformer/moe/experts.h"
 #include "megatron_cpp/transformer/moe/router.h"
+#include "megatron_cpp/transformer/moe/router_statistics.h"
 #include "megatron_cpp/transformer/transformer_config.h"
 #include "parallel/group.h"
 
@@ -24,21 +25,26 @@ class MoELayerImpl : public torch::nn::Module {
   MoELayerImpl(const TransformerConfig& config, const LayerConfig& layer, const TransformerExecution& execution,
                const ModelGroups& groups);
 
-  /// @param input  [S, B, H], equal on every rank of tp; with sequence_parallel [S/t, B, H], this rank's rows.
-  /// @return       the same shape.
+  /// @param input       [S, B, H], equal on every rank of tp; with sequence_parallel [S/t, B, H], this rank's rows.
+  /// @param statistics  null, or where this layer's routing is added.
+  /// @return            the same shape.
   /// Comm: TokenDispatcher's, and MLP's for the shared experts. Without sequence_parallel also forward 1 all-gather of
   /// S·B·H elements, and backward 1. Collective over tp, ep and etp.
-  at::Tensor forward(const at::Tensor& input);
+  at::Tensor forward(const at::Tensor& input, RouterStatistics* statistics = nullptr);
+
+  /// The shape of the mixture.
+  const MoEConfig& config() const { return config_; }
 
   TopKRouter router{nullptr};       ///< whole on every rank
   GroupedExperts experts{nullptr};  ///< split over ep and etp
   MLP shared_experts{nullptr};      ///< split over tp; null if shared_expert_ffn_hidden_size is 0
 
  private:
-  at::Tensor routed_experts(const at::Tensor& tokens);
+  /// Of tokens [n, H], the first of which has the number `begin` in the batch.
+  at::Tensor routed_experts(const at::Tensor& tokens, int64_t begin, RouterStatistics* statistics);
 
   ModelGroups groups_;
-  int64_t num_experts_ = 0;
+  MoEConfig config_;
   bool sequence_parallel_;
 };
 TORCH_MODULE(MoELayer);

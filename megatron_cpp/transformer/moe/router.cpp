@@ -4,6 +4,12 @@
 
 namespace megatron_cpp {
 
+at::Tensor highest_scores(const at::Tensor& scores, int64_t topk) {
+  // A stable sort, since topk may choose any of equal scores.
+  const auto order = std::get<1>(at::sort(scores, /*stable=*/true, /*dim=*/-1, /*descending=*/true));
+  return order.narrow(1, 0, topk).contiguous();
+}
+
 TopKRouterImpl::TopKRouterImpl(const MoEConfig& config, int64_t hidden_size, double init_std, GradientDomain domain)
     : config_(config), init_std_(init_std), domain_(domain) {
   weight = register_parameter("weight", at::zeros({config.num_experts, hidden_size}), !config.freeze_router);
@@ -13,16 +19,14 @@ TopKRouterImpl::TopKRouterImpl(const MoEConfig& config, int64_t hidden_size, dou
 Routing TopKRouterImpl::forward(const at::Tensor& tokens) {
   const auto wide = tokens.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto dtype = config_.router_in_float32 ? wide : weight.scalar_type();
-  const auto scores = at::linear(tokens.to(dtype), weight.to(dtype)).to(wide).sigmoid();
-  // A stable sort, since topk may choose any of equal scores.
-  const auto order =
-      at::sort((scores.detach() + expert_bias.to(wide)), /*stable=*/true, /*dim=*/-1, /*descending=*/true);
-  const auto experts = std::get<1>(order).narrow(1, 0, config_.router_topk).contiguous();
+  const auto logits = at::linear(tokens.to(dtype), weight.to(dtype)).to(wide);
+  const auto scores = logits.sigmoid();
+  const auto experts = highest_scores(scores.detach() + expert_bias.to(wide), config_.router_topk);
   const auto chosen = scores.gather(1, experts);
   const auto sum = chosen.sum(-1, /*keepdim=*/true);
   const auto is_zero = sum.eq(0).to(wide);
   const auto shares = (chosen + is_zero) / (sum + is_zero * static_cast<double>(config_.router_topk));
-  return {experts, shares * config_.router_scaling_factor};
+  return {experts, shares * config_.router_scaling_factor, logits, scores};
 }
 
 void TopKRouterImpl::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {

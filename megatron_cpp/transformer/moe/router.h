@@ -14,9 +14,15 @@ namespace megatron_cpp {
 
 /// Which experts each token goes to, and how their outputs are weighed.
 struct Routing {
-  at::Tensor experts;  ///< [n, K] int64: the chosen experts, the highest score first
-  at::Tensor weights;  ///< [n, K], with gradient, of their outputs: float32, or float64 for float64 tokens
+  at::Tensor experts;      ///< [n, K] int64: the chosen experts, the highest score first
+  at::Tensor weights;      ///< [n, K], with gradient, of their outputs: float32, or float64 for float64 tokens
+  at::Tensor logits = {};  ///< [n, E], with gradient, of all experts; of the same dtype
+  at::Tensor scores = {};  ///< [n, E], likewise: without the bias
 };
+
+/// [n, K] int64: of each row of [n, E] the columns of the K highest values, the highest first; of equal ones the lower
+/// number wins.
+at::Tensor highest_scores(const at::Tensor& scores, int64_t topk);
 
 /// Scores are sigmoid(weight · token). A token goes to the K experts of the highest score + expert_bias; of equal ones
 /// the lower number wins. Their weights are the scores without the bias, divided by their sum, times
