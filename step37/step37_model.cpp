@@ -7,7 +7,9 @@
 #include <algorithm>
 #include <utility>
 
+#include "megatron_cpp/data/packed_batch.h"
 #include "megatron_cpp/tensor_parallel/rows.h"
+#include "megatron_cpp/tensor_parallel/to_device.h"
 #include "megatron_cpp/tensor_parallel/vocab_parallel_cross_entropy.h"
 #include "parallel/mappings.h"
 #include "parallel/shard.h"
@@ -53,7 +55,9 @@ void Step37Config::validate(int tensor_parallel_size) const {
 }
 
 std::vector<std::string> Step37Config::auxiliary_losses() const {
-  return trains_mtp() ? std::vector<std::string>{"mtp_loss"} : std::vector<std::string>{};
+  auto names = text.moe ? router_loss_names(*text.moe) : std::vector<std::string>{};
+  if (trains_mtp()) names.emplace_back("mtp_loss");
+  return names;
 }
 
 Step37ModelImpl::Step37ModelImpl(const Step37Config& config, const ModelGroups& groups)
@@ -138,17 +142,32 @@ at::Tensor Step37ModelImpl::forward(const Step37Batch& batch) {
   return language_model->forward(batch.input_ids, batch.attention, embed(batch));
 }
 
-LossSum Step37ModelImpl::loss_sum(const Step37Batch& batch) {
-  const bool adds_mtp = config_.trains_mtp() && c10::GradMode::is_enabled();
+void Step37ModelImpl::add_router_losses(const Step37Batch& batch, const RouterStatistics& statistics,
+                                        LossSum& sum) const {
+  const auto num_loss_tokens = batch.labels.ne(kIgnoreIndex).sum().to(sum.tokens.scalar_type());
+  for (const auto& loss : statistics.losses(*config_.text.moe, tp_)) {
+    sum.auxiliary.push_back(loss.to(sum.tokens.scalar_type()) * num_loss_tokens);
+  }
+}
+
+LossSum Step37ModelImpl::loss_sum(const Step37Batch& batch, ExpertBalance* expert_balance) {
+  const bool trains = c10::GradMode::is_enabled();
+  const bool counts = trains && config_.text.moe;
+  const bool adds_mtp = trains && config_.trains_mtp();
   const auto decoder_input = embed(batch);
+  const auto& mask = batch.padding_mask;
+  RouterStatistics statistics(mask.defined() ? megatron_cpp::internal::to_device(mask, decoder_input.device()) : mask);
   at::Tensor mtp_input;
   CrossEntropyOptions options;
   options.vocabulary_size = config_.text.vocabulary_size;
   // The logits have no name: they are freed before those of multi-token prediction are made.
-  LossSum sum = vocab_parallel_cross_entropy(language_model->forward(batch.input_ids, batch.attention, decoder_input,
-                                                                     adds_mtp ? &mtp_input : nullptr),
-                                             batch.labels.t(), options, tp_)
+  LossSum sum = vocab_parallel_cross_entropy(
+                    language_model->forward(batch.input_ids, batch.attention, decoder_input,
+                                            counts ? &statistics : nullptr, adds_mtp ? &mtp_input : nullptr),
+                    batch.labels.t(), options, tp_)
                     .sum();
+  if (counts) add_router_losses(batch, statistics, sum);
+  if (counts && expert_balance != nullptr) expert_balance->add(statistics);
   if (adds_mtp) {
     auto& mtp = *language_model->mtp;
     const double scale = config_.mtp_loss_scaling_factor / static_cast<double>(mtp.layers.size());

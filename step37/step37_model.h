@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "megatron_cpp/training/expert_balance.h"
 #include "megatron_cpp/training/trainer.h"
 #include "megatron_cpp/transformer/execution.h"
 #include "megatron_cpp/transformer/gpt_model.h"
@@ -43,7 +44,8 @@ struct Step37Config {
 
   /// Whether there are layers of multi-token prediction that are trained.
   bool trains_mtp() const { return mtp_loss_scaling_factor > 0.0; }
-  /// Names of what Step37Model::loss_sum adds to the token losses, for TrainerOptions: "mtp_loss" if that is trained.
+  /// Names of what Step37Model::loss_sum adds to the token losses, for TrainerOptions: router_loss_names, and "mtp_loss"
+  /// if that is trained.
   std::vector<std::string> auxiliary_losses() const;
 
   /// @throws c10::ValueError naming what doesn't fit, as the validate() of each part does.
@@ -59,6 +61,9 @@ struct Step37Batch {
   std::vector<ImageForInsert> images;  ///< patches before images
   /// Which rows the images' features overwrite; made from the groups' start tokens unless given.
   std::optional<InsertPlan> plan = std::nullopt;
+  /// [B, S], not 0 where there is padding instead of a token, which counts in no statistic of the routing; undefined:
+  /// there is none.
+  at::Tensor padding_mask = {};
 };
 
 /// The vision tower turns pictures into features, which are inserted into the decoder's input.
@@ -78,13 +83,17 @@ class Step37ModelImpl : public torch::nn::Module {
   /// a group whose pictures are `held`.
   at::Tensor embed(const Step37Batch& batch);
 
-  /// The sum of the token losses of the batch, a float32 scalar, equal on every rank. Divide by the number of loss
-  /// tokens of the global batch. Collective over tp.
-  /// With gradients also Step37Config::auxiliary_losses. mtp_loss is mtp_loss_scaling_factor / n times the token losses
-  /// of all n layers of multi-token prediction (MultiTokenPredictionBlock::loss_sum; its embeddings are embed()'s, with
-  /// the pictures). Layer k has a few targets less than the decoder; dividing by the decoder's number of loss tokens
-  /// gives each target the same weight however a batch is split.
-  LossSum loss_sum(const Step37Batch& batch);
+  /// The sum of the token losses of the batch, a float32 scalar, equal on every rank, and while gradients are on
+  /// Step37Config::auxiliary_losses. Divide by the number of loss tokens of the global batch.
+  ///  - Those of the routers (RouterStatistics::losses) are means over the batch's tokens, times the number of its loss
+  ///    tokens.
+  ///  - mtp_loss is mtp_loss_scaling_factor / n times the token losses of all n layers of multi-token prediction
+  ///    (MultiTokenPredictionBlock::loss_sum; its embeddings are embed()'s, with the pictures). Layer k has a few
+  ///    targets less than the decoder; dividing by the decoder's number of loss tokens gives each target the same weight
+  ///    however a batch is split.
+  /// @param expert_balance  null, or where the routing of this batch is counted, while gradients are on.
+  /// Collective over tp, and with experts over ep and etp.
+  LossSum loss_sum(const Step37Batch& batch, ExpertBalance* expert_balance = nullptr);
 
   /// As given to the constructor.
   const Step37Config& config() const { return config_; }
@@ -100,6 +109,8 @@ class Step37ModelImpl : public torch::nn::Module {
   void keep_own_pictures(std::vector<ImageForInsert>& images) const;
   /// Fills in image_features where the tower has yet to run.
   void run_tower(std::vector<ImageForInsert>& images);
+  /// Appends the losses of router_loss_names to sum.auxiliary.
+  void add_router_losses(const Step37Batch& batch, const RouterStatistics& statistics, LossSum& sum) const;
 
   Step37Config config_;
   parallel::GroupPtr tp_;

@@ -47,6 +47,7 @@ Json to_json(const CaptionPack& pack) {
           {"loss_mask", values_of<int64_t>(pack.packed.loss_mask)},
           {"position_ids", values_of<int64_t>(pack.packed.position_ids)},
           {"cu_seqlens", values_of<int32_t>(pack.packed.cu_seqlens)},
+          {"padding_mask", values_of<int64_t>(pack.packed.padding_mask)},
           {"pictures", std::move(pictures)}};
 }
 
@@ -59,6 +60,7 @@ CaptionPack pack_from_json(const Json& json) {
   pack.packed.position_ids = tensor_of<int64_t>(json.at("position_ids"), {1, S}, at::kLong);
   const auto ends = static_cast<int64_t>(json.at("cu_seqlens").size());
   pack.packed.cu_seqlens = tensor_of<int32_t>(json.at("cu_seqlens"), {ends}, at::kInt);
+  pack.packed.padding_mask = tensor_of<int64_t>(json.at("padding_mask"), {1, S}, at::kLong);
   for (const auto& picture : json.at("pictures")) {
     pack.pictures.push_back({picture[0], picture[1], picture[2], picture[3], picture[4]});
   }
@@ -251,8 +253,11 @@ std::vector<ImageForInsert> load_pictures(const CaptionPack& pack, const Caption
 
 Step37Batch to_model_batch(const CaptionPack& pack, std::vector<ImageForInsert> images, const at::Device& device) {
   for (auto& group : images) group.images = normalize(megatron_cpp::internal::to_device(group.images, device));
-  return {
-      pack.packed.tokens, pack.packed.labels, {pack.packed.position_ids, pack.packed.cu_seqlens}, std::move(images)};
+  return {.input_ids = pack.packed.tokens,
+          .labels = pack.packed.labels,
+          .attention = {pack.packed.position_ids, pack.packed.cu_seqlens},
+          .images = std::move(images),
+          .padding_mask = pack.packed.padding_mask};
 }
 
 CaptionLoader::CaptionLoader(Options options, Source source, const parallel::ProcessGroups& groups,

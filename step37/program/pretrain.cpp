@@ -228,6 +228,9 @@ class PretrainRun {
     options.learning_rate = learning_rate_schedule(config_);
     options.clip_grad_norm = config_.training.clip_grad_norm;
     options.auxiliary_losses = model_->config().auxiliary_losses();
+    const auto moe_layers = model_->language_model->decoder->moe_layers();
+    if (!moe_layers.empty()) expert_balance_ = std::make_shared<ExpertBalance>(moe_layers, groups_);
+    options.expert_balance = expert_balance_;
     trainer_ = std::make_unique<Trainer>(parameters_, groups_, options);
     const auto main_parameters = trainer_->optimizer().main_parameters(parameters_);
     initialize_parameters(main_parameters, static_cast<uint64_t>(config_.training.seed));
@@ -349,7 +352,8 @@ class PretrainRun {
                   const auto i = static_cast<size_t>(micro_batch);
                   auto images = std::move(loaded->images[i]);
                   return model_->loss_sum(
-                      to_model_batch(loaded->step.micro_batches[i], std::move(images), runtime_.device()));
+                      to_model_batch(loaded->step.micro_batches[i], std::move(images), runtime_.device()),
+                      expert_balance_.get());
                 },
             .counts = {{"tokens", step.num_tokens}, {"images", step.num_pictures}}};
   }
@@ -449,6 +453,7 @@ class PretrainRun {
   CaptionLoader::Options loader_options_;
   Step37Model model_{nullptr};
   std::vector<ParameterShard> parameters_;
+  std::shared_ptr<ExpertBalance> expert_balance_;  ///< null without experts
   std::unique_ptr<Trainer> trainer_;
 };
 

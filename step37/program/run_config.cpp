@@ -73,6 +73,9 @@ void visit_keys(Config& config, const Visit& visit) {
        KEY(model, moe_ffn_hidden_size), KEY(model, moe_shared_expert_intermediate_size));
   each({.shape = true, .least = 0, .most = kMaxLayers}, KEY(model, mtp_num_layers));
   each(kAny, KEY(model, mtp_loss_scaling_factor), KEY(model, mtp_chain_after_norm));
+  each(kAny, KEY(model, moe_aux_loss_coeff), KEY(model, moe_group_balance_loss_coeff), KEY(model, moe_z_loss_coeff),
+       KEY(model, moe_router_bias_update_rate));
+  each(kAtLeast1, KEY(model, moe_group_balance_groups));
   each(kAny, KEY(model, init_std), KEY(model, freeze_language_model), KEY(model, freeze_projector),
        KEY(model, freeze_router));
   each(kRequiredShape, KEY(vision, image_size), KEY(vision, width), KEY(vision, layers), KEY(vision, heads),
@@ -474,6 +477,14 @@ bool has_experts(const RunConfig& config) {
   return config.published ? config.published->text.moe.has_value() : config.model.num_moe_experts > 0;
 }
 
+/// The keys of the section model that train experts evenly, each 0 where it is off.
+std::vector<std::pair<const char*, double>> numbers_of_expert_training(const ModelSection& model) {
+  return {{"model.moe_aux_loss_coeff", model.moe_aux_loss_coeff},
+          {"model.moe_group_balance_loss_coeff", model.moe_group_balance_loss_coeff},
+          {"model.moe_z_loss_coeff", model.moe_z_loss_coeff},
+          {"model.moe_router_bias_update_rate", model.moe_router_bias_update_rate}};
+}
+
 /// The decoder that the keys of the section model give.
 TransformerConfig decoder_config(const ModelSection& model, int64_t vocabulary_size) {
   TransformerConfig text{.vocabulary_size = vocabulary_size,
@@ -526,6 +537,12 @@ void validate(const RunConfig& config, int num_ranks) {
   TORCH_CHECK_VALUE(config.published || model.num_moe_experts == 0 || model.moe_first_layer < model.num_layers,
                     "model.moe_first_layer ", model.moe_first_layer, " is not below model.num_layers ",
                     model.num_layers);
+  for (const auto& [key, value] : numbers_of_expert_training(model)) {
+    TORCH_CHECK_VALUE(value == 0.0 || has_experts(config), key, " ", value, ": the model has no experts");
+  }
+  TORCH_CHECK_VALUE(model.moe_router_bias_update_rate == 0.0 || !model.freeze_language_model,
+                    "model.moe_router_bias_update_rate ", model.moe_router_bias_update_rate,
+                    " would change the frozen language model (model.freeze_language_model)");
   const auto step37 = model_config(config, data.vocabulary_size);
   step37.validate(grid.tp);
   if (step37.text.moe) step37.text.moe->validate(grid.tp, grid.ep, grid.expert_tp());
@@ -595,7 +612,15 @@ Step37Config model_config(const RunConfig& config, int64_t vocabulary_size) {
     constexpr int64_t kPadId = 3;  // of Tokenizer::train
     result.text.embedding_padding_idx = config.published ? config.published->pad_token_id : kPadId;
   }
-  if (result.text.moe) result.text.moe->freeze_router = model.freeze_router;
+  if (result.text.moe) {
+    auto& moe = *result.text.moe;
+    moe.freeze_router = model.freeze_router;
+    moe.aux_loss_coeff = model.moe_aux_loss_coeff;
+    moe.group_balance_loss_coeff = model.moe_group_balance_loss_coeff;
+    moe.group_balance_groups = model.moe_group_balance_groups;
+    moe.z_loss_coeff = model.moe_z_loss_coeff;
+    moe.router_bias_update_rate = model.moe_router_bias_update_rate;
+  }
   result.execution = {.sequence_parallel = config.parallel.sequence_parallel,
                       .accumulate_into_grad = true,
                       .embedding_sharding = config.parallel.embedding_sharding};

@@ -57,8 +57,8 @@ struct DataSection {
   int64_t max_side = 3024;         ///< pixels; larger pictures are scaled down
 };
 
-/// The shape keys, which are all but init_std, config, freeze_* and the last two of mtp_*, are taken from `config`
-/// where that is given; they are refused then, as are those of VisionSection.
+/// The shape keys, which are all but those that say "training" and init_std, config and freeze_*, are taken from
+/// `config` where that is given; they are refused then, as are those of VisionSection.
 struct ModelSection {
   /// A published config.json that gives the shape. In a file: relative to the folder of this file; in an override:
   /// relative to the working directory. Kept as an absolute path. Empty: the keys below give the shape.
@@ -91,9 +91,16 @@ struct ModelSection {
   bool moe_router_in_float32 = true;                ///< whether the router computes in float32 whatever the weights are
   /// Layers of multi-token prediction behind the decoder, each a sliding-window layer with a dense feed-forward.
   int64_t mtp_num_layers = 0;
-  double mtp_loss_scaling_factor = 0.0;  ///< of their mean loss; 0: they aren't trained
-  bool mtp_chain_after_norm = false;     ///< TransformerConfig's; no published file says which it is
-  double init_std = 0.02;                ///< default with `config`: what that says
+  double mtp_loss_scaling_factor = 0.0;  ///< training: of their mean loss; 0: they aren't trained
+  bool mtp_chain_after_norm = false;     ///< training: TransformerConfig's; no published file says which it is
+  // Training of the experts; RouterStatistics::losses has the formulas, ExpertBalance the rule of the bias. These may
+  // change when a run is resumed.
+  double moe_aux_loss_coeff = 0.0;            ///< training: of the load-balancing loss over all experts; 0: none
+  double moe_group_balance_loss_coeff = 0.0;  ///< training: of the balance loss over groups of experts; 0: none
+  int64_t moe_group_balance_groups = 1;       ///< training: groups of that loss, a divisor of the number of experts
+  double moe_z_loss_coeff = 0.0;              ///< training: of the mean square of the router's logsumexp; 0: none
+  double moe_router_bias_update_rate = 0.0;   ///< training: of the correction biases, once a step; 0: they stay
+  double init_std = 0.02;                     ///< default with `config`: what that says
   bool freeze_language_model = false;
   bool freeze_projector = false;
   bool freeze_router = false;

@@ -16,6 +16,7 @@ namespace {
 using Kind = parallel::CollectiveKind;
 constexpr int64_t kElement = 4;  // bytes of a float32
 constexpr int64_t kInt64 = 8;
+constexpr int64_t kDouble = 8;
 
 /// The numbers that bytes and memory of one micro-batch on a rank depend on, by the letters of docs/parallelism.md.
 struct Sizes {
@@ -143,6 +144,10 @@ void add_experts(const Sizes& n, const MoEConfig& moe, const parallel::RankGrid&
   sum.of_experts = false;
 }
 
+int64_t num_expert_layers(const TransformerConfig& text) {
+  return std::count_if(text.layers.begin(), text.layers.end(), [](const auto& layer) { return layer.has_experts; });
+}
+
 /// The blocks of a tower that is split: the outputs of attention and mlp forward, gradients of their inputs backward.
 void add_split_tower(const Step37Config& config, const Sizes& n, TrafficSum& sum) {
   const int64_t activations = n.patches * config.vision.width * kElement;
@@ -207,6 +212,10 @@ void add_output(const Sizes& n, bool sequence_parallel, TrafficSum& sum) {
     sum.add(Kind::kReduceScatter, "tp", M);
   } else {
     sum.add(Kind::kAllReduce, "tp", M);
+  }
+  if (moe && !router_loss_names(*moe).empty()) {
+    const int64_t sums = 2 * moe->num_experts + moe->group_balance_groups + 2;
+    sum.add(Kind::kAllReduce, "tp", num_expert_layers(config.text) * sums * kDouble);
   }
   // Cross entropy: the maxima, then the sums of the exponentials and the logits of the targets.
   sum.add(Kind::kAllReduce, "tp", n.S * kElement);
@@ -298,7 +307,9 @@ LayerElements layer_elements(const Step37Config& config, const LayerConfig& laye
   const int64_t rows = etp * (grid.ep > 1 ? dispatched_rows(n, moe, grid) : own);
   const int64_t pairs = own * etp * moe.router_topk;
   const int64_t width = moe.ffn_hidden_size / etp;
-  result.feed_forward += own * moe.num_experts + rows * 2 * moe.router_topk + pairs * (2 * width + 2);
+  // The logits, too, if there are auxiliary losses.
+  result.feed_forward += own * moe.num_experts * (router_loss_names(moe).empty() ? 1 : 2);
+  result.feed_forward += rows * 2 * moe.router_topk + pairs * (2 * width + 2);
   if (grid.ep * etp > 1) result.feed_forward += rows * n.H;
   result.feed_forward_temporary = std::max(result.feed_forward_temporary, pairs * 7 * width);
   return result;
@@ -340,11 +351,18 @@ std::vector<Traffic> step_traffic(const Step37Config& config, const parallel::Ra
   add_micro_batch(config, Sizes(config, grid, shape), grid, sum);
   sum.repeat = 1;
   for (const auto& [group, bytes] : gradient_bytes(tensors)) sum.add(Kind::kAllReduce, group, bytes);
-  // The losses and the gradient norm, float64.
-  sum.add(Kind::kAllReduce, "dp", 8 * (1 + static_cast<int64_t>(config.auxiliary_losses().size())));
-  sum.add(Kind::kAllReduce, "tp", 8);
+  // The losses and the gradient norm.
+  const auto& moe = config.text.moe;
+  const auto num_losses = 1 + static_cast<int64_t>(config.auxiliary_losses().size());
+  sum.add(Kind::kAllReduce, "dp", num_losses * kDouble);
+  sum.add(Kind::kAllReduce, "tp", kDouble);
   const auto is_of_experts = [](const auto& tensor) { return tensor.trained && tensor.summed_over == "edp"; };
-  if (std::any_of(tensors.begin(), tensors.end(), is_of_experts)) sum.add(Kind::kAllReduce, "etp_ep", 8);
+  if (std::any_of(tensors.begin(), tensors.end(), is_of_experts)) sum.add(Kind::kAllReduce, "etp_ep", kDouble);
+  if (moe) {
+    // The experts' tokens and norms.
+    const int64_t experts = num_expert_layers(config.text) * moe->num_experts;
+    for (const char* group : {"tp_dp", "etp_ep"}) sum.add(Kind::kAllReduce, group, experts * kDouble);
+  }
   return sum.result();
 }
 

@@ -15,6 +15,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <numeric>
+#include <set>
 #include <sstream>
 #include <system_error>
 #include <utility>
@@ -153,9 +154,15 @@ void check_resumable(const RunConfig& began, const RunConfig& now, const std::st
   const bool trained_mtp = began.model.mtp_loss_scaling_factor > 0.0;
   const bool trains_mtp = now.model.mtp_loss_scaling_factor > 0.0;
   const auto is_fixed = [&](const std::string& key) {
+    static const std::set<std::string> free = {"model.init_std",
+                                               "model.moe_aux_loss_coeff",
+                                               "model.moe_group_balance_loss_coeff",
+                                               "model.moe_group_balance_groups",
+                                               "model.moe_z_loss_coeff",
+                                               "model.moe_router_bias_update_rate"};
     if (key == "data.vocabulary_size" || key == "training.seed") return true;
     if (key == "model.mtp_loss_scaling_factor") return trained_mtp != trains_mtp;
-    return (key.starts_with("model.") || key.starts_with("vision.")) && key != "model.init_std";
+    return (key.starts_with("model.") || key.starts_with("vision.")) && !free.contains(key);
   };
   const auto all = settings(now);
   const std::map<std::string, std::string> after(all.begin(), all.end());

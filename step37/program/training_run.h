@@ -92,8 +92,9 @@ RunState run_state_of(const CheckpointReader& reader);
 /// and vision as JSON.
 std::string model_text(const RunConfig& config);
 
-/// Refuses changes of settings that a run must keep: all of the sections model (except init_std) and vision, and
-/// data.vocabulary_size and training.seed. Others (steps, learning rate, batch, layout, data, ...) may change.
+/// Refuses changes of settings that a run must keep: all of the sections model (except init_std and what trains experts
+/// evenly: coefficients, groups, rate) and vision, and data.vocabulary_size and training.seed. Others (steps, learning
+/// rate, batch, layout, data, ...) may change.
 /// @param began  the configuration in the checkpoint `where`.
 /// @throws c10::ValueError naming each key with both values.
 void check_resumable(const RunConfig& began, const RunConfig& now, const std::string& where);

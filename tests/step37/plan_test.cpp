@@ -104,13 +104,15 @@ Measured measure(const RunConfig& config, const Plan& plan, parallel::ProcessGro
       measured.local_elements += elements;
       measured.whole_elements += elements * (over.empty() ? 1 : groups.of(over)->getSize());
     }
-    Trainer trainer(shards, groups,
-                    {.adamw = config.training,
-                     .learning_rate = learning_rate_schedule(config),
-                     .auxiliary_losses = model_settings.auxiliary_losses()});
+    TrainerOptions options{.adamw = config.training, .learning_rate = learning_rate_schedule(config)};
+    options.auxiliary_losses = model_settings.auxiliary_losses();
+    const auto moe_layers = model->language_model->decoder->moe_layers();
+    if (!moe_layers.empty()) options.expert_balance = std::make_shared<ExpertBalance>(moe_layers, groups);
+    Trainer trainer(shards, groups, options);
     const int64_t micro_batches = plan.shape.global_batch_size / (plan.shape.micro_batch_size * plan.grid.dp);
-    trainer.step([&](int64_t) { return model->loss_sum(batch_of(config, plan.shape, groups.tp)); }, micro_batches,
-                 plan.shape.global_batch_size * plan.shape.sequence_length);
+    trainer.step(
+        [&](int64_t) { return model->loss_sum(batch_of(config, plan.shape, groups.tp), options.expert_balance.get()); },
+        micro_batches, plan.shape.global_batch_size * plan.shape.sequence_length);
   }
   measured.peak = watch->peak;
   return measured;
@@ -210,6 +212,10 @@ TEST(Plan, ParametersAndBytesOfASplitTowerAreThoseOfARealStep) {
 const Overrides kExperts = {"model.num_moe_experts=8", "model.moe_ffn_hidden_size=64", "model.moe_router_topk=2",
                             "model.moe_shared_expert_intermediate_size=96", "model.moe_first_layer=1"};
 
+const Overrides kAuxiliaryLosses = {"model.moe_aux_loss_coeff=0.01", "model.moe_z_loss_coeff=0.001",
+                                    "model.moe_group_balance_loss_coeff=0.001", "model.moe_group_balance_groups=4",
+                                    "model.moe_router_bias_update_rate=0.001"};
+
 // Without expert parallelism bytes don't depend on the routing.
 TEST(Plan, BytesOfExpertsAreThoseOfARealStep) {
   const int size = runtime().size();
@@ -218,8 +224,9 @@ TEST(Plan, BytesOfExpertsAreThoseOfARealStep) {
       for (const std::string sequence_parallel : {"true", "false"}) {
         SCOPED_TRACE(testing::Message() << "tp " << tp << ", etp " << etp << " " << sequence_parallel);
         const auto& groups = test_support::groups(parallel::RankGrid{.tp = tp, .dp = size / tp, .ep = 1, .etp = etp});
-        const auto [plan, measured] = plan_and_measure(
-            with(kExperts, {c10::str("etp=", etp), "parallel.sequence_parallel=" + sequence_parallel}), groups);
+        auto overrides = with(kExperts, {c10::str("etp=", etp), "parallel.sequence_parallel=" + sequence_parallel});
+        if (sequence_parallel == "true") overrides = with(overrides, kAuxiliaryLosses);
+        const auto [plan, measured] = plan_and_measure(overrides, groups);
         EXPECT_EQ(bytes_of(plan), measured.bytes);
         EXPECT_EQ(local_elements(plan.tensors), measured.local_elements);
         EXPECT_EQ(whole_elements(plan.tensors), measured.whole_elements);
@@ -246,9 +253,11 @@ TEST(Plan, OnlyAllToAllsOfExpertParallelismDependOnTheRouting) {
 
 TEST(Plan, MemoryOfExpertsIsThePeakOfLiveTensors) {
   for (const int tp : divisors_of_world()) {
-    SCOPED_TRACE(testing::Message() << "tp " << tp);
-    const auto [plan, measured] = plan_and_measure(kExperts, groups(tp));
-    EXPECT_NEAR(static_cast<double>(plan.memory.total()) / static_cast<double>(measured.peak), 1.0, 0.05);
+    for (const auto& overrides : {kExperts, with(kExperts, kAuxiliaryLosses)}) {
+      SCOPED_TRACE(testing::Message() << "tp " << tp << " " << testing::PrintToString(overrides));
+      const auto [plan, measured] = plan_and_measure(overrides, groups(tp));
+      EXPECT_NEAR(static_cast<double>(plan.memory.total()) / static_cast<double>(measured.peak), 1.0, 0.05);
+    }
   }
 }
 

@@ -234,10 +234,25 @@ const Overrides kExperts = {"model.num_moe_experts=8",     "model.moe_first_laye
                             "model.freeze_router=false",   "model.moe_shared_expert_intermediate_size=32",
                             "training.clip_grad_norm=0.5", "validation.packs=3"};
 
+/// Trains them evenly by every means there is.
+const Overrides kEvenly = {"model.moe_aux_loss_coeff=0.02", "model.moe_group_balance_loss_coeff=0.01",
+                           "model.moe_group_balance_groups=4", "model.moe_z_loss_coeff=0.003",
+                           "model.moe_router_bias_update_rate=0.01"};
+
 // Steps are clipped: a norm that differs between ranks would pull the copies of the weights apart. The validation packs
 // don't divide by the replicas.
 TEST_F(Pretrain, TrainsExpertsAlikeInEveryLayout) {
-  pretrain("reference", 1, with(kExperts, {"dp=0"}));
+  const auto experts = with(kExperts, kEvenly);
+  pretrain("reference", 1, with(experts, {"dp=0"}));
+  if (runtime().rank() == 0) {
+    for (const auto& line : metrics_of(files("reference"))) {
+      for (const auto* name : {"load_balancing_loss", "group_balance_loss", "z_loss"}) {
+        EXPECT_GT(line.value(name, 0.0), 0.0) << name;
+      }
+      EXPECT_GT(line.value("moe_max_load", 0.0), 1.0);
+      EXPECT_GT(line.value("moe_expert_norm_dispersion", 0.0), 1.0);
+    }
+  }
   const int size = runtime().size();
   for (const int tp : divisors_of_world()) {
     for (const int ep : divisors_of_world()) {
@@ -245,7 +260,7 @@ TEST_F(Pretrain, TrainsExpertsAlikeInEveryLayout) {
         if (size % (ep * etp) != 0) continue;
         const auto run = c10::str("tp", tp, "ep", ep, "etp", etp);
         SCOPED_TRACE(run);
-        pretrain(run, tp, with(kExperts, {c10::str("ep=", ep), c10::str("etp=", etp)}));
+        pretrain(run, tp, with(experts, {c10::str("ep=", ep), c10::str("etp=", etp)}));
         expect_same_run(files(run), files("reference"), 1e-4);
       }
     }
@@ -379,6 +394,11 @@ TEST_F(Pretrain, GoesOnAsIfItHadNotBeenInterrupted) {
     }
   }
   const int world = runtime().size();
+  const auto experts = with(four_steps, with(kExperts, kEvenly));
+  pretrain("experts", world, experts);
+  copy_state("experts", "resumed-experts", 2);
+  pretrain("resumed-experts", world, experts);
+  expect_same_run(files("resumed-experts"), files("experts"), rounding());
   if (world == 1) return;
   copy_state("whole" + std::to_string(world), "narrower", 2);
   pretrain("narrower", 1, four_steps);

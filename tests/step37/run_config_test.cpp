@@ -358,9 +358,11 @@ TEST_F(RunConfigTest, ExpertsAreSplitOverTheRanks) {
 
 TEST_F(RunConfigTest, KeysMakeAMixtureOfExperts) {
   auto keys = kExperts;
-  keys.insert(keys.end(), {"model.moe_first_layer=2", "model.moe_shared_expert_intermediate_size=24",
-                           "model.moe_router_topk_scaling_factor=3", "model.moe_router_in_float32=false",
-                           "model.freeze_router=true"});
+  keys.insert(keys.end(),
+              {"model.moe_first_layer=2", "model.moe_shared_expert_intermediate_size=24",
+               "model.moe_router_topk_scaling_factor=3", "model.moe_router_in_float32=false",
+               "model.freeze_router=true", "model.moe_aux_loss_coeff=0.01", "model.moe_group_balance_loss_coeff=0.02",
+               "model.moe_group_balance_groups=4", "model.moe_z_loss_coeff=0.03"});
   const auto config = smallest(keys);
   const auto text = model_config(config, 77).text;
   EXPECT_EQ(text.moe, (MoEConfig{.num_experts = 8,
@@ -369,7 +371,11 @@ TEST_F(RunConfigTest, KeysMakeAMixtureOfExperts) {
                                  .shared_expert_ffn_hidden_size = 24,
                                  .router_scaling_factor = 3.0,
                                  .router_in_float32 = false,
-                                 .freeze_router = true}));
+                                 .freeze_router = true,
+                                 .aux_loss_coeff = 0.01,
+                                 .group_balance_loss_coeff = 0.02,
+                                 .group_balance_groups = 4,
+                                 .z_loss_coeff = 0.03}));
   for (size_t layer = 0; layer < 6; ++layer) EXPECT_EQ(text.layers[layer].has_experts, layer >= 2) << layer;
   EXPECT_NO_THROW(validate(config, 1));
   EXPECT_EQ(settings(load(kSmallest, as_overrides(config))), settings(config));
@@ -383,6 +389,21 @@ TEST_F(RunConfigTest, KeysMakeAMixtureOfExperts) {
   EXPECT_EQ(error("model.moe_router_topk=9"), "router_topk 9 is not between 1 and num_experts 8");
   EXPECT_EQ(error("model.moe_ffn_hidden_size=0"), "the experts' ffn_hidden_size 0 is not positive");
   EXPECT_EQ(error("model.num_moe_experts=-1"), "model.num_moe_experts -1 is below 0");
+  EXPECT_EQ(error("model.moe_group_balance_groups=0"), "model.moe_group_balance_groups 0 is below 1");
+  EXPECT_EQ(error("model.moe_group_balance_groups=3"), "moe_group_balance_groups 3 does not divide num_experts 8");
+  for (const std::string key : {"model.moe_aux_loss_coeff", "model.moe_group_balance_loss_coeff",
+                                "model.moe_z_loss_coeff", "model.moe_router_bias_update_rate"}) {
+    EXPECT_EQ(error(key + "=-0.5"), key.substr(6) + " -0.5 is negative");
+    EXPECT_EQ(validation_error({key + "=0.5"}), key + " 0.5: the model has no experts");
+  }
+  const std::string rate = "model.moe_router_bias_update_rate=0.5";
+  EXPECT_EQ(model_config(smallest({kExperts[0], kExperts[1], kExperts[2], rate}), 77).text.moe->router_bias_update_rate,
+            0.5);
+  EXPECT_EQ(validation_error({kExperts[0], kExperts[1], kExperts[2], rate, "model.freeze_language_model=true"}),
+            "model.moe_router_bias_update_rate 0.5 would change the frozen language model "
+            "(model.freeze_language_model)");
+  EXPECT_EQ(validation_error({kExperts[0], kExperts[1], kExperts[2], rate, "model.freeze_router=true"}),
+            "moe_router_bias_update_rate 0.5 would change the correction bias of a frozen router");
 }
 
 TEST_F(RunConfigTest, ShortFormsAreForTheCommandLine) {

@@ -345,4 +345,64 @@ TEST_F(Model, FeaturesAndPicturesTogether) {
   expect_like_dense({}, pictures_gone, [&](const parallel::GroupPtr& /*tp*/) { return pictures_gone; });
 }
 
+// ---- the routing of a batch ----
+
+const Overrides kBalancedExperts = {"model.num_moe_experts=8",         "model.moe_ffn_hidden_size=16",
+                                    "model.moe_router_topk=2",         "model.moe_aux_loss_coeff=0.1",
+                                    "model.moe_z_loss_coeff=0.01",     "model.moe_group_balance_loss_coeff=0.05",
+                                    "model.moe_group_balance_groups=4"};
+
+/// A packed row of 24 tokens, and `padding` positions behind them.
+Step37Batch packed_batch(int64_t padding) {
+  constexpr int64_t kTokens = 24;
+  const auto fill = [&](const at::Tensor& row, int64_t value) { return at::constant_pad_nd(row, {0, padding}, value); };
+  Step37Batch batch;
+  batch.input_ids = fill((at::arange(kTokens, at::kLong) * 37).remainder(200).add(20).unsqueeze(0), 3);
+  batch.labels = fill((at::arange(kTokens, at::kLong) * 53).remainder(kVocabulary).unsqueeze(0), -100);
+  batch.labels.narrow(1, 0, 5).fill_(-100);
+  batch.attention.position_ids = at::cat({at::arange(kTokens, at::kLong), at::arange(padding, at::kLong)}).unsqueeze(0);
+  batch.attention.cu_seqlens = at::tensor({int64_t{0}, kTokens, kTokens + padding}, at::kInt);
+  if (padding > 0) batch.padding_mask = fill(at::zeros({1, kTokens}, at::kLong), 1);
+  return batch;
+}
+
+TEST_F(Model, PaddingIsNoPartOfTheRoutersLosses) {
+  for (const int tp : divisors_of_world()) {
+    for (const std::string sp : {"false", "true"}) {
+      SCOPED_TRACE(testing::Message() << "tensor " << tp << ", sequence_parallel " << sp);
+      auto overrides = kBalancedExperts;
+      overrides.push_back("parallel.sequence_parallel=" + sp);
+      Step37Model model(config(overrides), groups(tp));
+      model->to(test_support::runtime().device());
+      initialize_parameters(parameter_shards(*model), 7);
+      ExpertBalance balance(model->language_model->decoder->moe_layers(), groups(tp));
+      const auto plain = model->loss_sum(packed_batch(0), &balance);
+      const auto tokens = balance.tokens_per_expert().clone();
+      EXPECT_EQ(parallel::all_reduce(tokens, groups(tp).tp).sum().item<double>(),
+                2 * 2 * 24);  // layers, experts, tokens
+      balance.zero();
+      const auto padded = model->loss_sum(packed_batch(40), &balance);
+      EXPECT_NEAR(padded.tokens.item<double>(), plain.tokens.item<double>(), 1e-3);
+      ASSERT_EQ(plain.auxiliary.size(), 3U);
+      ASSERT_EQ(padded.auxiliary.size(), 3U);
+      for (size_t i = 0; i < 3; ++i)
+        EXPECT_TRUE(test_support::near(padded.auxiliary[i], plain.auxiliary[i], 1e-5)) << i;
+      EXPECT_TRUE(test_support::equal(parallel::all_reduce(balance.tokens_per_expert(), groups(tp).tp),
+                                      parallel::all_reduce(tokens, groups(tp).tp)));
+      // As in validation.
+      const at::NoGradGuard no_grad;
+      balance.zero();
+      EXPECT_TRUE(model->loss_sum(packed_batch(40), &balance).auxiliary.empty());
+      EXPECT_EQ(balance.tokens_per_expert().sum().item<double>(), 0.0);
+      auto wrong = packed_batch(40);
+      wrong.padding_mask = wrong.padding_mask.narrow(1, 0, 63);
+      const at::AutoGradMode grad(true);
+      EXPECT_NE(test_support::message_of([&] {
+                  model->loss_sum(wrong);
+                }).find("the padding mask is [1, 63], the batch [1, 64]"),
+                std::string::npos);
+    }
+  }
+}
+
 }  // namespace megatron_cpp::step37
