@@ -6,6 +6,7 @@
 #include <tuple>
 #include <utility>
 
+#include "megatron_cpp/optimizer/gradient_buffer.h"
 #include "parallel/collectives.h"
 
 namespace megatron_cpp {
@@ -41,7 +42,7 @@ at::Tensor ExpertBalance::squared_norms() const {
     const auto range = experts->experts();
     auto own = squares[static_cast<int64_t>(i)].narrow(0, range.begin, range.length());
     for (const auto& weights : {experts->linear_fc1, experts->linear_fc2}) {
-      own.add_(at::linalg_vector_norm(weights.detach(), 2, {1, 2}, /*keepdim=*/false, at::kDouble).square());
+      own.add_(squares_of_blocks(weights.detach().unbind(0)).view({range.length(), -1}).sum(1));
     }
   }
   return parallel::all_reduce(squares, etp_ep_);

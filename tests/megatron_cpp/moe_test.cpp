@@ -19,6 +19,7 @@
 #include "parallel/shard.h"
 #include "tests/megatron_cpp/transformer_fixture.h"
 #include "tests/support/errors.h"
+#include "tests/support/operator_watch.h"
 #include "tests/support/test_world.h"
 
 namespace megatron_cpp {
@@ -484,6 +485,30 @@ TEST_F(MoETest, BiasesGrowWhereTokensAreFew) {
   EXPECT_EQ(balance.tokens_per_expert().sum().item<double>(), 0.0);
   EXPECT_TRUE(
       contains(error_of<c10::ValueError>([&] { ExpertBalance({}, groups); }), "no layer has experts to balance"));
+}
+
+// On a GPU each of these operators waits until all that was asked of it is done.
+TEST_F(MoETest, BalancingReadsNothingBack) {
+  const auto& groups = test_support::groups(runtime().size());
+  auto moe = balanced_moe();
+  moe.router_bias_update_rate = 0.1;
+  MoELayer layer(config_of(moe), clamped(), TransformerExecution{}, groups);
+  start(layer);
+  ExpertBalance balance({layer}, groups);
+  const auto x = normal_values({6, kHidden}, 1);
+  const auto padding = on_device(at::zeros({1, 6}, at::kLong));
+  const OperatorWatch watch;
+  RouterStatistics statistics(padding);
+  statistics.add(layer->router->forward(x), moe, 0);
+  for (const auto& loss : statistics.losses(moe, groups.tp)) loss.backward({}, /*retain_graph=*/true);
+  balance.zero();
+  balance.add(statistics);
+  balance.reduce();
+  balance.update_biases();
+  EXPECT_GT(watch.count("aten::scatter_add_"), 0);
+  EXPECT_EQ(watch.count("aten::_local_scalar_dense"), 0);
+  EXPECT_EQ(watch.count("aten::nonzero"), 0);
+  EXPECT_EQ(watch.copies_to_host(), 0);
 }
 
 TEST_F(MoETest, NumbersOfTrainingThatMakeNoSenseAreNamed) {
