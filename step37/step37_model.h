@@ -44,8 +44,8 @@ struct Step37Config {
 
   /// Whether there are layers of multi-token prediction that are trained.
   bool trains_mtp() const { return mtp_loss_scaling_factor > 0.0; }
-  /// Names of what Step37Model::loss_sum adds to the token losses, for TrainerOptions: router_loss_names, and "mtp_loss"
-  /// if that is trained.
+  /// Names of what Step37Model::loss_sum adds to the token losses, for TrainerOptions: router_loss_names, and
+  /// "mtp_loss" if that is trained.
   std::vector<std::string> auxiliary_losses() const;
 
   /// @throws c10::ValueError naming what doesn't fit, as the validate() of each part does.
@@ -89,8 +89,8 @@ class Step37ModelImpl : public torch::nn::Module {
   ///    tokens.
   ///  - mtp_loss is mtp_loss_scaling_factor / n times the token losses of all n layers of multi-token prediction
   ///    (MultiTokenPredictionBlock::loss_sum; its embeddings are embed()'s, with the pictures). Layer k has a few
-  ///    targets less than the decoder; dividing by the decoder's number of loss tokens gives each target the same weight
-  ///    however a batch is split.
+  ///    targets less than the decoder; dividing by the decoder's number of loss tokens gives each target the same
+  ///    weight however a batch is split.
   /// @param expert_balance  null, or where the routing of this batch is counted, while gradients are on.
   /// Collective over tp, and with experts over ep and etp.
   LossSum loss_sum(const Step37Batch& batch, ExpertBalance* expert_balance = nullptr);

@@ -20,8 +20,7 @@ GPTModelImpl::GPTModelImpl(const TransformerConfig& config, const TransformerExe
 }
 
 at::Tensor GPTModelImpl::forward(const at::Tensor& input_ids, const AttentionInput& attention,
-                                 const at::Tensor& decoder_input, RouterStatistics* statistics,
-                                 at::Tensor* mtp_input) {
+                                 const at::Tensor& decoder_input, RouterStatistics* statistics, at::Tensor* mtp_input) {
   const auto embeddings =
       decoder_input.defined() ? decoder_input : embedding->forward(input_ids, attention.position_ids);
   const auto hidden = decoder->forward_layers(embeddings, attention, /*cache=*/nullptr, statistics);

@@ -1,5 +1,6 @@
 #include "step37/program/plan.h"
 
+#include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 #include <fmt/format.h>
 
@@ -26,6 +27,16 @@ bool fits(const Plan& plan, const PlanArguments& arguments) {
 /// A shortest sample: begin token, <im_start>, the picture's rows, <im_end>, a caption of one token.
 int64_t images_that_fit(const RunConfig& config) {
   return config.training.sequence_length / (crop_options(config).global_tokens() + 4);
+}
+
+ElementBytes element_bytes(const TrainingSection& training) {
+  const auto size = [](at::ScalarType dtype) { return static_cast<int64_t>(c10::elementSize(dtype)); };
+  const bool is_float = training.precision == at::kFloat;
+  return {.parameter = size(training.precision),
+          .gradient = size(training.main_gradients),
+          .main = is_float ? 0 : size(at::kFloat),
+          .exp_avg = size(training.exp_avg),
+          .exp_avg_sq = size(training.exp_avg_sq)};
 }
 
 std::string layout_text(const Plan& plan) {
@@ -76,15 +87,20 @@ class Table {
 
   void add_memory() {
     const auto& memory = plan_.memory;
-    const auto row = [&](const char* name, int64_t bytes) { line("  {:<60}{:>11.3f} GB", name, gigabytes(bytes)); };
-    line("memory of a rank, everything in float32");
-    row("weights, 4 bytes a parameter", memory.weights);
-    row("gradients, 4 bytes a trained parameter", memory.gradients);
-    row("AdamW's moments, 8 bytes a trained parameter", memory.optimizer);
+    const auto row = [&](const std::string& name, int64_t bytes) {
+      line("  {:<60}{:>11.3f} GB", name, gigabytes(bytes));
+    };
+    const auto& each = plan_.shape.element_bytes;
+    line("memory of a rank");
+    row(fmt::format("weights, {} bytes a parameter", each.parameter), memory.weights);
+    row(fmt::format("gradients, {} bytes a trained parameter", each.gradient), memory.gradients);
+    row(fmt::format("{}AdamW's moments, {} bytes a trained parameter", each.main > 0 ? "main parameters and " : "",
+                    each.main + each.exp_avg + each.exp_avg_sq),
+        memory.optimizer);
     row("activations of a micro-batch, kept for backward", memory.activations);
     row("buffers at the peak of a step", memory.buffers);
     row("total", memory.total());
-    line("bfloat16, a distributed optimizer (ZeRO-1) and recomputing come later. For orientation:");
+    line("A distributed optimizer (ZeRO-1) and recomputing come later. For orientation, in bfloat16:");
     row("18 bytes a parameter, 12 of them split by ZeRO-1", plan_.bytes_with_zero1());
     line("");
   }
@@ -185,9 +201,6 @@ int ranks_of(const RunConfig& config) {
 
 Plan make_plan(const RunConfig& config, int num_ranks, std::optional<int64_t> images_per_pack) {
   validate(config, num_ranks);
-  TORCH_CHECK_VALUE(config.training.precision == at::kFloat && config.training.exp_avg == at::kFloat &&
-                        config.training.exp_avg_sq == at::kFloat,
-                    "plan counts float32 only as yet: leave training.precision, exp_avg and exp_avg_sq out");
   const int64_t most = images_that_fit(config);
   const int64_t images = images_per_pack.value_or(most);
   TORCH_CHECK_VALUE(images >= 0 && images <= most, "--images-per-pack ", images, " is not in [0, ", most,
@@ -199,7 +212,8 @@ Plan make_plan(const RunConfig& config, int num_ranks, std::optional<int64_t> im
   plan.shape = {.sequence_length = config.training.sequence_length,
                 .micro_batch_size = config.training.micro_batch_size,
                 .global_batch_size = config.training.global_batch_size,
-                .images_per_pack = images};
+                .images_per_pack = images,
+                .element_bytes = element_bytes(config.training)};
   plan.tensors = tensors_of(model, plan.grid);
   plan.memory = step_memory(model, plan.grid, plan.shape, plan.tensors);
   plan.traffic = step_traffic(model, plan.grid, plan.shape, plan.tensors);

@@ -14,14 +14,15 @@ namespace megatron_cpp::step37 {
 namespace {
 
 using Kind = parallel::CollectiveKind;
-constexpr int64_t kElement = 4;  // bytes of a float32
+constexpr int64_t kFloat = 4;  // bytes of what is float32 in any precision
 constexpr int64_t kInt64 = 8;
 constexpr int64_t kDouble = 8;
 
 /// The numbers that bytes and memory of one micro-batch on a rank depend on, by the letters of docs/parallelism.md.
 struct Sizes {
   Sizes(const Step37Config& config, const parallel::RankGrid& grid, const StepShape& shape)
-      : t(grid.tp),
+      : e(shape.element_bytes.parameter),
+        t(grid.tp),
         S(shape.sequence_length * shape.micro_batch_size),
         s(config.execution.sequence_parallel ? S / t : S),
         H(config.text.hidden_size),
@@ -41,6 +42,7 @@ struct Sizes {
     return side * side;
   }
 
+  int64_t e;  ///< bytes of an element of an activation
   int64_t t;
   int64_t S;  ///< positions of a micro-batch, its packs one behind the other
   int64_t s;  ///< rows of the sequence that a rank has between tensor-parallel layers
@@ -90,7 +92,7 @@ class TrafficSum {
 
 /// A column-parallel linear, a row-parallel one behind it, forward and backward: attention, MLP, shared expert.
 void add_linear_pair(const Sizes& n, bool sequence_parallel, TrafficSum& sum) {
-  const int64_t M = n.S * n.H * kElement;
+  const int64_t M = n.S * n.H * n.e;
   if (sequence_parallel) {
     // Backward gathers the first one's input again if its weight is trained.
     sum.add(Kind::kAllGather, "tp", M, n.trains_text ? 3 : 2);
@@ -123,15 +125,15 @@ int64_t dispatched_rows(const Sizes& n, const MoEConfig& moe, const parallel::Ra
 void add_experts(const Sizes& n, const MoEConfig& moe, const parallel::RankGrid& grid, bool sequence_parallel,
                  TrafficSum& sum) {
   // The layer takes its rows of the sequence, and gathers the outputs; backward the other way round.
-  if (!sequence_parallel) sum.add(Kind::kAllGather, "tp", n.S * n.H * kElement, 2);
+  if (!sequence_parallel) sum.add(Kind::kAllGather, "tp", n.S * n.H * n.e, 2);
   const int64_t ep = grid.ep;
   const int64_t etp = grid.expert_tp();
   if (ep * etp == 1) return;
   sum.of_experts = true;
   sum.add(Kind::kAllGather, "etp_ep", ep * etp * (moe.num_experts + ep) * kInt64);
   const int64_t m = ep > 1 ? dispatched_rows(n, moe, grid) : n.S / n.t;
-  const int64_t hidden = m * n.H * kElement;
-  const int64_t routing = m * 2 * moe.router_topk * kElement;
+  const int64_t hidden = m * n.H * n.e;
+  const int64_t routing = m * 2 * moe.router_topk * kFloat;
   if (ep > 1) {
     sum.add(Kind::kAllToAll, "ep", hidden, 4);
     sum.add(Kind::kAllToAll, "ep", routing, 2);
@@ -150,13 +152,13 @@ int64_t num_expert_layers(const TransformerConfig& text) {
 
 /// The blocks of a tower that is split: the outputs of attention and mlp forward, gradients of their inputs backward.
 void add_split_tower(const Step37Config& config, const Sizes& n, TrafficSum& sum) {
-  const int64_t activations = n.patches * config.vision.width * kElement;
+  const int64_t activations = n.patches * config.vision.width * n.e;
   sum.add(Kind::kAllReduce, "tp", activations, 2 * config.vision.layers * (n.trains_features ? 2 : 1));
 }
 
 /// Brings features from where the tower ran to where they are projected, and their gradients back.
 void add_features(ProjectorSharding sharding, const Sizes& n, TrafficSum& sum) {
-  const int64_t features = n.rows * n.C * kElement;
+  const int64_t features = n.rows * n.C * n.e;
   if (n.splits_tower) {  // every rank has them
     if (n.trains_features) {
       sum.add(sharding == ProjectorSharding::kRow ? Kind::kAllGather : Kind::kAllReduce, "tp", features);
@@ -173,8 +175,8 @@ void add_features(ProjectorSharding sharding, const Sizes& n, TrafficSum& sum) {
 /// Word embedding and image insert (docs/image-insert.md).
 void add_insert(const Step37Config& config, const Sizes& n, TrafficSum& sum) {
   const bool sp = config.execution.sequence_parallel;
-  const int64_t M = n.S * n.H * kElement;
-  const int64_t image_rows = n.rows * n.H * kElement;
+  const int64_t M = n.S * n.H * n.e;
+  const int64_t image_rows = n.rows * n.H * n.e;
   const bool by_columns = config.execution.embedding_sharding == EmbeddingSharding::kHidden;
   const bool gathers = config.exchange == InsertExchange::kAllGather;
   const auto sharding = config.projector_sharding;
@@ -206,20 +208,16 @@ void add_insert(const Step37Config& config, const Sizes& n, TrafficSum& sum) {
 
 /// An output layer with its cross entropy.
 void add_output(const Sizes& n, bool sequence_parallel, TrafficSum& sum) {
-  const int64_t M = n.S * n.H * kElement;
+  const int64_t M = n.S * n.H * n.e;
   if (sequence_parallel) {
     sum.add(Kind::kAllGather, "tp", M, n.trains_text ? 2 : 1);
     sum.add(Kind::kReduceScatter, "tp", M);
   } else {
     sum.add(Kind::kAllReduce, "tp", M);
   }
-  if (moe && !router_loss_names(*moe).empty()) {
-    const int64_t sums = 2 * moe->num_experts + moe->group_balance_groups + 2;
-    sum.add(Kind::kAllReduce, "tp", num_expert_layers(config.text) * sums * kDouble);
-  }
   // Cross entropy: the maxima, then the sums of the exponentials and the logits of the targets.
-  sum.add(Kind::kAllReduce, "tp", n.S * kElement);
-  sum.add(Kind::kAllReduce, "tp", 2 * n.S * kElement);
+  sum.add(Kind::kAllReduce, "tp", n.S * kFloat);
+  sum.add(Kind::kAllReduce, "tp", 2 * n.S * kFloat);
 }
 
 /// The layers of multi-token prediction that are trained.
@@ -238,31 +236,35 @@ void add_micro_batch(const Step37Config& config, const Sizes& n, const parallel:
   if (n.splits_tower) add_split_tower(config, n, sum);
   add_insert(config, n, sum);
   for (const auto& layer : config.text.layers) add_layer(layer);
+  if (moe && !router_loss_names(*moe).empty()) {
+    const int64_t sums = 2 * moe->num_experts + moe->group_balance_groups + 2;
+    sum.add(Kind::kAllReduce, "tp", num_expert_layers(config.text) * sums * kDouble);
+  }
   add_output(n, sp, sum);
   for (const auto& layer : trained_mtp_layers(config)) {
-    if (sp && n.t > 1) sum.send(Kind::kAllToAll, "tp", 2 * n.H * kElement);  // a row of the embeddings, and back
+    if (sp && n.t > 1) sum.send(Kind::kAllToAll, "tp", 2 * n.H * n.e);  // a row of the embeddings, and back
     add_layer(layer);
     add_output(n, sp, sum);
   }
 }
 
 /// As GradientBuffer lays them out: each gradient begins at a multiple of 16 bytes.
-std::map<std::string_view, int64_t> gradient_bytes(const std::vector<TensorGroup>& tensors) {
+std::map<std::string_view, int64_t> gradient_bytes(const std::vector<TensorGroup>& tensors, int64_t element_bytes) {
   std::map<std::string_view, int64_t> bytes;
   for (const auto& tensor : tensors) {
-    if (tensor.trained) bytes[tensor.summed_over] += tensor.count * ((tensor.local * kElement + 15) / 16 * 16);
+    if (tensor.trained) bytes[tensor.summed_over] += tensor.count * ((tensor.local * element_bytes + 15) / 16 * 16);
   }
   return bytes;
 }
 
-/// What backward needs of a decoder layer, and its largest temporary tensors, in elements.
-struct LayerElements {
+/// What backward needs of a decoder layer, and its largest temporary tensors, in bytes.
+struct LayerBytes {
   int64_t attention = 0;
   int64_t feed_forward = 0;
   int64_t feed_forward_temporary = 0;
 };
 
-/// Float masks that attention over windows keeps, one for each block of queries.
+/// Elements of the masks that attention over windows keeps, one for each block of queries.
 int64_t window_mask_elements(int64_t length, int64_t window) {
   if (window <= 0 || length <= window) return 0;
   const int64_t block = std::max<int64_t>(window, 128);
@@ -274,8 +276,8 @@ int64_t window_mask_elements(int64_t length, int64_t window) {
   return elements;
 }
 
-LayerElements layer_elements(const Step37Config& config, const LayerConfig& layer, const Sizes& n,
-                             const StepShape& shape, const parallel::RankGrid& grid) {
+LayerBytes layer_bytes(const Step37Config& config, const LayerConfig& layer, const Sizes& n, const StepShape& shape,
+                       const parallel::RankGrid& grid) {
   const auto& text = config.text;
   const int64_t heads = layer.num_attention_heads / n.t;
   const int64_t groups = text.num_query_groups / n.t;
@@ -283,17 +285,18 @@ LayerElements layer_elements(const Step37Config& config, const LayerConfig& laye
   const int64_t kv = groups * text.head_dim;
   const bool in_blocks = layer.sliding_window > 0 && shape.sequence_length > layer.sliding_window;
   const bool copies_output = in_blocks || shape.micro_batch_size > 1 || groups > 1;
-  LayerElements result;
+  LayerBytes result;
   // The norm's input and output; per position q, k, v, g fused, norms of q and k, rotated q and k, the attention's
   // output (once more where it is put together from parts) and logsumexp, the gates, the gated output.
-  result.attention = n.s * (2 * n.H + 1) + n.S * ((q + 2 * kv + heads) + (heads + groups) + (q + kv) +
-                                                  (q + heads + (copies_output ? q : 0)) + heads + q);
-  result.attention += shape.micro_batch_size * window_mask_elements(shape.sequence_length, layer.sliding_window);
+  result.attention = n.s * (2 * n.H * n.e + kFloat) +
+                     n.S * n.e * ((q + 2 * kv + heads) + (q + kv) + (copies_output ? 2 * q : q) + heads + q) +
+                     n.S * kFloat * (heads + groups + heads);
+  result.attention += n.e * shape.micro_batch_size * window_mask_elements(shape.sequence_length, layer.sliding_window);
   const auto mlp = [&](int64_t F) {
-    result.feed_forward += n.S * 3 * F / n.t;           // gate and up, their product
-    result.feed_forward_temporary = n.S * 7 * F / n.t;  // gradients of these and of the halves in between
+    result.feed_forward += n.S * 3 * F / n.t * n.e;           // gate and up, their product
+    result.feed_forward_temporary = n.S * 7 * F / n.t * n.e;  // gradients of these and of the halves in between
   };
-  result.feed_forward = n.s * (2 * n.H + 1);
+  result.feed_forward = n.s * (2 * n.H * n.e + kFloat);
   if (!layer.has_experts) {
     mlp(text.ffn_hidden_size);
     return result;
@@ -308,23 +311,24 @@ LayerElements layer_elements(const Step37Config& config, const LayerConfig& laye
   const int64_t pairs = own * etp * moe.router_topk;
   const int64_t width = moe.ffn_hidden_size / etp;
   // The logits, too, if there are auxiliary losses.
-  result.feed_forward += own * moe.num_experts * (router_loss_names(moe).empty() ? 1 : 2);
-  result.feed_forward += rows * 2 * moe.router_topk + pairs * (2 * width + 2);
-  if (grid.ep * etp > 1) result.feed_forward += rows * n.H;
-  result.feed_forward_temporary = std::max(result.feed_forward_temporary, pairs * 7 * width);
+  result.feed_forward += kFloat * own * moe.num_experts * (router_loss_names(moe).empty() ? 1 : 2);
+  result.feed_forward += rows * 2 * moe.router_topk * kFloat + pairs * (2 * width * n.e + kInt64);
+  if (grid.ep * etp > 1) result.feed_forward += rows * n.H * n.e;
+  result.feed_forward_temporary = std::max(result.feed_forward_temporary, pairs * 7 * width * n.e);
   return result;
 }
 
-/// What backward needs of the vision tower for the pictures of the fullest rank, in elements.
-int64_t tower_elements(const VisionConfig& vision, const Sizes& n) {
+/// What backward needs of the vision tower for the pictures of the fullest rank, in bytes.
+int64_t tower_bytes(const VisionConfig& vision, const Sizes& n) {
   const int64_t side = vision.image_size / vision.patch_size;
   const int64_t half = (side + 1) / 2;
   const int64_t patches = side * side;
   const int64_t parts = n.splits_tower ? n.t : 1;
   // Both norms' inputs, outputs and statistics, what the layer scales multiply; qkv, rotated q and k, attention's
   // output and logsumexp; the mlp's input to its activation, the sigmoid, their product.
-  const int64_t block = 6 * vision.width + 4 + (6 * vision.width + vision.heads + 3 * vision.mlp_width) / parts;
-  const int64_t ends = patches * (2 * vision.width + 2) + half * half * 2 * vision.width;
+  const int64_t block = 6 * vision.width * n.e + 4 * kFloat +
+                        ((6 * vision.width + 3 * vision.mlp_width) * n.e + vision.heads * kFloat) / parts;
+  const int64_t ends = patches * (2 * vision.width * n.e + 2 * kFloat) + half * half * 2 * vision.width * n.e;
   return n.tower_images * (vision.layers * patches * block + ends);
 }
 
@@ -350,7 +354,9 @@ std::vector<Traffic> step_traffic(const Step37Config& config, const parallel::Ra
   sum.repeat = shape.global_batch_size / (shape.micro_batch_size * grid.dp);
   add_micro_batch(config, Sizes(config, grid, shape), grid, sum);
   sum.repeat = 1;
-  for (const auto& [group, bytes] : gradient_bytes(tensors)) sum.add(Kind::kAllReduce, group, bytes);
+  for (const auto& [group, bytes] : gradient_bytes(tensors, shape.element_bytes.gradient)) {
+    sum.add(Kind::kAllReduce, group, bytes);
+  }
   // The losses and the gradient norm.
   const auto& moe = config.text.moe;
   const auto num_losses = 1 + static_cast<int64_t>(config.auxiliary_losses().size());
@@ -420,27 +426,30 @@ int64_t step_flops(const Step37Config& config, const parallel::RankGrid& grid, c
 MemoryBytes step_memory(const Step37Config& config, const parallel::RankGrid& grid, const StepShape& shape,
                         const std::vector<TensorGroup>& tensors) {
   const Sizes n(config, grid, shape);
+  const auto& each = shape.element_bytes;
+  const int64_t of_optimizer = each.main + each.exp_avg + each.exp_avg_sq;
   MemoryBytes memory;
   for (const auto& tensor : tensors) {
-    memory.weights += tensor.count * tensor.local * kElement;
-    if (tensor.trained) memory.optimizer += 2 * tensor.count * tensor.local * kElement;
+    memory.weights += tensor.count * tensor.local * shape.element_bytes.parameter;
+    if (tensor.trained) memory.optimizer += tensor.count * tensor.local * of_optimizer;
   }
-  for (const auto& [group, bytes] : gradient_bytes(tensors)) memory.gradients += bytes;
+  for (const auto& [group, bytes] : gradient_bytes(tensors, shape.element_bytes.gradient)) memory.gradients += bytes;
 
   const auto& text = config.text;
-  const int64_t logits = n.S * n.V / n.t;
-  int64_t decoder = n.s * (2 * n.H + 1);  // the last norm's input and output
-  int64_t temporary = 0;                  // of the last layer
-  int64_t freed = 0;                      // when backward has come to it
+  const int64_t logits = n.S * n.V / n.t * n.e;
+  const int64_t exponentials = n.S * n.V / n.t * kFloat;  // what cross entropy keeps
+  int64_t decoder = n.s * (2 * n.H * n.e + kFloat);       // the last norm's input and output
+  int64_t temporary = 0;                                  // of the last layer
+  int64_t freed = 0;                                      // when backward has come to it
   const auto add_layers = [&](const std::vector<LayerConfig>& layers) {
     std::set<std::pair<double, int64_t>> tables;
     for (const auto& layer : layers) {
-      const auto elements = layer_elements(config, layer, n, shape, grid);
-      decoder += elements.attention + elements.feed_forward;
-      temporary = elements.feed_forward_temporary;
-      freed = logits + n.s * 2 * n.H;
+      const auto bytes = layer_bytes(config, layer, n, shape, grid);
+      decoder += bytes.attention + bytes.feed_forward;
+      temporary = bytes.feed_forward_temporary;
+      freed = exponentials + n.s * 2 * n.H * n.e;
       if (tables.emplace(layer.rope_theta, layer.rotary_dim(text.head_dim)).second) {
-        decoder += shape.sequence_length * shape.micro_batch_size * layer.rotary_dim(text.head_dim);
+        decoder += shape.sequence_length * shape.micro_batch_size * layer.rotary_dim(text.head_dim) * kFloat;
       }
     }
   };
@@ -448,22 +457,22 @@ MemoryBytes step_memory(const Step37Config& config, const parallel::RankGrid& gr
   // The moved embeddings, both norms side by side, what the last norm and the output layer keep.
   const auto mtp = trained_mtp_layers(config);
   add_layers(mtp);
-  decoder += static_cast<int64_t>(mtp.size()) * (n.s * (5 * n.H + 3) + logits);
+  decoder += static_cast<int64_t>(mtp.size()) * (n.s * (5 * n.H * n.e + 3 * kFloat) + exponentials);
   const int64_t rows_of_image = n.images == 0 ? 0 : n.rows / n.images;
   const bool projects_all = config.projector_sharding == ProjectorSharding::kColumn;
-  const int64_t features = (projects_all ? n.images : (n.images + n.t - 1) / n.t) * rows_of_image * n.C;
-  const int64_t tower = n.trains_features ? tower_elements(config.vision, n) : 0;
+  const int64_t features = (projects_all ? n.images : (n.images + n.t - 1) / n.t) * rows_of_image * n.C * n.e;
+  const int64_t tower = n.trains_features ? tower_bytes(config.vision, n) : 0;
   const int64_t side = config.vision.image_size;
-  const int64_t pixels = n.tower_images * 3 * side * side;
-  const int64_t saved = decoder + logits + features + tower;
-  memory.activations = saved * kElement;
+  const int64_t pixels = n.tower_images * 3 * side * side * kFloat;
+  memory.activations = decoder + exponentials + features + tower;
 
   // The logits or their gradient; the last layer's feed-forward; the tower when the decoder's part is gone.
   const int64_t patches = n.tower_images * Sizes::patches_of(config.vision);
   const int64_t mlp_width = config.vision.mlp_width / (n.splits_tower ? n.t : 1);
-  const int64_t tower_temporary = patches * 2 * (mlp_width + config.vision.width);
-  const int64_t peak = std::max({logits, temporary + n.s * n.H - freed, tower_temporary + tower - saved});
-  memory.buffers = (pixels + peak) * kElement + n.S * 4 * kInt64;
+  const int64_t tower_temporary = patches * 2 * (mlp_width + config.vision.width) * n.e;
+  const int64_t peak =
+      std::max({logits, temporary + n.s * n.H * n.e - freed, tower_temporary + tower - memory.activations});
+  memory.buffers = pixels + peak + n.S * 4 * kInt64;
   return memory;
 }
 

@@ -12,6 +12,15 @@
 
 namespace megatron_cpp::step37 {
 
+/// Bytes of an element, by what it is for: 4 in float32, 2 in bfloat16.
+struct ElementBytes {
+  int64_t parameter = 4;   ///< of parameters, of activations, and of what is sent of them
+  int64_t gradient = 4;    ///< of trained parameters' gradients
+  int64_t main = 0;        ///< of the float32 copies of trained parameters; 0: there are none
+  int64_t exp_avg = 4;     ///< of AdamW's first moment
+  int64_t exp_avg_sq = 4;  ///< of its second moment
+};
+
 /// A step: every pack is one sub-sequence of `sequence_length` positions with `images_per_pack` pictures of the tower's
 /// image_size, spread evenly over the tensor-parallel ranks (with MmEncoderTpMode::kData the tower's work, too).
 struct StepShape {
@@ -19,6 +28,7 @@ struct StepShape {
   int64_t micro_batch_size = 1;   ///< packs, one behind the other in one sequence
   int64_t global_batch_size = 1;  ///< packs of all replicas, divisible by micro_batch_size * dp
   int64_t images_per_pack = 0;
+  ElementBytes element_bytes = {};
 };
 
 /// Collectives of one kind over the groups of one kind.
@@ -36,7 +46,7 @@ struct GroupExtent {
 };
 GroupExtent extent_of(std::string_view group, const parallel::RankGrid& grid);
 
-/// All that Trainer::step sends, in float32, without checked mode and without the loader. Exact for models without
+/// All that Trainer::step sends, without checked mode and without the loader. Exact for models without
 /// experts whose ranks hold as many image rows each, in their part of the sequence as well as from the tower, unless
 /// the word embedding is trained and neither projector nor tower: gradients then go to the ranks that have the ids,
 /// which is taken to be even. Routing to experts is taken to be uniform.
@@ -49,11 +59,11 @@ std::vector<Traffic> step_traffic(const Step37Config& config, const parallel::Ra
 /// of the tower counts once for each tensor-parallel rank.
 int64_t step_flops(const Step37Config& config, const parallel::RankGrid& grid, const StepShape& shape);
 
-/// Bytes on a rank at the peak of a step, in float32.
+/// Bytes on a rank at the peak of a step.
 struct MemoryBytes {
   int64_t weights = 0;
   int64_t gradients = 0;
-  int64_t optimizer = 0;    ///< AdamW's two moments
+  int64_t optimizer = 0;    ///< AdamW's two moments, and the float32 copies of bfloat16 parameters
   int64_t activations = 0;  ///< what a micro-batch's forward pass keeps for its backward pass
   int64_t buffers = 0;      ///< on top of that at the peak: the batch, and the largest temporary tensors of backward
   int64_t total() const { return weights + gradients + optimizer + activations + buffers; }

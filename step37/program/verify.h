@@ -51,8 +51,8 @@ struct VerifyParts {
 /// training starts from: first without parallelism, each rank for itself; then in one layout after the other, and
 /// compares every parameter's gradient. Layouts: the configured one; then, one change at a time, each tp that divides
 /// the ranks, each ep and etp of a model with experts, with dp for the rest; then, at the configured tp or, if that is
-/// 1, at the largest possible one, sequence_parallel on and off, each sharding of projector and embedding, and both ways
-/// to share out the vision tower. Layouts that the sizes forbid are listed with the reason.
+/// 1, at the largest possible one, sequence_parallel on and off, each sharding of projector and embedding, and both
+/// ways to share out the vision tower. Layouts that the sizes forbid are listed with the reason.
 ///
 /// With `against`, a safetensors file of gradients by published name, with or without "grad." before it, the gradients
 /// without parallelism are compared with these first. The file may also hold the batch that they were computed on, as

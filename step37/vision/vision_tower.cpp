@@ -143,10 +143,10 @@ struct VisionTowerImpl::Affine : torch::nn::Module {
 
   at::Tensor convolution(const at::Tensor& x, int64_t stride, int64_t padding = 0) const {
     // On CPUs LibTorch 2.15 leaves elements of a half-precision weight's gradient uninitialized that meet padding only.
-    const bool in_float = x.is_cpu() && c10::isReducedFloatingType(x.scalar_type());
-    const auto dtype = in_float ? at::kFloat : x.scalar_type();
+    const bool in_float = x.is_cpu() && c10::isReducedFloatingType(weight.scalar_type());
+    const auto dtype = in_float ? at::kFloat : weight.scalar_type();
     const auto wide_bias = bias.defined() ? std::optional<at::Tensor>(bias.to(dtype)) : std::nullopt;
-    return at::conv2d(x.to(dtype), weight.to(dtype), wide_bias, stride, padding).to(x.scalar_type());
+    return at::conv2d(x.to(dtype), weight.to(dtype), wide_bias, stride, padding).to(weight.scalar_type());
   }
 
   at::Tensor weight;
@@ -281,7 +281,7 @@ at::Tensor VisionTowerImpl::forward(const at::Tensor& pixels) {
 
 at::Tensor VisionTowerImpl::encode(const at::Tensor& pixels) {
   const auto [rows, columns] = patch_grid(pixels, config_.patch_size);
-  const auto patches = conv1_->convolution(pixels.to(conv1_->weight.scalar_type()), /*stride=*/config_.patch_size);
+  const auto patches = conv1_->convolution(pixels, /*stride=*/config_.patch_size);
   auto x = patches.flatten(2).transpose(1, 2) + positions(rows, columns);
   x = ln_pre_->layer_norm(x, config_.layer_norm_eps);
   const Rotary table = rotary(rows, columns);

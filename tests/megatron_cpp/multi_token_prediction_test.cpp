@@ -212,7 +212,7 @@ class MultiTokenPrediction : public TransformerTest {
         model->to(at::kDouble);
         const auto decoder_input = model->embedding->forward(batch.ids, batch.attention.position_ids);
         at::Tensor mtp_input;
-        const auto logits = model->forward({}, batch.attention, decoder_input, &mtp_input);
+        const auto logits = model->forward({}, batch.attention, decoder_input, /*statistics=*/nullptr, &mtp_input);
         const CrossEntropyOptions options{.vocabulary_size = kVocabulary};
         const auto main = vocab_parallel_cross_entropy(logits, batch.labels.t(), options, tp).sum();
         const auto mtp = model->mtp->loss_sum(mtp_input, decoder_input, batch.attention, batch.labels);
@@ -248,7 +248,7 @@ TEST_F(MultiTokenPrediction, HasNoLossWhereNothingFollows) {
     const auto shards = start(model);
     const auto decoder_input = model->embedding->forward(batch.ids, batch.attention.position_ids);
     at::Tensor mtp_input;
-    model->forward({}, batch.attention, decoder_input, &mtp_input);
+    model->forward({}, batch.attention, decoder_input, /*statistics=*/nullptr, &mtp_input);
     const auto loss = model->mtp->loss_sum(mtp_input, decoder_input, batch.attention, batch.labels);
     EXPECT_EQ(loss.item<double>(), 0.0);
     loss.backward();

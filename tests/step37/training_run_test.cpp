@@ -92,13 +92,26 @@ TEST(Resuming, WhatARunCannotChangeIsNamed) {
     const auto key = fixed.substr(0, fixed.find('='));
     EXPECT_TRUE(contains(error(fixed), "the run can't go on from step-7 with " + key + " ")) << fixed;
   }
-  for (const std::string free :
-  for (const std::string fixed :
-       {"model.hidden_size=3", "model.num_layers=3", "model.sliding_window=3", "model.rope_theta=3",
-        "model.projector_bias=true", "model.freeze_projector=true", "model.moe_router_topk=3", "vision.image_size=28",
-        "vision.freeze=true", "model.mtp_loss_scaling_factor=0.3", "model.mtp_chain_after_norm=true",
-        "data.vocabulary_size=3", "training.seed=3"}) {
-        "run.directory=d", "run.fresh=true", "checkpoint.keep=3"}) {
+  for (const std::string free : {"model.init_std=3",
+                                 "model.moe_aux_loss_coeff=3",
+                                 "model.moe_group_balance_loss_coeff=3",
+                                 "model.moe_group_balance_groups=3",
+                                 "model.moe_z_loss_coeff=3",
+                                 "model.moe_router_bias_update_rate=3",
+                                 "training.steps=3",
+                                 "training.learning_rate=3",
+                                 "training.global_batch_size=3",
+                                 "training.sequence_length=3",
+                                 "training.precision=bfloat16",
+                                 "parallel.tp=3",
+                                 "parallel.projector_sharding=row",
+                                 "parallel.mm_encoder_tp_mode=weights",
+                                 "data.directory=d",
+                                 "data.held_out=0.5",
+                                 "data.crops=true",
+                                 "run.directory=d",
+                                 "run.fresh=true",
+                                 "checkpoint.keep=3"}) {
     EXPECT_EQ(error(free), "nothing thrown") << free;
   }
   // The weight of multi-token prediction may change, but not to 0: its layers have moments.

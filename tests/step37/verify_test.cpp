@@ -30,10 +30,16 @@ namespace {
 
 using parallel::CollectiveKind;
 using small_run::Overrides;
+using small_run::with;
 using namespace test_support;
 
 const Overrides kExperts = {"model.num_moe_experts=8", "model.moe_first_layer=1", "model.moe_router_topk=2",
                             "model.moe_ffn_hidden_size=16", "model.moe_shared_expert_intermediate_size=16"};
+
+/// What is trained on beside the token losses.
+const Overrides kAuxiliaryLosses = {"model.moe_aux_loss_coeff=0.02",    "model.moe_group_balance_loss_coeff=0.01",
+                                    "model.moe_group_balance_groups=4", "model.moe_z_loss_coeff=0.003",
+                                    "model.mtp_num_layers=1",           "model.mtp_loss_scaling_factor=0.3"};
 
 struct Verdict {
   int status = 0;
@@ -96,7 +102,7 @@ VerifyParts with_faulty(parallel::GroupPtr parallel::ProcessGroups::*kind, const
 TEST_F(Verify, AllLayoutsAgree) {
   for (const bool experts : {false, true}) {
     SCOPED_TRACE(experts ? "with experts" : "dense");
-    const auto verdict = run(arguments(world(), experts ? kExperts : Overrides{}));
+    const auto verdict = run(arguments(world(), experts ? with(kExperts, kAuxiliaryLosses) : Overrides{}));
     EXPECT_EQ(verdict.status, 0);
     if (runtime().rank() != 0) continue;
     const std::map<int, std::string> expected = {{1, "verify: 1 layout agrees"},
@@ -214,11 +220,17 @@ TEST_F(Verify, FindsAnExpertThatTheDispatcherDrops) {
                                                                 if (kind == CollectiveKind::kAllToAll && is_last)
                                                                   got.zero_();
                                                               }}),
-               "", [&] {
-                 auto overrides = kExperts;
-                 overrides.push_back("ep=" + std::to_string(runtime().size()));
-                 return overrides;
-               }());
+               "", with(kExperts, {"ep=" + std::to_string(runtime().size())}));
+}
+
+TEST_F(Verify, FindsAnAuxiliaryLossScaledByTheRanks) {
+  VerifyParts parts;
+  parts.loss_sum = [](Step37Model& model, const Step37Batch& batch) {
+    auto sums = model->loss_sum(batch);
+    for (auto& auxiliary : sums.auxiliary) auxiliary = auxiliary * runtime().size();
+    return sums;
+  };
+  expect_found(parts, "", with(kExperts, {"model.moe_aux_loss_coeff=0.02"}));
 }
 
 // The first moment after one step of training is (1 - beta1) times the gradient.
