@@ -102,7 +102,9 @@ VerifyParts with_faulty(parallel::GroupPtr parallel::ProcessGroups::*kind, const
 TEST_F(Verify, AllLayoutsAgree) {
   for (const bool experts : {false, true}) {
     SCOPED_TRACE(experts ? "with experts" : "dense");
-    const auto verdict = run(arguments(world(), experts ? with(kExperts, kAuxiliaryLosses) : Overrides{}));
+    const Overrides heads_for_four = {"vision.heads=4"};
+    const auto all = experts ? with(heads_for_four, with(kExperts, kAuxiliaryLosses)) : heads_for_four;
+    const auto verdict = run(arguments(world(), all));
     EXPECT_EQ(verdict.status, 0);
     if (runtime().rank() != 0) continue;
     const std::map<int, std::string> expected = {{1, "verify: 1 layout agrees"},
