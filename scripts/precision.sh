@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains configs/tuxpaint.yaml on two ranks for 150 steps, in float32 and in bfloat16, and compares the mean losses of the
-# last 10 steps: bfloat16's may be at most 5 % and 0.01 above float32's. Takes half an hour on two cores.
+# last 10 steps: bfloat16's may be at most 5 % and 0.01 above float32's. Takes five minutes on two cores.
 #
 #   scripts/precision.sh [key=value ...]   settings for both runs
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

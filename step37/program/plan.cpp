@@ -94,7 +94,7 @@ class Table {
     line("memory of a rank");
     row(fmt::format("weights, {} bytes a parameter", each.parameter), memory.weights);
     row(fmt::format("gradients, {} bytes a trained parameter", each.gradient), memory.gradients);
-    row(fmt::format("{}AdamW's moments, {} bytes a trained parameter", each.main > 0 ? "main parameters and " : "",
+    row(fmt::format("{}AdamW's moments, {} bytes a trained parameter", each.main > 0 ? "main and " : "",
                     each.main + each.exp_avg + each.exp_avg_sq),
         memory.optimizer);
     row("activations of a micro-batch, kept for backward", memory.activations);
