@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "megatron_cpp/transformer/flash_attention.h"
+#include "megatron_cpp/transformer/recompute.h"
 #include "parallel/shard.h"
 
 namespace megatron_cpp {
@@ -124,6 +125,7 @@ SelfAttentionImpl::SelfAttentionImpl(const TransformerConfig& config, const Laye
       head_dim_(config.head_dim),
       sliding_window_(layer.sliding_window),
       sequence_parallel_(execution.sequence_parallel),
+      recomputes_core_(execution.recomputed.core_attention),
       rotary_(layer.rotary_dim(config.head_dim), layer.rope_theta, layer.rope_scaling),
       tp_(tp) {
   TORCH_CHECK_VALUE(num_groups_ > 0 && num_heads_ % num_groups_ == 0, "num_attention_heads ", layer.num_attention_heads,
@@ -164,9 +166,16 @@ at::Tensor SelfAttentionImpl::forward(const at::Tensor& input, const AttentionBa
   const auto q = apply_rotary(normed(q_norm, parts[0]), tables);
   const auto k = apply_rotary(normed(k_norm, parts[1]), tables);
   const auto v = heads(parts[2]);
-  const auto output = cache == nullptr
-                          ? core_attention(q, k, v, attention.sub_sequences(), sliding_window_)
-                          : attention_with_cache(q, k, v, attention.sub_sequences(), sliding_window_, *cache);
+  const auto& sub_sequences = attention.sub_sequences();
+  const auto attend = [&] {
+    if (cache != nullptr) return attention_with_cache(q, k, v, sub_sequences, sliding_window_, *cache);
+    if (!recomputes_core_) return core_attention(q, k, v, sub_sequences, sliding_window_);
+    const auto body = [sub_sequences, window = sliding_window_](const auto& inputs) {
+      return std::vector{core_attention(inputs[0], inputs[1], inputs[2], sub_sequences, window)};
+    };
+    return recompute(body, {q, k, v})[0];
+  };
+  const auto output = attend();
   const auto gated = output * at::sigmoid(parts[3]).unsqueeze(-1);
   return linear_proj->forward(gated.flatten(2, 3));
 }

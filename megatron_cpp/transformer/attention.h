@@ -85,6 +85,7 @@ class SelfAttentionImpl : public torch::nn::Module {
   int64_t head_dim_;
   int64_t sliding_window_;
   bool sequence_parallel_;
+  bool recomputes_core_;
   RotaryEmbedding rotary_;
   parallel::GroupPtr tp_;
 };

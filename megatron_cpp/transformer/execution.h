@@ -9,11 +9,23 @@
 
 namespace megatron_cpp {
 
+/// Parts of a decoder whose intermediate results are not kept for the backward pass but computed again (recompute()).
+struct RecomputedParts {
+  bool layers = false;          ///< each layer as a whole, those of multi-token prediction too: only its input is kept
+  bool core_attention = false;  ///< the softmax over keys and what it weighs, between the two linear maps
+  bool mlp = false;             ///< each dense feed-forward and each shared expert: only its input is kept
+  bool experts = false;         ///< what experts are sent, compute and send back; each token's choice of them is kept
+
+  bool operator==(const RecomputedParts&) const = default;  ///< every part alike
+};
+
 /// How a decoder runs. Results differ in rounding only. The same on every rank.
 struct TransformerExecution {
   bool sequence_parallel = false;     ///< between tensor-parallel layers a rank holds only its rows of the sequence
   bool accumulate_into_grad = false;  ///< backward adds into existing gradients, see the layers' options
   EmbeddingSharding embedding_sharding = EmbeddingSharding::kVocab;  ///< of the word embedding, not of the output layer
+  RecomputedParts recomputed =
+      {};  ///< parts within a recomputed layer are recomputed once more: choose one or the other
 
   /// The options of a layer (ColumnParallelLinearOptions, ParallelEmbeddingOptions, ...) with the first two of these.
   template <class Options>

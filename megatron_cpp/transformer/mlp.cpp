@@ -2,11 +2,13 @@
 
 #include <vector>
 
+#include "megatron_cpp/transformer/recompute.h"
+
 namespace megatron_cpp {
 
 MLPImpl::MLPImpl(const TransformerConfig& config, int64_t ffn_hidden_size, double swiglu_limit,
                  const TransformerExecution& execution, const parallel::GroupPtr& tp)
-    : swiglu_limit_(swiglu_limit) {
+    : swiglu_limit_(swiglu_limit), is_recomputed_(execution.recomputed.mlp) {
   const std::vector<OutputPart> parts{{"gate_proj", ffn_hidden_size}, {"up_proj", ffn_hidden_size}};
   const auto fc1_options = ColumnParallelLinearOptions(config.hidden_size, parts).init_std(config.init_std);
   linear_fc1 = register_module("linear_fc1", ColumnParallelLinear(execution.apply_to(fc1_options), tp));
@@ -15,7 +17,10 @@ MLPImpl::MLPImpl(const TransformerConfig& config, int64_t ffn_hidden_size, doubl
 }
 
 at::Tensor MLPImpl::forward(const at::Tensor& input) {
-  return linear_fc2->forward(clamped_swiglu(linear_fc1->forward(input), swiglu_limit_));
+  const RecomputedBody compute = [fc1 = linear_fc1, fc2 = linear_fc2, limit = swiglu_limit_](const auto& inputs) {
+    return std::vector{fc2.ptr()->forward(clamped_swiglu(fc1.ptr()->forward(inputs[0]), limit))};
+  };
+  return (is_recomputed_ ? recompute(compute, {input}, parameters()) : compute({input}))[0];
 }
 
 }  // namespace megatron_cpp

@@ -30,7 +30,7 @@ class MLPImpl : public torch::nn::Module {
   /// @return       the same shape.
   /// Comm: forward 1 all-reduce of S·B·H elements, backward 1; sequence_parallel: forward 1 all-gather and 1
   /// reduce-scatter, backward 2 all-gathers (1 if linear_fc1 needs no gradient) and 1 reduce-scatter. Collective over
-  /// tp.
+  /// tp. A recomputed one's forward pass once more in the backward pass.
   at::Tensor forward(const at::Tensor& input);
 
   ColumnParallelLinear linear_fc1{nullptr};  ///< gate_proj [F, H] and up_proj [F, H]
@@ -38,6 +38,7 @@ class MLPImpl : public torch::nn::Module {
 
  private:
   double swiglu_limit_;
+  bool is_recomputed_;
 };
 TORCH_MODULE(MLP);
 

@@ -2,10 +2,16 @@
 
 #include <ATen/ATen.h>
 
+#include <memory>
+#include <vector>
+
+#include "megatron_cpp/transformer/recompute.h"
+
 namespace megatron_cpp {
 
 TransformerLayerImpl::TransformerLayerImpl(const TransformerConfig& config, int64_t layer_number,
-                                           const TransformerExecution& execution, const ModelGroups& groups) {
+                                           const TransformerExecution& execution, const ModelGroups& groups)
+    : is_recomputed_(execution.recomputed.layers) {
   const auto& tp = groups.tp;
   const auto& layer = config.layers.at(static_cast<size_t>(layer_number));
   const auto norm = [&] {
@@ -21,15 +27,51 @@ TransformerLayerImpl::TransformerLayerImpl(const TransformerConfig& config, int6
   }
 }
 
-at::Tensor TransformerLayerImpl::feed_forward(const at::Tensor& normed, RouterStatistics* statistics) {
-  return moe ? moe->forward(normed, statistics) : mlp->forward(normed);
+at::Tensor TransformerLayerImpl::feed_forward(const at::Tensor& normed, RouterStatistics* statistics,
+                                              std::optional<TokenDispatcher>* dispatcher) {
+  return moe ? moe->forward(normed, statistics, dispatcher) : mlp->forward(normed);
+}
+
+at::Tensor TransformerLayerImpl::compute(const at::Tensor& hidden_states, const AttentionBatch& attention,
+                                         KeyValueCache::Layer* cache, RouterStatistics* statistics,
+                                         std::optional<TokenDispatcher>* dispatcher) {
+  // The layer's two gradients of its input are added to each other first, and then to those of other uses: the same
+  // order whether the layer is recomputed or not.
+  const auto input = at::alias(hidden_states);
+  const auto attended = input + self_attention->forward(input_layernorm->forward(input), attention, cache);
+  return attended + feed_forward(pre_mlp_layernorm->forward(attended), statistics, dispatcher);
+}
+
+struct TransformerLayerImpl::FirstPass {
+  std::optional<TokenDispatcher> dispatcher;
+  at::Tensor tokens_per_expert;  ///< is counted once
+};
+
+at::Tensor TransformerLayerImpl::compute_twice(const at::Tensor& hidden_states, const AttentionBatch& attention,
+                                               RouterStatistics* statistics) {
+  const bool counts = moe && statistics != nullptr;
+  const auto mask = counts ? statistics->padding_mask() : at::Tensor();
+  const auto first = std::make_shared<FirstPass>();
+  const auto body = [this, self = shared_from_this(), attention, counts, mask, first](const auto& inputs) {
+    RouterStatistics own(mask);
+    std::vector outputs{compute(inputs[0], attention, nullptr, counts ? &own : nullptr, &first->dispatcher)};
+    if (!counts) return outputs;
+    // The sums have gradients, so that those of the router's losses come back into this pass.
+    const auto& layer = own.layers().front();
+    first->tokens_per_expert = layer.tokens_per_expert;
+    if (layer.sums.defined()) outputs.push_back(layer.sums);
+    return outputs;
+  };
+  const auto outputs = recompute(body, {hidden_states}, parameters());
+  if (counts) statistics->add({first->tokens_per_expert, outputs.size() > 1 ? outputs[1] : at::Tensor()});
+  return outputs[0];
 }
 
 at::Tensor TransformerLayerImpl::forward(const at::Tensor& hidden_states, const AttentionBatch& attention,
                                          KeyValueCache::Layer* cache, RouterStatistics* statistics) {
-  const auto attended =
-      hidden_states + self_attention->forward(input_layernorm->forward(hidden_states), attention, cache);
-  return attended + feed_forward(pre_mlp_layernorm->forward(attended), statistics);
+  // A cache goes without gradients, and without them there is nothing to keep.
+  return is_recomputed_ && cache == nullptr ? compute_twice(hidden_states, attention, statistics)
+                                            : compute(hidden_states, attention, cache, statistics, nullptr);
 }
 
 }  // namespace megatron_cpp

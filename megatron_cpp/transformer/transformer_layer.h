@@ -6,6 +6,7 @@
 #include <torch/nn/pimpl.h>
 
 #include <cstdint>
+#include <optional>
 
 #include "megatron_cpp/transformer/attention.h"
 #include "megatron_cpp/transformer/mlp.h"
@@ -29,7 +30,8 @@ class TransformerLayerImpl : public torch::nn::Module {
   /// @param cache          null, or this layer's, as SelfAttention takes it.
   /// @param statistics     null, or where the routing is added if the layer has experts.
   /// @return               the shape of hidden_states.
-  /// Comm: that of SelfAttention and MLP or MoELayer. Collective over tp, and with experts over ep and etp.
+  /// Comm: that of SelfAttention and MLP or MoELayer; a recomputed layer's forward pass once more in the backward pass,
+  /// without TokenDispatcher's constructor. Collective over tp, and with experts over ep and etp.
   at::Tensor forward(const at::Tensor& hidden_states, const AttentionBatch& attention,
                      KeyValueCache::Layer* cache = nullptr, RouterStatistics* statistics = nullptr);
 
@@ -40,8 +42,19 @@ class TransformerLayerImpl : public torch::nn::Module {
   MoELayer moe{nullptr};                  ///< the mixture of experts; null if the layer has none
 
  private:
+  /// What a later pass over the same input may not decide again.
+  struct FirstPass;
+
+  at::Tensor compute(const at::Tensor& hidden_states, const AttentionBatch& attention, KeyValueCache::Layer* cache,
+                     RouterStatistics* statistics, std::optional<TokenDispatcher>* dispatcher);
+  /// The same, kept by its input alone.
+  at::Tensor compute_twice(const at::Tensor& hidden_states, const AttentionBatch& attention,
+                           RouterStatistics* statistics);
   /// What follows the second norm. The one place that knows which kind of feed-forward a layer has.
-  at::Tensor feed_forward(const at::Tensor& normed, RouterStatistics* statistics);
+  at::Tensor feed_forward(const at::Tensor& normed, RouterStatistics* statistics,
+                          std::optional<TokenDispatcher>* dispatcher);
+
+  bool is_recomputed_;
 };
 TORCH_MODULE(TransformerLayer);
 

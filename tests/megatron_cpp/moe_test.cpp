@@ -337,7 +337,7 @@ TEST_F(MoETest, CountsTheTokensOfEachExpert) {
   // Rank r has r+1 tokens, which all go to experts r and 7.
   const int64_t n = groups.tp->getRank() + 1;
   const auto experts = at::stack({at::full({n}, n - 1, at::kLong), at::full({n}, 7, at::kLong)}, 1);
-  const TokenDispatcher dispatcher({on_device(experts), on_device(at::ones({n, 2}))}, 8,
+  const TokenDispatcher dispatcher(on_device(experts), 8,
                                    parallel::even_shard(8, size, groups.tp->getRank(), "experts"), groups);
   std::vector<int64_t> expected(8, 0);
   for (int64_t rank = 0; rank < size; ++rank) {

@@ -20,6 +20,7 @@ class LiveBytes final : public c10::MemoryReportingInfoBase {
     peak = std::max(peak, live_);
   }
   bool memoryProfilingEnabled() const override { return true; }
+  int64_t live() const { return live_; }  ///< of those made under the guard
   int64_t peak = 0;
 
  private:

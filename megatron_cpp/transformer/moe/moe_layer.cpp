@@ -4,15 +4,18 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <vector>
 
-#include "megatron_cpp/transformer/moe/token_dispatcher.h"
+#include "megatron_cpp/transformer/recompute.h"
 #include "parallel/mappings.h"
 
 namespace megatron_cpp {
 
 MoELayerImpl::MoELayerImpl(const TransformerConfig& config, const LayerConfig& layer,
                            const TransformerExecution& execution, const ModelGroups& groups)
-    : groups_(groups), sequence_parallel_(execution.sequence_parallel) {
+    : groups_(groups),
+      sequence_parallel_(execution.sequence_parallel),
+      recomputes_experts_(execution.recomputed.experts) {
   TORCH_CHECK_VALUE(config.moe.has_value(), "a layer has experts, but the configuration has no `moe`");
   config_ = *config.moe;
   const int t = groups.tp->getSize();
@@ -26,21 +29,29 @@ MoELayerImpl::MoELayerImpl(const TransformerConfig& config, const LayerConfig& l
   }
 }
 
-at::Tensor MoELayerImpl::routed_experts(const at::Tensor& tokens, int64_t begin, RouterStatistics* statistics) {
-  const auto routing = router->forward(tokens);
+at::Tensor MoELayerImpl::routed_experts(const at::Tensor& tokens, int64_t begin, RouterStatistics* statistics,
+                                        std::optional<TokenDispatcher>* dispatcher) {
+  std::optional<TokenDispatcher> own;
+  auto& ways = dispatcher == nullptr ? own : *dispatcher;
+  const auto routing = router->forward(tokens, ways ? ways->experts() : at::Tensor());
   if (statistics != nullptr) statistics->add(routing, config_, begin);
-  const TokenDispatcher dispatcher(routing, config_.num_experts, experts->experts(), groups_);
-  return dispatcher.combine(experts->forward(dispatcher.dispatch(tokens)));
+  if (!ways) ways.emplace(routing.experts, config_.num_experts, experts->experts(), groups_);
+  const RecomputedBody compute = [taken = *ways, own_experts = experts.ptr()](const auto& inputs) {
+    return std::vector{taken.combine(own_experts->forward(taken.dispatch(inputs[0], inputs[1])))};
+  };
+  const std::vector<at::Tensor> inputs{tokens, routing.weights};
+  return (recomputes_experts_ ? recompute(compute, inputs, experts->parameters()) : compute(inputs))[0];
 }
 
-at::Tensor MoELayerImpl::forward(const at::Tensor& input, RouterStatistics* statistics) {
+at::Tensor MoELayerImpl::forward(const at::Tensor& input, RouterStatistics* statistics,
+                                 std::optional<TokenDispatcher>* dispatcher) {
   const auto tokens = input.reshape({-1, input.size(-1)});
   at::Tensor routed;
   const int64_t t = groups_.tp->getSize();
   const int64_t rank = groups_.tp->getRank();
   const int64_t n = tokens.size(0);
   if (sequence_parallel_ || t == 1) {
-    routed = routed_experts(tokens, n * rank, statistics);
+    routed = routed_experts(tokens, n * rank, statistics, dispatcher);
   } else {
     // Every rank takes as many rows; the last ones may be padding, which is not routed.
     const int64_t rows = (n + t - 1) / t;
@@ -48,7 +59,7 @@ at::Tensor MoELayerImpl::forward(const at::Tensor& input, RouterStatistics* stat
     const int64_t own = std::min(rows, n - begin);
     const auto padded = at::constant_pad_nd(tokens, {0, 0, 0, rows * t - n});
     const auto share = parallel::scatter_to_sequence_parallel_region(padded, groups_.tp).narrow(0, 0, own);
-    const auto whole = at::constant_pad_nd(routed_experts(share, begin, statistics), {0, 0, 0, rows - own});
+    const auto whole = at::constant_pad_nd(routed_experts(share, begin, statistics, dispatcher), {0, 0, 0, rows - own});
     routed = parallel::gather_from_sequence_parallel_region_to_replicated_use(whole, groups_.tp).narrow(0, 0, n);
   }
   routed = routed.view(input.sizes());

@@ -16,12 +16,13 @@ TopKRouterImpl::TopKRouterImpl(const MoEConfig& config, int64_t hidden_size, dou
   expert_bias = register_parameter("expert_bias", at::zeros({config.num_experts}), /*requires_grad=*/false);
 }
 
-Routing TopKRouterImpl::forward(const at::Tensor& tokens) {
+Routing TopKRouterImpl::forward(const at::Tensor& tokens, const at::Tensor& earlier) {
   const auto wide = tokens.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto dtype = config_.router_in_float32 ? wide : weight.scalar_type();
   const auto logits = at::linear(tokens.to(dtype), weight.to(dtype)).to(wide);
   const auto scores = logits.sigmoid();
-  const auto experts = highest_scores(scores.detach() + expert_bias.to(wide), config_.router_topk);
+  const auto experts =
+      earlier.defined() ? earlier : highest_scores(scores.detach() + expert_bias.to(wide), config_.router_topk);
   const auto chosen = scores.gather(1, experts);
   const auto sum = chosen.sum(-1, /*keepdim=*/true);
   const auto is_zero = sum.eq(0).to(wide);

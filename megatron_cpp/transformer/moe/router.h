@@ -35,9 +35,10 @@ class TopKRouterImpl : public ParallelModule {
   /// @param domain  of the weight's gradient: kReplicatedPartial, or kReplicated if there is one tensor-parallel rank.
   TopKRouterImpl(const MoEConfig& config, int64_t hidden_size, double init_std, GradientDomain domain);
 
-  /// @param tokens  [n, H], this rank's; n may be 0.
+  /// @param tokens   [n, H], this rank's; n may be 0.
+  /// @param earlier  undefined, or the choice of an earlier pass over these tokens, Routing::experts, which stays.
   /// No communication. Deterministic.
-  Routing forward(const at::Tensor& tokens);
+  Routing forward(const at::Tensor& tokens, const at::Tensor& earlier = {});
 
   std::vector<ParameterShard> own_parameters() const override;
 

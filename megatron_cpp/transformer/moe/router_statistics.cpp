@@ -40,7 +40,8 @@ void RouterStatistics::add(const Routing& routing, const MoEConfig& config, int6
   if (padding_mask_.defined()) {
     weights.masked_fill_(padding_mask_.t().reshape({-1}).narrow(0, begin, n).ne(0), 0.0);
   }
-  tokens_per_expert_.push_back(counts_of(experts, weights, config.num_experts));
+  auto& layer = layers_.emplace_back();
+  layer.tokens_per_expert = counts_of(experts, weights, config.num_experts);
   if (router_loss_names(config).empty()) return;
 
   const auto& scores = routing.scores;
@@ -48,18 +49,21 @@ void RouterStatistics::add(const Routing& routing, const MoEConfig& config, int6
   const auto shares = scores / (scores.sum(-1, /*keepdim=*/true) + 1e-20);
   const auto highest = highest_scores(scores.detach(), config.router_topk);
   const auto squares = routing.logits.logsumexp(-1).square();
-  sums_.push_back(at::cat({counts_of(highest, weights, config.num_experts), (shares * weights.unsqueeze(1)).sum(0),
-                           tokens_of_groups(experts, weights, config), (squares * weights).sum(0, /*keepdim=*/true),
-                           weights.sum(0, /*keepdim=*/true)}));
+  layer.sums = at::cat({counts_of(highest, weights, config.num_experts), (shares * weights.unsqueeze(1)).sum(0),
+                        tokens_of_groups(experts, weights, config), (squares * weights).sum(0, /*keepdim=*/true),
+                        weights.sum(0, /*keepdim=*/true)});
 }
 
-at::Tensor RouterStatistics::tokens_per_expert() const { return at::stack(tokens_per_expert_); }
+at::Tensor RouterStatistics::tokens_per_expert() const {
+  return at::stack(c10::fmap(layers_, [](const auto& layer) { return layer.tokens_per_expert; }));
+}
 
 std::vector<at::Tensor> RouterStatistics::losses(const MoEConfig& config, const parallel::GroupPtr& tp) const {
   if (router_loss_names(config).empty()) return {};
   const int64_t E = config.num_experts;
   const int64_t G = config.group_balance_groups;
-  const auto sums = parallel::reduce_from_tensor_model_parallel_region(at::stack(sums_), tp);
+  const auto own = at::stack(c10::fmap(layers_, [](const auto& layer) { return layer.sums; }));
+  const auto sums = parallel::reduce_from_tensor_model_parallel_region(own, tp);
   const auto parts = sums.split_with_sizes({E, E, G, 1, 1}, 1);
   const auto num_tokens = parts[4].clamp_min(1.0);  // a batch may be all padding
   const auto chosen = parts[0] / num_tokens;

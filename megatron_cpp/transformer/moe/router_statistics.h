@@ -18,6 +18,13 @@ namespace megatron_cpp {
 /// load_balancing_loss, group_balance_loss, z_loss.
 std::vector<std::string> router_loss_names(const MoEConfig& config);
 
+/// What one layer with experts brings.
+struct LayerStatistics {
+  at::Tensor tokens_per_expert;  ///< [E] float64: this rank's tokens that went to each expert
+  at::Tensor
+      sums;  ///< [2E + G + 2] float64, with gradient: what the losses are made of; undefined without coefficients
+};
+
 /// Sums over the tokens of one forward pass, layer by layer. A forward pass that is given one (TransformerBlock, down
 /// to MoELayer) adds its layers' sums, once each; a caller that computes a layer again gives that pass another one.
 /// Padding isn't counted. Sums are in float64, so that counts are exact.
@@ -34,6 +41,12 @@ class RouterStatistics {
   /// @param routing  of this rank's n tokens.
   /// @param begin    number of the first of them among the S·B of the batch, in the order of a [S, B] tensor.
   void add(const Routing& routing, const MoEConfig& config, int64_t begin);
+
+  /// Adds what another one counted of the next layer.
+  void add(LayerStatistics layer) { layers_.push_back(std::move(layer)); }
+
+  /// One entry a layer, in the order in which they were added.
+  const std::vector<LayerStatistics>& layers() const { return layers_; }
 
   /// [layers, E] without gradient: this rank's tokens that went to each expert. One layer at least was added.
   at::Tensor tokens_per_expert() const;
@@ -54,8 +67,7 @@ class RouterStatistics {
 
  private:
   at::Tensor padding_mask_;
-  std::vector<at::Tensor> tokens_per_expert_;  ///< [E] of each layer
-  std::vector<at::Tensor> sums_;               ///< [2E + G + 2] of each layer, with gradient, if there is a coefficient
+  std::vector<LayerStatistics> layers_;
 };
 
 }  // namespace megatron_cpp

@@ -61,16 +61,16 @@ struct UnpermuteFunction : torch::autograd::Function<UnpermuteFunction> {
 
 }  // namespace
 
-TokenDispatcher::TokenDispatcher(const Routing& routing, int64_t num_experts, parallel::Range own_experts,
+TokenDispatcher::TokenDispatcher(at::Tensor experts, int64_t num_experts, parallel::Range own_experts,
                                  const ModelGroups& groups)
-    : groups_(groups), routing_(routing), own_experts_(own_experts) {
+    : groups_(groups), experts_(std::move(experts)), own_experts_(own_experts) {
   const auto ep = static_cast<size_t>(groups.ep_size());
   const auto etp = static_cast<size_t>(groups.etp->getSize());
   const int64_t experts_per_rank = own_experts.length();
-  const auto experts = routing.experts.cpu();
-  const int64_t n = experts.size(0);
-  const int64_t K = experts.size(1);
-  const auto* chosen = experts.const_data_ptr<int64_t>();
+  const auto on_host = experts_.cpu();
+  const int64_t n = on_host.size(0);
+  const int64_t K = on_host.size(1);
+  const auto* chosen = on_host.const_data_ptr<int64_t>();
 
   // The numbers of tokens for each rank of ep, then for each expert.
   std::vector<int64_t> counts(ep + static_cast<size_t>(num_experts), 0);
@@ -83,7 +83,7 @@ TokenDispatcher::TokenDispatcher(const Routing& routing, int64_t num_experts, pa
       if (list.empty() || list.back() != token) list.push_back(token);
     }
   }
-  const auto device = routing.experts.device();
+  const auto device = experts_.device();
   std::vector<int64_t> numbers;
   for (size_t rank = 0; rank < ep; ++rank) {
     counts[rank] = static_cast<int64_t>(lists[rank].size());
@@ -113,11 +113,11 @@ TokenDispatcher::TokenDispatcher(const Routing& routing, int64_t num_experts, pa
   tokens_per_expert_.assign(per_expert.const_data_ptr<int64_t>(), per_expert.const_data_ptr<int64_t>() + num_experts);
 }
 
-ExpertTokens TokenDispatcher::dispatch(const at::Tensor& tokens) const {
+ExpertTokens TokenDispatcher::dispatch(const at::Tensor& tokens, const at::Tensor& weights) const {
   // The numbers of the experts travel as floating point, exact below 2^24, so that weights and numbers are one message.
   TORCH_INTERNAL_ASSERT(tokens_per_expert_.size() < (size_t{1} << 24));
   auto rows = tokens;
-  auto routed = at::cat({routing_.weights, routing_.experts.to(routing_.weights.scalar_type())}, 1);
+  auto routed = at::cat({weights, experts_.to(weights.scalar_type())}, 1);
   if (groups_.ep_size() > 1) {
     const auto send = [&](const at::Tensor& values) {
       return parallel::differentiable_all_to_all(PermuteFunction::apply(values, sent_tokens_, send_splits_),
@@ -129,7 +129,7 @@ ExpertTokens TokenDispatcher::dispatch(const at::Tensor& tokens) const {
   rows = parallel::gather_uneven_from_sequence_parallel_region(rows, gathered_rows_, groups_.etp);
   routed = parallel::gather_uneven_from_sequence_parallel_region(routed, gathered_rows_, groups_.etp);
 
-  const int64_t K = routing_.weights.size(1);
+  const int64_t K = weights.size(1);
   const auto here = routed.detach().narrow(1, K, K).to(at::kLong).sub(own_experts_.begin);
   const auto elsewhere = here.lt(0).logical_or(here.ge(own_experts_.length()));
   const auto keys = here.masked_fill(elsewhere, own_experts_.length()).reshape({-1});
@@ -144,7 +144,7 @@ at::Tensor TokenDispatcher::combine(const at::Tensor& output) const {
   auto rows = parallel::reduce_scatter_uneven_to_sequence_parallel_region(output, gathered_rows_, groups_.etp);
   if (groups_.ep_size() == 1) return rows;
   const auto returned = parallel::differentiable_all_to_all(rows, send_splits_, receive_splits_, groups_.ep);
-  return UnpermuteFunction::apply(returned, sent_tokens_, send_splits_, routing_.experts.size(0));
+  return UnpermuteFunction::apply(returned, sent_tokens_, send_splits_, experts_.size(0));
 }
 
 }  // namespace megatron_cpp
