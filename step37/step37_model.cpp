@@ -22,10 +22,13 @@ void freeze(torch::nn::Module& module) {
 }
 
 VisionTower make_tower(const Step37Config& config, const parallel::GroupPtr& tp) {
-  if (config.mm_encoder_tp_mode == MmEncoderTpMode::kWeights) return VisionTower(config.vision, tp);
+  if (config.mm_encoder_tp_mode == MmEncoderTpMode::kWeights) {
+    return VisionTower(config.vision, tp, config.recompute_tower);
+  }
   // Each rank runs the tower only on the pictures that it holds.
   return VisionTower(config.vision,
-                     tp->getSize() > 1 ? GradientDomain::kReplicatedPartial : GradientDomain::kReplicated);
+                     tp->getSize() > 1 ? GradientDomain::kReplicatedPartial : GradientDomain::kReplicated,
+                     config.recompute_tower);
 }
 
 /// Whether the tower has yet to run on pictures that every rank was given.

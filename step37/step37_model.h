@@ -33,6 +33,7 @@ struct Step37Config {
   /// How the ranks share the tower's work. With kWeights every rank has all features: the natural partner is a
   /// column-sharded projector.
   MmEncoderTpMode mm_encoder_tp_mode = MmEncoderTpMode::kData;
+  bool recompute_tower = false;  ///< each block of the tower keeps its input alone; for the decoder see `execution`
   /// See ImageInsertEmbeddingOptions::checked.
   bool checked = checked_by_default();
   /// Parts that are not trained.

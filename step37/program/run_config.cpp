@@ -89,7 +89,8 @@ void visit_keys(Config& config, const Visit& visit) {
   each(kAny, KEY(training, learning_rate), KEY(training, min_learning_rate), KEY(training, learning_rate_decay),
        KEY(training, learning_rate_scales), KEY(training, weight_decay), KEY(training, weight_decay_scales),
        KEY(training, beta1), KEY(training, beta2), KEY(training, eps), KEY(training, clip_grad_norm),
-       KEY(training, precision), KEY(training, main_gradients), KEY(training, exp_avg), KEY(training, exp_avg_sq));
+       KEY(training, precision), KEY(training, main_gradients), KEY(training, exp_avg), KEY(training, exp_avg_sq),
+       KEY(training, recompute));
   each(kAtLeast0, KEY(validation, interval));
   each(kAtLeast1, KEY(validation, packs));
   each(kAtLeast0, KEY(checkpoint, interval));
@@ -183,6 +184,22 @@ std::string write_value(const ParameterScales& value) {
   return text;
 }
 
+constexpr std::pair<std::string_view, bool Recompute::*> kRecomputedParts[] = {
+    {"core_attention", &Recompute::core_attention},
+    {"mlp", &Recompute::mlp},
+    {"experts", &Recompute::experts},
+    {"norms", &Recompute::norms},
+    {"tower", &Recompute::tower}};
+
+std::string write_value(const Recompute& value) {
+  if (value.full) return "full";
+  std::string text;
+  for (const auto& [name, part] : kRecomputedParts) {
+    if (value.*part) text.append(text.empty() ? "" : ", ").append(name);
+  }
+  return text.empty() ? "none" : text;
+}
+
 template <class Number>
 bool read_number(std::string_view text, Number& value) {
   if (text.starts_with('+') && !text.starts_with("+-")) text.remove_prefix(1);
@@ -224,6 +241,21 @@ std::string read_value(const std::string& text, ParameterScales& value) {
               read_value(number, scale).empty() && value.emplace(prefix, scale).second;
   }
   return is_read ? "" : "names with a factor each, as a: 0.1, b.c: 2";
+}
+
+std::string read_value(const std::string& text, Recompute& value) {
+  value = {.full = text == "full"};
+  if (text == "full" || text == "none") return "";
+  std::istringstream entries(text);
+  bool is_read = !text.empty() && !text.ends_with(',');
+  for (std::string entry; is_read && std::getline(entries, entry, ',');) {
+    std::istringstream words(entry);
+    std::string name;
+    words >> name >> std::ws;
+    const auto part = std::ranges::find(kRecomputedParts, name, [](const auto& known) { return known.first; });
+    is_read = words.eof() && part != std::end(kRecomputedParts) && !std::exchange(value.*part->second, true);
+  }
+  return is_read ? "" : "none, full, or some of core_attention, mlp, experts, norms, tower";
 }
 
 // Suggestions for misspelt names.
@@ -559,6 +591,11 @@ void validate(const RunConfig& config, int num_ranks) {
   TORCH_CHECK_VALUE(training.precision == at::kBFloat16 || training.main_gradients == at::kFloat,
                     "training.main_gradients bfloat16 goes with training.precision bfloat16: gradients of float32 "
                     "parameters are float32");
+  const auto& recompute = training.recompute;
+  TORCH_CHECK_VALUE(!recompute.norms, "training.recompute norms is not there yet");
+  TORCH_CHECK_VALUE(!recompute.experts || has_experts(config), "training.recompute experts: the model has no experts");
+  TORCH_CHECK_VALUE(!recompute.tower || !config.vision.freeze,
+                    "training.recompute tower: the vision tower is frozen (vision.freeze) and keeps nothing");
   const int64_t S = training.sequence_length;
   if (config.parallel.sequence_parallel) parallel::even_shard_size(S, grid.tp, "training.sequence_length");
   // Begin token, <im_start>, the picture's rows, <im_end>, and a caption of at least one token.
@@ -621,9 +658,15 @@ Step37Config model_config(const RunConfig& config, int64_t vocabulary_size) {
     moe.z_loss_coeff = model.moe_z_loss_coeff;
     moe.router_bias_update_rate = model.moe_router_bias_update_rate;
   }
+  const auto& recompute = config.training.recompute;
   result.execution = {.sequence_parallel = config.parallel.sequence_parallel,
                       .accumulate_into_grad = true,
-                      .embedding_sharding = config.parallel.embedding_sharding};
+                      .embedding_sharding = config.parallel.embedding_sharding,
+                      .recomputed = {.layers = recompute.full,
+                                     .core_attention = recompute.core_attention,
+                                     .mlp = recompute.mlp,
+                                     .experts = recompute.experts}};
+  result.recompute_tower = recompute.full || recompute.tower;
   result.vision = config.vision;
   result.projector_bias = config.published ? config.published->projector_bias : model.projector_bias;
   result.projector_sharding = config.parallel.projector_sharding;

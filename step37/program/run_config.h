@@ -112,6 +112,17 @@ struct VisionSection : VisionConfig {
   bool freeze = false;
 };
 
+/// What is computed again in the backward pass instead of being kept for it: `none`, `full`, or parts by name, as "mlp,
+/// tower".
+struct Recompute {
+  bool full = false;  ///< each layer of the decoder and of multi-token prediction, and each block of the tower
+  bool core_attention = false;  ///< of decoder layers, as all but the last: RecomputedParts
+  bool mlp = false;
+  bool experts = false;
+  bool norms = false;  ///< is not there yet
+  bool tower = false;  ///< each block of the vision tower
+};
+
 /// The members of AdamWOptions are keys, too (exp_avg and exp_avg_sq are float32 or bfloat16); scales are written as
 /// "vision_model: 0.1, language_model.embedding: 2".
 struct TrainingSection : AdamWOptions {
@@ -129,7 +140,8 @@ struct TrainingSection : AdamWOptions {
   /// float32, or bfloat16: parameters, activations and what is sent of them; the optimizer updates float32 copies.
   at::ScalarType precision = at::kFloat;
   at::ScalarType main_gradients =
-      at::kFloat;  ///< what gradients of bfloat16 parameters are added up in: float32 or bfloat16
+      at::kFloat;       ///< what gradients of bfloat16 parameters are added up in: float32 or bfloat16
+  Recompute recompute;  ///< changes no bit of the results
 };
 
 struct ValidationSection {
@@ -193,7 +205,8 @@ std::vector<std::pair<std::string, std::string>> settings(const RunConfig& confi
 ///         what rank_grid refuses; an unknown device; numbers that are too small; global_batch_size not divisible by
 ///         micro_batch_size * dp; sequence_length not divisible by tp under sequence parallelism, or too short for one
 ///         picture; a directory that starts with ~; held_out outside [0, 1); picture sizes that don't fit the tower; a
-///         vocabulary larger than model.config has; and the errors of validate() of schedule, AdamW, crops and model.
+///         vocabulary larger than model.config has; recomputed parts that keep nothing; and the errors of validate() of
+///         schedule, AdamW, crops and model.
 void validate(const RunConfig& config, int num_ranks);
 
 /// The sizes of ParallelSection for `num_ranks` ranks, with zeros filled in; without experts ep is 1 and etp not given.

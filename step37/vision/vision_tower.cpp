@@ -10,6 +10,7 @@
 #include <string_view>
 #include <utility>
 
+#include "megatron_cpp/transformer/recompute.h"
 #include "parallel/mappings.h"
 #include "parallel/shard.h"
 
@@ -239,15 +240,15 @@ struct VisionTowerImpl::Block : torch::nn::Module {
   std::shared_ptr<LayerScale> ls_2;
 };
 
-VisionTowerImpl::VisionTowerImpl(const VisionConfig& config, GradientDomain domain)
-    : VisionTowerImpl(config, domain, std::nullopt) {}
+VisionTowerImpl::VisionTowerImpl(const VisionConfig& config, GradientDomain domain, bool recomputes_blocks)
+    : VisionTowerImpl(config, domain, std::nullopt, recomputes_blocks) {}
 
-VisionTowerImpl::VisionTowerImpl(const VisionConfig& config, const parallel::GroupPtr& tp)
-    : VisionTowerImpl(config, GradientDomain::kReplicated, tp) {}
+VisionTowerImpl::VisionTowerImpl(const VisionConfig& config, const parallel::GroupPtr& tp, bool recomputes_blocks)
+    : VisionTowerImpl(config, GradientDomain::kReplicated, tp, recomputes_blocks) {}
 
 VisionTowerImpl::VisionTowerImpl(const VisionConfig& config, GradientDomain domain,
-                                 std::optional<parallel::GroupPtr> split_over)
-    : config_(config), domain_(domain), split_over_(std::move(split_over)) {
+                                 std::optional<parallel::GroupPtr> split_over, bool recomputes_blocks)
+    : config_(config), domain_(domain), split_over_(std::move(split_over)), recomputes_blocks_(recomputes_blocks) {
   config.validate();
   if (split_over_) config.validate_split((*split_over_)->getSize());
   TORCH_CHECK_VALUE(domain.sharded_over.empty(),
@@ -285,7 +286,12 @@ at::Tensor VisionTowerImpl::encode(const at::Tensor& pixels) {
   auto x = patches.flatten(2).transpose(1, 2) + positions(rows, columns);
   x = ln_pre_->layer_norm(x, config_.layer_norm_eps);
   const Rotary table = rotary(rows, columns);
-  for (const auto& block : blocks_) x = block->forward(x, table, split_over_);
+  for (const auto& block : blocks_) {
+    const RecomputedBody compute = [block, table, split_over = split_over_](const auto& inputs) {
+      return std::vector{block->forward(inputs[0], table, split_over)};
+    };
+    x = (recomputes_blocks_ ? recompute(compute, {x}, block->parameters()) : compute({x}))[0];
+  }
   return x;
 }
 

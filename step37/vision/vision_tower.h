@@ -77,15 +77,16 @@ struct VisionConfig {
 class VisionTowerImpl : public ParallelModule {
  public:
   /// The whole tower (kData).
+  /// @param recomputes_blocks  of each block only the input is kept for the backward pass (recompute()).
   /// @param domain  of all gradients: kReplicated if every rank runs all pictures, kReplicatedPartial if each rank runs
   ///                some of them.
   /// @throws c10::ValueError as VisionConfig::validate does, and if `domain` is kSharded.
-  VisionTowerImpl(const VisionConfig& config, GradientDomain domain);
+  VisionTowerImpl(const VisionConfig& config, GradientDomain domain, bool recomputes_blocks = false);
 
   /// This rank's part of a tower that is split over `tp` (kWeights). Gradients of split parameters are kSharded, all
   /// others kReplicated.
   /// @throws c10::ValueError as VisionConfig::validate and validate_split do.
-  VisionTowerImpl(const VisionConfig& config, const parallel::GroupPtr& tp);
+  VisionTowerImpl(const VisionConfig& config, const parallel::GroupPtr& tp, bool recomputes_blocks = false);
 
   /// @param pixels  [N, 3, height, width] of floating dtype, normalised, on the parameters' device; N may be 0. Cast to
   ///                the parameters' dtype.
@@ -94,7 +95,7 @@ class VisionTowerImpl : public ParallelModule {
   /// With N = 0 backward gives every parameter a gradient of zeros.
   /// The whole tower sends nothing; not collective. A split one: forward and backward collective over tp, with equal
   /// pixels; the gradient of the result must be the whole one, the same on every rank. Sends nothing backward to blocks
-  /// whose input needs no gradient.
+  /// whose input needs no gradient. Recomputed blocks send what they send forward once more in the backward pass.
   /// @throws c10::ValueError with the sizes if pixels isn't as above or a side isn't a positive multiple of patch_size.
   at::Tensor forward(const at::Tensor& pixels);
 
@@ -118,7 +119,8 @@ class VisionTowerImpl : public ParallelModule {
   struct Block;
 
   /// @param domain  of what isn't split.
-  VisionTowerImpl(const VisionConfig& config, GradientDomain domain, std::optional<parallel::GroupPtr> split_over);
+  VisionTowerImpl(const VisionConfig& config, GradientDomain domain, std::optional<parallel::GroupPtr> split_over,
+                  bool recomputes_blocks);
 
   at::Tensor positions(int64_t grid_rows, int64_t grid_columns) const;
   Rotary rotary(int64_t grid_rows, int64_t grid_columns) const;
@@ -126,7 +128,8 @@ class VisionTowerImpl : public ParallelModule {
   VisionConfig config_;
   GradientDomain domain_;                         ///< of what isn't split
   std::optional<parallel::GroupPtr> split_over_;  ///< none: the whole tower is here
-  at::Tensor positional_embedding_;               ///< [(image_size / patch_size)^2, width]
+  bool recomputes_blocks_;
+  at::Tensor positional_embedding_;  ///< [(image_size / patch_size)^2, width]
   std::shared_ptr<Affine> conv1_;
   std::shared_ptr<Affine> ln_pre_;
   std::vector<std::shared_ptr<Block>> blocks_;

@@ -408,6 +408,24 @@ TEST_F(Pretrain, GoesOnAsIfItHadNotBeenInterrupted) {
   expect_same_run(files("wider"), files("whole1"), 1e-4);
 }
 
+// Bit for bit: experts with every auxiliary loss, multi-token prediction, several micro-batches.
+TEST_F(Pretrain, RecomputingChangesNothing) {
+  const int world = runtime().size();
+  const auto all = with(with(kExperts, kEvenly),
+                        {"training.steps=2", "report.pictures=0", "vision.heads=4", "ep=" + std::to_string(world),
+                         "model.mtp_num_layers=1", "model.mtp_loss_scaling_factor=0.3"});
+  const auto bfloat16 = with(all, {"training.precision=bfloat16", "parallel.mm_encoder_tp_mode=weights"});
+  pretrain("kept", world, all);
+  pretrain("kept-bfloat16", world, bfloat16);
+  for (const std::string recompute : {"full", "core_attention, mlp, experts, tower"}) {
+    SCOPED_TRACE(recompute);
+    pretrain(recompute, world, with(all, {"training.recompute=" + recompute}));
+    expect_same_run(files(recompute), files("kept"), rounding());
+  }
+  pretrain("full-bfloat16", world, with(bfloat16, {"training.recompute=full"}));
+  expect_same_run(files("full-bfloat16"), files("kept-bfloat16"), rounding());
+}
+
 // bfloat16 moves the losses by its rounding, in whatever layout, and checkpoints hold float32 all the same: a run of
 // either precision goes on in the other one.
 TEST_F(Pretrain, TrainsInBfloat16) {

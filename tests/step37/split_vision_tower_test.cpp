@@ -54,8 +54,8 @@ std::map<std::string, at::Tensor> named_parameters_of(const VisionTower& tower) 
 }
 
 /// The same tower, split.
-VisionTower split_tower(const VisionTower& whole, const parallel::GroupPtr& tp) {
-  VisionTower tower(small_config(), tp);
+VisionTower split_tower(const VisionTower& whole, const parallel::GroupPtr& tp, bool recomputes_blocks = false) {
+  VisionTower tower(small_config(), tp, recomputes_blocks);
   tower->to(device(), at::kDouble);
   const auto values = named_parameters_of(whole);
   const at::NoGradGuard no_grad;
@@ -105,6 +105,41 @@ TEST(SplitVisionTower, FeaturesAndGradientsAreThoseOfTheWholeTower) {
         }
       }
     }
+  }
+}
+
+// Bit for bit, also for parameters that pictures of two sizes share, and where only some of a block's are trained.
+TEST(SplitVisionTower, RecomputedBlocksChangeNothing) {
+  const auto& tp = groups(runtime().size()).tp;
+  const auto whole = whole_tower();
+  for (const std::string trained : {"", "transformer.resblocks.1.mlp", "vit_downsampler2"}) {
+    SCOPED_TRACE(trained);
+    const auto recorded = parallel::record(tp);
+    int64_t calls = 0;
+    const auto train = [&](bool recomputes_blocks) {
+      auto tower = split_tower(whole, recorded.group, recomputes_blocks);
+      for (auto& item : tower->named_parameters()) item.value().set_requires_grad(item.key().starts_with(trained));
+      const auto before = *recorded.count;
+      std::vector<at::Tensor> results;
+      for (int64_t step = 0; step < 2; ++step) {
+        for (const auto& shape : kPixelShapes) results.push_back(tower->forward(random_values(shape, 3)));
+        const auto of_step = [&](size_t i) { return results[results.size() - kPixelShapes.size() + i].square().sum(); };
+        (of_step(0) + of_step(1) + of_step(2) + of_step(3)).backward();
+      }
+      calls = (*recorded.count - before).total();
+      for (const auto& item : tower->named_parameters()) {
+        if (item.value().grad().defined()) results.push_back(item.value().grad());
+      }
+      return results;
+    };
+    const auto expected = train(false);
+    const int64_t kept_calls = calls;
+    const auto actual = train(true);
+    ASSERT_EQ(actual.size(), expected.size());
+    for (size_t i = 0; i < actual.size(); ++i) EXPECT_TRUE(at::equal(actual[i], expected[i])) << i;
+    // Two a block of those that are computed again, for each of four groups of pictures, in two steps.
+    const int64_t again = trained.empty() ? 2 : trained.starts_with("transformer") ? 1 : 0;
+    EXPECT_EQ(calls - kept_calls, tp->getSize() == 1 ? 0 : 2 * again * 4 * 2);
   }
 }
 
