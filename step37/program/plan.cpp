@@ -100,7 +100,7 @@ class Table {
     row("activations of a micro-batch, kept for backward", memory.activations);
     row("buffers at the peak of a step", memory.buffers);
     row("total", memory.total());
-    line("A distributed optimizer (ZeRO-1) and recomputing come later. For orientation, in bfloat16:");
+    line("A distributed optimizer (ZeRO-1) comes later. For orientation, in bfloat16:");
     row("18 bytes a parameter, 12 of them split by ZeRO-1", plan_.bytes_with_zero1());
     line("");
   }

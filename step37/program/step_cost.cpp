@@ -34,6 +34,7 @@ struct Sizes {
         trains_text(!config.freeze_language_model),
         trains_features(!config.freeze_vision_model),
         trains_projected(!config.freeze_projector || !config.freeze_vision_model),
+        recomputes_tower(config.recompute_tower && trains_features),
         splits_tower(config.mm_encoder_tp_mode == MmEncoderTpMode::kWeights),
         tower_images(splits_tower ? images : (images + t - 1) / t) {}
 
@@ -55,6 +56,7 @@ struct Sizes {
   bool trains_text;
   bool trains_features;
   bool trains_projected;
+  bool recomputes_tower;
   bool splits_tower;     ///< MmEncoderTpMode::kWeights
   int64_t tower_images;  ///< that the fullest rank's tower runs on
 };
@@ -102,6 +104,17 @@ void add_linear_pair(const Sizes& n, bool sequence_parallel, TrafficSum& sum) {
   }
 }
 
+/// Their forward pass alone, when it is computed again.
+void add_linear_pair_again(const Sizes& n, bool sequence_parallel, TrafficSum& sum) {
+  const int64_t M = n.S * n.H * n.e;
+  if (sequence_parallel) {
+    sum.add(Kind::kAllGather, "tp", M);
+    sum.add(Kind::kReduceScatter, "tp", M);
+  } else {
+    sum.add(Kind::kAllReduce, "tp", M);
+  }
+}
+
 /// C(E - E/ep, K) / C(E, K): how likely it is that a token has no expert on a given expert-parallel rank.
 double share_of_absent_tokens(const MoEConfig& moe, int64_t ep) {
   const int64_t elsewhere = moe.num_experts - moe.num_experts / ep;
@@ -146,6 +159,21 @@ void add_experts(const Sizes& n, const MoEConfig& moe, const parallel::RankGrid&
   sum.of_experts = false;
 }
 
+/// Their forward pass alone, when it is computed again: with the counts that it got the first time.
+void add_experts_again(const Sizes& n, const MoEConfig& moe, const parallel::RankGrid& grid, TrafficSum& sum) {
+  const int64_t ep = grid.ep;
+  const int64_t etp = grid.expert_tp();
+  sum.of_experts = true;
+  const int64_t m = ep > 1 ? dispatched_rows(n, moe, grid) : n.S / n.t;
+  const int64_t hidden = m * n.H * n.e;
+  const int64_t routing = m * 2 * moe.router_topk * kFloat;
+  sum.add(Kind::kAllToAll, "ep", hidden, 2);
+  sum.add(Kind::kAllToAll, "ep", routing);
+  sum.send(Kind::kAllGather, "etp", (etp - 1) * (hidden + routing));
+  sum.send(ep > 1 ? Kind::kAllToAll : Kind::kReduceScatter, "etp", (etp - 1) * hidden);
+  sum.of_experts = false;
+}
+
 int64_t num_expert_layers(const TransformerConfig& text) {
   return std::count_if(text.layers.begin(), text.layers.end(), [](const auto& layer) { return layer.has_experts; });
 }
@@ -153,7 +181,8 @@ int64_t num_expert_layers(const TransformerConfig& text) {
 /// The blocks of a tower that is split: the outputs of attention and mlp forward, gradients of their inputs backward.
 void add_split_tower(const Step37Config& config, const Sizes& n, TrafficSum& sum) {
   const int64_t activations = n.patches * config.vision.width * n.e;
-  sum.add(Kind::kAllReduce, "tp", activations, 2 * config.vision.layers * (n.trains_features ? 2 : 1));
+  const int64_t passes = 1 + (n.trains_features ? 1 : 0) + (n.recomputes_tower ? 1 : 0);
+  sum.add(Kind::kAllReduce, "tp", activations, 2 * config.vision.layers * passes);
 }
 
 /// Brings features from where the tower ran to where they are projected, and their gradients back.
@@ -231,7 +260,13 @@ void add_micro_batch(const Step37Config& config, const Sizes& n, const parallel:
   const auto add_layer = [&](const LayerConfig& layer) {
     add_linear_pair(n, sp, sum);  // attention
     if (layer.has_experts) add_experts(n, *moe, grid, sp, sum);
-    if (!layer.has_experts || moe->shared_expert_ffn_hidden_size > 0) add_linear_pair(n, sp, sum);
+    const bool has_mlp = !layer.has_experts || moe->shared_expert_ffn_hidden_size > 0;
+    if (has_mlp) add_linear_pair(n, sp, sum);
+    const auto& again = config.execution.recomputed;
+    if (again.layers) add_linear_pair_again(n, sp, sum);
+    if (again.layers && layer.has_experts && !sp) sum.add(Kind::kAllGather, "tp", n.S * n.H * n.e);
+    if ((again.layers || again.experts) && layer.has_experts) add_experts_again(n, *moe, grid, sum);
+    if ((again.layers || again.mlp) && has_mlp) add_linear_pair_again(n, sp, sum);
   };
   if (n.splits_tower) add_split_tower(config, n, sum);
   add_insert(config, n, sum);
@@ -257,11 +292,10 @@ std::map<std::string_view, int64_t> gradient_bytes(const std::vector<TensorGroup
   return bytes;
 }
 
-/// What backward needs of a decoder layer, and its largest temporary tensors, in bytes.
+/// What backward needs of a decoder layer, in bytes.
 struct LayerBytes {
-  int64_t attention = 0;
-  int64_t feed_forward = 0;
-  int64_t feed_forward_temporary = 0;
+  int64_t kept = 0;       ///< from the forward pass
+  int64_t temporary = 0;  ///< what comes on top when backward is in the layer's feed-forward
 };
 
 /// Elements of the masks that attention over windows keeps, one for each block of queries.
@@ -285,21 +319,33 @@ LayerBytes layer_bytes(const Step37Config& config, const LayerConfig& layer, con
   const int64_t kv = groups * text.head_dim;
   const bool in_blocks = layer.sliding_window > 0 && shape.sequence_length > layer.sliding_window;
   const bool copies_output = in_blocks || shape.micro_batch_size > 1 || groups > 1;
-  LayerBytes result;
+  const auto& again = config.execution.recomputed;
   // The norm's input and output; per position q, k, v, g fused, norms of q and k, rotated q and k, the attention's
   // output (once more where it is put together from parts) and logsumexp, the gates, the gated output.
-  result.attention = n.s * (2 * n.H * n.e + kFloat) +
-                     n.S * n.e * ((q + 2 * kv + heads) + (q + kv) + (copies_output ? 2 * q : q) + heads + q) +
-                     n.S * kFloat * (heads + groups + heads);
-  result.attention += n.e * shape.micro_batch_size * window_mask_elements(shape.sequence_length, layer.sliding_window);
+  int64_t attention = n.s * (2 * n.H * n.e + kFloat) +
+                      n.S * n.e * ((q + 2 * kv + heads) + (q + kv) + (copies_output ? 2 * q : q) + heads + q) +
+                      n.S * kFloat * (heads + groups + heads);
+  const int64_t masks =
+      n.e * shape.micro_batch_size * window_mask_elements(shape.sequence_length, layer.sliding_window);
+  // What core attention keeps besides q, k, v and its output as it is handed on.
+  if (!again.core_attention) attention += masks;
+  if (again.core_attention) attention -= n.S * (kFloat * heads + n.e * (copies_output ? q : 0));
+  int64_t feed_forward = n.s * (2 * n.H * n.e + kFloat);
+  int64_t temporary = 0;
   const auto mlp = [&](int64_t F) {
-    result.feed_forward += n.S * 3 * F / n.t * n.e;           // gate and up, their product
-    result.feed_forward_temporary = n.S * 7 * F / n.t * n.e;  // gradients of these and of the halves in between
+    const int64_t products = n.S * 3 * F / n.t * n.e;  // gate and up, their product
+    temporary = n.S * 7 * F / n.t * n.e;               // gradients of these and of the halves in between
+    (again.mlp ? temporary : feed_forward) += products;
   };
-  result.feed_forward = n.s * (2 * n.H * n.e + kFloat);
+  /// A recomputed layer keeps its input and `routes`; all else comes back, and its output.
+  const auto result = [&](int64_t routes) -> LayerBytes {
+    const int64_t hidden = n.s * n.H * n.e;
+    if (!again.layers) return {attention + feed_forward, temporary};
+    return {hidden + routes, attention + feed_forward + temporary};
+  };
   if (!layer.has_experts) {
     mlp(text.ffn_hidden_size);
-    return result;
+    return result(0);
   }
   const auto& moe = *text.moe;
   mlp(moe.shared_expert_ffn_hidden_size);
@@ -311,15 +357,23 @@ LayerBytes layer_bytes(const Step37Config& config, const LayerConfig& layer, con
   const int64_t pairs = own * etp * moe.router_topk;
   const int64_t width = moe.ffn_hidden_size / etp;
   // The logits, too, if there are auxiliary losses.
-  result.feed_forward += kFloat * own * moe.num_experts * (router_loss_names(moe).empty() ? 1 : 2);
-  result.feed_forward += rows * 2 * moe.router_topk * kFloat + pairs * (2 * width * n.e + kInt64);
-  if (grid.ep * etp > 1) result.feed_forward += rows * n.H * n.e;
-  result.feed_forward_temporary = std::max(result.feed_forward_temporary, pairs * 7 * width * n.e);
-  return result;
+  feed_forward += kFloat * own * moe.num_experts * (router_loss_names(moe).empty() ? 1 : 2);
+  int64_t routed = rows * 2 * moe.router_topk * kFloat + pairs * (2 * width * n.e + kInt64);
+  if (grid.ep * etp > 1) routed += rows * n.H * n.e;
+  if (!again.experts) feed_forward += routed;
+  temporary = std::max(temporary, pairs * 7 * width * n.e + (again.experts ? routed : 0));
+  const int64_t routes = own * kInt64 * (moe.router_topk + 1);  // each token's experts, and where it goes
+  if (again.experts) feed_forward += routes;
+  return result(routes);
 }
 
 /// What backward needs of the vision tower for the pictures of the fullest rank, in bytes.
-int64_t tower_bytes(const VisionConfig& vision, const Sizes& n) {
+struct TowerBytes {
+  int64_t kept = 0;        ///< from the forward pass
+  int64_t recomputed = 0;  ///< of one block
+};
+
+TowerBytes tower_bytes(const VisionConfig& vision, const Sizes& n) {
   const int64_t side = vision.image_size / vision.patch_size;
   const int64_t half = (side + 1) / 2;
   const int64_t patches = side * side;
@@ -329,7 +383,9 @@ int64_t tower_bytes(const VisionConfig& vision, const Sizes& n) {
   const int64_t block = 6 * vision.width * n.e + 4 * kFloat +
                         ((6 * vision.width + 3 * vision.mlp_width) * n.e + vision.heads * kFloat) / parts;
   const int64_t ends = patches * (2 * vision.width * n.e + 2 * kFloat) + half * half * 2 * vision.width * n.e;
-  return n.tower_images * (vision.layers * patches * block + ends);
+  const int64_t input = vision.width * n.e;
+  return {n.tower_images * (vision.layers * patches * (n.recomputes_tower ? input : block) + ends),
+          n.recomputes_tower ? n.tower_images * patches * (block - input) : 0};
 }
 
 }  // namespace
@@ -377,20 +433,27 @@ int64_t step_flops(const Step37Config& config, const parallel::RankGrid& grid, c
   const auto S = static_cast<double>(shape.sequence_length);
   const auto H = static_cast<double>(text.hidden_size);
   const auto D = static_cast<double>(text.head_dim);
-  double linear = 0.0;     // elements of the matrices that a position is multiplied by
-  double attention = 0.0;  // the like for q kᵀ and the weighted sum of v
+  const auto& again = config.execution.recomputed;
+  double recomputed = 0.0;  // of the next two, once more
+  double linear = 0.0;      // elements of the matrices that a position is multiplied by
+  double attention = 0.0;   // the like for q kᵀ and the weighted sum of v
+  const auto add = [&](double& sum, double elements, bool is_recomputed) {
+    sum += elements;
+    if (is_recomputed || again.layers) recomputed += elements;
+  };
   const auto add_layer = [&](const LayerConfig& layer) {
     const auto heads = static_cast<double>(layer.num_attention_heads);
-    linear += H * (2 * heads * D + 2 * static_cast<double>(text.num_query_groups) * D + heads);
+    add(linear, H * (2 * heads * D + 2 * static_cast<double>(text.num_query_groups) * D + heads), false);
     const auto window = static_cast<double>(layer.sliding_window);
-    attention += 2 * heads * D * (window > 0 ? std::min(window, S / 2) : S / 2);
+    add(attention, 2 * heads * D * (window > 0 ? std::min(window, S / 2) : S / 2), again.core_attention);
     if (!layer.has_experts) {
-      linear += 3 * H * static_cast<double>(text.ffn_hidden_size);
+      add(linear, 3 * H * static_cast<double>(text.ffn_hidden_size), again.mlp);
       return;
     }
     const auto& moe = *text.moe;
-    linear += H * static_cast<double>(moe.num_experts + 3 * moe.router_topk * moe.ffn_hidden_size +
-                                      3 * moe.shared_expert_ffn_hidden_size);
+    add(linear, H * static_cast<double>(moe.num_experts), false);
+    add(linear, H * static_cast<double>(3 * moe.router_topk * moe.ffn_hidden_size), again.experts);
+    add(linear, H * static_cast<double>(3 * moe.shared_expert_ffn_hidden_size), again.mlp);
   };
   for (const auto& layer : text.layers) add_layer(layer);
   linear += H * static_cast<double>(text.vocabulary_size);
@@ -413,12 +476,13 @@ int64_t step_flops(const Step37Config& config, const parallel::RankGrid& grid, c
 
   // Forward once, a gradient of the input where one flows, a gradient of the weight where it is trained.
   const bool trains_tower = !config.freeze_vision_model;
-  const double text_sum = S * (linear * (config.freeze_language_model ? 2 : 3) + attention * 3);
+  const double text_sum = S * (linear * (config.freeze_language_model ? 2 : 3) + attention * 3 + recomputed);
   const double ends = conv1 * (trains_tower ? 2 : 1) + downsamplers * (trains_tower ? 3 : 1);
   const bool on_every_rank = config.mm_encoder_tp_mode == MmEncoderTpMode::kWeights;
-  const double image_sum = ends * (on_every_rank ? grid.tp : 1) +
-                           static_cast<double>(vision.layers) * block * (trains_tower ? 3 : 1) +
-                           projector * (1 + (trains_tower ? 1 : 0) + (config.freeze_projector ? 0 : 1));
+  const double image_sum =
+      ends * (on_every_rank ? grid.tp : 1) +
+      static_cast<double>(vision.layers) * block * (trains_tower ? (config.recompute_tower ? 4 : 3) : 1) +
+      projector * (1 + (trains_tower ? 1 : 0) + (config.freeze_projector ? 0 : 1));
   const double pack = text_sum + static_cast<double>(shape.images_per_pack) * image_sum;
   return static_cast<int64_t>(2 * pack * static_cast<double>(shape.global_batch_size));
 }
@@ -439,15 +503,13 @@ MemoryBytes step_memory(const Step37Config& config, const parallel::RankGrid& gr
   const int64_t logits = n.S * n.V / n.t * n.e;
   const int64_t exponentials = n.S * n.V / n.t * kFloat;  // what cross entropy keeps
   int64_t decoder = n.s * (2 * n.H * n.e + kFloat);       // the last norm's input and output
-  int64_t temporary = 0;                                  // of the last layer
-  int64_t freed = 0;                                      // when backward has come to it
+  std::vector<LayerBytes> each_layer;
   const auto add_layers = [&](const std::vector<LayerConfig>& layers) {
     std::set<std::pair<double, int64_t>> tables;
     for (const auto& layer : layers) {
       const auto bytes = layer_bytes(config, layer, n, shape, grid);
-      decoder += bytes.attention + bytes.feed_forward;
-      temporary = bytes.feed_forward_temporary;
-      freed = exponentials + n.s * 2 * n.H * n.e;
+      each_layer.push_back(bytes);
+      decoder += bytes.kept;
       if (tables.emplace(layer.rope_theta, layer.rotary_dim(text.head_dim)).second) {
         decoder += shape.sequence_length * shape.micro_batch_size * layer.rotary_dim(text.head_dim) * kFloat;
       }
@@ -461,17 +523,23 @@ MemoryBytes step_memory(const Step37Config& config, const parallel::RankGrid& gr
   const int64_t rows_of_image = n.images == 0 ? 0 : n.rows / n.images;
   const bool projects_all = config.projector_sharding == ProjectorSharding::kColumn;
   const int64_t features = (projects_all ? n.images : (n.images + n.t - 1) / n.t) * rows_of_image * n.C * n.e;
-  const int64_t tower = n.trains_features ? tower_bytes(config.vision, n) : 0;
+  const auto tower = n.trains_features ? tower_bytes(config.vision, n) : TowerBytes{};
   const int64_t side = config.vision.image_size;
   const int64_t pixels = n.tower_images * 3 * side * side * kFloat;
-  memory.activations = decoder + exponentials + features + tower;
+  memory.activations = decoder + exponentials + features + tower.kept;
 
-  // The logits or their gradient; the last layer's feed-forward; the tower when the decoder's part is gone.
+  // The logits or their gradient; a layer when those behind it are gone; the tower when the decoder's part is gone.
+  int64_t of_layers = 0;
+  int64_t freed = exponentials + n.s * 2 * n.H * n.e;
+  for (auto layer = each_layer.rbegin(); layer != each_layer.rend(); ++layer) {
+    of_layers = std::max(of_layers, layer->temporary + n.s * n.H * n.e - freed);
+    freed += layer->kept;
+  }
   const int64_t patches = n.tower_images * Sizes::patches_of(config.vision);
   const int64_t mlp_width = config.vision.mlp_width / (n.splits_tower ? n.t : 1);
   const int64_t tower_temporary = patches * 2 * (mlp_width + config.vision.width) * n.e;
   const int64_t peak =
-      std::max({logits, temporary + n.s * n.H * n.e - freed, tower_temporary + tower - memory.activations});
+      std::max({logits, of_layers, tower_temporary + tower.recomputed + tower.kept - memory.activations});
   memory.buffers = pixels + peak + n.S * 4 * kInt64;
   return memory;
 }

@@ -257,6 +257,51 @@ TEST(Plan, OnlyAllToAllsOfExpertParallelismDependOnTheRouting) {
   }
 }
 
+const std::vector<std::string> kRecompute = {"full", "core_attention", "mlp", "core_attention, mlp, tower"};
+
+// What is computed again is sent again, but for the experts' counts.
+TEST(Plan, BytesOfRecomputingAreThoseOfARealStep) {
+  for (const auto& recompute : kRecompute) {
+    const Overrides recomputed = {"training.recompute=" + recompute};
+    expect_a_real_steps_parameters_and_bytes(
+        {with(recomputed, {"model.mtp_num_layers=1", "model.mtp_loss_scaling_factor=0.3"}),
+         with(recomputed, with(kSplitTower, {"parallel.sequence_parallel=false"}))});
+  }
+  for (const std::string recompute : {"full", "experts", "mlp, experts"}) {
+    expect_a_real_steps_parameters_and_bytes(
+        {with(kExperts, {"training.recompute=" + recompute}),
+         with(kExperts, {"training.recompute=" + recompute, "parallel.sequence_parallel=false"})});
+    const int size = runtime().size();
+    const auto& groups = test_support::groups(parallel::RankGrid{.tp = size, .ep = size, .etp = 1});
+    const auto [plan, measured] =
+        plan_and_measure(with(kExperts, {c10::str("ep=", size), "etp=1", "training.recompute=" + recompute}), groups);
+    const auto planned = bytes_of(plan);
+    for (const auto& [kind, bytes] : measured.bytes) {
+      const double tolerance = kind == "all_to_all" ? 0.1 : 0.0;  // depends on the routing
+      EXPECT_NEAR(static_cast<double>(planned.at(kind)) / static_cast<double>(bytes), 1.0, tolerance) << kind;
+    }
+  }
+}
+
+TEST(Plan, MemoryOfRecomputingIsThePeakOfLiveTensors) {
+  for (const int tp : divisors_of_world()) {
+    const auto expect_peak = [&](const Overrides& overrides) {
+      SCOPED_TRACE(testing::Message() << "tp " << tp << ", " << testing::PrintToString(overrides));
+      const auto [plan, measured] = plan_and_measure(overrides, groups(tp));
+      EXPECT_NEAR(static_cast<double>(plan.memory.total()) / static_cast<double>(measured.peak), 1.0, 0.05);
+    };
+    for (const auto& recompute : kRecompute) {
+      const Overrides recomputed = {"training.recompute=" + recompute};
+      expect_peak(recomputed);
+      expect_peak(with(recomputed, {"training.sequence_length=512", "parallel.sequence_parallel=false"}));
+      expect_peak(with(recomputed, {"model.num_layers=1", "vision.layers=6", "vision.mlp_width=512"}));
+    }
+    for (const std::string recompute : {"full", "experts", "mlp, experts"}) {
+      expect_peak(with(with(kExperts, kAuxiliaryLosses), {"training.recompute=" + recompute}));
+    }
+  }
+}
+
 TEST(Plan, MemoryOfExpertsIsThePeakOfLiveTensors) {
   for (const int tp : divisors_of_world()) {
     for (const auto& overrides : {kExperts, with(kExperts, kAuxiliaryLosses)}) {

@@ -214,7 +214,8 @@ TEST_F(RunConfigTest, RecomputedPartsAreNoneAllOrNamed) {
   for (const std::string wrong : {"", "layers", "mlp, mlp", "mlp tower", "mlp,", ", mlp", "full, mlp", "none, mlp"}) {
     EXPECT_EQ(override_error(key + "=" + wrong),
               key + " in the override " + key + "=" + wrong +
-                  " must be none, full, or some of core_attention, mlp, experts, norms, tower, got " + wrong);
+                  " must be none, full, or some of core_attention, mlp, experts, norms, tower, got " +
+                  (wrong.empty() ? "nothing" : wrong));
   }
 }
 
