@@ -22,7 +22,9 @@ using RecomputedBody = std::function<std::vector<at::Tensor>(const std::vector<a
 /// off
 ///                    from the graph. Lives as long as the graph does, and so does what it captures.
 /// @param inputs      defined tensors. None needs a gradient: the parameters' flow all the same.
-/// @param parameters  leaves that `body` reads besides its inputs. Those left out get no gradient.
+/// @param parameters  leaves that `body` reads besides its inputs. Those left out get no gradient. Hooks of such a
+/// tensor
+///                    (register_hook) are called twice, those of its gradient accumulator once.
 /// @return            body's outputs, with gradient if an input or a parameter needs one. If none does, or in no-grad
 ///                    mode, `body` is called once and that is all.
 /// Comm: that of the forward pass of `body`, and again at the beginning of its backward pass. A rank's autograd engine

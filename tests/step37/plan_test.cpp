@@ -257,24 +257,22 @@ TEST(Plan, OnlyAllToAllsOfExpertParallelismDependOnTheRouting) {
   }
 }
 
-const std::vector<std::string> kRecompute = {"full", "core_attention", "mlp", "core_attention, mlp, tower"};
+const Overrides kFull = {"training.recompute=full"};
+const Overrides kParts = {"training.recompute=core_attention, mlp, tower"};
+const Overrides kExpertParts = {"training.recompute=mlp, experts"};
 
 // What is computed again is sent again, but for the experts' counts.
 TEST(Plan, BytesOfRecomputingAreThoseOfARealStep) {
-  for (const auto& recompute : kRecompute) {
-    const Overrides recomputed = {"training.recompute=" + recompute};
-    expect_a_real_steps_parameters_and_bytes(
-        {with(recomputed, {"model.mtp_num_layers=1", "model.mtp_loss_scaling_factor=0.3"}),
-         with(recomputed, with(kSplitTower, {"parallel.sequence_parallel=false"}))});
-  }
-  for (const std::string recompute : {"full", "experts", "mlp, experts"}) {
-    expect_a_real_steps_parameters_and_bytes(
-        {with(kExperts, {"training.recompute=" + recompute}),
-         with(kExperts, {"training.recompute=" + recompute, "parallel.sequence_parallel=false"})});
-    const int size = runtime().size();
-    const auto& groups = test_support::groups(parallel::RankGrid{.tp = size, .ep = size, .etp = 1});
-    const auto [plan, measured] =
-        plan_and_measure(with(kExperts, {c10::str("ep=", size), "etp=1", "training.recompute=" + recompute}), groups);
+  const Overrides replicated = {"parallel.sequence_parallel=false"};
+  expect_a_real_steps_parameters_and_bytes(
+      {with(kFull, {"model.mtp_num_layers=1", "model.mtp_loss_scaling_factor=0.3", "training.global_batch_size=4"}),
+       with(with(kFull, kSplitTower), replicated), with(kParts, kSplitTower), with(kFull, kExperts),
+       with(with(kFull, kExperts), replicated), with(with(kExpertParts, kExperts), replicated)});
+  const int size = runtime().size();
+  const auto& groups = test_support::groups(parallel::RankGrid{.tp = size, .ep = size, .etp = 1});
+  const auto experts = with(kExperts, {c10::str("ep=", size), "etp=1"});
+  for (const auto& recompute : {kFull, kExpertParts}) {
+    const auto [plan, measured] = plan_and_measure(with(experts, recompute), groups);
     const auto planned = bytes_of(plan);
     for (const auto& [kind, bytes] : measured.bytes) {
       const double tolerance = kind == "all_to_all" ? 0.1 : 0.0;  // depends on the routing
@@ -284,20 +282,21 @@ TEST(Plan, BytesOfRecomputingAreThoseOfARealStep) {
 }
 
 TEST(Plan, MemoryOfRecomputingIsThePeakOfLiveTensors) {
+  const Overrides wide_tower = {"model.num_layers=1", "vision.layers=6", "vision.mlp_width=512"};
+  const std::vector<Overrides> variants = {
+      kFull,
+      with(kFull, {"training.sequence_length=512", "parallel.sequence_parallel=false"}),
+      with(kFull, wide_tower),
+      {"training.recompute=core_attention"},
+      {"training.recompute=mlp", "model.ffn_hidden_size=1024"},
+      with(kParts, wide_tower),
+      with(with(kExperts, kAuxiliaryLosses), kFull),
+      with(kExperts, kExpertParts)};
   for (const int tp : divisors_of_world()) {
-    const auto expect_peak = [&](const Overrides& overrides) {
-      SCOPED_TRACE(testing::Message() << "tp " << tp << ", " << testing::PrintToString(overrides));
-      const auto [plan, measured] = plan_and_measure(overrides, groups(tp));
+    for (const auto& variant : variants) {
+      SCOPED_TRACE(testing::Message() << "tp " << tp << ", " << testing::PrintToString(variant));
+      const auto [plan, measured] = plan_and_measure(variant, groups(tp));
       EXPECT_NEAR(static_cast<double>(plan.memory.total()) / static_cast<double>(measured.peak), 1.0, 0.05);
-    };
-    for (const auto& recompute : kRecompute) {
-      const Overrides recomputed = {"training.recompute=" + recompute};
-      expect_peak(recomputed);
-      expect_peak(with(recomputed, {"training.sequence_length=512", "parallel.sequence_parallel=false"}));
-      expect_peak(with(recomputed, {"model.num_layers=1", "vision.layers=6", "vision.mlp_width=512"}));
-    }
-    for (const std::string recompute : {"full", "experts", "mlp, experts"}) {
-      expect_peak(with(with(kExperts, kAuxiliaryLosses), {"training.recompute=" + recompute}));
     }
   }
 }
@@ -415,6 +414,18 @@ TEST(Plan, FlopsAreThoseOfTheModelsMatrices) {
   }
   EXPECT_DOUBLE_EQ(static_cast<double>(make_plan(trained, 1, 0).flops - plan.flops),
                    6 * mtp_matrices * tokens + 3 * tokens * half * 2 * 8 * 16 * 2 * 2);
+
+  // One more forward pass, but for the output layer, which isn't recomputed.
+  const double output = static_cast<double>(model->language_model->output_layer->weight.numel());
+  const auto of = [](const std::string& recompute) {
+    return static_cast<double>(
+        make_plan(load({"model.sliding_window=4096", "vision.layers=1", "training.recompute=" + recompute}), 1, 0)
+            .flops);
+  };
+  const double kept = static_cast<double>(plan.flops);
+  EXPECT_DOUBLE_EQ(of("full") - kept, 2 * (matrices - output) * tokens + tokens * half * heads * 16 * 2 * 2);
+  EXPECT_DOUBLE_EQ(of("core_attention") - kept, tokens * half * heads * 16 * 2 * 2);
+  EXPECT_DOUBLE_EQ(of("mlp") - kept, 2 * 5 * 3.0 * 64 * 160 * tokens);
 
   // One picture a pack: its weights at each place where they are applied, and attention over all pairs of patches.
   double picture = 0.0;
