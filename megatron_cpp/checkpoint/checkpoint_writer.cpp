@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <cstring>
+#include <set>
 #include <utility>
 
 #include "megatron_cpp/checkpoint/checkpoint_folder.h"
@@ -89,16 +90,53 @@ void publish(const fs::path& partial, const fs::path& folder, CheckpointManifest
   internal::point_latest(directory, folder.filename());
 }
 
-void append_segments(std::vector<ShardedTensor>& result, const ParameterShard& shard, const at::Tensor& values,
-                     TensorRole role, const CheckpointName& published_name, const parallel::ProcessGroups& groups) {
-  const bool main_replica = groups.of(shard.domain.replicated_over())->getRank() == 0;
-  for (const auto& segment : shard.segments) {
-    result.push_back({{published_name(segment.name), role},
-                      segment.in_local(values.detach()),
-                      segment.global_shape,
-                      {segment.box},
-                      main_replica});
+/// Whether this rank writes its elements of a parameter: of the ranks that hold the same ones only the first does.
+bool writes(const GradientDomain& domain, bool is_divided, const parallel::ProcessGroups& groups) {
+  const auto replicas = domain.replicated_over();
+  if (!is_divided) return groups.of(replicas)->getRank() == 0;
+  // Divided over the group that gradients are summed over. If the parameter has more replicas, these are over tp.
+  return domain.summed_over == replicas || groups.tp->getRank() == 0;
+}
+
+/// A box of a rank's tensor, and its values, in the shape of the box.
+struct LocalPart {
+  Box box;
+  at::Tensor values;
+};
+
+/// The part of a segment that the boxes of a rank's tensor hold; without elements if they hold none.
+void append_segment(std::vector<ShardedTensor>& result, const ParameterSegment& segment,
+                    const std::vector<LocalPart>& parts, const at::TensorOptions& options, const TensorId& id,
+                    bool is_written) {
+  bool is_empty = true;
+  for (const auto& [box, values] : parts) {
+    const auto held = intersection(box, {segment.local_begin, segment.box.length});
+    if (!held) continue;
+    is_empty = false;
+    Box global = *held;
+    for (size_t d = 0; d < global.begin.size(); ++d) {
+      global.begin[d] += segment.box.begin[d] - segment.local_begin[d];
+    }
+    result.push_back({id, view_of(values, box, *held), segment.global_shape, {std::move(global)}, is_written});
   }
+  if (!is_empty) return;
+  Box nothing = segment.box;
+  nothing.length.front() = 0;
+  const auto values = at::empty(nothing.length, options);
+  result.push_back({id, values, segment.global_shape, {std::move(nothing)}, is_written});
+}
+
+/// `values` are those of the elements `range` of a tensor of this shape.
+std::vector<LocalPart> local_parts(const at::Tensor& values, at::IntArrayRef shape, parallel::Range range) {
+  std::vector<LocalPart> parts;
+  int64_t first = 0;
+  for (auto& box : boxes_of_range(Box::whole(shape.vec()), range)) {
+    const int64_t numel = box.numel();
+    auto part = values.narrow(0, first, numel).view(box.length);
+    parts.push_back({std::move(box), std::move(part)});
+    first += numel;
+  }
+  return parts;
 }
 
 }  // namespace
@@ -108,21 +146,36 @@ std::vector<ShardedTensor> sharded_tensors(const std::vector<ParameterShard>& pa
                                            const parallel::ProcessGroups& groups) {
   std::vector<ShardedTensor> result;
   for (const auto& shard : parameters) {
-    append_segments(result, shard, shard.parameter, TensorRole::kParameter, published_name, groups);
+    const auto values = shard.parameter.detach();
+    for (const auto& segment : shard.segments) {
+      append_segment(result, segment, {{Box::whole(values.sizes().vec()), values}}, values.options(),
+                     {published_name(segment.name)}, writes(shard.domain, /*is_divided=*/false, groups));
+    }
   }
   return result;
 }
 
-std::vector<ShardedTensor> sharded_tensors(const AdamW& optimizer, const CheckpointName& published_name,
+std::vector<ShardedTensor> sharded_tensors(const std::vector<ParameterShard>& parameters, const AdamW& optimizer,
+                                           const CheckpointName& published_name,
                                            const parallel::ProcessGroups& groups) {
-  std::vector<ShardedTensor> result;
+  std::set<std::string> updated;
+  for (const auto& slice : optimizer.slices()) updated.insert(slice.shard.name);
+  std::vector<ParameterShard> others;
+  for (const auto& shard : parameters) {
+    if (!updated.contains(shard.name)) others.push_back(shard);
+  }
+  auto result = sharded_tensors(others, published_name, groups);
   for (const auto& slice : optimizer.slices()) {
     const auto& shard = slice.shard;
-    TORCH_CHECK_VALUE(slice.elements.length() == shard.parameter.numel(), "the optimizer has a part of ", shard.name,
-                      " only: such moments are not saved yet");
-    const auto shape = shard.parameter.sizes();
-    append_segments(result, shard, slice.exp_avg.view(shape), TensorRole::kExpAvg, published_name, groups);
-    append_segments(result, shard, slice.exp_avg_sq.view(shape), TensorRole::kExpAvgSq, published_name, groups);
+    const bool is_written = writes(shard.domain, slice.is_divided, groups);
+    for (const auto& [role, values] : {std::pair{TensorRole::kParameter, slice.main},
+                                       {TensorRole::kExpAvg, slice.exp_avg},
+                                       {TensorRole::kExpAvgSq, slice.exp_avg_sq}}) {
+      const auto parts = local_parts(values, shard.parameter.sizes(), slice.elements);
+      for (const auto& segment : shard.segments) {
+        append_segment(result, segment, parts, values.options(), {published_name(segment.name), role}, is_written);
+      }
+    }
   }
   return result;
 }

@@ -30,7 +30,7 @@ namespace megatron_cpp {
 
 /// The role of a checkpoint's tensor for the parameter of its name.
 enum class TensorRole {
-  kParameter,  ///< the parameter itself: the float32 copy of it, if there is one (AdamW::main_parameters)
+  kParameter,  ///< the parameter itself: the float32 copy of it, if there is one (ParameterSlice::main)
   kExpAvg,     ///< AdamW's decaying mean of the gradient
   kExpAvgSq,   ///< AdamW's decaying mean of its square
 };
@@ -67,10 +67,12 @@ using CheckpointName = std::function<std::string(const std::string&)>;
 std::vector<ShardedTensor> sharded_tensors(const std::vector<ParameterShard>& parameters,
                                            const CheckpointName& published_name, const parallel::ProcessGroups& groups);
 
-/// The same segments of the optimizer's moments. (num_steps() is a number: it belongs in CheckpointContents::state.)
-/// @throws c10::ValueError if the optimizer has only a part of a parameter. Not collective.
-std::vector<ShardedTensor> sharded_tensors(const AdamW& optimizer, const CheckpointName& published_name,
-                                           const parallel::ProcessGroups& groups);
+/// The same of the parameters and the optimizer's moments: of a parameter that the optimizer updates, this rank's
+/// elements in ParameterSlice::main and the moments, as few boxes as that takes; one without elements if it has none.
+/// After loading call Trainer::write_parameters(). (num_steps() is a number: it belongs in CheckpointContents::state.)
+/// Not collective.
+std::vector<ShardedTensor> sharded_tensors(const std::vector<ParameterShard>& parameters, const AdamW& optimizer,
+                                           const CheckpointName& published_name, const parallel::ProcessGroups& groups);
 
 /// What one checkpoint holds.
 struct CheckpointContents {

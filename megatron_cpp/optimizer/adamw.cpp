@@ -96,16 +96,21 @@ at::Tensor ParameterSlice::gradient() const {
   return gradient.reshape({-1}).narrow(0, elements.begin, elements.length());
 }
 
+ParameterSlice parameter_slice(const ParameterShard& shard, parallel::Range elements, const AdamWOptions& options) {
+  auto main = shard.parameter.detach().view({-1}).narrow(0, elements.begin, elements.length());
+  if (c10::isReducedFloatingType(main.scalar_type())) main = main.to(at::kFloat);
+  const auto zeros = [&](at::ScalarType dtype) {
+    return at::zeros_like(main, main.options().dtype(main.scalar_type() == at::kFloat ? dtype : main.scalar_type()));
+  };
+  return {shard, elements, main, zeros(options.exp_avg), zeros(options.exp_avg_sq)};
+}
+
 std::vector<ParameterSlice> whole_slices(const std::vector<ParameterShard>& parameters, const AdamWOptions& options) {
   std::vector<ParameterSlice> slices;
   for (const auto& shard : parameters) {
-    if (!shard.parameter.requires_grad()) continue;
-    auto main = shard.parameter.detach().view({-1});
-    if (c10::isReducedFloatingType(main.scalar_type())) main = main.to(at::kFloat);
-    const auto zeros = [&](at::ScalarType dtype) {
-      return at::zeros_like(main, main.options().dtype(main.scalar_type() == at::kFloat ? dtype : main.scalar_type()));
-    };
-    slices.push_back({shard, {0, main.numel()}, main, zeros(options.exp_avg), zeros(options.exp_avg_sq)});
+    if (shard.parameter.requires_grad()) {
+      slices.push_back(parameter_slice(shard, {0, shard.parameter.numel()}, options));
+    }
   }
   return slices;
 }
@@ -164,19 +169,26 @@ void AdamW::step(double learning_rate) {
   write_parameters();
 }
 
-std::vector<ParameterShard> AdamW::main_parameters(std::vector<ParameterShard> parameters) const {
+void AdamW::fill_parameters(const std::vector<ParameterShard>& parameters,
+                            const std::function<void(const ParameterShard&)>& fill) {
+  const at::NoGradGuard no_grad;
   std::map<std::string, const ParameterSlice*> copied;
   for (const auto& slice : slices_) {
     if (slice.has_copy()) copied.emplace(slice.shard.name, &slice);
   }
-  for (auto& shard : parameters) {
+  for (const auto& shard : parameters) {
     const auto found = copied.find(shard.name);
-    if (found == copied.end()) continue;
-    TORCH_CHECK_VALUE(found->second->main.numel() == shard.parameter.numel(), "the optimizer has a part of ",
-                      shard.name, " only");
-    shard.parameter = found->second->main.view(shard.parameter.sizes());
+    if (found == copied.end()) {
+      fill(shard);
+      continue;
+    }
+    const auto& slice = *found->second;
+    auto wide = shard;
+    wide.parameter = shard.parameter.detach().to(slice.main.scalar_type());
+    fill(wide);
+    shard.parameter.detach().copy_(wide.parameter);
+    slice.main.copy_(wide.parameter.view({-1}).narrow(0, slice.elements.begin, slice.elements.length()));
   }
-  return parameters;
 }
 
 void AdamW::write_parameters() {

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
 #include <utility>
@@ -45,6 +46,9 @@ struct ParameterSlice {
   at::Tensor main;           ///< [elements], the updated values: a view of the parameter, or a float32 copy
   at::Tensor exp_avg;        ///< [elements], decaying mean of the gradient
   at::Tensor exp_avg_sq;     ///< [elements], decaying mean of its square
+  /// Whether the other ranks of the group that the gradient is summed over update the other elements. Otherwise each of
+  /// them updates these ones, too.
+  bool is_divided = false;
 
   /// [elements], a view of the parameter's .grad.
   /// @throws c10::ValueError naming the parameter if it has none.
@@ -53,9 +57,12 @@ struct ParameterSlice {
   bool has_copy() const { return main.scalar_type() != shard.parameter.scalar_type(); }
 };
 
-/// One slice per parameter that needs a gradient: all its elements. A parameter of a lower precision than float32 gets
-/// a float32 copy (main parameters, as in Megatron-Core); others are updated in place. The moments start at 0; they
-/// have the dtypes of the options, or that of a parameter that is wider than float32.
+/// Elements of a parameter with its moments. Of a parameter of a lower precision than float32 they get a float32 copy
+/// (main parameters, as in Megatron-Core); others are updated in place. The moments start at 0; they have the dtypes of
+/// the options, or that of a parameter that is wider than float32.
+ParameterSlice parameter_slice(const ParameterShard& shard, parallel::Range elements, const AdamWOptions& options);
+
+/// One slice per parameter that needs a gradient: all its elements.
 std::vector<ParameterSlice> whole_slices(const std::vector<ParameterShard>& parameters, const AdamWOptions& options);
 
 /// Decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), by LibTorch's fused kernel. Each rank updates its
@@ -74,11 +81,14 @@ class AdamW {
   /// @throws c10::ValueError, before anything is changed, naming a parameter that has no .grad.
   void step(double learning_rate);
 
-  /// `parameters` with the float32 copy in place of each parameter that has one: what initial values and checkpoints
-  /// are for, so that they don't depend on the precision. Call write_parameters() after filling them.
-  /// @throws c10::ValueError naming a parameter that this optimizer has a part of only. Not collective.
-  std::vector<ParameterShard> main_parameters(std::vector<ParameterShard> parameters) const;
-  /// Rounds the parameters from the copies in `main`. Not collective.
+  /// Gives parameters their initial values: calls `fill` with each of them, one after the other; with a float32 tensor
+  /// in place of one that has a copy in `main`, which then gets the values before they are rounded, so that it doesn't
+  /// depend on the precision or on which elements this rank updates. Not collective.
+  /// @param parameters  all of them, with all their elements, as this rank's module has them.
+  void fill_parameters(const std::vector<ParameterShard>& parameters,
+                       const std::function<void(const ParameterShard&)>& fill);
+  /// Rounds the elements of `slices()` from the copies in `main`, if there are some: after a checkpoint was loaded into
+  /// these. Not collective.
   void write_parameters();
 
   /// As given to the constructor.

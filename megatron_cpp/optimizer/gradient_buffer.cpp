@@ -7,19 +7,22 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <set>
 
 #include "parallel/collectives.h"
 
 namespace megatron_cpp {
 namespace {
 
-// On a GPU the optimizer's kernel loads 16 bytes at a time if every tensor begins at a multiple of 16 bytes, and
-// element by element otherwise.
-int64_t padded_numel(const at::Tensor& parameter, at::ScalarType dtype) {
-  constexpr int64_t kLoadBytes = 16;
-  const int64_t multiple = std::max<int64_t>(1, kLoadBytes / static_cast<int64_t>(c10::elementSize(dtype)));
-  return (parameter.numel() + multiple - 1) / multiple * multiple;
+/// How a parameter's squares are counted: added up over the ranks that hold its parts, or once.
+enum NormClass : int64_t { kOverTp, kOverExperts, kOnce, kNumNormClasses };
+
+NormClass norm_class(const ParameterShard& shard) {
+  if (shard.domain.sharded_over.empty()) return kOnce;
+  return shard.domain.sharded_over == GradientDomain::kExpert.sharded_over ? kOverExperts : kOverTp;
+}
+
+at::Tensor elements_of(const at::Tensor& tensor, parallel::Range elements) {
+  return tensor.detach().view({-1}).narrow(0, elements.begin, elements.length());
 }
 
 int64_t num_blocks(const at::Tensor& gradient) { return (gradient.numel() + kNormBlock - 1) / kNormBlock; }
@@ -91,19 +94,23 @@ at::Tensor internal::squares_of_blocks_by_operators(const std::vector<at::Tensor
 
 GradientBuffer::Bucket& GradientBuffer::bucket_of(const ParameterShard& shard, at::ScalarType dtype) {
   const auto& group = groups_.of(shard.domain.summed_over);
+  const auto parameter_dtype = shard.parameter.scalar_type();
   for (auto& bucket : buckets_) {
-    if (bucket.dtype == dtype && bucket.group == group) return bucket;
+    if (bucket.dtype == dtype && bucket.parameter_dtype == parameter_dtype && bucket.group == group) return bucket;
   }
-  return buckets_.emplace_back(Bucket{dtype, group, {}});
+  auto& bucket = buckets_.emplace_back();
+  bucket.dtype = dtype;
+  bucket.parameter_dtype = parameter_dtype;
+  bucket.group = group;
+  return bucket;
 }
 
 GradientBuffer::GradientBuffer(const std::vector<ParameterShard>& parameters, const parallel::ProcessGroups& groups,
                                const GradientBufferOptions& options)
     : groups_(groups) {
-  std::vector<std::vector<ParameterShard>> by_bucket;
   for (const auto& shard : parameters) {
     if (!shard.parameter.requires_grad()) continue;
-    const auto& first = by_bucket.empty() ? shard : by_bucket.front().front();
+    const auto& first = buckets_.empty() ? shard : buckets_.front().members.front();
     TORCH_CHECK_VALUE(shard.parameter.device() == first.parameter.device(), "parameter ", shard.name, " is on ",
                       shard.parameter.device(), ", ", first.name, " on ", first.parameter.device(),
                       ": gradients are kept on one device");
@@ -114,24 +121,25 @@ GradientBuffer::GradientBuffer(const std::vector<ParameterShard>& parameters, co
     if (is_known) groups.of(over);  // checks that it was made
     const auto dtype = c10::isReducedFloatingType(shard.parameter.scalar_type()) ? options.low_precision_gradients
                                                                                  : shard.parameter.scalar_type();
-    auto& bucket = bucket_of(shard, dtype);
-    bucket.numel += padded_numel(shard.parameter, dtype);
-    by_bucket.resize(buckets_.size());
-    by_bucket[static_cast<size_t>(&bucket - buckets_.data())].push_back(shard);
+    bucket_of(shard, dtype).members.push_back(shard);
   }
   TORCH_CHECK_VALUE(!buckets_.empty(), "every parameter is frozen: there is nothing to train");
-  for (size_t number = 0; number < buckets_.size(); ++number) {
-    auto& bucket = buckets_[number];
+  for (auto& bucket : buckets_) {
+    std::vector<int64_t> numels;
+    for (const auto& shard : bucket.members) numels.push_back(shard.parameter.numel());
+    bucket.layout = FlatLayout(numels, bucket.group->getSize());
+    bucket.is_divided = options.distributed_optimizer && bucket.group->getSize() > 1;
+    const int64_t numel = bucket.is_divided ? bucket.layout.numel_of_slices() : bucket.layout.numel;
     bucket.gradients =
-        at::zeros({bucket.numel}, at::TensorOptions(by_bucket[number].front().parameter.device()).dtype(bucket.dtype));
-    int64_t begin = 0;
-    for (const auto& shard : by_bucket[number]) {
-      const auto& parameter = shard.parameter;
-      views_.push_back(bucket.gradients.narrow(0, begin, parameter.numel()).view(parameter.sizes()));
+        at::zeros({numel}, at::TensorOptions(bucket.members.front().parameter.device()).dtype(bucket.dtype));
+    for (size_t i = 0; i < bucket.members.size(); ++i) {
+      const auto& parameter = bucket.members[i].parameter;
+      const auto& place = bucket.layout.parameters[i];
+      views_.push_back(bucket.gradients.narrow(0, place.begin, place.length()).view(parameter.sizes()));
       parameter.set_grad_dtype(bucket.dtype);
-      parameters_.push_back(shard);
-      begin += padded_numel(parameter, bucket.dtype);
+      parameters_.push_back(bucket.members[i]);
     }
+    prepare_norm(bucket);
   }
   zero();
 }
@@ -141,47 +149,130 @@ void GradientBuffer::zero() {
   for (size_t i = 0; i < parameters_.size(); ++i) parameters_[i].parameter.mutable_grad() = views_[i];
 }
 
+at::Tensor GradientBuffer::Bucket::own_gradients() const {
+  if (!is_divided) return gradients;
+  const auto slice = layout.slice(group->getRank());
+  return gradients.narrow(0, slice.begin, slice.length());
+}
+
 void GradientBuffer::reduce() {
   for (auto& bucket : buckets_) {
-    if (bucket.numel > 0) parallel::all_reduce_in_place(bucket.gradients, bucket.group);
+    if (bucket.layout.numel == 0) continue;
+    if (bucket.is_divided) {
+      bucket.own_gradients().copy_(parallel::reduce_scatter(bucket.gradients, bucket.group));
+    } else {
+      parallel::all_reduce_in_place(bucket.gradients, bucket.group);
+    }
   }
 }
 
-at::Tensor GradientBuffer::own_squares(std::string_view sharded_over, bool with_replicated) const {
-  std::vector<at::Tensor> counted;
-  for (size_t i = 0; i < parameters_.size(); ++i) {
-    const auto& over = parameters_[i].domain.sharded_over;
-    const bool is_counted = over.empty() ? with_replicated : over == sharded_over;
-    if (is_counted && views_[i].numel() > 0) counted.push_back(views_[i]);
+void GradientBuffer::prepare_norm(Bucket& bucket) {
+  std::vector<int64_t> rows;  // of each block, a row for each slice and class
+  std::vector<int64_t> columns;
+  for (int slice = 0; slice < bucket.num_norm_slices(); ++slice) {
+    std::array<int64_t, kNumNormClasses> num_columns{};
+    for (size_t i = 0; i < bucket.members.size(); ++i) {
+      const auto elements = bucket.layout.elements_of(i, bucket.is_divided ? bucket.group->getRank() : slice);
+      if (elements.length() == 0) continue;
+      const auto& place = bucket.layout.parameters[i];
+      bucket.norm.push_back(bucket.gradients.narrow(0, place.begin + elements.begin, elements.length()));
+      const auto row_class = norm_class(bucket.members[i]);
+      for (int64_t block = num_blocks(bucket.norm.back()); block > 0; --block) {
+        rows.push_back(slice * kNumNormClasses + row_class);
+        columns.push_back(num_columns[static_cast<size_t>(row_class)]++);
+      }
+    }
   }
-  if (counted.empty()) return at::zeros({1}, views_.front().options().dtype(at::kDouble));
-  // cumsum adds one after the other, so the result doesn't depend on how a parallel sum would be split.
-  const auto sums = squares_of_blocks(counted).cumsum(0);
-  return sums.narrow(0, sums.size(0) - 1, 1);
+  for (const int64_t column : columns) bucket.norm_columns = std::max(bucket.norm_columns, column + 1);
+  for (size_t i = 0; i < rows.size(); ++i) columns[i] += rows[i] * bucket.norm_columns;
+  bucket.norm_places = at::tensor(columns, at::kLong).to(bucket.gradients.device());
+}
+
+at::Tensor GradientBuffer::squares_of(const Bucket& bucket) {
+  const int64_t slices = bucket.num_norm_slices();
+  auto squares = at::zeros({kNumNormClasses}, bucket.gradients.options().dtype(at::kDouble));
+  if (!bucket.norm.empty()) {
+    auto blocks = at::zeros({slices * kNumNormClasses * bucket.norm_columns}, squares.options());
+    blocks.index_put_({bucket.norm_places}, squares_of_blocks(bucket.norm));
+    // cumsum adds one after the other, so the result doesn't depend on how a parallel sum would be split.
+    const auto of_slices = blocks.view({slices, kNumNormClasses, bucket.norm_columns}).cumsum(2).select(2, -1);
+    squares = of_slices.cumsum(0).select(0, -1);
+  }
+  // As many ranks as there are slices: added in the same order.
+  return bucket.is_divided && bucket.layout.numel > 0 ? parallel::all_reduce(squares, bucket.group) : squares;
 }
 
 at::Tensor GradientBuffer::squared_norm() const {
   // Rank 0 of tp counts replicated parameters; every rank counts its part of the sharded ones.
-  auto sum = parallel::all_reduce(own_squares("tp", groups_.tp->getRank() == 0), groups_.tp);
-  std::set<std::string_view> others;
-  for (const auto& shard : parameters_) others.insert(shard.domain.sharded_over);
-  for (const auto over : others) {
-    if (over.empty() || over == "tp") continue;
-    sum = sum + parallel::all_reduce(own_squares(over, /*with_replicated=*/false), groups_.of(over));
-  }
-  return sum;
+  auto squares = at::zeros({kNumNormClasses}, views_.front().options().dtype(at::kDouble));
+  for (const auto& bucket : buckets_) squares = squares + squares_of(bucket);
+  auto own = squares.narrow(0, kOverTp, 1);
+  if (groups_.tp->getRank() == 0) own = own + squares.narrow(0, kOnce, 1);
+  const auto sum = parallel::all_reduce(own, groups_.tp);
+  const bool has_experts = std::any_of(parameters_.begin(), parameters_.end(),
+                                       [](const auto& shard) { return norm_class(shard) == kOverExperts; });
+  if (!has_experts) return sum;
+  const auto& experts = groups_.of(GradientDomain::kExpert.sharded_over);
+  return sum + parallel::all_reduce(squares.narrow(0, kOverExperts, 1), experts);
 }
 
 double GradientBuffer::norm() const { return std::sqrt(squared_norm().item<double>()); }
 
 void GradientBuffer::scale(double factor) {
-  for (auto& bucket : buckets_) bucket.gradients.mul_(factor);
+  for (auto& bucket : buckets_) bucket.own_gradients().mul_(factor);
 }
 
 double GradientBuffer::clip_grad_norm(double max_norm) {
   const double before = norm();
   if (before > max_norm) scale(max_norm / before);
   return before;
+}
+
+std::vector<ParameterSlice> GradientBuffer::slices(const AdamWOptions& options) const {
+  std::vector<ParameterSlice> result;
+  for (const auto& bucket : buckets_) {
+    for (size_t i = 0; i < bucket.members.size(); ++i) {
+      const auto& shard = bucket.members[i];
+      const auto all = parallel::Range{0, shard.parameter.numel()};
+      result.push_back(parameter_slice(
+          shard, bucket.is_divided ? bucket.layout.elements_of(i, bucket.group->getRank()) : all, options));
+      result.back().is_divided = bucket.is_divided;
+    }
+  }
+  return result;
+}
+
+void GradientBuffer::gather_parameters() {
+  const at::NoGradGuard no_grad;
+  for (const auto& bucket : buckets_) {
+    if (!bucket.is_divided || bucket.layout.numel == 0) continue;
+    const auto& layout = bucket.layout;
+    const int64_t share = std::min(layout.slice_numel, std::max<int64_t>(1, kGatheredAtATime / layout.num_slices));
+    const auto own = at::zeros({share}, bucket.gradients.options().dtype(bucket.parameter_dtype));
+    for (int64_t begin = 0; begin < layout.slice_numel; begin += share) {
+      const int64_t length = std::min(share, layout.slice_numel - begin);
+      /// Calls action(view of a parameter, view of `values`) for what elements [begin, begin + length) of a rank's
+      /// slice hold of parameters.
+      const auto for_each_part = [&](int rank, const at::Tensor& values, const auto& action) {
+        const int64_t first = layout.slice(rank).begin + begin;  // in the buffer
+        for (size_t i = 0; i < bucket.members.size(); ++i) {
+          const auto& place = layout.parameters[i];
+          const int64_t from = std::max(place.begin, first);
+          const int64_t to = std::min(place.end, first + length);
+          if (from >= to) continue;
+          action(elements_of(bucket.members[i].parameter, {from - place.begin, to - place.begin}),
+                 values.narrow(0, from - first, to - from));
+        }
+      };
+      for_each_part(bucket.group->getRank(), own, [](const auto& parameter, const auto& value) { value.copy_(parameter); });
+      const auto all = parallel::all_gather(own.narrow(0, 0, length), bucket.group);
+      for (int rank = 0; rank < layout.num_slices; ++rank) {
+        if (rank == bucket.group->getRank()) continue;
+        for_each_part(rank, all.narrow(0, rank * length, length),
+                      [](const auto& parameter, const auto& value) { parameter.copy_(value); });
+      }
+    }
+  }
 }
 
 }  // namespace megatron_cpp

@@ -18,7 +18,7 @@ Trainer::Trainer(const std::vector<ParameterShard>& parameters, const parallel::
     : groups_(groups),
       options_(options),
       gradients_(parameters, groups, options.gradients),
-      optimizer_(gradients_.parameters(), options.adamw) {
+      optimizer_(gradients_.slices(options.adamw), options.adamw) {
   options_.learning_rate.validate();
   TORCH_CHECK_VALUE(options_.clip_grad_norm >= 0, "clip_grad_norm ", options_.clip_grad_norm, " is below 0");
 }
@@ -78,8 +78,14 @@ StepResult Trainer::step(const std::function<LossSum(int64_t)>& loss_sum, int64_
     gradients_.scale(options_.clip_grad_norm / result.grad_norm);
   }
   optimizer_.step(result.learning_rate);
+  gradients_.gather_parameters();
   if (balance) balance->update_biases();
   return result;
+}
+
+void Trainer::write_parameters() {
+  optimizer_.write_parameters();
+  gradients_.gather_parameters();
 }
 
 }  // namespace megatron_cpp

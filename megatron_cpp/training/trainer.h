@@ -25,7 +25,7 @@ struct TrainerOptions {
   AdamWOptions adamw;                    ///< constants of the optimizer
   LearningRateSchedule learning_rate;    ///< of each step
   double clip_grad_norm = 1.0;           ///< 0: no clipping
-  GradientBufferOptions gradients = {};  ///< dtypes of the gradients
+  GradientBufferOptions gradients = {};  ///< dtypes of the gradients, and whether the optimizer is distributed
   /// Names of what is trained on beside the token losses, in the order of LossSum::auxiliary; equal on every rank, also
   /// on one without a micro-batch.
   std::vector<std::string> auxiliary_losses = {};
@@ -67,14 +67,18 @@ class Trainer {
   /// @param num_micro_batches  of this data-parallel rank, equal over tp; 0 if the global batch has none left for it.
   /// @param loss_sum           for micro-batch i of this data-parallel rank, in [0, num_micro_batches).
   /// @param num_loss_tokens    of the global batch; equal on every rank.
-  /// Comm: that of loss_sum, of GradientBuffer::reduce and norm, and of ExpertBalance::reduce; 1 all-reduce of the
-  /// losses over dp. Collective over tp and dp. Waits for a GPU once, to read all numbers together. Throws
+  /// Comm: that of loss_sum, of GradientBuffer::reduce, norm and gather_parameters, and of ExpertBalance::reduce; 1
+  /// all-reduce of the losses over dp. Collective over tp and dp. Waits for a GPU once, to read all numbers together. Throws
   /// c10::ValueError, on every rank alike, if there is no loss token, or a loss or the gradient is not finite (naming
   /// the step and all; the parameters are left as they were), or a micro-batch has not as many auxiliary losses as have
   /// names.
   StepResult step(const std::function<LossSum(int64_t)>& loss_sum, int64_t num_micro_batches, int64_t num_loss_tokens);
 
-  /// The optimizer, for resuming and for checkpoints of its moments.
+  /// Completes the parameters after a checkpoint was loaded into the optimizer's slices. Comm: that of
+  /// GradientBuffer::gather_parameters. Collective over the same groups.
+  void write_parameters();
+
+  /// The optimizer, for initial values, resuming, and checkpoints of its slices.
   AdamW& optimizer() { return optimizer_; }
   /// The same, read-only.
   const AdamW& optimizer() const { return optimizer_; }

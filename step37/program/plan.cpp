@@ -88,20 +88,19 @@ class Table {
   void add_memory() {
     const auto& memory = plan_.memory;
     const auto row = [&](const std::string& name, int64_t bytes) {
-      line("  {:<60}{:>11.3f} GB", name, gigabytes(bytes));
+      line("  {:<68}{:>11.3f} GB", name, gigabytes(bytes));
     };
     const auto& each = plan_.shape.element_bytes;
     line("memory of a rank");
     row(fmt::format("weights, {} bytes a parameter", each.parameter), memory.weights);
     row(fmt::format("gradients, {} bytes a trained parameter", each.gradient), memory.gradients);
-    row(fmt::format("{}AdamW's moments, {} bytes a trained parameter", each.main > 0 ? "main and " : "",
-                    each.main + each.exp_avg + each.exp_avg_sq),
+    row(fmt::format("{}AdamW's moments, {} bytes a trained parameter{}", each.main > 0 ? "main and " : "",
+                    each.main + each.exp_avg + each.exp_avg_sq,
+                    plan_.shape.distributed_optimizer ? " of the rank's" : ""),
         memory.optimizer);
     row("activations of a micro-batch, kept for backward", memory.activations);
     row("buffers at the peak of a step", memory.buffers);
     row("total", memory.total());
-    line("A distributed optimizer (ZeRO-1) comes later. For orientation, in bfloat16:");
-    row("18 bytes a parameter, 12 of them split by ZeRO-1", plan_.bytes_with_zero1());
     line("");
   }
 
@@ -178,16 +177,6 @@ int64_t Plan::bytes_of(Kind kind) const {
   return bytes;
 }
 
-int64_t Plan::bytes_with_zero1() const {
-  double bytes = 0.0;
-  for (const auto& tensor : tensors) {
-    const auto elements = static_cast<double>(tensor.count * tensor.local);
-    const auto ranks = static_cast<double>(extent_of(tensor.summed_over, grid).size);
-    bytes += elements * (tensor.trained ? 6.0 + 12.0 / ranks : 2.0);
-  }
-  return static_cast<int64_t>(bytes);
-}
-
 int ranks_of(const RunConfig& config) {
   double ranks = 1.0;
   for (const int64_t size : {config.parallel.tp, config.parallel.cp, config.parallel.dp, config.parallel.pp}) {
@@ -213,7 +202,8 @@ Plan make_plan(const RunConfig& config, int num_ranks, std::optional<int64_t> im
                 .micro_batch_size = config.training.micro_batch_size,
                 .global_batch_size = config.training.global_batch_size,
                 .images_per_pack = images,
-                .element_bytes = element_bytes(config.training)};
+                .element_bytes = element_bytes(config.training),
+                .distributed_optimizer = config.training.distributed_optimizer};
   plan.tensors = tensors_of(model, plan.grid);
   plan.memory = step_memory(model, plan.grid, plan.shape, plan.tensors);
   plan.traffic = step_traffic(model, plan.grid, plan.shape, plan.tensors);

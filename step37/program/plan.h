@@ -36,9 +36,6 @@ struct Plan {
   int64_t flops = 0;  ///< of a step, all ranks
 
   int64_t bytes_of(parallel::CollectiveKind kind) const;
-  /// Weights in bfloat16, gradients in float32, and main weights and moments in float32 that are split over the ranks
-  /// that a gradient is summed over (ZeRO-1): bytes of a rank, without activations.
-  int64_t bytes_with_zero1() const;
 };
 
 /// Ranks that the sizes of ParallelSection give: tp * cp * dp * pp, a 0 counted as 1.

@@ -224,6 +224,7 @@ class PretrainRun {
     parameters_ = parameter_shards(*model_);
     TrainerOptions options;
     options.gradients.low_precision_gradients = config_.training.main_gradients;
+    options.gradients.distributed_optimizer = config_.training.distributed_optimizer;
     options.adamw = config_.training;
     options.learning_rate = learning_rate_schedule(config_);
     options.clip_grad_norm = config_.training.clip_grad_norm;
@@ -232,10 +233,16 @@ class PretrainRun {
     if (!moe_layers.empty()) expert_balance_ = std::make_shared<ExpertBalance>(moe_layers, groups_);
     options.expert_balance = expert_balance_;
     trainer_ = std::make_unique<Trainer>(parameters_, groups_, options);
-    const auto main_parameters = trainer_->optimizer().main_parameters(parameters_);
-    initialize_parameters(main_parameters, static_cast<uint64_t>(config_.training.seed));
-    if (!resume_from_) parallel::agree_on([&] { load_published_weights(config_, main_parameters); }, groups_.world);
-    trainer_->optimizer().write_parameters();
+    parallel::agree_on(
+        [&] {
+          std::optional<PublishedCheckpoint> published;
+          if (!resume_from_) published = published_weights(config_);
+          trainer_->optimizer().fill_parameters(parameters_, [&](const ParameterShard& shard) {
+            initialize_parameters({shard}, static_cast<uint64_t>(config_.training.seed));
+            if (published) published->load({shard});
+          });
+        },
+        groups_.world);
     const auto& grid = groups_.grid;
     const auto experts = model_->config().text.moe ? fmt::format(", ep {}, etp {}", grid.ep, grid.expert_tp()) : "";
     say(fmt::format("{} parameters on {} ranks: tp {}, dp {}{}{}", num_parameters(), runtime_.size(), grid.tp, grid.dp,
@@ -255,10 +262,7 @@ class PretrainRun {
   }
 
   std::vector<ShardedTensor> tensors() const {
-    const auto& optimizer = trainer_->optimizer();
-    auto all = sharded_tensors(optimizer.main_parameters(parameters_), published_name, groups_);
-    for (auto& tensor : sharded_tensors(optimizer, published_name, groups_)) all.push_back(std::move(tensor));
-    return all;
+    return sharded_tensors(parameters_, trainer_->optimizer(), published_name, groups_);
   }
 
   RunState read_state() const {
@@ -275,7 +279,7 @@ class PretrainRun {
 
   void load_checkpoint(const RunState& state) {
     parallel::agree_on([&] { CheckpointReader(*resume_from_).load(tensors()); }, groups_.world);
-    trainer_->optimizer().write_parameters();
+    trainer_->write_parameters();
     trainer_->optimizer().set_num_steps(state.optimizer_steps);
     resumed_steps_ = state.optimizer_steps;
     say(fmt::format("resuming after step {} from {}", state.optimizer_steps, resume_from_->string()));

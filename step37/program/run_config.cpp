@@ -90,7 +90,7 @@ void visit_keys(Config& config, const Visit& visit) {
        KEY(training, learning_rate_scales), KEY(training, weight_decay), KEY(training, weight_decay_scales),
        KEY(training, beta1), KEY(training, beta2), KEY(training, eps), KEY(training, clip_grad_norm),
        KEY(training, precision), KEY(training, main_gradients), KEY(training, exp_avg), KEY(training, exp_avg_sq),
-       KEY(training, recompute));
+       KEY(training, distributed_optimizer), KEY(training, recompute));
   each(kAtLeast0, KEY(validation, interval));
   each(kAtLeast1, KEY(validation, packs));
   each(kAtLeast0, KEY(checkpoint, interval));

@@ -7,7 +7,10 @@
 #include <set>
 #include <tuple>
 #include <utility>
+#include <vector>
 
+#include "megatron_cpp/optimizer/flat_layout.h"
+#include "megatron_cpp/optimizer/gradient_buffer.h"
 #include "megatron_cpp/tensor_parallel/vocab_parallel_embedding.h"
 
 namespace megatron_cpp::step37 {
@@ -283,13 +286,48 @@ void add_micro_batch(const Step37Config& config, const Sizes& n, const parallel:
   }
 }
 
-/// As GradientBuffer lays them out: each gradient begins at a multiple of 16 bytes.
-std::map<std::string_view, int64_t> gradient_bytes(const std::vector<TensorGroup>& tensors, int64_t element_bytes) {
-  std::map<std::string_view, int64_t> bytes;
+/// One of GradientBuffer's.
+struct Bucket {
+  std::string_view group;  ///< that gradients are summed over
+  int64_t ranks = 1;       ///< of it
+  bool is_divided = false;
+  int64_t own = 0;    ///< elements that the optimizer updates, on the rank with most
+  int64_t numel = 0;  ///< with padding
+  int64_t slice() const { return numel / ranks; }
+};
+
+std::vector<Bucket> buckets_of(const std::vector<TensorGroup>& tensors, const parallel::RankGrid& grid,
+                               const StepShape& shape) {
+  std::vector<Bucket> buckets;
   for (const auto& tensor : tensors) {
-    if (tensor.trained) bytes[tensor.summed_over] += tensor.count * ((tensor.local * element_bytes + 15) / 16 * 16);
+    if (!tensor.trained) continue;
+    const int64_t ranks = extent_of(tensor.summed_over, grid).size;
+    // Groups of as many ranks are the same one.
+    auto bucket = std::find_if(buckets.begin(), buckets.end(), [&](const auto& one) { return one.ranks == ranks; });
+    if (bucket == buckets.end()) {
+      const bool is_divided = shape.distributed_optimizer && ranks > 1;
+      bucket = buckets.insert(bucket, {tensor.summed_over, ranks, is_divided});
+    }
+    bucket->own += tensor.count * tensor.local;
+    bucket->numel += tensor.count * FlatLayout::padded_numel(tensor.local);
   }
-  return bytes;
+  for (auto& bucket : buckets) {
+    if (!bucket.is_divided) continue;
+    bucket.numel = bucket.ranks * FlatLayout::slice_numel_of(bucket.numel, bucket.ranks);
+    bucket.own = std::min(bucket.own, bucket.slice());
+  }
+  return buckets;
+}
+
+/// The largest temporary tensors of the distributed optimizer, when there are no activations.
+int64_t optimizer_temporary(const std::vector<Bucket>& buckets, const ElementBytes& each) {
+  int64_t largest = 0;
+  for (const auto& bucket : buckets) {
+    if (!bucket.is_divided) continue;
+    const int64_t share = std::min(bucket.slice(), kGatheredAtATime / bucket.ranks);
+    largest = std::max({largest, bucket.slice() * each.gradient, (bucket.ranks + 1) * share * each.parameter});
+  }
+  return largest;
 }
 
 /// What backward needs of a decoder layer, in bytes.
@@ -410,8 +448,16 @@ std::vector<Traffic> step_traffic(const Step37Config& config, const parallel::Ra
   sum.repeat = shape.global_batch_size / (shape.micro_batch_size * grid.dp);
   add_micro_batch(config, Sizes(config, grid, shape), grid, sum);
   sum.repeat = 1;
-  for (const auto& [group, bytes] : gradient_bytes(tensors, shape.element_bytes.gradient)) {
-    sum.add(Kind::kAllReduce, group, bytes);
+  const auto& each = shape.element_bytes;
+  for (const auto& bucket : buckets_of(tensors, grid, shape)) {
+    const int64_t gradients = bucket.numel * each.gradient;
+    if (!bucket.is_divided) {
+      sum.add(Kind::kAllReduce, bucket.group, gradients);
+      continue;
+    }
+    sum.add(Kind::kReduceScatter, bucket.group, gradients);
+    sum.add(Kind::kAllGather, bucket.group, bucket.numel * each.parameter);
+    sum.add(Kind::kAllReduce, bucket.group, 3 * kDouble);  // its squares, by how they are counted
   }
   // The losses and the gradient norm.
   const auto& moe = config.text.moe;
@@ -495,9 +541,12 @@ MemoryBytes step_memory(const Step37Config& config, const parallel::RankGrid& gr
   MemoryBytes memory;
   for (const auto& tensor : tensors) {
     memory.weights += tensor.count * tensor.local * shape.element_bytes.parameter;
-    if (tensor.trained) memory.optimizer += tensor.count * tensor.local * of_optimizer;
   }
-  for (const auto& [group, bytes] : gradient_bytes(tensors, shape.element_bytes.gradient)) memory.gradients += bytes;
+  const auto buckets = buckets_of(tensors, grid, shape);
+  for (const auto& bucket : buckets) {
+    memory.gradients += bucket.numel * each.gradient;
+    memory.optimizer += bucket.own * of_optimizer;
+  }
 
   const auto& text = config.text;
   const int64_t logits = n.S * n.V / n.t * n.e;
@@ -540,7 +589,8 @@ MemoryBytes step_memory(const Step37Config& config, const parallel::RankGrid& gr
   const int64_t tower_temporary = patches * 2 * (mlp_width + config.vision.width) * n.e;
   const int64_t peak =
       std::max({logits, of_layers, tower_temporary + tower.recomputed + tower.kept - memory.activations});
-  memory.buffers = pixels + peak + n.S * 4 * kInt64;
+  memory.buffers =
+      std::max(pixels + peak + n.S * 4 * kInt64, optimizer_temporary(buckets, each) - memory.activations);
   return memory;
 }
 

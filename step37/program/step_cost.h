@@ -29,6 +29,7 @@ struct StepShape {
   int64_t global_batch_size = 1;  ///< packs of all replicas, divisible by micro_batch_size * dp
   int64_t images_per_pack = 0;
   ElementBytes element_bytes = {};
+  bool distributed_optimizer = false;  ///< GradientBufferOptions::distributed_optimizer
 };
 
 /// Collectives of one kind over the groups of one kind.

@@ -25,7 +25,6 @@
 #include "megatron_cpp/checkpoint/json_integer.h"
 #include "parallel/agree.h"
 #include "parallel/hash.h"
-#include "step37/published_checkpoint.h"
 
 namespace megatron_cpp::step37 {
 
@@ -250,10 +249,11 @@ int64_t padding_multiple(int tensor_parallel_size) {
   return std::lcm<int64_t>(64, std::lcm<int64_t>(tensor_parallel_size, 16));
 }
 
-void load_published_weights(const RunConfig& config, const std::vector<ParameterShard>& parameters) {
-  if (config.model.from.empty()) return;
-  const PublishedCheckpoint checkpoint(config.model.from);
-  if (checkpoint.has_weights()) checkpoint.load(parameters);
+std::optional<PublishedCheckpoint> published_weights(const RunConfig& config) {
+  if (config.model.from.empty()) return std::nullopt;
+  PublishedCheckpoint checkpoint(config.model.from);
+  if (!checkpoint.has_weights()) return std::nullopt;
+  return checkpoint;
 }
 
 CaptionLoader::Options loader_options(const RunConfig& config, const Tokenizer& tokenizer, int tensor_parallel_size) {

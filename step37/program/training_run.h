@@ -15,6 +15,7 @@
 #include "step37/data/tokenizer.h"
 #include "step37/program/captioner.h"
 #include "step37/program/run_config.h"
+#include "step37/published_checkpoint.h"
 #include "step37/published_config.h"
 #include "step37/step37_model.h"
 
@@ -121,9 +122,9 @@ PublishedConfig published_config(const RunConfig& config, const Tokenizer& token
 /// Sequences are padded to a multiple of lcm(64, t, 16), as the reference pads its packs.
 int64_t padding_multiple(int tensor_parallel_size);
 
-/// Fills the parameters from model.from, if that is given and has weights. Not collective.
+/// The weights that training starts with: model.from, if that is given and has weights. Not collective.
 /// @throws c10::ValueError as PublishedCheckpoint does.
-void load_published_weights(const RunConfig& config, const std::vector<ParameterShard>& parameters);
+std::optional<PublishedCheckpoint> published_weights(const RunConfig& config);
 
 /// How the run's pictures are packed and loaded: what its configuration says.
 CaptionLoader::Options loader_options(const RunConfig& config, const Tokenizer& tokenizer, int tensor_parallel_size);

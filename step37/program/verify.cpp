@@ -213,7 +213,11 @@ class Verification {
     model->to(runtime_.device(), dtype_);
     const auto parameters = parameter_shards(*model);
     initialize_parameters(parameters, static_cast<uint64_t>(config.training.seed));
-    parallel::agree_on([&] { load_published_weights(config, parameters); }, world_.world);
+    parallel::agree_on(
+        [&] {
+          if (const auto published = published_weights(config)) published->load(parameters);
+        },
+        world_.world);
     return model;
   }
 

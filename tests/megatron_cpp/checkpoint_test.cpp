@@ -14,6 +14,7 @@
 
 #include "megatron_cpp/checkpoint/safetensors.h"
 #include "megatron_cpp/checkpoint/sharded_checkpoint.h"
+#include "megatron_cpp/optimizer/gradient_buffer.h"
 #include "megatron_cpp/tensor_parallel/column_parallel_linear.h"
 #include "megatron_cpp/tensor_parallel/language_model_embedding.h"
 #include "megatron_cpp/tensor_parallel/row_parallel_linear.h"
@@ -85,19 +86,15 @@ void fill(const std::vector<ShardedTensor>& tensors, int64_t seed) {
 
 /// A model with its optimizer, as a rank of one layout holds it.
 struct Training {
-  explicit Training(const parallel::ProcessGroups& layout)
-      : model(layout.tp), optimizer(on_device(model), {}), tensors(all(optimizer, layout)) {}
+  explicit Training(const parallel::ProcessGroups& layout, bool distributed_optimizer = false)
+      : model(layout.tp),
+        gradients(on_device(model), layout, {.distributed_optimizer = distributed_optimizer}),
+        optimizer(gradients.slices({}), {}),
+        tensors(sharded_tensors(parameter_shards(*model), optimizer, published, layout)) {}
 
   static std::vector<ParameterShard> on_device(Model& model) {
     model->to(test_support::runtime().device());
     return parameter_shards(*model);
-  }
-  static std::vector<ShardedTensor> all(const AdamW& optimizer, const parallel::ProcessGroups& layout) {
-    std::vector<ParameterShard> trained;
-    for (const auto& slice : optimizer.slices()) trained.push_back(slice.shard);
-    auto result = sharded_tensors(trained, published, layout);
-    for (auto& moment : sharded_tensors(optimizer, published, layout)) result.push_back(std::move(moment));
-    return result;
   }
   void zero() {
     const at::NoGradGuard no_grad;
@@ -108,17 +105,16 @@ struct Training {
     }
   }
   /// What is in no segment: the rows of the vocabulary's padding.
-  double padding_sum() const {
+  double padding_sum(const std::vector<ShardedTensor>& parameters) const {
     double all_of_it = 0;
     double of_segments = 0;
     for (const auto& parameter : model->parameters()) all_of_it += parameter.detach().abs().sum().item<double>();
-    for (const auto& tensor : tensors) {
-      if (tensor.id.role == TensorRole::kParameter) of_segments += tensor.local.abs().sum().item<double>();
-    }
+    for (const auto& tensor : parameters) of_segments += tensor.local.abs().sum().item<double>();
     return all_of_it - of_segments;
   }
 
   Model model;
+  GradientBuffer gradients;
   AdamW optimizer;
   std::vector<ShardedTensor> tensors;
 };
@@ -229,24 +225,35 @@ class DamagedCheckpoint : public Checkpoint {
 
 }  // namespace
 
+// With the distributed optimizer each rank reads a part of each parameter and gathers the rest.
 TEST_F(Checkpoint, AnyLayoutReadsWhatAnyLayoutWrote) {
+  std::vector<std::pair<int, bool>> layouts;
+  for (const int tp : test_support::divisors_of_world()) {
+    for (const bool distributed_optimizer : {false, true}) layouts.emplace_back(tp, distributed_optimizer);
+  }
   int64_t step = 0;
-  for (const int saved_tp : test_support::divisors_of_world()) {
-    Training saved(groups(saved_tp));
+  for (const auto& [saved_tp, saved_distributed] : layouts) {
+    Training saved(groups(saved_tp), saved_distributed);
     ++step;
     fill(saved.tensors, step);
     save(step, saved.tensors);
-    for (const int tp : test_support::divisors_of_world()) {
-      Training loaded(groups(tp));
+    for (const auto& [tp, distributed] : layouts) {
+      SCOPED_TRACE(testing::Message() << "tp " << saved_tp << ", " << saved_distributed << " to " << tp << ", "
+                                      << distributed);
+      Training loaded(groups(tp), distributed);
       loaded.zero();
       const CheckpointReader reader(directory() / "latest");
       EXPECT_EQ(reader.step(), step);
       reader.load(loaded.tensors);
       for (const auto& tensor : loaded.tensors) {
-        EXPECT_TRUE(test_support::equal(tensor.local, values_of(tensor, step)))
-            << tensor.id.text() << ", tp " << saved_tp << " to " << tp;
+        EXPECT_TRUE(test_support::equal(tensor.local, values_of(tensor, step))) << tensor.id.text();
       }
-      EXPECT_EQ(loaded.padding_sum(), 0.0);
+      loaded.gradients.gather_parameters();
+      const auto parameters = sharded_tensors(parameter_shards(*loaded.model), published, groups(tp));
+      for (const auto& tensor : parameters) {
+        EXPECT_TRUE(test_support::equal(tensor.local, values_of(tensor, step))) << tensor.id.text();
+      }
+      EXPECT_EQ(loaded.padding_sum(parameters), 0.0);
     }
   }
 }

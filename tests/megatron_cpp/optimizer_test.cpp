@@ -6,15 +6,18 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "megatron_cpp/optimizer/adamw.h"
+#include "megatron_cpp/optimizer/flat_layout.h"
 #include "megatron_cpp/optimizer/gradient_buffer.h"
 #include "megatron_cpp/parameters/parameter_shard.h"
 #include "megatron_cpp/tensor_parallel/column_parallel_linear.h"
 #include "megatron_cpp/training/trainer.h"
+#include "parallel/collectives.h"
 #include "tests/support/errors.h"
 #include "tests/support/operator_watch.h"
 #include "tests/support/test_world.h"
@@ -239,6 +242,192 @@ TEST(GradientBuffer, TakesFloat64) {
   EXPECT_NEAR(buffer.norm(), std::sqrt(7.0) * 1e30, 1e18);  // no float32 holds its square
 }
 
+// ---- distributed optimizer ----
+
+TEST(FlatLayout, GivesEachRankAnEqualSlice) {
+  const FlatLayout layout({5, 0, 1000, 3}, 3);
+  EXPECT_EQ(layout.parameters, (std::vector<parallel::Range>{{0, 5}, {16, 16}, {16, 1016}, {1024, 1027}}));
+  EXPECT_EQ(layout.numel, 1040);
+  EXPECT_EQ(layout.slice_numel, 384);  // 1040 / 3, to a multiple of 64
+  EXPECT_EQ(layout.elements_of(2, 0), (parallel::Range{0, 368}));
+  EXPECT_EQ(layout.elements_of(2, 1), (parallel::Range{368, 752}));
+  EXPECT_EQ(layout.elements_of(2, 2), (parallel::Range{752, 1000}));
+  EXPECT_EQ(layout.elements_of(3, 2), (parallel::Range{0, 3}));
+  EXPECT_EQ(layout.elements_of(3, 0).length(), 0);
+  EXPECT_EQ(FlatLayout({5}, 1).numel, 16);
+  EXPECT_EQ(FlatLayout({}, 4).numel_of_slices(), 0);
+}
+
+TEST(FlatLayout, EveryElementIsInOneSlice) {
+  for (const int ranks : {1, 2, 3, 4, 7, 64}) {
+    SCOPED_TRACE(testing::Message() << ranks << " ranks");
+    const std::vector<int64_t> numels{1, 63, 64, 65, 0, 4097, 13};
+    const FlatLayout layout(numels, ranks);
+    EXPECT_GE(layout.numel_of_slices(), layout.numel);
+    EXPECT_LT(layout.numel_of_slices(), layout.numel + ranks * FlatLayout::kSliceMultiple);
+    EXPECT_EQ(layout.slice_numel, FlatLayout::slice_numel_of(layout.numel, ranks));
+    int64_t place = 0;
+    for (size_t i = 0; i < numels.size(); ++i) {
+      EXPECT_EQ(layout.parameters[i], (parallel::Range{place, place + numels[i]}));
+      place += FlatLayout::padded_numel(numels[i]);
+      int64_t next = 0;
+      for (int rank = 0; rank < ranks; ++rank) {
+        const auto elements = layout.elements_of(i, rank);
+        if (elements.length() == 0) continue;
+        EXPECT_EQ(elements.begin, next);
+        EXPECT_EQ(elements.begin % FlatLayout::kParameterMultiple, 0);
+        next = elements.end;
+        const int64_t first = layout.parameters[i].begin + elements.begin;
+        EXPECT_GE(first, layout.slice(rank).begin);
+        EXPECT_LE(first + elements.length(), layout.slice(rank).end);
+      }
+      EXPECT_EQ(next, numels[i]);
+    }
+  }
+}
+
+namespace {
+
+TrainerOptions trainer_options(double clip) {
+  TrainerOptions options;
+  options.learning_rate = {.peak = 0.1, .floor = 0.01, .warmup_steps = 2, .total_steps = 4};
+  options.clip_grad_norm = clip;
+  return options;
+}
+
+/// Parameters of all domains with odd sizes; one is large enough for several slices and blocks of the norm, one is
+/// frozen, and no loss uses "unused".
+struct OddParameters {
+  OddParameters(const parallel::ProcessGroups& layout, at::ScalarType dtype) {
+    const auto add = [&](const char* name, at::IntArrayRef shape, GradientDomain domain, bool decays) {
+      auto tensor = parameter(shape, dtype);
+      auto segment = ParameterSegment::rows(name, shape.vec(), 0, 0, 0, shape[0]);
+      shards.push_back({name, tensor, domain, {std::move(segment)}, InitialValue::normal(0.5), decays});
+    };
+    add("bias", {7}, GradientDomain::kSharded, false);
+    add("weight", {3, kNormBlock / 2 + 5}, GradientDomain::kSharded, true);
+    add("norm", {131}, GradientDomain::kReplicated, false);
+    add("empty", {0, 4}, GradientDomain::kReplicated, true);
+    add("frozen", {9}, GradientDomain::kReplicated, true);
+    add("unused", {301}, GradientDomain::kReplicated, true);
+    add("q_norm", {65}, GradientDomain::kReplicatedPartial, false);
+    add("tower", {31, 29}, GradientDomain::kReplicatedPartial, true);
+    add("expert", {3, 5, 61}, GradientDomain::kExpert, true);
+    shards[4].parameter.requires_grad_(false);
+    int64_t seed = 0;
+    for (const auto& shard : shards) {
+      const bool is_replicated = shard.domain == GradientDomain::kReplicated;
+      const auto rank = is_replicated ? layout.dp->getRank() : layout.world->getRank();
+      const auto generator = at::detail::createCPUGenerator(static_cast<uint64_t>(10 * ++seed + rank));
+      factors.push_back(on_device(at::randn(shard.parameter.sizes(), generator).to(dtype)));
+    }
+  }
+
+  /// Gradients that no sum adds up exactly.
+  at::Tensor loss_sum(int64_t step, int64_t micro_batch) const {
+    auto sum = on_device(at::zeros({}));
+    for (size_t i = 0; i < shards.size(); ++i) {
+      if (!shards[i].parameter.requires_grad() || shards[i].name == "unused") continue;
+      sum = sum + (shards[i].parameter * factors[i]).to(at::kFloat).sum();
+    }
+    return sum * (1.0 + 0.3 * std::sin(static_cast<double>(2 * step + micro_batch)));
+  }
+
+  std::vector<ParameterShard> shards;
+  std::vector<at::Tensor> factors;  ///< of this rank
+};
+
+/// Layouts of the world, of experts too.
+std::vector<parallel::RankGrid> grids() {
+  const int size = runtime().size();
+  std::vector<parallel::RankGrid> result;
+  for (const int tp : divisors_of_world()) {
+    for (const int etp : divisors_of_world()) {
+      for (const int ep : divisors_of_world()) {
+        if (ep * etp == size || (etp == tp && size % (ep * etp) == 0)) {
+          result.push_back({.tp = tp, .dp = size / tp, .ep = ep, .etp = etp});
+        }
+      }
+    }
+  }
+  return result;
+}
+
+}  // namespace
+
+TEST(DistributedOptimizer, DoesWhatEveryReplicaWouldDo) {
+  struct Precision {
+    at::ScalarType parameters;
+    at::ScalarType gradients;
+    at::ScalarType moments;
+    int64_t steps;
+  };
+  for (const auto& grid : grids()) {
+    for (const auto& dtypes : {Precision{at::kFloat, at::kFloat, at::kFloat, 20},
+                               Precision{at::kBFloat16, at::kFloat, at::kFloat, 5},
+                               Precision{at::kBFloat16, at::kBFloat16, at::kBFloat16, 5}}) {
+      SCOPED_TRACE(testing::Message() << grid.text() << ", " << dtypes.parameters << " " << dtypes.gradients);
+      const auto& layout = test_support::groups(grid);
+      const auto make = [&](const OddParameters& model, bool distributed_optimizer) {
+        auto options = trainer_options(0.5);
+        options.adamw.exp_avg = options.adamw.exp_avg_sq = dtypes.moments;
+        options.gradients = {dtypes.gradients, distributed_optimizer};
+        auto trainer = std::make_unique<Trainer>(model.shards, layout, options);
+        trainer->optimizer().fill_parameters(model.shards,
+                                             [](const ParameterShard& shard) { initialize_parameters({shard}, 5); });
+        return trainer;
+      };
+      const OddParameters plain_model(layout, dtypes.parameters);
+      const OddParameters model(layout, dtypes.parameters);
+      const auto plain = make(plain_model, false);
+      const auto trainer = make(model, true);
+      const bool may_have_none = layout.dp->getRank() > 0;
+      for (int64_t step = 0; step < dtypes.steps; ++step) {
+        const int64_t micro_batches = step % 3 == 1 && may_have_none ? 0 : 2;
+        const auto expected = plain->step([&](int64_t i) { return plain_model.loss_sum(step, i); }, micro_batches, 16);
+        const auto result = trainer->step([&](int64_t i) { return model.loss_sum(step, i); }, micro_batches, 16);
+        ASSERT_EQ(result.loss, expected.loss) << step;
+        ASSERT_EQ(result.grad_norm, expected.grad_norm) << step;
+        EXPECT_GT(result.grad_norm, 0.5);
+      }
+      for (size_t i = 0; i < model.shards.size(); ++i) {
+        EXPECT_TRUE(test_support::equal(model.shards[i].parameter, plain_model.shards[i].parameter))
+            << model.shards[i].name;
+      }
+      const auto& slices = trainer->optimizer().slices();
+      ASSERT_EQ(slices.size(), model.shards.size() - 1);
+      for (size_t i = 0; i < slices.size(); ++i) {
+        const auto& [begin, end] = slices[i].elements;
+        const auto& whole = plain->optimizer().slices()[i];
+        ASSERT_EQ(slices[i].shard.name, whole.shard.name);
+        EXPECT_TRUE(test_support::equal(slices[i].main, whole.main.slice(0, begin, end))) << whole.shard.name;
+        EXPECT_TRUE(test_support::equal(slices[i].exp_avg, whole.exp_avg.slice(0, begin, end))) << whole.shard.name;
+        EXPECT_TRUE(test_support::equal(slices[i].exp_avg_sq, whole.exp_avg_sq.slice(0, begin, end)));
+        EXPECT_EQ(slices[i].exp_avg.numel(), end - begin);
+        // Each element has its moments once.
+        const auto& group = layout.of(whole.shard.domain.summed_over);
+        const auto held = parallel::all_reduce(at::full({1}, end - begin, at::kLong), group).item<int64_t>();
+        EXPECT_EQ(held, whole.elements.end) << whole.shard.name;
+      }
+    }
+  }
+}
+
+// More than one all-gather takes.
+TEST(DistributedOptimizer, GathersLargeParameters) {
+  const auto& layout = groups(1);
+  const auto large = parameter({(1 << 24) + 77}, at::kBFloat16);
+  GradientBuffer buffer({shard_of("large", large, GradientDomain::kReplicated)}, layout,
+                        {.low_precision_gradients = at::kBFloat16, .distributed_optimizer = true});
+  const auto expected = on_device(at::arange(large.numel()).remainder(251).to(at::kBFloat16));
+  for (const auto& slice : buffer.slices({.exp_avg = at::kBFloat16, .exp_avg_sq = at::kBFloat16})) {
+    const auto& [begin, end] = slice.elements;
+    large.detach().slice(0, begin, end).copy_(expected.slice(0, begin, end));
+  }
+  buffer.gather_parameters();
+  EXPECT_TRUE(test_support::equal(large.detach(), expected));
+}
+
 // ---- Trainer ----
 
 namespace {
@@ -269,13 +458,6 @@ StepResult step(Trainer& trainer, const Regression& model, const parallel::Proce
   const int64_t begin = own * group.dp->getRank();
   const int64_t count = own / num_micro_batches;
   return trainer.step([&](int64_t i) { return model.loss_sum(begin + i * count, count); }, num_micro_batches, kTokens);
-}
-
-TrainerOptions trainer_options(double clip) {
-  TrainerOptions options;
-  options.learning_rate = {.peak = 0.1, .floor = 0.01, .warmup_steps = 2, .total_steps = 4};
-  options.clip_grad_norm = clip;
-  return options;
 }
 
 /// This rank alone.
@@ -401,18 +583,22 @@ TEST(Trainer, ReadsNothingBackButLossAndNormTogether) {
 
 TEST(Trainer, LossesThatAreNotFiniteChangeNothing) {
   for (const int tp : divisors_of_world()) {
-    for (const double factor : {std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN()}) {
-      SCOPED_TRACE(testing::Message() << "tensor " << tp << ", " << factor);
+    for (const auto& [factor, distributed_optimizer] : {std::pair{std::numeric_limits<double>::infinity(), false},
+                                                        {std::numeric_limits<double>::quiet_NaN(), false},
+                                                        {std::numeric_limits<double>::quiet_NaN(), true}}) {
+      SCOPED_TRACE(testing::Message() << "tensor " << tp << ", " << factor << " " << distributed_optimizer);
       const auto& group = groups(tp);
       const Regression model;
-      Trainer trainer(model.shards(), group, trainer_options(1.0));
+      auto options = trainer_options(1.0);
+      options.gradients.distributed_optimizer = distributed_optimizer;
+      Trainer trainer(model.shards(), group, options);
       step(trainer, model, group, 1);
       const auto weight = model.weight.detach().clone();
       const auto exp_avg = trainer.optimizer().slices()[0].exp_avg.clone();
       // On the last replica only; the error is everybody's.
-      const bool broken = group.dp->getRank() == group.dp->getSize() - 1;
+      const double scale = group.dp->getRank() == group.dp->getSize() - 1 ? factor : 1.0;
       const auto text = value_error([&] {
-        trainer.step([&](int64_t /*i*/) { return model.loss_sum(0, 1) * (broken ? factor : 1.0); }, 1, kTokens);
+        trainer.step([&](int64_t /*i*/) { return model.loss_sum(0, 1) * scale; }, 1, kTokens);
       });
       EXPECT_TRUE(contains(text, "step 2: loss "));
       EXPECT_TRUE(contains(text, "are not all finite"));

@@ -106,7 +106,7 @@ Measured measure(const RunConfig& config, const Plan& plan, parallel::ProcessGro
       measured.whole_elements += elements * (over.empty() ? 1 : groups.of(over)->getSize());
     }
     TrainerOptions options{.adamw = config.training, .learning_rate = learning_rate_schedule(config)};
-    options.gradients.low_precision_gradients = config.training.main_gradients;
+    options.gradients = {config.training.main_gradients, config.training.distributed_optimizer};
     options.auxiliary_losses = model_settings.auxiliary_losses();
     const auto moe_layers = model->language_model->decoder->moe_layers();
     if (!moe_layers.empty()) options.expert_balance = std::make_shared<ExpertBalance>(moe_layers, groups);
@@ -165,6 +165,7 @@ Overrides with(Overrides overrides, const Overrides& more) {
 }
 
 const Overrides kBfloat16 = {"training.precision=bfloat16"};
+const Overrides kZero1 = {"training.precision=bfloat16", "training.distributed_optimizer=true"};
 
 void expect_a_real_steps_parameters_and_bytes(const std::vector<Overrides>& variants) {
   for (const int tp : divisors_of_world()) {
@@ -194,7 +195,9 @@ TEST(Plan, ParametersAndBytesAreThoseOfARealStep) {
        {"model.mtp_num_layers=2", "model.mtp_loss_scaling_factor=0.3"},
        {"model.mtp_num_layers=1", "model.mtp_loss_scaling_factor=0.3", "parallel.sequence_parallel=false"},
        kBfloat16,
-       with(kBfloat16, {"training.main_gradients=bfloat16", "parallel.projector_sharding=column"})});
+       with(kBfloat16, {"training.main_gradients=bfloat16", "parallel.projector_sharding=column"}),
+       {"training.distributed_optimizer=true"},
+       with(kBfloat16, {"training.distributed_optimizer=true", "vision.freeze=true"})});
 }
 
 /// Heads for four ranks; few packs, since every rank runs the tower on all pictures.
@@ -232,6 +235,7 @@ TEST(Plan, BytesOfExpertsAreThoseOfARealStep) {
         const auto& groups = test_support::groups(parallel::RankGrid{.tp = tp, .dp = size / tp, .ep = 1, .etp = etp});
         auto overrides = with(kExperts, {c10::str("etp=", etp), "parallel.sequence_parallel=" + sequence_parallel});
         if (sequence_parallel == "true") overrides = with(overrides, kAuxiliaryLosses);
+        overrides.push_back("training.distributed_optimizer=" + sequence_parallel);
         const auto [plan, measured] = plan_and_measure(overrides, groups);
         EXPECT_EQ(bytes_of(plan), measured.bytes);
         EXPECT_EQ(local_elements(plan.tensors), measured.local_elements);
@@ -320,6 +324,7 @@ TEST(Plan, MemoryIsThePeakOfLiveTensors) {
       {"model.ffn_hidden_size=1024"},
       {"model.num_layers=1", "vision.layers=6", "vision.mlp_width=512"},
       {"vision.freeze=true"},
+      {"training.distributed_optimizer=true"},
       kSplitTower,
       with(kSplitTower, {"parallel.projector_sharding=column"}),
       with(kSplitTower, {"model.num_layers=1", "vision.layers=6", "vision.mlp_width=512"}),
@@ -342,6 +347,8 @@ TEST(Plan, MemoryInBfloat16IsThePeakOfLiveTensors) {
       {},
       {"model.ffn_hidden_size=1024", "parallel.sequence_parallel=false"},
       {"training.main_gradients=bfloat16", "training.exp_avg=bfloat16", "training.exp_avg_sq=bfloat16"},
+      {"training.distributed_optimizer=true"},
+      with(kExperts, {"training.distributed_optimizer=true"}),
       kExperts};
   for (const int tp : divisors_of_world()) {
     for (const auto& variant : variants) {
@@ -463,8 +470,13 @@ TEST(Plan, HasTheReleasedModelsNumbers) {
   EXPECT_NEAR(static_cast<double>(elements_of(plan, "vision tower")), 1.95e9, 0.01e9);
   EXPECT_NEAR(static_cast<double>(elements_of(plan, "MTP layers")), 2.4e9, 0.05e9);
   EXPECT_NEAR(static_cast<double>(whole_elements(plan.tensors)), (190.3 + 6.7 + 2.4 + 1.95) * 1e9, 0.1e9);
-  EXPECT_NEAR(static_cast<double>(plan.bytes_with_zero1()), 75e9, 1e9);
-  EXPECT_NEAR(static_cast<double>(make_plan(released({"ep=32", "etp=1"}), 64).bytes_with_zero1()), 92e9, 1e9);
+  // 18 bytes a parameter, 12 of them divided over the ranks that the gradient is summed over.
+  const auto training_state = [](const Overrides& overrides) {
+    const auto memory = make_plan(released(with(overrides, kZero1)), 64).memory;
+    return static_cast<double>(memory.weights + memory.gradients + memory.optimizer);
+  };
+  EXPECT_NEAR(training_state({}), 75e9, 1e9);
+  EXPECT_NEAR(training_state({"ep=32", "etp=1"}), 92e9, 1e9);
   EXPECT_EQ(plan.memory.weights, 4 * local_elements(plan.tensors));
   EXPECT_EQ(plan.memory.optimizer, 2 * plan.memory.weights);
 }
