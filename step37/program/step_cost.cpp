@@ -296,17 +296,24 @@ struct Bucket {
   int64_t slice() const { return numel / ranks; }
 };
 
+/// The kind of a parameter's bucket: edp's groups are those of dp or tp_dp if these have the same ranks. (With dp 1
+/// they are those of tp then, which no gradient is summed over otherwise.)
+std::string_view kind_of_bucket(std::string_view summed_over, const parallel::RankGrid& grid) {
+  if (summed_over != "edp") return summed_over;
+  if (grid.edp() == grid.dp) return "dp";
+  return grid.edp() == grid.tp * grid.dp && grid.dp > 1 ? "tp_dp" : "edp";
+}
+
 std::vector<Bucket> buckets_of(const std::vector<TensorGroup>& tensors, const parallel::RankGrid& grid,
                                const StepShape& shape) {
   std::vector<Bucket> buckets;
   for (const auto& tensor : tensors) {
     if (!tensor.trained) continue;
-    const int64_t ranks = extent_of(tensor.summed_over, grid).size;
-    // Groups of as many ranks are the same one.
-    auto bucket = std::find_if(buckets.begin(), buckets.end(), [&](const auto& one) { return one.ranks == ranks; });
+    const auto group = kind_of_bucket(tensor.summed_over, grid);
+    auto bucket = std::find_if(buckets.begin(), buckets.end(), [&](const auto& one) { return one.group == group; });
     if (bucket == buckets.end()) {
-      const bool is_divided = shape.distributed_optimizer && ranks > 1;
-      bucket = buckets.insert(bucket, {tensor.summed_over, ranks, is_divided});
+      const int64_t ranks = extent_of(group, grid).size;
+      bucket = buckets.insert(bucket, {group, ranks, shape.distributed_optimizer && ranks > 1});
     }
     bucket->own += tensor.count * tensor.local;
     bucket->numel += tensor.count * FlatLayout::padded_numel(tensor.local);

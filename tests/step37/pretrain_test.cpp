@@ -461,6 +461,31 @@ TEST_F(Pretrain, TrainsInBfloat16) {
   expect_near_float32("narrower");
 }
 
+TEST_F(Pretrain, DividesTheOptimizerOverReplicas) {
+  const int world = runtime().size();
+  const Overrides four_steps =
+      with(kExperts, {"training.steps=4", "checkpoint.interval=2", "report.pictures=0", "training.clip_grad_norm=0.1"});
+  const std::string divided = "training.distributed_optimizer=true";
+  for (const auto& [tp, precision] : {std::pair{1, "float32"}, {std::max(1, world / 2), "bfloat16"}}) {
+    SCOPED_TRACE(testing::Message() << "tp " << tp << ", " << precision);
+    const std::string name = precision;
+    const auto plain = with(four_steps, {"training.precision=" + name});
+    pretrain("plain-" + name, tp, plain);
+    pretrain("divided-" + name, tp, with(plain, {divided}));
+    expect_same_run(files("divided-" + name), files("plain-" + name), rounding());
+    // On from a checkpoint of either kind.
+    copy_state("divided-" + name, "again-" + name, 2);
+    pretrain("again-" + name, tp, with(plain, {divided}));
+    expect_same_run(files("again-" + name), files("plain-" + name), rounding());
+    copy_state("divided-" + name, "joined-" + name, 2);
+    pretrain("joined-" + name, tp, plain);
+    expect_same_run(files("joined-" + name), files("plain-" + name), rounding());
+  }
+  copy_state("plain-float32", "other-layout", 2);
+  pretrain("other-layout", world, with(four_steps, {divided}));
+  expect_same_run(files("other-layout"), files("plain-float32"), 1e-4);
+}
+
 TEST_F(Pretrain, ScalesTheLearningRateByName) {
   const int tp = runtime().size();
   pretrain("run", tp,
