@@ -14,8 +14,8 @@ namespace megatron_cpp {
 struct FlatLayout {
   /// Parameters begin at multiples of so many elements. What a slice holds of one then begins at a multiple of a vector
   /// register in it, too: the optimizer's kernel on CPUs rounds the elements behind the last whole register in another
-  /// way, and these are the same ones as without slices. On a GPU it loads 16 bytes at a time if all begins at multiples
-  /// of 16 bytes, and element by element otherwise.
+  /// way, and these are the same ones as without slices. On a GPU it loads 16 bytes at a time if all begins at
+  /// multiples of 16 bytes, and element by element otherwise.
   static constexpr int64_t kParameterMultiple = 16;
   /// The length of a slice is a multiple of so many elements: 128 bytes even in bfloat16, as NCCL likes it.
   static constexpr int64_t kSliceMultiple = 64;

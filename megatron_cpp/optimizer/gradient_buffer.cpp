@@ -264,7 +264,8 @@ void GradientBuffer::gather_parameters() {
                  values.narrow(0, from - first, to - from));
         }
       };
-      for_each_part(bucket.group->getRank(), own, [](const auto& parameter, const auto& value) { value.copy_(parameter); });
+      for_each_part(bucket.group->getRank(), own,
+                    [](const auto& parameter, const auto& value) { value.copy_(parameter); });
       const auto all = parallel::all_gather(own.narrow(0, 0, length), bucket.group);
       for (int rank = 0; rank < layout.num_slices; ++rank) {
         if (rank == bucket.group->getRank()) continue;

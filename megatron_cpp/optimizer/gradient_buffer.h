@@ -83,11 +83,11 @@ class GradientBuffer {
   struct Bucket {
     at::ScalarType dtype = at::kFloat;            ///< of the gradients
     at::ScalarType parameter_dtype = at::kFloat;  ///< of the parameters
-    parallel::GroupPtr group;             ///< that its gradients are summed over
-    std::vector<ParameterShard> members;  ///< in the order of `layout`
-    FlatLayout layout{{}, 1};             ///< of `members`
-    bool is_divided = false;       ///< whether each rank of `group` updates its own slice only
-    at::Tensor gradients;          ///< flat, with padding, which is always 0
+    parallel::GroupPtr group;                     ///< that its gradients are summed over
+    std::vector<ParameterShard> members;          ///< in the order of `layout`
+    FlatLayout layout{{}, 1};                     ///< of `members`
+    bool is_divided = false;                      ///< whether each rank of `group` updates its own slice only
+    at::Tensor gradients;                         ///< flat, with padding, which is always 0
     std::vector<at::Tensor> norm;  ///< views of what squared_norm() sums on this rank, without empty ones
     at::Tensor norm_places;        ///< for each of their blocks its index in [slices, classes, norm_columns]
     int64_t norm_columns = 0;      ///< blocks of a slice and class, at most

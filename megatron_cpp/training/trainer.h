@@ -68,10 +68,10 @@ class Trainer {
   /// @param loss_sum           for micro-batch i of this data-parallel rank, in [0, num_micro_batches).
   /// @param num_loss_tokens    of the global batch; equal on every rank.
   /// Comm: that of loss_sum, of GradientBuffer::reduce, norm and gather_parameters, and of ExpertBalance::reduce; 1
-  /// all-reduce of the losses over dp. Collective over tp and dp. Waits for a GPU once, to read all numbers together. Throws
-  /// c10::ValueError, on every rank alike, if there is no loss token, or a loss or the gradient is not finite (naming
-  /// the step and all; the parameters are left as they were), or a micro-batch has not as many auxiliary losses as have
-  /// names.
+  /// all-reduce of the losses over dp. Collective over tp and dp. Waits for a GPU once, to read all numbers together.
+  /// Throws c10::ValueError, on every rank alike, if there is no loss token, or a loss or the gradient is not finite
+  /// (naming the step and all; the parameters are left as they were), or a micro-batch has not as many auxiliary losses
+  /// as have names.
   StepResult step(const std::function<LossSum(int64_t)>& loss_sum, int64_t num_micro_batches, int64_t num_loss_tokens);
 
   /// Completes the parameters after a checkpoint was loaded into the optimizer's slices. Comm: that of

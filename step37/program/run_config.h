@@ -140,7 +140,7 @@ struct TrainingSection : AdamWOptions {
   /// float32, or bfloat16: parameters, activations and what is sent of them; the optimizer updates float32 copies.
   at::ScalarType precision = at::kFloat;
   at::ScalarType main_gradients =
-      at::kFloat;  ///< what gradients of bfloat16 parameters are added up in: float32 or bfloat16
+      at::kFloat;                      ///< what gradients of bfloat16 parameters are added up in: float32 or bfloat16
   bool distributed_optimizer = false;  ///< GradientBufferOptions::distributed_optimizer
   Recompute recompute;                 ///< changes no bit of the results
 };

@@ -596,8 +596,7 @@ MemoryBytes step_memory(const Step37Config& config, const parallel::RankGrid& gr
   const int64_t tower_temporary = patches * 2 * (mlp_width + config.vision.width) * n.e;
   const int64_t peak =
       std::max({logits, of_layers, tower_temporary + tower.recomputed + tower.kept - memory.activations});
-  memory.buffers =
-      std::max(pixels + peak + n.S * 4 * kInt64, optimizer_temporary(buckets, each) - memory.activations);
+  memory.buffers = std::max(pixels + peak + n.S * 4 * kInt64, optimizer_temporary(buckets, each) - memory.activations);
   return memory;
 }
 

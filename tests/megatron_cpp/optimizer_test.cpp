@@ -363,9 +363,9 @@ TEST(DistributedOptimizer, DoesWhatEveryReplicaWouldDo) {
     int64_t steps;
   };
   for (const auto& grid : grids()) {
-    for (const auto& dtypes : {Precision{at::kFloat, at::kFloat, at::kFloat, 20},
-                               Precision{at::kBFloat16, at::kFloat, at::kFloat, 5},
-                               Precision{at::kBFloat16, at::kBFloat16, at::kBFloat16, 5}}) {
+    for (const auto& dtypes :
+         {Precision{at::kFloat, at::kFloat, at::kFloat, 20}, Precision{at::kBFloat16, at::kFloat, at::kFloat, 5},
+          Precision{at::kBFloat16, at::kBFloat16, at::kBFloat16, 5}}) {
       SCOPED_TRACE(testing::Message() << grid.text() << ", " << dtypes.parameters << " " << dtypes.gradients);
       const auto& layout = test_support::groups(grid);
       const auto make = [&](const OddParameters& model, bool distributed_optimizer) {
@@ -597,9 +597,8 @@ TEST(Trainer, LossesThatAreNotFiniteChangeNothing) {
       const auto exp_avg = trainer.optimizer().slices()[0].exp_avg.clone();
       // On the last replica only; the error is everybody's.
       const double scale = group.dp->getRank() == group.dp->getSize() - 1 ? factor : 1.0;
-      const auto text = value_error([&] {
-        trainer.step([&](int64_t /*i*/) { return model.loss_sum(0, 1) * scale; }, 1, kTokens);
-      });
+      const auto text =
+          value_error([&] { trainer.step([&](int64_t /*i*/) { return model.loss_sum(0, 1) * scale; }, 1, kTokens); });
       EXPECT_TRUE(contains(text, "step 2: loss "));
       EXPECT_TRUE(contains(text, "are not all finite"));
       EXPECT_TRUE(test_support::equal(model.weight, weight));
