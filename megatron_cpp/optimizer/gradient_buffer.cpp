@@ -208,7 +208,7 @@ at::Tensor GradientBuffer::squared_norm() const {
   for (const auto& bucket : buckets_) squares = squares + squares_of(bucket);
   auto own = squares.narrow(0, kOverTp, 1);
   if (groups_.tp->getRank() == 0) own = own + squares.narrow(0, kOnce, 1);
-  const auto sum = parallel::all_reduce(own, groups_.tp);
+  auto sum = parallel::all_reduce(own, groups_.tp);
   const bool has_experts = std::any_of(parameters_.begin(), parameters_.end(),
                                        [](const auto& shard) { return norm_class(shard) == kOverExperts; });
   if (!has_experts) return sum;

@@ -62,7 +62,7 @@ struct RecomputeFunction : torch::autograd::Function<RecomputeFunction> {
     }
     variable_list outputs;
     {
-      const torch::AutoGradMode with_gradients(true);
+      const c10::AutoGradMode with_gradients(true);
       outputs = recomputation.body(at::TensorList(tensors).slice(0, recomputation.num_inputs).vec());
     }
     TORCH_CHECK(outputs.size() == gradients.size(), "recompute: the body gave ", gradients.size(), " tensors, then ",
