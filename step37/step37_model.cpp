@@ -159,7 +159,8 @@ LossSum Step37ModelImpl::loss_sum(const Step37Batch& batch, ExpertBalance* exper
   const bool adds_mtp = trains && config_.trains_mtp();
   const auto decoder_input = embed(batch);
   const auto& mask = batch.padding_mask;
-  RouterStatistics statistics(mask.defined() ? megatron_cpp::internal::to_device(mask, decoder_input.device()) : mask);
+  RouterStatistics statistics(counts && mask.defined() ? megatron_cpp::internal::to_device(mask, decoder_input.device())
+                                                       : at::Tensor());
   at::Tensor mtp_input;
   CrossEntropyOptions options;
   options.vocabulary_size = config_.text.vocabulary_size;

@@ -2,9 +2,9 @@
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 
 #include <memory>
-#include <string>
 
 #include "megatron_cpp/tensor_parallel/rows.h"
 #include "megatron_cpp/tensor_parallel/vocab_parallel_cross_entropy.h"
@@ -84,7 +84,7 @@ MultiTokenPredictionBlockImpl::MultiTokenPredictionBlockImpl(const TransformerCo
   const auto by_number = register_module("layers", std::make_shared<torch::nn::Module>());
   for (int64_t number = 0; number < static_cast<int64_t>(config.mtp_layers.size()); ++number) {
     layers.emplace_back(config, number, execution, groups);
-    by_number->register_module(std::to_string(config.num_layers() + number), layers.back());
+    by_number->register_module(fmt::to_string(config.num_layers() + number), layers.back());
     rotaries_.push_back(layers.back()->transformer_layer->self_attention->rotary());
   }
 }

@@ -547,7 +547,7 @@ MemoryBytes step_memory(const Step37Config& config, const parallel::RankGrid& gr
   const int64_t of_optimizer = each.main + each.exp_avg + each.exp_avg_sq;
   MemoryBytes memory;
   for (const auto& tensor : tensors) {
-    memory.weights += tensor.count * tensor.local * shape.element_bytes.parameter;
+    memory.weights += tensor.count * tensor.local * each.parameter;
   }
   const auto buckets = buckets_of(tensors, grid, shape);
   for (const auto& bucket : buckets) {

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 #include <torch/nn/module.h>
 
 #include <cmath>
@@ -265,7 +266,7 @@ VisionTowerImpl::VisionTowerImpl(const VisionConfig& config, GradientDomain doma
   const auto transformer = register_module("transformer", std::make_shared<torch::nn::Module>());
   const auto resblocks = transformer->register_module("resblocks", std::make_shared<torch::nn::Module>());
   for (int64_t layer = 0; layer < config.layers; ++layer) {
-    blocks_.push_back(resblocks->register_module(std::to_string(layer), std::make_shared<Block>(config, split_over_)));
+    blocks_.push_back(resblocks->register_module(fmt::to_string(layer), std::make_shared<Block>(config, split_over_)));
   }
   vit_downsampler1_ = affine("vit_downsampler1", {2 * width, width, 3, 3});
   vit_downsampler2_ = affine("vit_downsampler2", {config.output_dim(), 2 * width, 3, 3});
