@@ -29,7 +29,6 @@ using parallel::RankGrid;
 using namespace test_support;
 using namespace transformer_fixture;
 
-constexpr double kExact = 1e-11;  // of the largest element; float64 sums in another order
 constexpr int64_t kHidden = 12;
 constexpr int64_t kBatch = 2;
 

@@ -31,7 +31,6 @@ using parallel::Range;
 using namespace test_support;
 using namespace transformer_fixture;
 
-constexpr double kExact = 1e-11;  // of the largest element; float64 sums in another order
 constexpr int64_t kVocabulary = 37;
 constexpr int64_t kSequence = 16;
 constexpr double kScale = 0.3;  // of multi-token prediction's loss
@@ -40,14 +39,7 @@ constexpr double kScale = 0.3;  // of multi-token prediction's loss
 TransformerConfig small_config(bool chain_after_norm) {
   const LayerConfig full{.num_attention_heads = 8, .rope_theta = 5e6, .partial_rotary_factor = 0.5};
   const LayerConfig sliding{.num_attention_heads = 12, .sliding_window = 3, .swiglu_limit = 0.3};
-  TransformerConfig config;
-  config.vocabulary_size = kVocabulary;
-  config.hidden_size = 24;
-  config.head_dim = 8;
-  config.num_query_groups = 4;
-  config.ffn_hidden_size = 20;
-  config.init_std = 0.3;
-  config.layers = {full, sliding};
+  auto config = small_decoder({full, sliding});
   config.mtp_layers = {sliding, full, sliding};
   config.mtp_chain_after_norm = chain_after_norm;
   return config;

@@ -153,14 +153,7 @@ TransformerConfig model_config() {
   moe.group_balance_loss_coeff = 0.3;
   moe.group_balance_groups = 4;
   moe.z_loss_coeff = 0.05;
-  TransformerConfig config;
-  config.vocabulary_size = 37;
-  config.hidden_size = 24;
-  config.head_dim = 8;
-  config.num_query_groups = 4;
-  config.ffn_hidden_size = 20;
-  config.init_std = 0.3;
-  config.layers = {full, sliding, full_experts};
+  auto config = small_decoder({full, sliding, full_experts});
   config.moe = moe;
   auto dense = sliding;
   dense.has_experts = false;

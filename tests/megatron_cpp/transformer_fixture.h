@@ -7,14 +7,31 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "megatron_cpp/parameters/parameter_shard.h"
+#include "megatron_cpp/transformer/transformer_config.h"
 #include "tests/support/test_world.h"
 
 namespace megatron_cpp::transformer_fixture {
 
 inline constexpr double kTolerance = 2e-5;  // of the largest element; float32 sums in another order
+
+inline constexpr double kExact = 1e-11;  // the same for float64 sums
+
+/// A decoder of these layers; sizes divisible by 1, 2 and 4, the vocabulary by none.
+inline TransformerConfig small_decoder(std::vector<LayerConfig> layers) {
+  TransformerConfig config;
+  config.vocabulary_size = 37;
+  config.hidden_size = 24;
+  config.head_dim = 8;
+  config.num_query_groups = 4;
+  config.ffn_hidden_size = 20;
+  config.init_std = 0.3;
+  config.layers = std::move(layers);
+  return config;
+}
 
 /// Remembers the largest relative difference of each test, for the test's XML.
 class TransformerTest : public testing::Test {

@@ -44,7 +44,7 @@ at::Tensor own_rows(const at::Tensor& whole, bool sequence_parallel, const Group
   return whole.narrow(0, rows.begin, rows.length());
 }
 
-/// Layers that differ in heads, window, rotary and clamp; all sizes divisible by 1, 2 and 4, the vocabulary by none.
+/// Layers that differ in heads, window, rotary and clamp.
 TransformerConfig small_config() {
   LayerConfig full;
   full.num_attention_heads = 8;
@@ -55,14 +55,7 @@ TransformerConfig small_config() {
   LayerConfig sliding;
   sliding.num_attention_heads = 12;
   sliding.sliding_window = 5;
-  TransformerConfig config;
-  config.vocabulary_size = 37;
-  config.hidden_size = 24;
-  config.head_dim = 8;
-  config.num_query_groups = 4;
-  config.ffn_hidden_size = 20;
-  config.init_std = 0.3;
-  config.layers = {full, sliding, full};
+  auto config = small_decoder({full, sliding, full});
   config.layers.back().swiglu_limit = 0.0;
   return config;
 }

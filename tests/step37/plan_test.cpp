@@ -18,6 +18,7 @@
 #include "megatron_cpp/training/trainer.h"
 #include "parallel/recording_backend.h"
 #include "parallel/rehearsal_backend.h"
+#include "tests/step37/small_run.h"
 #include "tests/support/environment.h"
 #include "tests/support/live_bytes.h"
 #include "tests/support/temporary_folder.h"
@@ -27,7 +28,8 @@ namespace megatron_cpp::step37 {
 namespace {
 
 using namespace test_support;
-using Overrides = std::vector<std::string>;
+using small_run::Overrides;
+using small_run::with;
 using Bytes = std::map<std::string, int64_t>;
 
 constexpr int64_t kImStart = 1;
@@ -158,11 +160,6 @@ std::string refusal(const std::function<void()>& body) {
 }
 
 }  // namespace
-
-Overrides with(Overrides overrides, const Overrides& more) {
-  overrides.insert(overrides.end(), more.begin(), more.end());
-  return overrides;
-}
 
 const Overrides kBfloat16 = {"training.precision=bfloat16"};
 const Overrides kZero1 = {"training.precision=bfloat16", "training.distributed_optimizer=true"};

@@ -86,10 +86,9 @@ class SmallRun : public testing::Test {
   step37::RunFiles files(const std::string& run) const { return {folder_.path() / run}; }
 
   Overrides overrides_of(const std::string& run, int tp, const Overrides& more) const {
-    Overrides overrides = {"run.directory=" + files(run).directory.string(), "data.directory=" + pictures().string(),
-                           "parallel.tp=" + std::to_string(tp)};
-    overrides.insert(overrides.end(), more.begin(), more.end());
-    return overrides;
+    return with({"run.directory=" + files(run).directory.string(), "data.directory=" + pictures().string(),
+                 "parallel.tp=" + std::to_string(tp)},
+                more);
   }
 
   test_support::SharedFolder folder_;

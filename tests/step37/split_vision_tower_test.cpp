@@ -13,6 +13,7 @@
 #include "parallel/collectives.h"
 #include "parallel/recording_backend.h"
 #include "step37/vision/vision_tower.h"
+#include "tests/step37/vision_tower_fixture.h"
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
 
@@ -35,14 +36,8 @@ VisionConfig small_config() {
           .layer_scale_init = 0.5};
 }
 
-/// In double, and with every parameter, biases and norms too, away from its constant; the same on every rank.
 VisionTower whole_tower() {
-  VisionTower tower(small_config(), GradientDomain::kReplicated);
-  initialize_parameters(parameter_shards(*tower), /*seed=*/7);
-  tower->to(at::kDouble);
-  at::manual_seed(11);
-  const at::NoGradGuard no_grad;
-  for (auto& item : tower->named_parameters()) item.value().add_(at::randn_like(item.value()), 0.1);
+  auto tower = vision_tower_fixture::tower_of(small_config(), GradientDomain::kReplicated);
   tower->to(device());
   return tower;
 }

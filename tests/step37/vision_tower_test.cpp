@@ -17,6 +17,7 @@
 #include "megatron_cpp/parameters/parameter_shard.h"
 #include "parallel/gpu.h"
 #include "step37/published_config.h"
+#include "tests/step37/vision_tower_fixture.h"
 #include "tests/support/environment.h"
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
@@ -74,16 +75,7 @@ VisionConfig small_config() {
   return config;
 }
 
-/// In double, and with every parameter, biases and norms too, away from its constant.
-VisionTower small_tower() {
-  VisionTower tower(small_config(), GradientDomain::kReplicatedPartial);
-  initialize_parameters(parameter_shards(*tower), /*seed=*/7);
-  tower->to(at::kDouble);
-  at::manual_seed(11);
-  const at::NoGradGuard no_grad;
-  for (auto& item : tower->named_parameters()) item.value().add_(at::randn_like(item.value()), 0.1);
-  return tower;
-}
+VisionTower small_tower() { return vision_tower_fixture::tower_of(small_config(), GradientDomain::kReplicatedPartial); }
 
 class GoldenVisionTower : public ::testing::TestWithParam<const char*> {};
 
