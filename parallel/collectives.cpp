@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <functional>
 #include <numeric>
+#include <string>
 #include <utility>
 
 #include "parallel/c10d_calls.h"
@@ -83,9 +84,18 @@ void check_has_dimension(const at::Tensor& input, const char* operation) {
   TORCH_CHECK_VALUE(input.dim() > 0, operation, ": a tensor without dimensions has no rows");
 }
 
-void check_contiguous(const at::Tensor& tensor) {
-  TORCH_CHECK_VALUE(tensor.is_contiguous(), "all_reduce_in_place needs a contiguous tensor, got strides ",
+void check_contiguous(const at::Tensor& tensor, const char* operation) {
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), operation, " in place needs a contiguous tensor, got strides ",
                     tensor.strides());
+}
+
+/// This rank's share of the rows of a contiguous tensor. A view.
+at::Tensor own_rows(const at::Tensor& tensor, const GroupPtr& group, const char* operation) {
+  check_contiguous(tensor, operation);
+  check_has_dimension(tensor, operation);
+  const int64_t rows =
+      even_shard_size(tensor.size(0), group->getSize(), std::string(operation) + ": number of rows", "group");
+  return tensor.detach().narrow(0, group->getRank() * rows, rows);
 }
 
 }  // namespace
@@ -107,7 +117,7 @@ at::Tensor all_reduce(const at::Tensor& input, const GroupPtr& group, Reduction 
 
 void all_reduce_in_place(at::Tensor& tensor, const GroupPtr& group, Reduction reduction) {
   if (group->getSize() == 1) return;
-  check_contiguous(tensor);
+  check_contiguous(tensor, "all_reduce");
   c10d::AllreduceOptions options;
   options.reduceOp = reduce_op(reduction);
   options.asyncOp = false;
@@ -117,7 +127,7 @@ void all_reduce_in_place(at::Tensor& tensor, const GroupPtr& group, Reduction re
 
 PendingTensor start_all_reduce_in_place(const at::Tensor& tensor, const GroupPtr& group) {
   if (group->getSize() == 1) return finished(tensor);
-  check_contiguous(tensor);
+  check_contiguous(tensor, "all_reduce");
   std::vector<at::Tensor> tensors{tensor};
   return pending("all_reduce", tensor, tensor, group, [&] { return group->allreduce(tensors); });
 }
@@ -133,7 +143,19 @@ PendingTensor start_all_gather(const at::Tensor& input, const GroupPtr& group) {
                  [&] { return all_gather_single(*group, output, contiguous); });
 }
 
+PendingTensor start_all_gather_in_place(const at::Tensor& tensor, const GroupPtr& group) {
+  if (group->getSize() == 1) return finished(tensor);
+  auto own = own_rows(tensor, group, "all_gather");
+  auto output = tensor;
+  return pending("all_gather", output, own, group, [&] { return all_gather_single(*group, output, own); });
+}
+
 at::Tensor all_gather(const at::Tensor& input, const GroupPtr& group) { return start_all_gather(input, group).wait(); }
+
+bool overlaps_computation(const GroupPtr& group, c10::DeviceType device) {
+  const auto name = group->getBackend(device)->getBackendName();
+  return name != "mpi" && name != "staged";
+}
 
 namespace {
 
@@ -187,6 +209,13 @@ PendingTensor start_reduce_scatter(const at::Tensor& input, const GroupPtr& grou
   auto output = at::empty(shape, contiguous.options());
   return pending("reduce_scatter", output, contiguous, group,
                  [&] { return reduce_scatter_single(*group, output, contiguous); });
+}
+
+PendingTensor start_reduce_scatter_in_place(const at::Tensor& tensor, const GroupPtr& group) {
+  if (group->getSize() == 1) return finished(tensor);
+  auto own = own_rows(tensor, group, "reduce_scatter");
+  auto input = tensor;
+  return pending("reduce_scatter", tensor, tensor, group, [&] { return reduce_scatter_single(*group, own, input); });
 }
 
 at::Tensor reduce_scatter(const at::Tensor& input, const GroupPtr& group) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/DeviceType.h>
 
 #include <functional>
 #include <vector>
@@ -51,6 +52,14 @@ at::Tensor all_gather_uneven(const at::Tensor& input, const std::vector<int64_t>
 /// Starts an all_gather.
 PendingTensor start_all_gather(const at::Tensor& input, const GroupPtr& group);
 
+/// Starts an all_gather of each rank's rows [r*R/t, (r+1)*R/t) of `tensor`, [R, ...] and contiguous, into `tensor`
+/// itself.
+PendingTensor start_all_gather_in_place(const at::Tensor& tensor, const GroupPtr& group);
+
+/// Whether a collective on tensors of this device that was started goes on while the calling thread computes: over NCCL
+/// and Gloo. The others have finished when the call that starts them returns. Not collective.
+bool overlaps_computation(const GroupPtr& group, c10::DeviceType device);
+
 /// [..., C] of each rank -> [..., t*C]. Sends (t-1)/t of the result.
 at::Tensor all_gather_last_dim(const at::Tensor& input, const GroupPtr& group);
 
@@ -65,6 +74,10 @@ at::Tensor reduce_scatter_uneven(const at::Tensor& input, const std::vector<int6
 
 /// Starts a reduce_scatter.
 PendingTensor start_reduce_scatter(const at::Tensor& input, const GroupPtr& group);
+
+/// Starts a reduce_scatter that leaves this rank's rows of the sum in its rows [r*R/t, (r+1)*R/t) of `tensor` itself,
+/// which must be contiguous: for buffers too large to hold twice. The result is `tensor`; its other rows are undefined.
+PendingTensor start_reduce_scatter_in_place(const at::Tensor& tensor, const GroupPtr& group);
 
 /// [..., C], C divisible by t -> this rank's C/t columns of the sum. Sends (t-1)/t of the input.
 /// @throws c10::ValueError if C % t != 0.

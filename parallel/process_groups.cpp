@@ -63,13 +63,16 @@ c10::intrusive_ptr<c10d::Store> open_store(const Runtime& runtime, const GroupPt
 }
 
 /// For a kind of the experts' grid: a kind of the dense grid whose groups have the same ranks, such as tp for etp if ep
-/// is 1. Each communicator costs memory and time to connect. Null for other kinds, or if there is none.
+/// is 1. Each communicator costs memory and time to connect. Null for other kinds, or if there is none. Groups that
+/// layers communicate in are kept apart from those that gradients are summed in, which may do so at the same time.
 const GroupKind* dense_kind_of_same_ranks(const RankGrid& grid, std::string_view name, const char* dims) {
-  if (name != "ep" && name != "etp" && name != "etp_ep" && name != "edp") return nullptr;
+  const bool is_of_layers = name == "ep" || name == "etp" || name == "etp_ep";
+  if (!is_of_layers && name != "edp") return nullptr;
   const auto ranks = grid.groups(dims);
   for (const auto& kind : kGroupKinds) {
     const std::string_view dense = kind.name;
-    if ((dense == "tp" || dense == "dp" || dense == "tp_dp") && grid.groups(kind.dims) == ranks) return &kind;
+    const bool is_alike = is_of_layers ? dense == "tp" : dense == "dp" || dense == "tp_dp";
+    if (is_alike && grid.groups(kind.dims) == ranks) return &kind;
   }
   return nullptr;
 }

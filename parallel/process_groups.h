@@ -28,7 +28,8 @@ struct ProcessGroupsOptions {
 ///
 /// A program may also fill it with its own c10d groups:
 ///  - the ranks of each group must be grid.group_of(rank, dims), in this order, with the `dims` of kGroupKinds. Groups
-///    of the same ranks may be one object, and so may all groups of one rank;
+///    of the same ranks may be one object, and so may all groups of one rank; but gradients are summed during the
+///    backward pass (GradientBuffer::reduce_in_backward) only in groups that are none of tp, ep, etp and etp_ep;
 ///  - each needs a backend for tensors on the CPU, and if the model is on a GPU one for tensors there. This library
 ///    calls broadcast, barrier, allreduce (sum, maximum, minimum), allgather (of uneven shares, too, unless the backend
 ///    is named "gloo"), and all-gather, reduce-scatter and all-to-all of single tensors;
@@ -40,7 +41,8 @@ struct ProcessGroups {
   GroupPtr tp = nullptr;     ///< tensor and sequence parallel
   GroupPtr dp = nullptr;     ///< data parallel
   GroupPtr tp_dp = nullptr;  ///< both together: where partial gradients of replicated parameters are summed
-  // The grid of the experts. Groups of the same ranks as tp, dp or tp_dp are these.
+  // The grid of the experts. ep, etp and etp_ep of the same ranks as tp are tp; edp of those of dp or tp_dp is that
+  // one.
   GroupPtr ep = nullptr;      ///< expert parallel: each rank has other experts
   GroupPtr etp = nullptr;     ///< tensor parallel within each expert
   GroupPtr etp_ep = nullptr;  ///< both together: the ranks that hold all experts once

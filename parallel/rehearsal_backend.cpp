@@ -57,7 +57,10 @@ class RehearsalBackend final : public c10d::Backend {
   WorkPtr _allgather_base(at::Tensor& output, at::Tensor& input, const c10d::AllgatherOptions& options) override {
     check(output.numel() == size_ * input.numel(), "all_gather", output.sizes(), " of ", input.sizes());
     return run(options.asyncOp, {output, input}, bytes(output), shared(bytes(output)), [=, rank = rank_, size = size_] {
-      output.zero_().view({size, -1})[rank].copy_(input.reshape(-1));
+      const auto shares = output.view({size, -1});
+      shares[rank].copy_(input.reshape(-1));  // which may lie there
+      shares.narrow(0, 0, rank).zero_();
+      shares.narrow(0, rank + 1, size - rank - 1).zero_();
     });
   }
   WorkPtr _reduce_scatter_base(at::Tensor& output, at::Tensor& input,

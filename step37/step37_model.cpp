@@ -66,8 +66,9 @@ std::vector<std::string> Step37Config::auxiliary_losses() const {
 Step37ModelImpl::Step37ModelImpl(const Step37Config& config, const ModelGroups& groups)
     : config_(config), tp_(groups.tp) {
   config_.validate(tp_->getSize());
+  // Registered in the order in which the forward pass uses them: GradientBuffer reduces and gathers in this order.
   vision_model = register_module("vision_model", make_tower(config_, tp_));
-  language_model = register_module("language_model", GPTModel(config_.text, config_.execution, groups));
+  language_model = GPTModel(config_.text, config_.execution, groups);
   image_insert_embedding = register_module(
       "image_insert_embedding",
       ImageInsertEmbedding(language_model->embedding,
@@ -77,6 +78,7 @@ Step37ModelImpl::Step37ModelImpl(const Step37Config& config, const ModelGroups& 
                                .exchange(config_.exchange)
                                .checked(config_.checked)
                                .accumulate_into_grad(config_.execution.accumulate_into_grad)));
+  register_module("language_model", language_model);
   if (config_.freeze_vision_model) freeze(*vision_model);
   if (config_.freeze_projector) freeze(*image_insert_embedding);
   if (config_.freeze_language_model) freeze(*language_model);

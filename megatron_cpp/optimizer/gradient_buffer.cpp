@@ -2,11 +2,18 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <exception>
+#include <functional>
+#include <utility>
 
 #include "parallel/collectives.h"
 
@@ -19,10 +26,6 @@ enum NormClass : int64_t { kOverTp, kOverExperts, kOnce, kNumNormClasses };
 NormClass norm_class(const ParameterShard& shard) {
   if (shard.domain.sharded_over.empty()) return kOnce;
   return shard.domain.sharded_over == GradientDomain::kExpert.sharded_over ? kOverExperts : kOverTp;
-}
-
-at::Tensor elements_of(const at::Tensor& tensor, parallel::Range elements) {
-  return tensor.detach().view({-1}).narrow(0, elements.begin, elements.length());
 }
 
 int64_t num_blocks(const at::Tensor& gradient) { return (gradient.numel() + kNormBlock - 1) / kNormBlock; }
@@ -92,11 +95,50 @@ at::Tensor internal::squares_of_blocks_by_operators(const std::vector<at::Tensor
   return at::cat(norms).square_();
 }
 
-GradientBuffer::Bucket& GradientBuffer::bucket_of(const ParameterShard& shard, at::ScalarType dtype) {
+void GradientBufferOptions::validate() const {
+  TORCH_CHECK_VALUE(bucket_elements >= 1, "bucket_elements ", bucket_elements,
+                    ": a bucket of gradients holds at least 1 element");
+}
+
+/// Keeps the nodes of the graph that add into the gradients, since LibTorch makes them anew where nobody does.
+struct GradientBuffer::BackwardHooks {
+  using Node = decltype(torch::autograd::impl::grad_accumulator(at::Tensor()));
+  struct Hook : torch::autograd::FunctionPostHook {
+    explicit Hook(std::function<void()> action) : action_(std::move(action)) {}
+    torch::autograd::variable_list operator()(const torch::autograd::variable_list& outputs,
+                                              const torch::autograd::variable_list& /*inputs*/) override {
+      action_();
+      return outputs;
+    }
+
+   private:
+    std::function<void()> action_;
+  };
+
+  BackwardHooks() = default;
+  BackwardHooks(const BackwardHooks&) = delete;
+  BackwardHooks& operator=(const BackwardHooks&) = delete;
+  ~BackwardHooks() {
+    for (const auto& [node, key] : nodes) node->del_post_hook(key);
+  }
+
+  void add(const at::Tensor& parameter, std::function<void()> action) {
+    auto node = torch::autograd::impl::grad_accumulator(parameter);
+    const auto key = node->add_post_hook(std::make_unique<Hook>(std::move(action)));
+    nodes.emplace_back(std::move(node), key);
+  }
+
+  std::vector<std::pair<Node, uintptr_t>> nodes;
+};
+
+GradientBuffer::Bucket& GradientBuffer::bucket_of(const ParameterShard& shard, at::ScalarType dtype, int64_t full) {
   const auto& group = groups_.of(shard.domain.summed_over);
   const auto parameter_dtype = shard.parameter.scalar_type();
   for (auto& bucket : buckets_) {
-    if (bucket.dtype == dtype && bucket.parameter_dtype == parameter_dtype && bucket.group == group) return bucket;
+    if (bucket.dtype != dtype || bucket.parameter_dtype != parameter_dtype || bucket.group != group) continue;
+    int64_t numel = 0;
+    for (const auto& member : bucket.members) numel += member.parameter.numel();
+    if (numel < full) return bucket;
   }
   auto& bucket = buckets_.emplace_back();
   bucket.dtype = dtype;
@@ -107,45 +149,107 @@ GradientBuffer::Bucket& GradientBuffer::bucket_of(const ParameterShard& shard, a
 
 GradientBuffer::GradientBuffer(const std::vector<ParameterShard>& parameters, const parallel::ProcessGroups& groups,
                                const GradientBufferOptions& options)
-    : groups_(groups) {
-  for (const auto& shard : parameters) {
-    if (!shard.parameter.requires_grad()) continue;
-    const auto& first = buckets_.empty() ? shard : buckets_.front().members.front();
-    TORCH_CHECK_VALUE(shard.parameter.device() == first.parameter.device(), "parameter ", shard.name, " is on ",
-                      shard.parameter.device(), ", ", first.name, " on ", first.parameter.device(),
+    : groups_(groups), overlap_gather_(options.overlap_gather) {
+  options.validate();
+  for (auto shard = parameters.rbegin(); shard != parameters.rend(); ++shard) {
+    if (!shard->parameter.requires_grad()) continue;
+    const auto& first = buckets_.empty() ? *shard : buckets_.front().members.front();
+    TORCH_CHECK_VALUE(shard->parameter.device() == first.parameter.device(), "parameter ", shard->name, " is on ",
+                      shard->parameter.device(), ", ", first.name, " on ", first.parameter.device(),
                       ": gradients are kept on one device");
-    const auto over = shard.domain.sharded_over;
+    const auto over = shard->domain.sharded_over;
     const bool is_known = over == GradientDomain::kSharded.sharded_over || over == GradientDomain::kExpert.sharded_over;
-    TORCH_CHECK_VALUE(over.empty() || is_known, "parameter ", shard.name, " is sharded over \"", over,
+    TORCH_CHECK_VALUE(over.empty() || is_known, "parameter ", shard->name, " is sharded over \"", over,
                       "\": the gradient norm knows sharding over tp and etp_ep only");
     if (is_known) groups.of(over);  // checks that it was made
-    const auto dtype = c10::isReducedFloatingType(shard.parameter.scalar_type()) ? options.low_precision_gradients
-                                                                                 : shard.parameter.scalar_type();
-    bucket_of(shard, dtype).members.push_back(shard);
+    const auto dtype = c10::isReducedFloatingType(shard->parameter.scalar_type()) ? options.low_precision_gradients
+                                                                                  : shard->parameter.scalar_type();
+    bucket_of(*shard, dtype, options.bucket_elements).members.push_back(*shard);
   }
   TORCH_CHECK_VALUE(!buckets_.empty(), "every parameter is frozen: there is nothing to train");
   for (auto& bucket : buckets_) {
-    std::vector<int64_t> numels;
-    for (const auto& shard : bucket.members) numels.push_back(shard.parameter.numel());
-    bucket.layout = FlatLayout(numels, bucket.group->getSize());
-    bucket.is_divided = options.distributed_optimizer && bucket.group->getSize() > 1;
-    const int64_t numel = bucket.is_divided ? bucket.layout.numel_of_slices() : bucket.layout.numel;
-    bucket.gradients =
-        at::zeros({numel}, at::TensorOptions(bucket.members.front().parameter.device()).dtype(bucket.dtype));
+    place(bucket, options);
     for (size_t i = 0; i < bucket.members.size(); ++i) {
       const auto& parameter = bucket.members[i].parameter;
-      const auto& place = bucket.layout.parameters[i];
-      views_.push_back(bucket.gradients.narrow(0, place.begin, place.length()).view(parameter.sizes()));
+      const auto& elements = bucket.layout.parameters[i];
+      views_.push_back(bucket.gradients.narrow(0, elements.begin, elements.length()).view(parameter.sizes()));
       parameter.set_grad_dtype(bucket.dtype);
       parameters_.push_back(bucket.members[i]);
     }
     prepare_norm(bucket);
   }
+  if (options.overlap_reduction) hook_into_backward();
+  if (options.overlap_gather) wait_before_use();
   zero();
 }
 
+GradientBuffer::~GradientBuffer() {
+  for (const auto& [before_use, buckets] : before_uses_) *before_use = {};
+  if (std::uncaught_exceptions() > 0) return;  // the others may never send theirs
+  try {
+    finish_gather();
+  } catch (const std::exception& error) {
+    TORCH_WARN("the parameters are incomplete: ", error.what());
+  }
+}
+
+void GradientBuffer::place(Bucket& bucket, const GradientBufferOptions& options) {
+  const at::NoGradGuard no_grad;
+  std::vector<int64_t> numels;
+  for (const auto& shard : bucket.members) numels.push_back(shard.parameter.numel());
+  bucket.layout = FlatLayout(numels, bucket.group->getSize());
+  bucket.is_divided = options.distributed_optimizer && bucket.group->getSize() > 1;
+  const auto on_device = at::TensorOptions(bucket.members.front().parameter.device());
+  const int64_t numel = bucket.is_divided ? bucket.layout.numel_of_slices() : bucket.layout.numel;
+  bucket.gradients = at::zeros({numel}, on_device.dtype(bucket.dtype));
+  if (!bucket.is_divided) return;
+  bucket.parameters = at::zeros({numel}, on_device.dtype(bucket.parameter_dtype));
+  for (size_t i = 0; i < bucket.members.size(); ++i) {
+    const auto& parameter = bucket.members[i].parameter;
+    const auto& elements = bucket.layout.parameters[i];
+    const auto room = bucket.parameters.narrow(0, elements.begin, elements.length()).view(parameter.sizes());
+    room.copy_(parameter);
+    parameter.set_data(room);
+  }
+}
+
+void GradientBuffer::hook_into_backward() {
+  const std::set<parallel::GroupPtr> of_layers{groups_.tp, groups_.ep, groups_.etp, groups_.etp_ep};
+  for (auto& bucket : buckets_) {
+    if (bucket.layout.numel == 0 || bucket.group->getSize() == 1 || of_layers.count(bucket.group) > 0) continue;
+    if (!parallel::overlaps_computation(bucket.group, bucket.gradients.device().type())) continue;
+    bucket.overlaps = true;
+    if (!hooks_) hooks_ = std::make_unique<BackwardHooks>();
+    for (size_t member = 0; member < bucket.members.size(); ++member) {
+      hooks_->add(bucket.members[member].parameter, [this, &bucket, member] { completed(bucket, member); });
+    }
+  }
+}
+
+void GradientBuffer::wait_before_use() {
+  for (auto& bucket : buckets_) {
+    if (!bucket.is_divided) continue;
+    for (const auto& shard : bucket.members) {
+      if (shard.before_use) before_uses_[shard.before_use].insert(&bucket);
+    }
+  }
+  for (const auto& [before_use, buckets] : before_uses_) {
+    *before_use = [buckets = buckets] {
+      for (auto* bucket : buckets) finish(bucket->gather);
+    };
+  }
+}
+
+void GradientBuffer::finish(std::optional<parallel::PendingTensor>& pending) {
+  if (pending) std::exchange(pending, std::nullopt)->wait();
+}
+
 void GradientBuffer::zero() {
-  for (auto& bucket : buckets_) bucket.gradients.zero_();
+  is_last_backward_ = false;
+  for (auto& bucket : buckets_) {
+    finish(bucket.reduction);  // of a step that an exception ended
+    bucket.gradients.zero_();
+  }
   for (size_t i = 0; i < parameters_.size(); ++i) parameters_[i].parameter.mutable_grad() = views_[i];
 }
 
@@ -155,15 +259,38 @@ at::Tensor GradientBuffer::Bucket::own_gradients() const {
   return gradients.narrow(0, slice.begin, slice.length());
 }
 
-void GradientBuffer::reduce() {
+void GradientBuffer::reduce_in_backward() {
+  is_last_backward_ = true;
   for (auto& bucket : buckets_) {
-    if (bucket.layout.numel == 0) continue;
-    if (bucket.is_divided) {
-      bucket.own_gradients().copy_(parallel::reduce_scatter(bucket.gradients, bucket.group));
-    } else {
-      parallel::all_reduce_in_place(bucket.gradients, bucket.group);
-    }
+    if (!bucket.overlaps) continue;
+    for (size_t member = 0; member < bucket.members.size(); ++member) bucket.incomplete.insert(member);
   }
+}
+
+void GradientBuffer::completed(Bucket& bucket, size_t member) {
+  if (!is_last_backward_) return;
+  bucket.incomplete.erase(member);
+  if (!bucket.incomplete.empty()) return;
+  std::set<parallel::GroupPtr> waiting;  // whose next bucket isn't complete
+  for (auto& next : buckets_) {
+    if (!next.overlaps || next.reduction) continue;
+    if (!next.incomplete.empty()) waiting.insert(next.group);
+    if (waiting.count(next.group) == 0) start_reduction(next);
+  }
+}
+
+void GradientBuffer::start_reduction(Bucket& bucket) {
+  if (bucket.layout.numel == 0) return;
+  bucket.reduction = bucket.is_divided ? parallel::start_reduce_scatter_in_place(bucket.gradients, bucket.group)
+                                       : parallel::start_all_reduce_in_place(bucket.gradients, bucket.group);
+}
+
+void GradientBuffer::reduce() {
+  is_last_backward_ = false;
+  for (auto& bucket : buckets_) {
+    if (!bucket.reduction) start_reduction(bucket);
+  }
+  for (auto& bucket : buckets_) finish(bucket.reduction);
 }
 
 void GradientBuffer::prepare_norm(Bucket& bucket) {
@@ -243,37 +370,19 @@ std::vector<ParameterSlice> GradientBuffer::slices(const AdamWOptions& options) 
 }
 
 void GradientBuffer::gather_parameters() {
-  const at::NoGradGuard no_grad;
-  for (const auto& bucket : buckets_) {
-    if (!bucket.is_divided || bucket.layout.numel == 0) continue;
-    const auto& layout = bucket.layout;
-    const int64_t share = std::min(layout.slice_numel, std::max<int64_t>(1, kGatheredAtATime / layout.num_slices));
-    const auto own = at::zeros({share}, bucket.gradients.options().dtype(bucket.parameter_dtype));
-    for (int64_t begin = 0; begin < layout.slice_numel; begin += share) {
-      const int64_t length = std::min(share, layout.slice_numel - begin);
-      /// Calls action(view of a parameter, view of `values`) for what elements [begin, begin + length) of a rank's
-      /// slice hold of parameters.
-      const auto for_each_part = [&](int rank, const at::Tensor& values, const auto& action) {
-        const int64_t first = layout.slice(rank).begin + begin;  // in the buffer
-        for (size_t i = 0; i < bucket.members.size(); ++i) {
-          const auto& place = layout.parameters[i];
-          const int64_t from = std::max(place.begin, first);
-          const int64_t to = std::min(place.end, first + length);
-          if (from >= to) continue;
-          action(elements_of(bucket.members[i].parameter, {from - place.begin, to - place.begin}),
-                 values.narrow(0, from - first, to - from));
-        }
-      };
-      for_each_part(bucket.group->getRank(), own,
-                    [](const auto& parameter, const auto& value) { value.copy_(parameter); });
-      const auto all = parallel::all_gather(own.narrow(0, 0, length), bucket.group);
-      for (int rank = 0; rank < layout.num_slices; ++rank) {
-        if (rank == bucket.group->getRank()) continue;
-        for_each_part(rank, all.narrow(0, rank * length, length),
-                      [](const auto& parameter, const auto& value) { parameter.copy_(value); });
-      }
-    }
+  finish_gather();
+  // The other way round than backward, as the next forward pass needs them.
+  for (auto bucket = buckets_.rbegin(); bucket != buckets_.rend(); ++bucket) {
+    if (!bucket->is_divided || bucket->layout.numel == 0) continue;
+    bucket->gather = parallel::start_all_gather_in_place(bucket->parameters, bucket->group);
+    const bool has_waiters = std::all_of(bucket->members.begin(), bucket->members.end(),
+                                         [](const ParameterShard& shard) { return shard.before_use != nullptr; });
+    if (!overlap_gather_ || !has_waiters) finish(bucket->gather);
   }
+}
+
+void GradientBuffer::finish_gather() {
+  for (auto bucket = buckets_.rbegin(); bucket != buckets_.rend(); ++bucket) finish(bucket->gather);
 }
 
 }  // namespace megatron_cpp

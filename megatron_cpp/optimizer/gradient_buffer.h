@@ -3,12 +3,19 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
 #include <vector>
 
 #include "megatron_cpp/optimizer/adamw.h"
 #include "megatron_cpp/optimizer/flat_layout.h"
 #include "megatron_cpp/parameters/parameter_shard.h"
+#include "parallel/collectives.h"
 #include "parallel/process_groups.h"
 
 namespace megatron_cpp {
@@ -21,12 +28,25 @@ struct GradientBufferOptions {
   /// al., arXiv 1910.02054): a rank completes the gradients of its slice, updates these parameters and gathers the
   /// others. Without effect in groups of one rank.
   bool distributed_optimizer = false;
+  /// A bucket is full when it has so many elements or more, at least 1: what is reduced, and gathered, at a time.
+  int64_t bucket_elements = 40'000'000;
+  /// Whether reduce_in_backward() does anything.
+  bool overlap_reduction = true;
+  /// Whether gather_parameters() leaves with the parameters still on their way, see there.
+  bool overlap_gather = true;
+
+  /// @throws c10::ValueError naming bucket_elements if it is below 1.
+  void validate() const;
 };
 
-/// Owns a flat tensor, a bucket, for the gradients of parameters of one dtype, in one dtype, that are summed over one
-/// group (GradientDomain), and makes every trainable parameter's .grad a view of its bucket, so that backward (with or
-/// without accumulate_into_grad) adds into it, micro-batch after micro-batch: also a float32 gradient of a bfloat16
-/// parameter (Tensor::set_grad_dtype). Parameters that need no gradient take no space.
+/// Owns flat tensors, buckets, each for the gradients of parameters of one dtype, in one dtype, that are summed over
+/// one group (GradientDomain), and makes every trainable parameter's .grad a view of its bucket, so that backward (with
+/// or without accumulate_into_grad) adds into it, micro-batch after micro-batch: also a float32 gradient of a bfloat16
+/// parameter (Tensor::set_grad_dtype). Parameters that need no gradient take no space. Buckets are filled from the last
+/// parameter to the first, since backward completes the gradients in about this order.
+///
+/// With a distributed optimizer the parameters of a bucket become views of a flat tensor, too, so that they are
+/// gathered where they lie; views of a parameter that were made before keep the old memory.
 class GradientBuffer {
  public:
   /// @param parameters  all on one device.
@@ -35,15 +55,27 @@ class GradientBuffer {
   ///         parameters are sharded over; or if no parameter needs a gradient. Not collective.
   GradientBuffer(const std::vector<ParameterShard>& parameters, const parallel::ProcessGroups& groups,
                  const GradientBufferOptions& options = {});
+  /// Waits for what is still on its way.
+  ~GradientBuffer();
+  GradientBuffer(const GradientBuffer&) = delete;
+  GradientBuffer& operator=(const GradientBuffer&) = delete;
 
   /// Sets all gradients to 0 and re-attaches the views. Not collective.
   void zero();
+
+  /// Call it before the backward pass of a step's last micro-batch, one call of backward(). It then starts to reduce
+  /// a bucket as soon as that has completed the gradients of its parameters, and goes on meanwhile; reduce() does the
+  /// rest. Buckets of a group are reduced in their order, whichever is complete first, so that ranks whose graphs
+  /// differ agree: one whose parameters backward doesn't reach, and those after it, wait for reduce(). Without effect
+  /// in groups where nothing goes on meanwhile (parallel::overlaps_computation: over MPI), and in those that are also
+  /// one of tp, ep, etp and etp_ep, where the layers' collectives come between. Not collective itself.
+  void reduce_in_backward();
 
   /// Completes the gradients after the last micro-batch of a step: sums each over the group that its domain names.
   /// Sums, no averages: the loss is divided by the tokens of the global batch before backward. With a distributed
   /// optimizer only the elements of slices() are complete then, the others are undefined.
   /// Comm: 1 all-reduce per bucket, of its gradients and the padding between them; with a distributed optimizer 1
-  /// reduce-scatter, of the slices. Collective over these groups.
+  /// reduce-scatter, of the slices; reduce_in_backward() has started some of them. Collective over these groups.
   void reduce();
 
   /// The L2 norm of the whole model's gradient, every parameter counted once however it is sharded or replicated.
@@ -71,23 +103,34 @@ class GradientBuffer {
   std::vector<ParameterSlice> slices(const AdamWOptions& options) const;
 
   /// Completes the parameters after the optimizer has updated the elements of slices(), or a checkpoint was loaded into
-  /// them: sends these to the ranks of the bucket's group and receives theirs.
-  /// Comm: with a distributed optimizer all-gathers of each bucket's slices, in the parameters' dtype; else none.
+  /// them: sends these to the ranks of the bucket's group and receives theirs. With overlap_gather it only starts that,
+  /// in the order in which a forward pass needs them: each module waits for its own (ParallelModule::use_parameters),
+  /// and finish_gather() for all. Until then the parameters must not be read or written in another way; the elements of
+  /// slices() may be read. Parameters of no module are complete when it returns.
+  /// Comm: with a distributed optimizer 1 all-gather of each bucket's slices, in the parameters' dtype; else none.
   /// Collective over these groups.
   void gather_parameters();
+
+  /// Returns when all parameters are complete. Not collective.
+  void finish_gather();
 
   /// The trainable parameters, bucket by bucket, in their order within a bucket.
   const std::vector<ParameterShard>& parameters() const { return parameters_; }
 
  private:
   struct Bucket {
-    at::ScalarType dtype = at::kFloat;            ///< of the gradients
-    at::ScalarType parameter_dtype = at::kFloat;  ///< of the parameters
-    parallel::GroupPtr group;                     ///< that its gradients are summed over
-    std::vector<ParameterShard> members;          ///< in the order of `layout`
-    FlatLayout layout{{}, 1};                     ///< of `members`
-    bool is_divided = false;                      ///< whether each rank of `group` updates its own slice only
-    at::Tensor gradients;                         ///< flat, with padding, which is always 0
+    at::ScalarType dtype = at::kFloat;                 ///< of the gradients
+    at::ScalarType parameter_dtype = at::kFloat;       ///< of the parameters
+    parallel::GroupPtr group;                          ///< that its gradients are summed over
+    std::vector<ParameterShard> members;               ///< in the order of `layout`
+    FlatLayout layout{{}, 1};                          ///< of `members`
+    bool is_divided = false;                           ///< whether each rank of `group` updates its own slice only
+    at::Tensor gradients;                              ///< flat, with padding, which is always 0
+    at::Tensor parameters;                             ///< if it is divided: flat, laid out in the same way
+    bool overlaps = false;                             ///< whether it may be reduced during the backward pass
+    std::set<size_t> incomplete;                       ///< members whose gradient backward hasn't completed yet
+    std::optional<parallel::PendingTensor> reduction;  ///< on its way
+    std::optional<parallel::PendingTensor> gather;     ///< on its way
     std::vector<at::Tensor> norm;  ///< views of what squared_norm() sums on this rank, without empty ones
     at::Tensor norm_places;        ///< for each of their blocks its index in [slices, classes, norm_columns]
     int64_t norm_columns = 0;      ///< blocks of a slice and class, at most
@@ -96,20 +139,31 @@ class GradientBuffer {
     /// What is complete after reduce().
     at::Tensor own_gradients() const;
   };
-  Bucket& bucket_of(const ParameterShard& shard, at::ScalarType dtype);
+  struct BackwardHooks;
+
+  Bucket& bucket_of(const ParameterShard& shard, at::ScalarType dtype, int64_t full);
+  static void place(Bucket& bucket, const GradientBufferOptions& options);
   static void prepare_norm(Bucket& bucket);
+  static void start_reduction(Bucket& bucket);
+  static void finish(std::optional<parallel::PendingTensor>& pending);
+  /// Lets backward call completed().
+  void hook_into_backward();
+  /// Backward has completed the gradient of a bucket's member.
+  void completed(Bucket& bucket, size_t member);
+  /// Lets each module wait for the buckets that hold its parameters.
+  void wait_before_use();
   /// [3] float64: the squares of a bucket's gradients of parameters that are sharded over tp, over etp_ep, and not.
   static at::Tensor squares_of(const Bucket& bucket);
 
   std::vector<ParameterShard> parameters_;
   std::vector<at::Tensor> views_;  ///< of the buckets, one per parameter
-  std::vector<Bucket> buckets_;
+  std::deque<Bucket> buckets_;
   parallel::ProcessGroups groups_;
+  bool overlap_gather_;
+  bool is_last_backward_ = false;                                        ///< since reduce_in_backward()
+  std::unique_ptr<BackwardHooks> hooks_;                                 ///< null if no bucket overlaps
+  std::map<std::shared_ptr<BeforeUse>, std::set<Bucket*>> before_uses_;  ///< of modules, with the buckets of each
 };
-
-/// Elements that all ranks together hand in for one all-gather of GradientBuffer::gather_parameters, at most: what it
-/// needs memory for, and an own share of that.
-inline constexpr int64_t kGatheredAtATime = 1 << 24;
 
 /// Elements per block of the gradient norm: squares are summed within a block, then the sums of the blocks are added.
 inline constexpr int64_t kNormBlock = 1 << 16;

@@ -145,6 +145,7 @@ std::vector<ParameterShard> parameter_shards(const torch::nn::Module& root) {
     if (const auto* parallel_module = dynamic_cast<const ParallelModule*>(&module)) {
       for (auto& shard : parallel_module->own_parameters()) {
         shard.name = join(prefix, shard.name);
+        shard.before_use = parallel_module->before_use();
         for (auto& segment : shard.segments) segment.name = join(prefix, segment.name);
         TORCH_CHECK_VALUE(spoken_for.insert(shard.name).second, "parameter ", shard.name,
                           " is listed by two parallel modules");

@@ -7,6 +7,8 @@
 #include <torch/nn/module.h>
 
 #include <cstdint>
+#include <functional>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -78,6 +80,9 @@ struct ParameterSegment {
   at::Tensor in_global(const at::Tensor& global) const;
 };
 
+/// What a module does before it reads its parameters. Empty: nothing.
+using BeforeUse = std::function<void()>;
+
 /// One parameter of this rank. A fused parameter (q, k and v in one matrix) has several segments; elements that belong
 /// to no segment are padding and stay 0.
 struct ParameterShard {
@@ -87,6 +92,8 @@ struct ParameterShard {
   std::vector<ParameterSegment> segments;  ///< at least one
   InitialValue initial_value;              ///< of the elements in segments
   bool weight_decay = true;                ///< false for norms and biases
+  /// Of the module that reads the parameter (ParallelModule::use_parameters); null: of none.
+  std::shared_ptr<BeforeUse> before_use = nullptr;
 };
 
 /// A replicated parameter: one segment, the whole of it.
@@ -103,9 +110,22 @@ class ParallelModule : public torch::nn::Module {
   /// This module's parameters, and those of descendants that are no ParallelModule themselves; names relative to this
   /// module. Not collective.
   virtual std::vector<ParameterShard> own_parameters() const = 0;
+
+  /// Returns when the parameters may be read: GradientBuffer::gather_parameters may have left them incomplete. Each
+  /// forward() calls it first; so does other code that reads the parameters' values between the steps of a training
+  /// loop. Not collective.
+  void use_parameters() const {
+    if (*before_use_) (*before_use_)();
+  }
+
+  /// What use_parameters() calls, for ParameterShard.
+  const std::shared_ptr<BeforeUse>& before_use() const { return before_use_; }
+
+ private:
+  std::shared_ptr<BeforeUse> before_use_ = std::make_shared<BeforeUse>();
 };
 
-/// All parameters below `root`, in the order of the module tree, with full names.
+/// All parameters below `root`, in the order of the module tree, with full names and `before_use`.
 /// @throws c10::ValueError naming a parameter that no ParallelModule lists, or two do. Not collective.
 std::vector<ParameterShard> parameter_shards(const torch::nn::Module& root);
 

@@ -48,6 +48,7 @@ ColumnParallelLinearImpl::ColumnParallelLinearImpl(ColumnParallelLinearOptions o
 }
 
 at::Tensor ColumnParallelLinearImpl::forward(const at::Tensor& input) {
+  use_parameters();
   const auto kind =
       options_.sequence_parallel() ? internal::LinearInput::kSequenceParallel : internal::LinearInput::kReplicated;
   auto output = internal::linear_with_communication(input, weight, bias, kind, options_.accumulate_into_grad(), tp_);

@@ -24,6 +24,7 @@ LanguageModelEmbeddingImpl::LanguageModelEmbeddingImpl(const ParallelEmbeddingOp
     : LanguageModelEmbeddingImpl(make_word_embeddings(options, tp, sharding)) {}
 
 at::Tensor LanguageModelEmbeddingImpl::partial(const at::Tensor& input_ids, const at::Tensor& rows_left_out) {
+  word_embeddings->use_parameters();
   return word_embeddings->partial(input_ids, rows_left_out);
 }
 

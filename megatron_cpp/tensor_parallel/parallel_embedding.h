@@ -105,7 +105,10 @@ class ParallelEmbedding : public ParallelModule {
   int64_t hidden_size() const { return options_.hidden_size(); }  ///< H
 
   /// reduce(partial(input_ids)).
-  at::Tensor forward(const at::Tensor& input_ids) { return reduce(partial(input_ids)); }
+  at::Tensor forward(const at::Tensor& input_ids) {
+    use_parameters();
+    return reduce(partial(input_ids));
+  }
 
   /// This rank's part of the table [V, H], a parameter of this module or of one below it. own_parameters() has it, with
   /// GradientDomain::kSharded and segments of the global tensor "weight".

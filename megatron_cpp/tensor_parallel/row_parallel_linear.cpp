@@ -44,6 +44,7 @@ RowParallelLinearImpl::RowParallelLinearImpl(RowParallelLinearOptions options, p
 }
 
 at::Tensor RowParallelLinearImpl::forward(const at::Tensor& input) {
+  use_parameters();
   if (options_.reduce_output() && options_.sequence_parallel()) {
     parallel::even_shard_size(input.size(0), tp_->getSize(), "sequence length");
   }

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "megatron_cpp/training/expert_balance.h"
+#include "megatron_cpp/training/replica_check.h"
 #include "megatron_cpp/training/schedule.h"
 #include "parallel/collectives.h"
 
@@ -17,10 +18,12 @@ Trainer::Trainer(const std::vector<ParameterShard>& parameters, const parallel::
                  const TrainerOptions& options)
     : groups_(groups),
       options_(options),
+      parameters_(parameters),
       gradients_(parameters, groups, options.gradients),
       optimizer_(gradients_.slices(options.adamw), options.adamw) {
   options_.learning_rate.validate();
   TORCH_CHECK_VALUE(options_.clip_grad_norm >= 0, "clip_grad_norm ", options_.clip_grad_norm, " is below 0");
+  TORCH_CHECK_VALUE(options_.check_replicas >= 0, "check_replicas ", options_.check_replicas, " is below 0");
 }
 
 StepResult Trainer::step(const std::function<LossSum(int64_t)>& loss_sum, int64_t num_micro_batches,
@@ -49,10 +52,12 @@ StepResult Trainer::step(const std::function<LossSum(int64_t)>& loss_sum, int64_
       losses.add_(at::stack(parts));
       means[micro_batch] = mean;
     } else {
+      if (micro_batch == num_micro_batches - 1) gradients_.reduce_in_backward();
       means.extract(micro_batch).mapped().backward();
     }
   }
   gradients_.reduce();
+  gradients_.finish_gather();  // of modules that no micro-batch has used
   // The only wait for the device in a step; the work up to the norm is queued before it.
   std::vector<at::Tensor> parts{parallel::all_reduce(losses, groups_.dp), gradients_.squared_norm()};
   if (balance) parts.push_back(balance->reduce());
@@ -80,6 +85,10 @@ StepResult Trainer::step(const std::function<LossSum(int64_t)>& loss_sum, int64_
   optimizer_.step(result.learning_rate);
   gradients_.gather_parameters();
   if (balance) balance->update_biases();
+  if (options_.check_replicas > 0 && step_number % options_.check_replicas == 0) {
+    gradients_.finish_gather();
+    check_replicas(parameters_, groups_, c10::str("after step ", step_number));
+  }
   return result;
 }
 

@@ -31,6 +31,7 @@ struct TrainerOptions {
   std::vector<std::string> auxiliary_losses = {};
   /// Of a model with experts, or null: each step begins it, reports its numbers, and ends with its bias rule.
   std::shared_ptr<ExpertBalance> expert_balance = nullptr;
+  int64_t check_replicas = 0;  ///< steps between two calls of megatron_cpp::check_replicas; 0: none
 };
 
 /// What a micro-batch adds to the loss of a step, before the division by the loss tokens of the global batch. All are
@@ -68,15 +69,21 @@ class Trainer {
   /// @param loss_sum           for micro-batch i of this data-parallel rank, in [0, num_micro_batches).
   /// @param num_loss_tokens    of the global batch; equal on every rank.
   /// Comm: that of loss_sum, of GradientBuffer::reduce, norm and gather_parameters, and of ExpertBalance::reduce; 1
-  /// all-reduce of the losses over dp. Collective over tp and dp. Waits for a GPU once, to read all numbers together.
-  /// Throws c10::ValueError, on every rank alike, if there is no loss token, or a loss or the gradient is not finite
-  /// (naming the step and all; the parameters are left as they were), or a micro-batch has not as many auxiliary losses
-  /// as have names.
+  /// all-reduce of the losses over dp; now and then that of check_replicas. Collective over tp and dp. Waits for a GPU
+  /// once, to read all numbers together. Throws c10::ValueError, on every rank alike, if there is no loss token, or a
+  /// loss or the gradient is not finite (naming the step and all; the parameters are left as they were), or a
+  /// micro-batch has not as many auxiliary losses as have names. Throws AgreedError as check_replicas does, naming the
+  /// step.
   StepResult step(const std::function<LossSum(int64_t)>& loss_sum, int64_t num_micro_batches, int64_t num_loss_tokens);
 
   /// Completes the parameters after a checkpoint was loaded into the optimizer's slices. Comm: that of
   /// GradientBuffer::gather_parameters. Collective over the same groups.
   void write_parameters();
+
+  /// Returns when all parameters are complete: with a distributed optimizer step() and write_parameters() may leave
+  /// them on their way. Modules wait for their own (GradientBuffer::gather_parameters); call it before the parameters
+  /// are read or written in another way. Not collective.
+  void finish_gather() { gradients_.finish_gather(); }
 
   /// The optimizer, for initial values, resuming, and checkpoints of its slices.
   AdamW& optimizer() { return optimizer_; }
@@ -86,6 +93,7 @@ class Trainer {
  private:
   parallel::ProcessGroups groups_;
   TrainerOptions options_;
+  std::vector<ParameterShard> parameters_;  ///< the frozen ones, too
   GradientBuffer gradients_;
   AdamW optimizer_;
 };

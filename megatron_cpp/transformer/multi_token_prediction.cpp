@@ -36,7 +36,10 @@ ReplicatedLinearImpl::ReplicatedLinearImpl(int64_t in_features, int64_t out_feat
       init_std_(init_std),
       domain_(domain) {}
 
-at::Tensor ReplicatedLinearImpl::forward(const at::Tensor& input) { return at::linear(input, weight); }
+at::Tensor ReplicatedLinearImpl::forward(const at::Tensor& input) {
+  use_parameters();
+  return at::linear(input, weight);
+}
 
 std::vector<ParameterShard> ReplicatedLinearImpl::own_parameters() const {
   return {replicated_parameter("weight", weight, domain_, InitialValue::normal(init_std_), true)};

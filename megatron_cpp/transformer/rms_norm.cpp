@@ -61,6 +61,7 @@ RMSNormImpl::RMSNormImpl(int64_t size, double eps, GradientDomain domain) : eps_
 }
 
 at::Tensor RMSNormImpl::forward(const at::Tensor& input) {
+  use_parameters();
   TORCH_CHECK_VALUE(input.dim() >= 1 && input.size(-1) == weight.size(0), "RMSNorm: input ", input.sizes(),
                     " does not have ", weight.size(0), " columns");
   return RMSNormFunction::apply(input, weight, eps_);

@@ -140,9 +140,11 @@ void MpiBackend::exchange(const at::Tensor& output, const std::vector<int64_t>& 
 
 void MpiBackend::gather_to_all(const at::Tensor& output, const at::Tensor& input, const CollectiveCall& call) {
   const int count = to_count(input.numel(), call);
+  const bool is_in_place = input.is_alias_of(output);  // then it lies where this rank's share belongs
   MPI_Request request = MPI_REQUEST_NULL;
-  MCPP_MPI_CHECK(MPI_Iallgather(input.const_data_ptr(), count, transport_type(input), output.mutable_data_ptr(), count,
-                                transport_type(output), communicator_.get(), &request));
+  MCPP_MPI_CHECK(MPI_Iallgather(is_in_place ? MPI_IN_PLACE : input.const_data_ptr(), count, transport_type(input),
+                                output.mutable_data_ptr(), count, transport_type(output), communicator_.get(),
+                                &request));
   finish(request, call, {{output, input}, {}});
 }
 
@@ -273,6 +275,10 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::_allgather_base(at::Tensor& output, a
                     "all_gather: output ", output.sizes(), " ", output.scalar_type(), " does not hold ", size_,
                     " inputs ", input.sizes(), " ", input.scalar_type(), " (", where_, ")");
   const auto buffer = contiguous_or_new(output);
+  TORCH_CHECK_VALUE(
+      !input.is_alias_of(buffer) ||
+          (input.is_contiguous() && input.storage_offset() == buffer.storage_offset() + rank_ * input.numel()),
+      "all_gather: the input lies in the output, but not where this rank's share belongs (", where_, ")");
   gather_to_all(buffer, input.contiguous(), call("all_gather", input.numel(), options.timeout));
   copy_back(output, buffer);
   return finished_work({output});

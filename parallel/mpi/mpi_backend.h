@@ -68,10 +68,12 @@ class MpiBackend final : public c10d::Backend {
   c10::intrusive_ptr<c10d::Work> allgather(std::vector<std::vector<at::Tensor>>& outputs,
                                            std::vector<at::Tensor>& inputs,
                                            const c10d::AllgatherOptions& options) override;
-  /// Gathers `input` of every rank, in the order of the ranks, into `output`, which has t times its elements.
+  /// Gathers `input` of every rank, in the order of the ranks, into `output`, which has t times its elements. It may be
+  /// this rank's share of the output.
   c10::intrusive_ptr<c10d::Work> _allgather_base(at::Tensor& output, at::Tensor& input,
                                                  const c10d::AllgatherOptions& options) override;
-  /// `input` has t times the elements of `output`: rank r gets the r-th of t equal shares, reduced.
+  /// `input` has t times the elements of `output`: rank r gets the r-th of t equal shares, reduced. The output may lie
+  /// in the input.
   c10::intrusive_ptr<c10d::Work> _reduce_scatter_base(at::Tensor& output, at::Tensor& input,
                                                       const c10d::ReduceScatterOptions& options) override;
   /// Split sizes count rows of dimension 0; empty means equal splits.
@@ -94,7 +96,8 @@ class MpiBackend final : public c10d::Backend {
   /// Sends input_counts[r] elements to each rank r and receives output_counts[r]: MPI_Ialltoallv on contiguous tensors.
   void exchange(const at::Tensor& output, const std::vector<int64_t>& output_counts, const at::Tensor& input,
                 const std::vector<int64_t>& input_counts, const CollectiveCall& call);
-  /// Gathers `input` of every rank into `output` [t * numel]: MPI_Iallgather on contiguous tensors.
+  /// Gathers `input` of every rank into `output` [t * numel]: MPI_Iallgather on contiguous tensors, in place if they
+  /// share memory.
   void gather_to_all(const at::Tensor& output, const at::Tensor& input, const CollectiveCall& call);
   /// Reduces the elements of all ranks with MPI messages: contiguous 1-d tensors; `output` may be `input`.
   void all_reduce_by_messages(const at::Tensor& output, const at::Tensor& input, c10d::ReduceOp::RedOpType reduction,

@@ -9,8 +9,8 @@ namespace megatron_cpp::parallel {
 /// they lie on a GPU), hands the copies to `host_backend`, and copies the results back. It waits for the current stream
 /// and for the collective; work queued on the current stream after it returns sees the results.
 ///
-/// For ranks that share a GPU, which NCCL refuses before 2.30. Tensors may have any strides; outputs must not share
-/// memory with inputs, except where c10d's call has one tensor for both. Collective, and throws, as `host_backend`.
+/// For ranks that share a GPU, which NCCL refuses before 2.30. Tensors may have any strides; outputs may share
+/// memory with inputs as NCCL allows it. Collective, and throws, as `host_backend`.
 /// @param host_backend  takes tensors on the CPU; may serve a group's CPU tensors as well. One call at a time.
 c10::intrusive_ptr<c10d::Backend> make_staged_backend(c10::intrusive_ptr<c10d::Backend> host_backend);
 

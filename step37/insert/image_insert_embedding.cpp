@@ -80,6 +80,7 @@ at::Tensor ImageInsertEmbeddingImpl::forward(const at::Tensor& input_ids, const 
   // Before bring_features: partial() refuses ids outside the vocabulary before anything is sent.
   const auto text = words_->partial(input_ids, at::tensor(at::ArrayRef<int64_t>(plan.embedding_rows()), at::kLong));
   internal::bring_features(features, plan, *request);
+  align_projector->use_parameters();
   const auto projected = align_projector->forward(features.rows, features.were_gathered).to(text.scalar_type());
 
   const auto part = projected_part(options_.projector_sharding());

@@ -203,7 +203,8 @@ Plan make_plan(const RunConfig& config, int num_ranks, std::optional<int64_t> im
                 .global_batch_size = config.training.global_batch_size,
                 .images_per_pack = images,
                 .element_bytes = element_bytes(config.training),
-                .distributed_optimizer = config.training.distributed_optimizer};
+                .distributed_optimizer = config.training.distributed_optimizer,
+                .bucket_elements = config.training.bucket_elements};
   plan.tensors = tensors_of(model, plan.grid);
   plan.memory = step_memory(model, plan.grid, plan.shape, plan.tensors);
   plan.traffic = step_traffic(model, plan.grid, plan.shape, plan.tensors);

@@ -223,8 +223,8 @@ class PretrainRun {
     model_->to(runtime_.device(), config_.training.precision);
     parameters_ = parameter_shards(*model_);
     TrainerOptions options;
-    options.gradients.low_precision_gradients = config_.training.main_gradients;
-    options.gradients.distributed_optimizer = config_.training.distributed_optimizer;
+    options.gradients = gradient_buffer_options(config_.training);
+    options.check_replicas = config_.training.check_replicas;
     options.adamw = config_.training;
     options.learning_rate = learning_rate_schedule(config_);
     options.clip_grad_norm = config_.training.clip_grad_norm;

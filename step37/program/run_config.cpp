@@ -90,7 +90,10 @@ void visit_keys(Config& config, const Visit& visit) {
        KEY(training, learning_rate_scales), KEY(training, weight_decay), KEY(training, weight_decay_scales),
        KEY(training, beta1), KEY(training, beta2), KEY(training, eps), KEY(training, clip_grad_norm),
        KEY(training, precision), KEY(training, main_gradients), KEY(training, exp_avg), KEY(training, exp_avg_sq),
-       KEY(training, distributed_optimizer), KEY(training, recompute));
+       KEY(training, distributed_optimizer), KEY(training, overlap_gradient_reduction),
+       KEY(training, overlap_parameter_gather), KEY(training, recompute));
+  each(kAtLeast1, KEY(training, bucket_elements));
+  each(kAtLeast0, KEY(training, check_replicas));
   each(kAtLeast0, KEY(validation, interval));
   each(kAtLeast1, KEY(validation, packs));
   each(kAtLeast0, KEY(checkpoint, interval));
@@ -677,6 +680,14 @@ Step37Config model_config(const RunConfig& config, int64_t vocabulary_size) {
   result.freeze_projector = model.freeze_projector;
   result.freeze_language_model = model.freeze_language_model;
   return result;
+}
+
+GradientBufferOptions gradient_buffer_options(const TrainingSection& training) {
+  return {.low_precision_gradients = training.main_gradients,
+          .distributed_optimizer = training.distributed_optimizer,
+          .bucket_elements = training.bucket_elements,
+          .overlap_reduction = training.overlap_gradient_reduction,
+          .overlap_gather = training.overlap_parameter_gather};
 }
 
 LearningRateSchedule learning_rate_schedule(const RunConfig& config) {

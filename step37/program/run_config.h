@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "megatron_cpp/optimizer/adamw.h"
+#include "megatron_cpp/optimizer/gradient_buffer.h"
 #include "megatron_cpp/training/learning_rate.h"
 #include "parallel/rank_grid.h"
 #include "step37/data/crop_plan.h"
@@ -142,7 +143,11 @@ struct TrainingSection : AdamWOptions {
   at::ScalarType main_gradients =
       at::kFloat;                      ///< what gradients of bfloat16 parameters are added up in: float32 or bfloat16
   bool distributed_optimizer = false;  ///< GradientBufferOptions::distributed_optimizer
-  Recompute recompute;                 ///< changes no bit of the results
+  bool overlap_gradient_reduction = true;  ///< GradientBufferOptions::overlap_reduction
+  bool overlap_parameter_gather = true;    ///< GradientBufferOptions::overlap_gather
+  int64_t bucket_elements = 40'000'000;    ///< GradientBufferOptions::bucket_elements
+  int64_t check_replicas = 0;              ///< steps between two comparisons of the replicas' parameters; 0: none
+  Recompute recompute;                     ///< changes no bit of the results
 };
 
 struct ValidationSection {
@@ -221,6 +226,9 @@ parallel::RankGrid rank_grid(const RunConfig& config, int num_ranks);
 Step37Config model_config(const RunConfig& config, int64_t vocabulary_size);
 
 LearningRateSchedule learning_rate_schedule(const RunConfig& config);
+
+/// How gradients are added up and reduced. Not collective.
+GradientBufferOptions gradient_buffer_options(const TrainingSection& training);
 
 /// How pictures are cut. Without data.crops, crop_side is the global side, so that it always fits the patches.
 CropOptions crop_options(const RunConfig& config);

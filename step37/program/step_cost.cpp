@@ -286,22 +286,22 @@ void add_micro_batch(const Step37Config& config, const Sizes& n, const parallel:
   }
 }
 
-/// One of GradientBuffer's.
+/// Those of GradientBuffer that are summed over one group.
 struct Bucket {
   std::string_view group;  ///< that gradients are summed over
   int64_t ranks = 1;       ///< of it
   bool is_divided = false;
-  int64_t own = 0;    ///< elements that the optimizer updates, on the rank with most
-  int64_t numel = 0;  ///< with padding
+  int64_t own = 0;        ///< elements that the optimizer updates, on the rank with most
+  int64_t numel = 0;      ///< with padding
+  int64_t at_a_time = 0;  ///< elements that are reduced together, at most
   int64_t slice() const { return numel / ranks; }
 };
 
-/// The kind of a parameter's bucket: edp's groups are those of dp or tp_dp if these have the same ranks. (With dp 1
-/// they are those of tp then, which no gradient is summed over otherwise.)
+/// The kind of a parameter's bucket: edp's groups are those of dp or tp_dp if these have the same ranks.
 std::string_view kind_of_bucket(std::string_view summed_over, const parallel::RankGrid& grid) {
   if (summed_over != "edp") return summed_over;
   if (grid.edp() == grid.dp) return "dp";
-  return grid.edp() == grid.tp * grid.dp && grid.dp > 1 ? "tp_dp" : "edp";
+  return grid.edp() == grid.tp * grid.dp ? "tp_dp" : "edp";
 }
 
 std::vector<Bucket> buckets_of(const std::vector<TensorGroup>& tensors, const parallel::RankGrid& grid,
@@ -317,22 +317,22 @@ std::vector<Bucket> buckets_of(const std::vector<TensorGroup>& tensors, const pa
     }
     bucket->own += tensor.count * tensor.local;
     bucket->numel += tensor.count * FlatLayout::padded_numel(tensor.local);
+    bucket->at_a_time = std::max(bucket->at_a_time, shape.bucket_elements + tensor.local);
   }
   for (auto& bucket : buckets) {
     if (!bucket.is_divided) continue;
     bucket.numel = bucket.ranks * FlatLayout::slice_numel_of(bucket.numel, bucket.ranks);
     bucket.own = std::min(bucket.own, bucket.slice());
+    bucket.at_a_time = std::min(bucket.at_a_time, bucket.numel);
   }
   return buckets;
 }
 
-/// The largest temporary tensors of the distributed optimizer, when there are no activations.
+/// What a reduce-scatter over MPI makes, when there are no activations: the sum of a bucket's slice.
 int64_t optimizer_temporary(const std::vector<Bucket>& buckets, const ElementBytes& each) {
   int64_t largest = 0;
   for (const auto& bucket : buckets) {
-    if (!bucket.is_divided) continue;
-    const int64_t share = std::min(bucket.slice(), kGatheredAtATime / bucket.ranks);
-    largest = std::max({largest, bucket.slice() * each.gradient, (bucket.ranks + 1) * share * each.parameter});
+    if (bucket.is_divided) largest = std::max(largest, bucket.at_a_time / bucket.ranks * each.gradient);
   }
   return largest;
 }

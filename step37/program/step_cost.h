@@ -30,6 +30,7 @@ struct StepShape {
   int64_t images_per_pack = 0;
   ElementBytes element_bytes = {};
   bool distributed_optimizer = false;  ///< GradientBufferOptions::distributed_optimizer
+  int64_t bucket_elements = 0;         ///< GradientBufferOptions::bucket_elements
 };
 
 /// Collectives of one kind over the groups of one kind.

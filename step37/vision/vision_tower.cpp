@@ -282,6 +282,7 @@ at::Tensor VisionTowerImpl::forward(const at::Tensor& pixels) {
 }
 
 at::Tensor VisionTowerImpl::encode(const at::Tensor& pixels) {
+  use_parameters();
   const auto [rows, columns] = patch_grid(pixels, config_.patch_size);
   const auto patches = conv1_->convolution(pixels, /*stride=*/config_.patch_size);
   auto x = patches.flatten(2).transpose(1, 2) + positions(rows, columns);

@@ -3,11 +3,13 @@
 #include <c10/util/Exception.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <limits>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -18,6 +20,7 @@
 #include "megatron_cpp/tensor_parallel/column_parallel_linear.h"
 #include "megatron_cpp/training/trainer.h"
 #include "parallel/collectives.h"
+#include "parallel/recording_backend.h"
 #include "tests/support/errors.h"
 #include "tests/support/operator_watch.h"
 #include "tests/support/test_world.h"
@@ -100,10 +103,11 @@ TEST(GradientBuffer, SumsAndCountsEveryParameterOnce) {
     const auto& group = groups(tp);
     for (int kinds = 1; kinds < 8; ++kinds) {  // every choice of the three domains
       SCOPED_TRACE(testing::Message() << "tensor " << tp << ", kinds " << kinds);
-      std::vector<Case> cases;
-      if ((kinds & 1) != 0) cases.push_back(replicated_case(group, 1, GradientDomain::kReplicatedPartial));
-      if ((kinds & 2) != 0) cases.push_back(sharded_case(group, 2));
-      if ((kinds & 4) != 0) cases.push_back(replicated_case(group, 3, GradientDomain::kReplicated));
+      std::vector<Case> cases{replicated_case(group, 1, GradientDomain::kReplicatedPartial), sharded_case(group, 2),
+                              replicated_case(group, 3, GradientDomain::kReplicated)};
+      for (int kind = 2; kind >= 0; --kind) {
+        if ((kinds >> kind & 1) == 0) cases.erase(cases.begin() + kind);
+      }
       const auto frozen = on_device(at::zeros({4}));
       std::vector<ParameterShard> shards{shard_of("frozen", frozen, GradientDomain::kReplicated)};
       for (const auto& one : cases) shards.push_back(one.shard);
@@ -135,6 +139,8 @@ TEST(GradientBuffer, RefusesWhatDoesNotFit) {
   const auto& group = groups(1);
   const auto frozen = shard_of("frozen", at::zeros({3}), GradientDomain::kReplicated);
   EXPECT_TRUE(contains(value_error([&] { GradientBuffer({frozen}, group); }), "every parameter is frozen"));
+  EXPECT_EQ(value_error([&] { GradientBuffer({frozen}, group, {.bucket_elements = 0}); }),
+            "bucket_elements 0: a bucket of gradients holds at least 1 element");
   auto elsewhere = shard_of("elsewhere", parameter({2}), GradientDomain::kReplicated);
   elsewhere.domain.summed_over = "cp";
   EXPECT_EQ(value_error([&] { GradientBuffer({elsewhere}, group); }), "no group of kind \"cp\" was made");
@@ -302,7 +308,7 @@ struct OddParameters {
     const auto add = [&](const char* name, at::IntArrayRef shape, GradientDomain domain, bool decays) {
       auto tensor = parameter(shape, dtype);
       auto segment = ParameterSegment::rows(name, shape.vec(), 0, 0, 0, shape[0]);
-      shards.push_back({name, tensor, domain, {std::move(segment)}, InitialValue::normal(0.5), decays});
+      shards.push_back({name, tensor, domain, {std::move(segment)}, InitialValue::normal(0.5), decays, before_use});
     };
     add("bias", {7}, GradientDomain::kSharded, false);
     add("weight", {3, kNormBlock / 2 + 5}, GradientDomain::kSharded, true);
@@ -325,6 +331,7 @@ struct OddParameters {
 
   /// Gradients that no sum adds up exactly.
   at::Tensor loss_sum(int64_t step, int64_t micro_batch) const {
+    if (*before_use) (*before_use)();
     auto sum = on_device(at::zeros({}));
     for (size_t i = 0; i < shards.size(); ++i) {
       if (!shards[i].parameter.requires_grad() || shards[i].name == "unused") continue;
@@ -333,6 +340,7 @@ struct OddParameters {
     return sum * (1.0 + 0.3 * std::sin(static_cast<double>(2 * step + micro_batch)));
   }
 
+  std::shared_ptr<BeforeUse> before_use = std::make_shared<BeforeUse>();
   std::vector<ParameterShard> shards;
   std::vector<at::Tensor> factors;  ///< of this rank
 };
@@ -368,10 +376,14 @@ TEST(DistributedOptimizer, DoesWhatEveryReplicaWouldDo) {
           Precision{at::kBFloat16, at::kBFloat16, at::kBFloat16, 5}}) {
       SCOPED_TRACE(testing::Message() << grid.text() << ", " << dtypes.parameters << " " << dtypes.gradients);
       const auto& layout = test_support::groups(grid);
-      const auto make = [&](const OddParameters& model, bool distributed_optimizer) {
+      const auto make = [&](const OddParameters& model, bool distributed_optimizer, bool overlap) {
         auto options = trainer_options(0.5);
         options.adamw.exp_avg = options.adamw.exp_avg_sq = dtypes.moments;
-        options.gradients = {dtypes.gradients, distributed_optimizer};
+        options.gradients = {.low_precision_gradients = dtypes.gradients,
+                             .distributed_optimizer = distributed_optimizer,
+                             .bucket_elements = 200,
+                             .overlap_reduction = overlap,
+                             .overlap_gather = overlap};
         auto trainer = std::make_unique<Trainer>(model.shards, layout, options);
         trainer->optimizer().fill_parameters(model.shards,
                                              [](const ParameterShard& shard) { initialize_parameters({shard}, 5); });
@@ -379,20 +391,25 @@ TEST(DistributedOptimizer, DoesWhatEveryReplicaWouldDo) {
       };
       const OddParameters plain_model(layout, dtypes.parameters);
       const OddParameters model(layout, dtypes.parameters);
-      const auto plain = make(plain_model, false);
-      const auto trainer = make(model, true);
+      const OddParameters overlapped_model(layout, dtypes.parameters);
+      const auto plain = make(plain_model, false, false);
+      const auto trainer = make(model, true, true);
+      const auto overlapped = make(overlapped_model, false, true);
       const bool may_have_none = layout.dp->getRank() > 0;
       for (int64_t step = 0; step < dtypes.steps; ++step) {
         const int64_t micro_batches = step % 3 == 1 && may_have_none ? 0 : 2;
         const auto expected = plain->step([&](int64_t i) { return plain_model.loss_sum(step, i); }, micro_batches, 16);
         const auto result = trainer->step([&](int64_t i) { return model.loss_sum(step, i); }, micro_batches, 16);
+        overlapped->step([&](int64_t i) { return overlapped_model.loss_sum(step, i); }, micro_batches, 16);
         ASSERT_EQ(result.loss, expected.loss) << step;
         ASSERT_EQ(result.grad_norm, expected.grad_norm) << step;
         EXPECT_GT(result.grad_norm, 0.5);
       }
+      trainer->finish_gather();
       for (size_t i = 0; i < model.shards.size(); ++i) {
-        EXPECT_TRUE(test_support::equal(model.shards[i].parameter, plain_model.shards[i].parameter))
-            << model.shards[i].name;
+        const auto& expected = plain_model.shards[i];
+        EXPECT_TRUE(test_support::equal(model.shards[i].parameter, expected.parameter)) << expected.name;
+        EXPECT_TRUE(test_support::equal(overlapped_model.shards[i].parameter, expected.parameter)) << expected.name;
       }
       const auto& slices = trainer->optimizer().slices();
       ASSERT_EQ(slices.size(), model.shards.size() - 1);
@@ -413,19 +430,133 @@ TEST(DistributedOptimizer, DoesWhatEveryReplicaWouldDo) {
   }
 }
 
-// More than one all-gather takes.
-TEST(DistributedOptimizer, GathersLargeParameters) {
-  const auto& layout = groups(1);
-  const auto large = parameter({(1 << 24) + 77}, at::kBFloat16);
-  GradientBuffer buffer({shard_of("large", large, GradientDomain::kReplicated)}, layout,
-                        {.low_precision_gradients = at::kBFloat16, .distributed_optimizer = true});
-  const auto expected = on_device(at::arange(large.numel()).remainder(251).to(at::kBFloat16));
-  for (const auto& slice : buffer.slices({.exp_avg = at::kBFloat16, .exp_avg_sq = at::kBFloat16})) {
-    const auto& [begin, end] = slice.elements;
-    large.detach().slice(0, begin, end).copy_(expected.slice(0, begin, end));
+namespace {
+
+/// `groups` with a note in `events` of each reduction of gradients that begins.
+parallel::ProcessGroups noting(const parallel::ProcessGroups& groups, std::vector<std::string>& events) {
+  return parallel::observe(groups, [&](parallel::CollectiveKind kind, int64_t /*bytes*/) {
+    events.emplace_back(parallel::collective_name(kind));
+  });
+}
+
+/// A chain of products, whose gradients backward completes from the last to the first.
+struct Chain {
+  explicit Chain(std::vector<std::string>& events) {
+    for (const char* name : {"first", "second", "third"}) {
+      shards.push_back(shard_of(name, parameter({4}), GradientDomain::kReplicated));
+      shards.back().parameter.detach().fill_(2.0);
+      shards.back().parameter.register_hook([name, &events](const at::Tensor&) { events.emplace_back(name); });
+    }
   }
-  buffer.gather_parameters();
-  EXPECT_TRUE(test_support::equal(large.detach(), expected));
+  /// @param uses_all  whether all parameters count; otherwise all but the last.
+  at::Tensor loss(bool uses_all) const {
+    const auto product = shards[0].parameter * shards[1].parameter;
+    return (uses_all ? product * shards[2].parameter : product).sum();
+  }
+
+  std::vector<ParameterShard> shards;
+};
+
+}  // namespace
+
+TEST(Overlap, ABucketIsReducedWhileBackwardGoesOn) {
+  const auto& layout = groups(1);
+  const bool overlaps = layout.dp->getSize() > 1 && parallel::overlaps_computation(layout.dp, device().type());
+  for (const bool distributed_optimizer : {false, true}) {
+    std::vector<std::string> events;
+    const Chain chain(events);
+    GradientBuffer buffer(chain.shards, noting(layout, events),
+                          {.distributed_optimizer = distributed_optimizer, .bucket_elements = 5});
+    ASSERT_EQ(buffer.parameters().front().name, "third");  // with "second" in a bucket of 8 elements
+    const std::string_view reduction = distributed_optimizer ? "reduce_scatter" : "all_reduce";
+    const int ranks = layout.dp->getSize();
+    // A backward pass that isn't the last one of a step reduces nothing.
+    chain.loss(true).backward();
+    EXPECT_EQ(events.size(), 3U) << testing::PrintToString(events);
+    events.clear();
+    buffer.reduce_in_backward();
+    chain.loss(true).backward();
+    if (overlaps) {
+      EXPECT_EQ(std::count(events.begin(), events.end(), reduction), 2) << testing::PrintToString(events);
+      EXPECT_NE(events.back(), "first");
+    } else {
+      EXPECT_EQ(events.size(), 3U) << testing::PrintToString(events);
+    }
+    buffer.reduce();
+    EXPECT_EQ(std::count(events.begin(), events.end(), reduction), ranks > 1 ? 2 : 0);
+    // 4 = 2 * 2 of each backward pass on each rank.
+    if (!distributed_optimizer || ranks == 1) {
+      for (const auto& shard : chain.shards) {
+        EXPECT_TRUE(test_support::equal(shard.parameter.grad(), at::full_like(shard.parameter, 8.0 * ranks)));
+      }
+    }
+  }
+}
+
+// Rank 0 doesn't reach the parameters of the first bucket, so that it can't reduce the second one before reduce();
+// the others do. No rank may hang, or sum one bucket with another.
+TEST(Overlap, RanksWhoseGraphsDifferAgreeOnTheOrder) {
+  const auto& layout = groups(1);
+  std::vector<std::string> events;
+  const Chain chain(events);
+  GradientBuffer buffer(chain.shards, layout, {.bucket_elements = 1});
+  const bool uses_all = layout.dp->getRank() > 0;
+  for (int repetition = 0; repetition < 2; ++repetition) {
+    buffer.zero();
+    buffer.reduce_in_backward();
+    chain.loss(uses_all).backward();
+    buffer.reduce();
+    const double others = layout.dp->getSize() - 1;
+    for (const auto& shard : chain.shards) {
+      const double of_rank_0 = shard.name == "third" ? 0.0 : 2.0;
+      EXPECT_TRUE(test_support::equal(shard.parameter.grad(), at::full_like(shard.parameter, of_rank_0 + 4.0 * others)))
+          << shard.name;
+    }
+  }
+}
+
+TEST(Overlap, GroupsOfLayersAreLeftAlone) {
+  auto layout = groups(runtime().size());
+  layout.dp = layout.tp;  // as a program's own groups may be
+  std::vector<std::string> events;
+  const Chain chain(events);
+  GradientBuffer buffer(chain.shards, noting(layout, events), {.bucket_elements = 1});
+  buffer.reduce_in_backward();
+  chain.loss(true).backward();
+  EXPECT_EQ(events.size(), 3U) << testing::PrintToString(events);
+  buffer.reduce();
+}
+
+TEST(Overlap, ParametersAreGatheredBeforeTheyAreUsed) {
+  const auto& layout = groups(1);
+  const int ranks = layout.dp->getSize();
+  const auto before_use = std::make_shared<BeforeUse>();
+  std::vector<ParameterShard> shards;
+  for (const char* name : {"first", "second", "of no module"}) {
+    shards.push_back(shard_of(name, parameter({99}, at::kBFloat16), GradientDomain::kReplicated));
+    if (shards.size() < 3) shards.back().before_use = before_use;
+  }
+  const auto expected = on_device(at::arange(99).to(at::kBFloat16));
+  {
+    GradientBuffer buffer(shards, layout, {.distributed_optimizer = true, .bucket_elements = 1});
+    EXPECT_EQ(static_cast<bool>(*before_use), ranks > 1);
+    for (int round = 0; round < 3; ++round) {
+      for (const auto& slice : buffer.slices({})) {
+        const auto& [begin, end] = slice.elements;
+        slice.shard.parameter.detach().slice(0, begin, end).copy_(expected.slice(0, begin, end) + round);
+      }
+      buffer.gather_parameters();
+      EXPECT_TRUE(test_support::equal(shards[2].parameter.detach(), expected + round));
+      if (round == 2) break;  // the end of the buffer completes them
+      if (round == 0 && *before_use) (*before_use)();
+      if (round == 1) buffer.finish_gather();
+      for (const auto& shard : shards) {
+        EXPECT_TRUE(test_support::equal(shard.parameter.detach(), expected + round)) << shard.name;
+      }
+    }
+  }
+  EXPECT_FALSE(*before_use);
+  for (const auto& shard : shards) EXPECT_TRUE(test_support::equal(shard.parameter.detach(), expected + 2));
 }
 
 // ---- Trainer ----

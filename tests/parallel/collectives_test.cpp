@@ -95,6 +95,27 @@ TEST(AllGather, EveryDtype) {
   }
 }
 
+TEST(AllGather, InPlaceSendsTheOwnRowsOfTheTensor) {
+  for (const int t : test_support::divisors_of_world()) {
+    for (const auto dtype : kDtypes) {
+      const auto all = at::cat(of_all(t, {3, 5}, dtype), 0);
+      const auto tensor = on_device(at::zeros_like(all));
+      tensor.narrow(0, 3 * groups(t).tp->getRank(), 3).copy_(own(t, {3, 5}, dtype));
+      const void* memory = tensor.data_ptr();
+      auto pending = start_all_gather_in_place(tensor, groups(t).tp);
+      EXPECT_EQ(pending.wait().data_ptr(), memory);
+      EXPECT_TRUE(test_support::equal(tensor, all)) << dtype;
+    }
+    if (t == 1) continue;
+    EXPECT_TRUE(contains(value_error([&] { start_all_gather_in_place(at::zeros({2 * t + 1}), groups(t).tp); }),
+                         "all_gather: number of rows"));
+    EXPECT_TRUE(contains(value_error([&] {
+                           start_all_gather_in_place(at::zeros({t, t}).t(), groups(t).tp);
+                         }),
+                         "all_gather in place needs a contiguous tensor"));
+  }
+}
+
 TEST(AllGather, TakesAnyShapeAndStrides) {
   for (const int t : test_support::divisors_of_world()) {
     for (const auto& shape : std::vector<std::vector<int64_t>>{{3, 5, 2}, {2, 3000}, {0, 4}, {4, 0, 3}, {7}}) {
@@ -129,6 +150,20 @@ TEST(AllGather, OfUnevenShares) {
                            all_gather_uneven(at::zeros({3, 1}), rows, groups(t).tp);
                          }),
                          "[3, 1] does not have this rank's rows of [2, 2"));
+  }
+}
+
+TEST(ReduceScatter, InPlaceLeavesTheSumInTheOwnRows) {
+  for (const int t : test_support::divisors_of_world()) {
+    for (const int64_t rows : {1, 3000}) {  // by messages, and through the host's shared memory
+      const auto tensor = on_device(own(t, {t * rows, 5}, at::kFloat)).clone();
+      const void* memory = tensor.data_ptr();
+      auto pending = start_reduce_scatter_in_place(tensor, groups(t).tp);
+      EXPECT_EQ(pending.wait().data_ptr(), memory);
+      const auto sum = reduced(of_all(t, {t * rows, 5}, at::kFloat), Reduction::kSum);
+      const int64_t first = rows * groups(t).tp->getRank();
+      EXPECT_TRUE(test_support::equal(tensor.narrow(0, first, rows), sum.narrow(0, first, rows))) << rows;
+    }
   }
 }
 

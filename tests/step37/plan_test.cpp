@@ -108,7 +108,7 @@ Measured measure(const RunConfig& config, const Plan& plan, parallel::ProcessGro
       measured.whole_elements += elements * (over.empty() ? 1 : groups.of(over)->getSize());
     }
     TrainerOptions options{.adamw = config.training, .learning_rate = learning_rate_schedule(config)};
-    options.gradients = {config.training.main_gradients, config.training.distributed_optimizer};
+    options.gradients = gradient_buffer_options(config.training);
     options.auxiliary_losses = model_settings.auxiliary_losses();
     const auto moe_layers = model->language_model->decoder->moe_layers();
     if (!moe_layers.empty()) options.expert_balance = std::make_shared<ExpertBalance>(moe_layers, groups);

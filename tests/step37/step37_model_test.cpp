@@ -8,11 +8,17 @@
 #include <cmath>
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "megatron_cpp/optimizer/gradient_buffer.h"
 #include "megatron_cpp/parameters/parameter_shard.h"
+#include "megatron_cpp/training/expert_balance.h"
+#include "megatron_cpp/training/trainer.h"
 #include "parallel/collectives.h"
+#include "parallel/recording_backend.h"
 #include "step37/program/run_config.h"
 #include "tests/step37/small_run.h"
 #include "tests/support/errors.h"
@@ -403,6 +409,126 @@ TEST_F(Model, PaddingIsNoPartOfTheRoutersLosses) {
                 std::string::npos);
     }
   }
+}
+
+/// The model's parameters after four steps, and the norms of its gradients.
+struct Trained {
+  Tensors parameters;
+  std::vector<double> norms;
+};
+
+/// Trains with two micro-batches a step, but with none in the second step on the last replica.
+Trained train(const Step37Config& config, const parallel::ProcessGroups& layout,
+              const GradientBufferOptions& gradients) {
+  Step37Model model(config, layout);
+  model->to(test_support::runtime().device(), at::kBFloat16);
+  const auto shards = parameter_shards(*model);
+  TrainerOptions options;
+  options.learning_rate = {.peak = 0.01, .floor = 0.001, .warmup_steps = 1, .total_steps = 4};
+  options.clip_grad_norm = 0.5;
+  options.gradients = gradients;
+  options.auxiliary_losses = config.auxiliary_losses();
+  const auto moe_layers = model->language_model->decoder->moe_layers();
+  if (!moe_layers.empty()) options.expert_balance = std::make_shared<ExpertBalance>(moe_layers, layout);
+  Trainer trainer(shards, layout, options);
+  trainer.optimizer().fill_parameters(shards, [](const ParameterShard& shard) { initialize_parameters({shard}, 7); });
+  trainer.write_parameters();
+  const int replicas = layout.dp->getSize();
+  // Of two groups whose collectives run late, each rank waits for them in its own order: only where there is one.
+  const bool is_last = layout.dp->getRank() == replicas - 1;
+  const bool may_have_none = replicas > 1 && is_last && layout.tp->getSize() == 1 && !config.text.moe;
+  Trained result;
+  for (int64_t step = 0; step < 4; ++step) {
+    const auto loss_sum = [&](int64_t micro_batch) {
+      auto batch = batch_without_pictures();
+      batch.input_ids.narrow(1, 24, 8).add_(step + 2 * micro_batch + layout.dp->getRank());
+      batch.images = pictures_for_all();
+      return model->loss_sum(on_device(batch), options.expert_balance.get());
+    };
+    const int64_t tokens = 2 * replicas * batch_without_pictures().labels.ne(-100).sum().item<int64_t>();
+    result.norms.push_back(trainer.step(loss_sum, step == 1 && may_have_none ? 0 : 2, tokens).grad_norm);
+  }
+  trainer.finish_gather();
+  for (const auto& shard : shards) result.parameters[shard.name] = shard.parameter.detach().clone();
+  return result;
+}
+
+// Over a backend whose collectives run late (TEST_BACKEND=like_nccl) a parameter that is read too early is NaN, and a
+// gradient that is reduced too early is incomplete.
+TEST_F(Model, OverlapChangesNoBit) {
+  const int size = runtime().size();
+  const std::vector<std::pair<parallel::RankGrid, Overrides>> cases{
+      {{.tp = 1, .dp = size}, {}},
+      {{.tp = size > 2 ? 2 : 1, .dp = size > 2 ? size / 2 : size},
+       {"parallel.sequence_parallel=true", "parallel.projector_sharding=column", "model.mtp_num_layers=1",
+        "model.mtp_loss_scaling_factor=0.5", "training.recompute=full"}},
+      {{.tp = 1, .dp = size}, {"parallel.embedding_sharding=hidden", "vision.freeze=true"}},
+      {{.tp = 1, .dp = size, .ep = size}, kBalancedExperts}};
+  for (const auto& [grid, overrides] : cases) {
+    SCOPED_TRACE(testing::Message() << grid.text() << " " << testing::PrintToString(overrides));
+    auto settings = config(overrides);
+    settings.checked = false;
+    const auto& layout = groups(grid);
+    const auto plain = train(settings, layout, {.overlap_reduction = false});
+    for (const bool distributed_optimizer : {false, true}) {
+      const auto overlapped =
+          train(settings, layout, {.distributed_optimizer = distributed_optimizer, .bucket_elements = 1});
+      for (const auto& [name, parameter] : plain.parameters) {
+        EXPECT_TRUE(parameter.isfinite().all().item<bool>()) << name;
+        // Other buckets round the norm otherwise, in its last bits.
+        EXPECT_TRUE(test_support::near(overlapped.parameters.at(name), parameter, 1e-2)) << name;
+      }
+      const auto whole = train(settings, layout,
+                               {.distributed_optimizer = distributed_optimizer,
+                                .bucket_elements = 1,
+                                .overlap_reduction = false,
+                                .overlap_gather = false});
+      EXPECT_EQ(overlapped.norms, whole.norms);
+      for (const auto& [name, parameter] : whole.parameters) {
+        EXPECT_TRUE(test_support::equal(overlapped.parameters.at(name), parameter)) << name;
+      }
+    }
+  }
+}
+
+// Buckets are reduced in their order, so this must be about the order in which backward completes them.
+TEST_F(Model, MostIsReducedBeforeBackwardReachesTheEmbedding) {
+  const auto& layout = groups(1);
+  if (!parallel::overlaps_computation(layout.dp, runtime().device().type()) || layout.dp->getSize() == 1) {
+    GTEST_SKIP() << "nothing overlaps";
+  }
+  Step37Model model(config({"run.checked=false", "model.mtp_num_layers=1", "model.mtp_loss_scaling_factor=0.5"}),
+                    layout);
+  model->to(test_support::runtime().device());
+  int64_t bytes = 0;
+  const auto observed = parallel::observe(layout, [&](parallel::CollectiveKind, int64_t sent) { bytes += sent; });
+  const auto shards = parameter_shards(*model);
+  initialize_parameters(shards, 7);
+  GradientBuffer gradients(shards, observed, {.bucket_elements = 1});
+  auto batch = batch_without_pictures();
+  batch.images = pictures_for_all();
+  const auto sums = model->loss_sum(on_device(batch));
+  int64_t before = 0;
+  int64_t after_mtp = 0;
+  model->language_model->embedding->word_embeddings->weight.register_hook([&](const at::Tensor&) { before = bytes; });
+  model->language_model->output_layer->weight.register_hook([&](const at::Tensor&) { after_mtp = bytes; });
+  gradients.reduce_in_backward();
+  (sums.tokens + sums.auxiliary.front()).backward();
+  const auto in_backward = bytes;
+  gradients.reduce();
+  EXPECT_EQ(bytes, in_backward);  // nothing was left
+  EXPECT_GT(after_mtp, 0);
+  // The rest is the table itself, tower and projector, and the bucket whose gradients are just being completed.
+  int64_t late = 0;
+  int64_t all = 0;
+  for (const auto& shard : shards) {
+    if (!shard.parameter.requires_grad()) continue;
+    all += shard.parameter.numel();
+    const bool is_decoder = shard.name.starts_with("language_model.") && !contains(shard.name, "word_embeddings");
+    if (!is_decoder) late += shard.parameter.numel();
+  }
+  EXPECT_GT(static_cast<double>(before) / static_cast<double>(bytes),
+            0.95 * static_cast<double>(all - late) / static_cast<double>(all));
 }
 
 }  // namespace megatron_cpp::step37

@@ -118,7 +118,14 @@ class NcclLikeBackend final : public c10d::Backend {
     check_pair(output, input);
     TORCH_CHECK_VALUE(input.numel() * size_ == output.numel(),
                       "output tensor size must be equal to world_size times input tensor size");
-    return issue(options.asyncOp, {output},
+    std::vector<at::Tensor> outputs{output};
+    if (output.is_alias_of(input)) {
+      outputs = output.view({size_, -1}).unbind(0);
+      TORCH_CHECK_VALUE(outputs[static_cast<size_t>(rank_)].const_data_ptr() == input.const_data_ptr(),
+                        "an all-gather in place needs the input where its share of the output belongs");
+      outputs.erase(outputs.begin() + rank_);
+    }
+    return issue(options.asyncOp, outputs,
                  [=, this]() mutable { inner_->_allgather_base(output, input, options)->wait(); });
   }
   WorkPtr _reduce_scatter_base(at::Tensor& output, at::Tensor& input,
@@ -126,7 +133,14 @@ class NcclLikeBackend final : public c10d::Backend {
     check_pair(output, input);
     TORCH_CHECK_VALUE(input.numel() == output.numel() * size_,
                       "input tensor must be the same size as output size times world size");
-    return issue(options.asyncOp, {output},
+    std::vector<at::Tensor> outputs;
+    if (!output.is_alias_of(input)) {
+      outputs.push_back(output);
+    } else {
+      TORCH_CHECK_VALUE(input.view({size_, -1})[rank_].const_data_ptr() == output.const_data_ptr(),
+                        "a reduce-scatter in place needs the output where its share of the input is");
+    }
+    return issue(options.asyncOp, outputs,
                  [=, this]() mutable { inner_->_reduce_scatter_base(output, input, options)->wait(); });
   }
   WorkPtr alltoall_base(at::Tensor& output, at::Tensor& input, std::vector<int64_t>& output_splits,

@@ -9,7 +9,8 @@ namespace megatron_cpp::test_support {
 /// backend of `group`:
 ///  - if asyncOp is false, the collective is done when the call returns, and the returned Work is null;
 ///  - otherwise the collective runs in Work::wait or in a later blocking collective of the group, and until then the
-///    output contains garbage, as on a stream that isn't waited for. Writing to the input meanwhile spoils the result;
+///    output contains garbage (but where the input lies in it), as on a stream that isn't waited for. Writing to the
+///    input meanwhile spoils the result;
 ///  - one contiguous tensor per call, of matching sizes and dtypes: else c10::ValueError.
 /// A Work that is never waited for fails the running test. Not collective.
 parallel::GroupPtr like_nccl(const parallel::GroupPtr& group);

@@ -140,6 +140,7 @@ GroupedExpertsImpl::GroupedExpertsImpl(const TransformerConfig& config, double s
 }
 
 at::Tensor GroupedExpertsImpl::forward(const ExpertTokens& tokens) {
+  use_parameters();
   return ExpertsFunction::apply(tokens.rows, tokens.weights, linear_fc1, linear_fc2, tokens.order, tokens.counts,
                                 swiglu_limit_, accumulate_into_grad_);
 }

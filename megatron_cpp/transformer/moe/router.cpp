@@ -17,6 +17,7 @@ TopKRouterImpl::TopKRouterImpl(const MoEConfig& config, int64_t hidden_size, dou
 }
 
 Routing TopKRouterImpl::forward(const at::Tensor& tokens, const at::Tensor& earlier) {
+  use_parameters();
   const auto wide = tokens.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto dtype = config_.router_in_float32 ? wide : weight.scalar_type();
   const auto logits = at::linear(tokens.to(dtype), weight.to(dtype)).to(wide);
