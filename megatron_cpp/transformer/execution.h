@@ -15,6 +15,7 @@ struct RecomputedParts {
   bool core_attention = false;  ///< the softmax over keys and what it weighs, between the two linear maps
   bool mlp = false;             ///< each dense feed-forward and each shared expert: only its input is kept
   bool experts = false;         ///< what experts are sent, compute and send back; each token's choice of them is kept
+  bool norms = false;           ///< the outputs of each layer's two norms of hidden states: only their inputs are kept
 
   bool operator==(const RecomputedParts&) const = default;  ///< every part alike
 };

@@ -6,10 +6,13 @@
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/saved_variable.h>
 
 #include <algorithm>
 #include <cstddef>
 #include <iterator>
+#include <memory>
 #include <utility>
 
 namespace megatron_cpp {
@@ -84,6 +87,28 @@ struct RecomputeFunction : torch::autograd::Function<RecomputeFunction> {
   }
 };
 
+/// A tensor's values, which whoever shares its storage loses and gets back.
+struct Intermediate {
+  std::function<at::Tensor(const at::Tensor&)> produce;
+  torch::autograd::SavedVariable input;  ///< cut off from the graph; throws if it has been written to
+  c10::Storage storage;
+  bool is_freed = false;
+
+  void free() {
+    storage.set_data_ptr_noswap({nullptr, storage.device()});
+    is_freed = true;
+  }
+  void compute_again() {
+    if (!is_freed) return;
+    const c10::NoGradGuard no_grad;
+    auto again = produce(input.unpack()).storage();
+    TORCH_CHECK(again.nbytes() == storage.nbytes(), "recompute_between: ", storage.nbytes(), " bytes, then ",
+                again.nbytes());
+    storage.swap_data_ptr(again);
+    is_freed = false;
+  }
+};
+
 }  // namespace
 
 std::vector<at::Tensor> recompute(const RecomputedBody& body, const std::vector<at::Tensor>& inputs,
@@ -94,6 +119,28 @@ std::vector<at::Tensor> recompute(const RecomputedBody& body, const std::vector<
   std::copy_if(parameters.begin(), parameters.end(), std::back_inserter(tensors),
                [](const auto& parameter) { return parameter.requires_grad(); });
   return RecomputeFunction::apply(at::TensorList(tensors), c10::make_intrusive<Recomputation>(body, inputs.size()));
+}
+
+std::vector<at::Tensor> recompute_between(const std::function<at::Tensor(const at::Tensor&)>& produce,
+                                          const at::Tensor& input,
+                                          const std::function<std::vector<at::Tensor>(const at::Tensor&)>& consume) {
+  const auto produced = produce(input);
+  auto outputs = consume(produced);
+  if (!produced.requires_grad()) return outputs;
+  TORCH_INTERNAL_ASSERT(!produced.is_alias_of(input));
+  const auto between =
+      std::make_shared<Intermediate>(Intermediate{produce, {input.detach(), /*is_output=*/false}, produced.storage()});
+  for (const auto& output : outputs) {
+    if (!output.defined() || !output.requires_grad()) continue;
+    TORCH_INTERNAL_ASSERT(!output.is_alias_of(produced));
+    output.register_hook([between](const at::Tensor& /*gradient*/) { between->compute_again(); });
+  }
+  // The hooks may outlive their use: a graph is there as long as its loss.
+  produced.register_hook([between](const at::Tensor& /*gradient*/) {
+    if (!torch::autograd::get_current_graph_task_keep_graph()) *between = {};
+  });
+  between->free();
+  return outputs;
 }
 
 }  // namespace megatron_cpp

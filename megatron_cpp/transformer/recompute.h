@@ -33,4 +33,20 @@ using RecomputedBody = std::function<std::vector<at::Tensor>(const std::vector<a
 std::vector<at::Tensor> recompute(const RecomputedBody& body, const std::vector<at::Tensor>& inputs,
                                   const std::vector<at::Tensor>& parameters = {});
 
+/// consume(produce(input)) without what lies between: the operations of `consume` keep `produce`'s result for their
+/// backward pass, but its memory is freed as soon as they are done. The backward pass of `consume` begins by computing
+/// it again, into the tensors that they kept; no operation of `consume` is repeated. Gradients are the same bits as
+/// those of consume(produce(input)). (Megatron-Core: CheckpointWithoutOutput.)
+/// @param produce  a new tensor from `input` and parameters, the same bits each time. Is called at once, and again
+///                 without gradients; its own backward pass keeps what it always does. Lives as long as the graph does,
+///                 and so does what it captures.
+/// @param consume  is called once. It doesn't write to its argument. Every gradient of its argument comes back through
+///                 a tensor that it returns; none of these is a view of the argument.
+/// @return         consume's tensors; undefined ones, too. If neither `input` nor a parameter of `produce` needs a
+///                 gradient, or in no-grad mode, nothing is freed.
+/// No communication but that of both. Backward passes through a retained graph keep what was computed again.
+std::vector<at::Tensor> recompute_between(const std::function<at::Tensor(const at::Tensor&)>& produce,
+                                          const at::Tensor& input,
+                                          const std::function<std::vector<at::Tensor>(const at::Tensor&)>& consume);
+
 }  // namespace megatron_cpp

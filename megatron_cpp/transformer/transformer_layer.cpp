@@ -11,7 +11,7 @@ namespace megatron_cpp {
 
 TransformerLayerImpl::TransformerLayerImpl(const TransformerConfig& config, int64_t layer_number,
                                            const TransformerExecution& execution, const ModelGroups& groups)
-    : is_recomputed_(execution.recomputed.layers) {
+    : is_recomputed_(execution.recomputed.layers), recomputes_norms_(execution.recomputed.norms) {
   const auto& tp = groups.tp;
   const auto& layer = config.layers.at(static_cast<size_t>(layer_number));
   const auto norm = [&] {
@@ -27,9 +27,12 @@ TransformerLayerImpl::TransformerLayerImpl(const TransformerConfig& config, int6
   }
 }
 
-at::Tensor TransformerLayerImpl::feed_forward(const at::Tensor& normed, RouterStatistics* statistics,
-                                              std::optional<TokenDispatcher>* dispatcher) {
-  return moe ? moe->forward(normed, statistics, dispatcher) : mlp->forward(normed);
+std::vector<at::Tensor> TransformerLayerImpl::feed_forward(const at::Tensor& normed, RouterStatistics* statistics,
+                                                           std::optional<TokenDispatcher>* dispatcher) {
+  if (!moe) return {mlp->forward(normed)};
+  std::vector outputs{moe->forward(normed, statistics, dispatcher)};
+  if (statistics != nullptr) outputs.push_back(statistics->layers().back().sums);
+  return outputs;
 }
 
 at::Tensor TransformerLayerImpl::compute(const at::Tensor& hidden_states, const AttentionBatch& attention,
@@ -38,8 +41,15 @@ at::Tensor TransformerLayerImpl::compute(const at::Tensor& hidden_states, const 
   // The layer's two gradients of its input are added to each other first, and then to those of other uses: the same
   // order whether the layer is recomputed or not.
   const auto input = at::alias(hidden_states);
-  const auto attended = input + self_attention->forward(input_layernorm->forward(input), attention, cache);
-  return attended + feed_forward(pre_mlp_layernorm->forward(attended), statistics, dispatcher);
+  const auto behind = [&](const RMSNorm& norm, const at::Tensor& x, const auto& consume) {
+    const auto produce = [norm = norm.ptr()](const at::Tensor& again) { return norm->forward(again); };
+    return (recomputes_norms_ ? recompute_between(produce, x, consume) : consume(produce(x)))[0];
+  };
+  const auto attended = input + behind(input_layernorm, input, [&](const at::Tensor& normed) {
+                          return std::vector{self_attention->forward(normed, attention, cache)};
+                        });
+  return attended + behind(pre_mlp_layernorm, attended,
+                           [&](const at::Tensor& normed) { return feed_forward(normed, statistics, dispatcher); });
 }
 
 struct TransformerLayerImpl::FirstPass {

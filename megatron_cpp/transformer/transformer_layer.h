@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "megatron_cpp/transformer/attention.h"
 #include "megatron_cpp/transformer/mlp.h"
@@ -50,11 +51,13 @@ class TransformerLayerImpl : public torch::nn::Module {
   /// The same, kept by its input alone.
   at::Tensor compute_twice(const at::Tensor& hidden_states, const AttentionBatch& attention,
                            RouterStatistics* statistics);
-  /// What follows the second norm. The one place that knows which kind of feed-forward a layer has.
-  at::Tensor feed_forward(const at::Tensor& normed, RouterStatistics* statistics,
-                          std::optional<TokenDispatcher>* dispatcher);
+  /// What follows the second norm, and after it whatever else gradients come back through. The one place that knows
+  /// which kind of feed-forward a layer has.
+  std::vector<at::Tensor> feed_forward(const at::Tensor& normed, RouterStatistics* statistics,
+                                       std::optional<TokenDispatcher>* dispatcher);
 
   bool is_recomputed_;
+  bool recomputes_norms_;
 };
 TORCH_MODULE(TransformerLayer);
 

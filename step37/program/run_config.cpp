@@ -595,7 +595,6 @@ void validate(const RunConfig& config, int num_ranks) {
                     "training.main_gradients bfloat16 goes with training.precision bfloat16: gradients of float32 "
                     "parameters are float32");
   const auto& recompute = training.recompute;
-  TORCH_CHECK_VALUE(!recompute.norms, "training.recompute norms is not there yet");
   TORCH_CHECK_VALUE(!recompute.experts || has_experts(config), "training.recompute experts: the model has no experts");
   TORCH_CHECK_VALUE(!recompute.tower || !config.vision.freeze,
                     "training.recompute tower: the vision tower is frozen (vision.freeze) and keeps nothing");
@@ -668,7 +667,8 @@ Step37Config model_config(const RunConfig& config, int64_t vocabulary_size) {
                       .recomputed = {.layers = recompute.full,
                                      .core_attention = recompute.core_attention,
                                      .mlp = recompute.mlp,
-                                     .experts = recompute.experts}};
+                                     .experts = recompute.experts,
+                                     .norms = recompute.norms}};
   result.recompute_tower = recompute.full || recompute.tower;
   result.vision = config.vision;
   result.projector_bias = config.published ? config.published->projector_bias : model.projector_bias;

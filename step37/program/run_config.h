@@ -120,7 +120,7 @@ struct Recompute {
   bool core_attention = false;  ///< of decoder layers, as all but the last: RecomputedParts
   bool mlp = false;
   bool experts = false;
-  bool norms = false;  ///< is not there yet
+  bool norms = false;
   bool tower = false;  ///< each block of the vision tower
 };
 

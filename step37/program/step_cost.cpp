@@ -365,17 +365,19 @@ LayerBytes layer_bytes(const Step37Config& config, const LayerConfig& layer, con
   const bool in_blocks = layer.sliding_window > 0 && shape.sequence_length > layer.sliding_window;
   const bool copies_output = in_blocks || shape.micro_batch_size > 1 || groups > 1;
   const auto& again = config.execution.recomputed;
-  // The norm's input and output; per position q, k, v, g fused, norms of q and k, rotated q and k, the attention's
+  // A norm's input and output.
+  const int64_t normed = n.s * n.H * n.e;
+  const int64_t norm = n.s * (n.H * n.e + kFloat) + (again.norms ? 0 : normed);
+  // The norm; per position q, k, v, g fused, norms of q and k, rotated q and k, the attention's
   // output (once more where it is put together from parts) and logsumexp, the gates, the gated output.
-  int64_t attention = n.s * (2 * n.H * n.e + kFloat) +
-                      n.S * n.e * ((q + 2 * kv + heads) + (q + kv) + (copies_output ? 2 * q : q) + heads + q) +
+  int64_t attention = norm + n.S * n.e * ((q + 2 * kv + heads) + (q + kv) + (copies_output ? 2 * q : q) + heads + q) +
                       n.S * kFloat * (heads + groups + heads);
   const int64_t masks =
       n.e * shape.micro_batch_size * window_mask_elements(shape.sequence_length, layer.sliding_window);
   // What core attention keeps besides q, k, v and its output as it is handed on.
   if (!again.core_attention) attention += masks;
   if (again.core_attention) attention -= n.S * (kFloat * heads + n.e * (copies_output ? q : 0));
-  int64_t feed_forward = n.s * (2 * n.H * n.e + kFloat);
+  int64_t feed_forward = norm;
   int64_t temporary = 0;
   const auto mlp = [&](int64_t F) {
     const int64_t products = n.S * 3 * F / n.t * n.e;  // gate and up, their product
@@ -384,6 +386,7 @@ LayerBytes layer_bytes(const Step37Config& config, const LayerConfig& layer, con
   };
   /// A recomputed layer keeps its input and `routes`; all else comes back, and its output.
   const auto result = [&](int64_t routes) -> LayerBytes {
+    if (again.norms) temporary += normed;
     const int64_t hidden = n.s * n.H * n.e;
     if (!again.layers) return {attention + feed_forward, temporary};
     return {hidden + routes, attention + feed_forward + temporary};

@@ -130,6 +130,91 @@ TEST(Recompute, NestsAndRefusesDoubleBackward) {
   EXPECT_THROW(torch::autograd::grad({again}, {twice.x}, {}, {}, /*create_graph=*/true), c10::NotImplementedError);
 }
 
+/// A producer that counts its calls, and a consumer that uses what it made directly and as a view.
+struct Between {
+  std::function<at::Tensor(const at::Tensor&)> produce = [this](const at::Tensor& input) {
+    ++produced;
+    return input.exp() * scale;
+  };
+  std::function<Tensors(const at::Tensor&)> consume = [this](const at::Tensor& y) {
+    ++consumed;
+    const auto product = y.mm(weight);
+    return Tensors{product + y.reshape({-1}).square().sum(), {}, y.detach().sum(), product.square().sum()};
+  };
+
+  at::Tensor x = leaf(normal_values({5, 4}, 1));
+  at::Tensor scale = leaf(normal_values({4}, 2));
+  at::Tensor weight = leaf(normal_values({4, 3}, 3));
+  int produced = 0;
+  int consumed = 0;
+};
+
+TEST(RecomputeBetween, GivesTheSameBitsAndCallsTheProducerOnceMore) {
+  for (const size_t used : {size_t{0}, size_t{3}}) {
+    Between kept;
+    Between freed;
+    const auto expected = kept.consume(kept.produce(kept.x))[used];
+    const auto outputs = recompute_between(freed.produce, freed.x, freed.consume);
+    EXPECT_FALSE(outputs[1].defined());
+    EXPECT_TRUE(at::equal(outputs[used], expected));
+    EXPECT_EQ(freed.produced, 1);
+    for (int pass = 0; pass < 2; ++pass) {
+      const bool once_more = pass == 0;
+      expected.sum().backward({}, once_more);
+      outputs[used].sum().backward({}, once_more);
+      EXPECT_EQ(freed.produced, 2);
+      EXPECT_TRUE(at::equal(freed.x.grad(), kept.x.grad()));
+      EXPECT_TRUE(at::equal(freed.scale.grad(), kept.scale.grad()));
+      EXPECT_TRUE(at::equal(freed.weight.grad(), kept.weight.grad()));
+    }
+    EXPECT_EQ(freed.consumed, 1);
+  }
+}
+
+TEST(RecomputeBetween, FreesNothingThatNoBackwardPassComputesAgain) {
+  Between between;
+  between.x.requires_grad_(false);
+  between.scale.requires_grad_(false);
+  recompute_between(between.produce, between.x, between.consume)[0].sum().backward();
+  EXPECT_EQ(between.produced, 1);
+  EXPECT_TRUE(between.weight.grad().defined());
+  const at::NoGradGuard no_grad;
+  EXPECT_FALSE(recompute_between(between.produce, leaf(normal_values({5, 4}, 1)), between.consume)[0].requires_grad());
+  EXPECT_EQ(between.produced, 2);
+}
+
+TEST(RecomputeBetween, RefusesWhatHasChangedSince) {
+  for (const bool changes_input : {false, true}) {
+    Between between;
+    const auto x = between.x * 1.0;
+    const auto outputs = recompute_between(between.produce, x, between.consume);
+    {
+      const at::NoGradGuard no_grad;
+      (changes_input ? x : between.scale).add_(1.0);
+    }
+    EXPECT_THROW(outputs[0].sum().backward(), c10::Error);
+  }
+}
+
+TEST(RecomputeBetween, HoldsNoMemoryBehindItsUse) {
+  if (!runtime().device().is_cpu()) GTEST_SKIP() << "a CPU counts what is alive";
+  const auto watch = std::make_shared<LiveBytes>();
+  const auto x = leaf(normal_values({512, 16}, 1));
+  x.mutable_grad() = at::zeros_like(x);
+  constexpr int64_t kBytes = 512 * 16 * 4;
+  const auto produce = [](const at::Tensor& input) { return input + 1.0; };
+  const auto consume = [](const at::Tensor& y) { return Tensors{y.square().sum()}; };
+  const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, watch);
+  {
+    const auto unused = recompute_between(produce, x * 2.0, consume);
+    EXPECT_LT(watch->live(), 2 * kBytes);  // x * 2, not x * 2 + 1
+  }
+  EXPECT_EQ(watch->live(), 0);
+  const auto loss = recompute_between(produce, x * 2.0, consume)[0];
+  loss.backward();
+  EXPECT_LT(watch->live(), kBytes);  // the loss has still its graph
+}
+
 constexpr int64_t kSequence = 16;
 
 /// A dense layer, two with experts, and two of multi-token prediction; all sizes divisible by 1, 2 and 4.
@@ -230,8 +315,10 @@ const std::map<std::string, RecomputedParts>& settings() {
       {"core_attention", {.core_attention = true}},
       {"mlp", {.mlp = true}},
       {"experts", {.experts = true}},
+      {"norms", {.norms = true}},
       {"parts", {.core_attention = true, .mlp = true, .experts = true}},
-      {"all", {.layers = true, .core_attention = true, .mlp = true, .experts = true}}};
+      {"parts and norms", {.core_attention = true, .mlp = true, .experts = true, .norms = true}},
+      {"all", {.layers = true, .core_attention = true, .mlp = true, .experts = true, .norms = true}}};
   return all;
 }
 
@@ -243,7 +330,8 @@ TEST(Recompute, PartsOfADecoderGiveTheSameBitsInEveryLayout) {
         if (ep > 1 && !sequence_parallel) continue;  // a rank's tokens are as many
         const auto expected = train({.sequence_parallel = sequence_parallel}, groups(grid));
         for (const auto& [name, parts] : settings()) {
-          if (name != "layers" && name != "parts" && (ep > 1 || !sequence_parallel)) continue;
+          const bool is_alone = name != "layers" && name != "parts and norms" && name != "norms";
+          if (is_alone && (ep > 1 || !sequence_parallel)) continue;
           SCOPED_TRACE(testing::Message() << name << ", tp " << tp << ", ep " << ep << ", " << sequence_parallel);
           expect_same_bits(train({.recomputed = parts, .sequence_parallel = sequence_parallel}, groups(grid)),
                            expected);
@@ -313,6 +401,9 @@ TEST(Recompute, KeepsLess) {
   EXPECT_LE(kept["experts"], none - kRow * 2 * 3 * 2 * 12);
   EXPECT_LT(kept["core_attention"], none);
   EXPECT_LT(kept["parts"], std::min({kept["core_attention"], kept["mlp"], kept["experts"]}));
+  // Two norms of each layer, whatever else is kept of it.
+  EXPECT_EQ(none - kept["norms"], kRow * 3 * 2 * 24);
+  EXPECT_EQ(kept["parts"] - kept["parts and norms"], kRow * 3 * 2 * 24);
 }
 
 }  // namespace

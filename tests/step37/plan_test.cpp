@@ -261,6 +261,10 @@ TEST(Plan, OnlyAllToAllsOfExpertParallelismDependOnTheRouting) {
 const Overrides kFull = {"training.recompute=full"};
 const Overrides kParts = {"training.recompute=core_attention, mlp, tower"};
 const Overrides kExpertParts = {"training.recompute=mlp, experts"};
+const Overrides kNorms = {"training.recompute=norms"};
+const Overrides kNormsAndParts = {"training.recompute=core_attention, mlp, experts, norms"};
+/// Packs so long that activations are most of a rank's memory.
+const Overrides kLong = {"training.sequence_length=512", "training.micro_batch_size=1", "training.global_batch_size=4"};
 
 // What is computed again is sent again, but for the experts' counts.
 TEST(Plan, BytesOfRecomputingAreThoseOfARealStep) {
@@ -268,7 +272,8 @@ TEST(Plan, BytesOfRecomputingAreThoseOfARealStep) {
   expect_a_real_steps_parameters_and_bytes(
       {with(kFull, {"model.mtp_num_layers=1", "model.mtp_loss_scaling_factor=0.3", "training.micro_batch_size=1"}),
        with(with(kFull, kSplitTower), replicated), with(kParts, kSplitTower), with(kFull, kExperts),
-       with(with(kFull, kExperts), replicated), with(with(kExpertParts, kExperts), replicated)});
+       with(with(kFull, kExperts), replicated), with(with(kExpertParts, kExperts), replicated),
+       with(kNormsAndParts, kExperts)});
   const int size = runtime().size();
   const auto& groups = test_support::groups(parallel::RankGrid{.tp = size, .ep = size, .etp = 1});
   const auto experts = with(kExperts, {c10::str("ep=", size), "etp=1"});
@@ -292,7 +297,10 @@ TEST(Plan, MemoryOfRecomputingIsThePeakOfLiveTensors) {
       {"training.recompute=mlp", "model.ffn_hidden_size=1024"},
       with(kParts, wide_tower),
       with(with(kExperts, kAuxiliaryLosses), kFull),
-      with(kExperts, kExpertParts)};
+      with(kExperts, kExpertParts),
+      with(with(kNorms, kLong), {"parallel.sequence_parallel=false"}),
+      with(with(kExperts, kNorms), kLong),
+      with(with(kExperts, kNormsAndParts), kLong)};
   for (const int tp : divisors_of_world()) {
     for (const auto& variant : variants) {
       SCOPED_TRACE(testing::Message() << "tp " << tp << ", " << testing::PrintToString(variant));

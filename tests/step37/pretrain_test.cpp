@@ -417,7 +417,7 @@ TEST_F(Pretrain, RecomputingChangesNothing) {
   const auto bfloat16 = with(all, {"training.precision=bfloat16", "parallel.mm_encoder_tp_mode=weights"});
   pretrain("kept", world, all);
   pretrain("kept-bfloat16", world, bfloat16);
-  for (const std::string recompute : {"full", "core_attention, mlp, experts, tower"}) {
+  for (const std::string recompute : {"full", "core_attention, mlp, experts, norms, tower"}) {
     SCOPED_TRACE(recompute);
     pretrain(recompute, world, with(all, {"training.recompute=" + recompute}));
     expect_same_run(files(recompute), files("kept"), rounding());

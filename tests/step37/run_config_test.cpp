@@ -203,15 +203,16 @@ TEST_F(RunConfigTest, RecomputedPartsAreNoneAllOrNamed) {
   const auto parts = read("tower,core_attention , mlp");
   EXPECT_TRUE(parts.tower && parts.core_attention && parts.mlp);
   EXPECT_FALSE(parts.full || parts.experts || parts.norms);
-  const auto model = model_config(smallest({key + "=mlp, tower"}), 100);
-  EXPECT_EQ(model.execution.recomputed, RecomputedParts{.mlp = true});
+  const auto model = model_config(smallest({key + "=mlp, norms, tower"}), 100);
+  EXPECT_EQ(model.execution.recomputed, (RecomputedParts{.mlp = true, .norms = true}));
   EXPECT_TRUE(model.recompute_tower);
   const auto full = model_config(smallest({key + "=full"}), 100);
   EXPECT_EQ(full.execution.recomputed, RecomputedParts{.layers = true});
   EXPECT_TRUE(full.recompute_tower);
   EXPECT_FALSE(model_config(smallest({key + "=full", key + "=none"}), 100).recompute_tower);
 
-  for (const std::string wrong : {"", "layers", "mlp, mlp", "mlp tower", "mlp,", ", mlp", "full, mlp", "none, mlp"}) {
+  for (const std::string wrong :
+       {"", "layers", "mlp, mlp", "mlp tower", "mlp,", ", mlp", "full, mlp", "full, norms", "none, mlp"}) {
     EXPECT_EQ(override_error(key + "=" + wrong),
               key + " in the override " + key + "=" + wrong +
                   " must be none, full, or some of core_attention, mlp, experts, norms, tower, got " +
@@ -617,7 +618,6 @@ TEST_F(RunConfigTest, WhatDoesntFitIsRefusedWithTheNumbers) {
   EXPECT_EQ(validation_error({"training.main_gradients=bfloat16"}),
             "training.main_gradients bfloat16 goes with training.precision bfloat16: gradients of float32 parameters "
             "are float32");
-  EXPECT_EQ(validation_error({"training.recompute=norms, mlp"}), "training.recompute norms is not there yet");
   EXPECT_EQ(validation_error({"training.recompute=experts"}), "training.recompute experts: the model has no experts");
   EXPECT_EQ(validation_error({"training.recompute=tower", "vision.freeze=true"}),
             "training.recompute tower: the vision tower is frozen (vision.freeze) and keeps nothing");
