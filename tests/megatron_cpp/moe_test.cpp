@@ -19,6 +19,7 @@
 #include "parallel/shard.h"
 #include "tests/megatron_cpp/transformer_fixture.h"
 #include "tests/support/errors.h"
+#include "tests/support/live_bytes.h"
 #include "tests/support/operator_watch.h"
 #include "tests/support/test_world.h"
 
@@ -603,6 +604,30 @@ TEST_F(MoETest, LogitsOfBfloat16TokensCanBeInFloat32) {
   const auto routing = narrow->forward(x);
   compare(routing.weights, expected.gather(1, routing.experts), "logits in bfloat16", 1e-6);
   EXPECT_FALSE(test_support::near(wide.weights, expected.gather(1, wide.experts), 1e-6));
+}
+
+TEST_F(MoETest, LogitsInFloat32KeepNoCopyOfBfloat16Tokens) {
+  if (!runtime().device().is_cpu()) GTEST_SKIP() << "a CPU counts what is alive";
+  constexpr int64_t kTokens = 512;
+  constexpr int64_t kWide = 256;
+  TopKRouter router(small_moe(), kWide, 0.5, GradientDomain::kReplicated);
+  start(router);
+  router->to(at::kBFloat16);
+  const auto x = leaf(normal_values({kTokens, kWide}, 1, at::kBFloat16));
+  const auto watch = std::make_shared<test_support::LiveBytes>();
+  {
+    const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, watch);
+    const auto routing = router->forward(x);
+    EXPECT_LT(watch->live(), kTokens * kWide * 4);
+    routing.weights.square().sum().backward();
+  }
+  const auto reference = leaf(x.detach().to(at::kFloat));
+  router->to(at::kFloat);
+  const auto weight_gradient = router->weight.grad().clone();
+  router->zero_grad();
+  router->forward(reference).weights.square().sum().backward();
+  compare(x.grad(), reference.grad(), "gradient of the tokens", 1e-2);
+  compare(weight_gradient, router->weight.grad(), "gradient of the weight", 1e-2);
 }
 
 }  // namespace

@@ -2,6 +2,10 @@
 
 #include <ATen/ATen.h>
 
+#include <vector>
+
+#include "megatron_cpp/transformer/recompute.h"
+
 namespace megatron_cpp {
 
 at::Tensor highest_scores(const at::Tensor& scores, int64_t topk) {
@@ -20,7 +24,11 @@ Routing TopKRouterImpl::forward(const at::Tensor& tokens, const at::Tensor& earl
   use_parameters();
   const auto wide = tokens.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto dtype = config_.router_in_float32 ? wide : weight.scalar_type();
-  const auto logits = at::linear(tokens.to(dtype), weight.to(dtype)).to(wide);
+  const auto convert = [dtype](const at::Tensor& narrow) { return narrow.to(dtype); };
+  const auto product = [&](const at::Tensor& x) { return std::vector{at::linear(x, weight.to(dtype))}; };
+  // The layer keeps the tokens as they are; a wider copy would be twice as much.
+  const bool keeps_tokens = tokens.scalar_type() == dtype;
+  const auto logits = (keeps_tokens ? product(tokens) : recompute_between(convert, tokens, product))[0].to(wide);
   const auto scores = logits.sigmoid();
   const auto experts =
       earlier.defined() ? earlier : highest_scores(scores.detach() + expert_bias.to(wide), config_.router_topk);
