@@ -11,6 +11,7 @@
 #   oldest    a build against the oldest LibTorch, and the two-rank tests of parallel/
 #   shared    a build with shared libraries, installed, moved and used, and the two-rank tests
 #   mpich     a build with MPICH and the two-rank tests under it
+#   layouts   the distributed optimizer beside plain data parallelism, in every layout of 1 to 4 ranks
 #   faults    200 ranks killed, stopped or throwing in the middle of a training step
 #   precision 150 steps of training in bfloat16 beside float32
 #   fuzz      a million inputs for every reader of outside data
@@ -19,7 +20,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 [[ ${1:-} != --help ]] || { usage; exit 0; }
 gates=("$@")
-[[ $# -gt 0 ]] || gates=(tidy sanitize headers consumers oldest shared mpich faults precision fuzz coverage)
+[[ $# -gt 0 ]] || gates=(tidy sanitize headers consumers oldest shared mpich layouts faults precision fuzz coverage)
 
 cd "$root"
 for gate in "${gates[@]}"; do
@@ -39,6 +40,14 @@ for gate in "${gates[@]}"; do
     mpich)
       install_packages libmpich-dev mpich
       scripts/test.sh --preset mpich -L '^np2$'
+      ;;
+    layouts)
+      scripts/build.sh --target tensor_parallel_test
+      use_launcher build
+      for ranks in 1 2 3 4; do
+        OMP_NUM_THREADS=1 TEST_RANKS=$ranks TEST_WATCHDOG_S=600 TEST_EVERY_LAYOUT=1 run "${launcher[@]}" -np "$ranks" \
+          build/bin/tensor_parallel_test --gtest_filter='DistributedOptimizer.*'
+      done
       ;;
     faults) scripts/faults.sh 200 ;;
     precision) scripts/precision.sh ;;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -302,7 +303,7 @@ TrainerOptions trainer_options(double clip) {
 }
 
 /// Parameters of all domains with odd sizes; one is large enough for several slices and blocks of the norm, one is
-/// frozen, and no loss uses "unused".
+/// frozen, one is used in two places, and no loss uses "unused".
 struct OddParameters {
   OddParameters(const parallel::ProcessGroups& layout, at::ScalarType dtype) {
     const auto add = [&](const char* name, at::IntArrayRef shape, GradientDomain domain, bool decays) {
@@ -319,6 +320,7 @@ struct OddParameters {
     add("q_norm", {65}, GradientDomain::kReplicatedPartial, false);
     add("tower", {31, 29}, GradientDomain::kReplicatedPartial, true);
     add("expert", {3, 5, 61}, GradientDomain::kExpert, true);
+    add("tied", {17, 3}, GradientDomain::kReplicated, true);
     shards[4].parameter.requires_grad_(false);
     int64_t seed = 0;
     for (const auto& shard : shards) {
@@ -336,6 +338,7 @@ struct OddParameters {
     for (size_t i = 0; i < shards.size(); ++i) {
       if (!shards[i].parameter.requires_grad() || shards[i].name == "unused") continue;
       sum = sum + (shards[i].parameter * factors[i]).to(at::kFloat).sum();
+      if (shards[i].name == "tied") sum = sum + (shards[i].parameter + factors[i]).square().to(at::kFloat).sum();
     }
     return sum * (1.0 + 0.3 * std::sin(static_cast<double>(2 * step + micro_batch)));
   }
@@ -345,14 +348,17 @@ struct OddParameters {
   std::vector<at::Tensor> factors;  ///< of this rank
 };
 
-/// Layouts of the world, of experts too.
+/// Layouts of the world, of experts too: enough to try every group with and without peers, or all if the environment
+/// has TEST_EVERY_LAYOUT.
 std::vector<parallel::RankGrid> grids() {
   const int size = runtime().size();
+  const bool every_layout = std::getenv("TEST_EVERY_LAYOUT") != nullptr;
   std::vector<parallel::RankGrid> result;
   for (const int tp : divisors_of_world()) {
     for (const int etp : divisors_of_world()) {
       for (const int ep : divisors_of_world()) {
-        if (ep * etp == size || (etp == tp && size % (ep * etp) == 0)) {
+        if (size % (ep * etp) != 0) continue;
+        if (every_layout || ep * etp == size || etp == tp) {
           result.push_back({.tp = tp, .dp = size / tp, .ep = ep, .etp = etp});
         }
       }
