@@ -162,6 +162,45 @@ class Settings(FieldTest):
         self.assertIn("resuming after step 1", outcome.stdout)
 
 
+class Layouts(FieldTest):
+    EXPERTS = ["model.num_moe_experts=4", "model.moe_first_layer=1", "model.moe_router_topk=2", "model.moe_ffn_hidden_size=16",
+               "model.moe_shared_expert_intermediate_size=32", "model.freeze_router=false", "training.global_batch_size=4",
+               "training.learning_rate=1e-2", "training.eps=1e-4", "checkpoint.interval=2", "report.pictures=0"]
+    ZERO1 = "training.distributed_optimizer=true"
+    BFLOAT16 = "training.precision=bfloat16"
+
+    def train(self, run, tp, dp, *settings):
+        """Of all four steps the losses."""
+        outcome = self.pretrain(f"run.directory={run}", f"parallel.tp={tp}", f"parallel.dp={dp}", *self.EXPERTS, *settings,
+                                "training.steps=4", ranks=tp * dp)
+        self.assertSucceeds(outcome)
+        return [json.loads(line)["loss"] for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
+
+    def test_other_ranks_and_settings_go_on_with_the_same_losses(self):
+        self.add_pictures()
+        losses = self.train("saved", 2, 1)
+        self.assertLess(losses[3], losses[1] - 0.05)
+        narrow = self.train("saved16", 2, 1, self.BFLOAT16, self.ZERO1, "parallel.ep=2")
+        for of in ("saved", "saved16"):
+            shutil.rmtree(self.folder / of / "checkpoints/step-00000004")
+            (self.folder / of / "checkpoints/latest").unlink()
+            (self.folder / of / "checkpoints/latest").symlink_to("step-00000002")
+        for number, (of, tp, dp, settings) in enumerate((
+                ("saved", 1, 2, ["parallel.ep=2", self.ZERO1]),
+                ("saved", 1, 1, []),
+                ("saved", 1, 1, [self.BFLOAT16, self.ZERO1]),
+                ("saved", 2, 2, ["parallel.ep=4", self.ZERO1]),
+                ("saved", 2, 2, ["parallel.ep=2", "parallel.etp=2", self.ZERO1, self.BFLOAT16]),
+                ("saved16", 1, 2, []))):
+            with self.subTest(of=of, tp=tp, dp=dp, settings=settings):
+                shutil.copytree(self.folder / of, self.folder / f"run{number}", symlinks=True)
+                went_on = self.train(f"run{number}", tp, dp, *settings)
+                # bfloat16 has 8 bits.
+                changes_precision = of == "saved16" or self.BFLOAT16 in settings
+                for actual, expected in zip(went_on, losses if of == "saved" else narrow, strict=True):
+                    self.assertAlmostEqual(actual, expected, delta=0.02 if changes_precision else 1e-4 * expected)
+
+
 class FormatVersion1(FieldTest):
     """tests/cases/checkpoint_v1: a run of the program that wrote checkpoints of format version 1."""
 
