@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -29,6 +30,7 @@
 #include "step37/step37_model.h"
 #include "tests/step37/small_pictures.h"
 #include "tests/step37/small_run.h"
+#include "tests/support/environment.h"
 #include "tests/support/errors.h"
 #include "tests/support/temporary_folder.h"
 #include "tests/support/test_world.h"
@@ -466,10 +468,15 @@ TEST_F(Pretrain, DividesTheOptimizerOverReplicas) {
   const Overrides four_steps =
       with(kExperts, {"training.steps=4", "checkpoint.interval=2", "report.pictures=0", "training.clip_grad_norm=0.1"});
   const std::string divided = "training.distributed_optimizer=true";
-  for (const auto& [tp, precision] : {std::pair{1, "float32"}, {std::max(1, world / 2), "bfloat16"}}) {
-    SCOPED_TRACE(testing::Message() << "tp " << tp << ", " << precision);
-    const std::string name = precision;
-    const auto plain = with(four_steps, {"training.precision=" + name});
+  struct Layout {
+    int tp;
+    int ep;
+    std::string precision;
+  };
+  for (const auto& [tp, ep, name] :
+       {Layout{1, 1, "float32"}, {std::max(1, world / 2), std::min(2, world), "bfloat16"}}) {
+    SCOPED_TRACE(testing::Message() << "tp " << tp << ", ep " << ep << ", " << name);
+    const auto plain = with(four_steps, {"training.precision=" + name, c10::str("ep=", ep)});
     pretrain("plain-" + name, tp, plain);
     pretrain("divided-" + name, tp, with(plain, {divided}));
     expect_same_run(files("divided-" + name), files("plain-" + name), rounding());
@@ -484,6 +491,35 @@ TEST_F(Pretrain, DividesTheOptimizerOverReplicas) {
   copy_state("plain-float32", "other-layout", 2);
   pretrain("other-layout", world, with(four_steps, {divided}));
   expect_same_run(files("other-layout"), files("plain-float32"), 1e-4);
+}
+
+/// What a run has come to, in numbers for people: its metrics, and the norm of each parameter that it leaves.
+json summary_of(const RunFiles& files) {
+  json norms;
+  for (const auto& [name, tensor] : tensors_of(files.checkpoints() / "latest")) {
+    if (name.find(" of ") == std::string::npos) norms[name] = tensor.to(at::kDouble).norm().item<double>();
+  }
+  return {{"metrics", metrics_of(files)}, {"norms", norms}};
+}
+
+// Twice the same bits; and the numbers of tests/cases/baseline.json, to rounding: machines and layouts differ in it.
+// Where these are to change, TEST_RENEW_BASELINE=1 writes them anew (docs/determinism.md).
+TEST_F(Pretrain, StaysAtItsBaseline) {
+  const auto all = with(with(kExperts, kEvenly), with(kMtp, {"model.mtp_num_layers=1"}));
+  pretrain("first", runtime().size(), all);
+  pretrain("second", runtime().size(), all);
+  expect_same_run(files("second"), files("first"), rounding());
+  if (runtime().rank() != 0) return;
+  const auto path = cases() / "baseline.json";
+  const auto summary = summary_of(files("first"));
+  if (std::getenv("TEST_RENEW_BASELINE") != nullptr) write_file(path, summary.dump(1) + "\n");
+  const auto actual = summary.flatten();
+  const auto expected = json::parse(read_file(path)).flatten();
+  EXPECT_EQ(actual.size(), expected.size());
+  for (const auto& [key, value] : expected.items()) {
+    const double want = value.get<double>();
+    EXPECT_NEAR(actual.value(key, -1.0), want, std::max(1e-5, 10 * rounding()) * std::abs(want)) << key;
+  }
 }
 
 TEST_F(Pretrain, ScalesTheLearningRateByName) {
