@@ -3,8 +3,8 @@
 
     python3 tests/docs/architecture_names_test.py ROOT
 
-In docs/architecture.md every name in backticks that looks like code exists in the tree, and the walk through a training
-step has at most eight places. In README.md, CONTRIBUTING.md and docs/*.md every relative link leads somewhere, also
+In docs/architecture.md and docs/determinism.md every name in backticks that looks like code exists in the tree, and the
+walk through a training step has at most eight places. In README.md, CONTRIBUTING.md and docs/*.md every relative link leads somewhere, also
 #anchors. Prints each fault as file:line: message and exits with 1 if there is one.
 """
 
@@ -13,7 +13,8 @@ import re
 import subprocess
 import sys
 
-PAGE = "docs/architecture.md"
+PAGE = "docs/architecture.md"  # has the walk
+PAGES_OF_NAMES = (PAGE, "docs/determinism.md")
 WALK = "One training step"
 MOST_PLACES = 8
 SOURCES = {".h", ".cpp", ".cmake", ".txt", ".sh", ".py", ".yaml", ".in"}
@@ -137,8 +138,8 @@ class Names:
         return f"{scope} has no {last}"
 
 
-def name_faults(root, names):
-    for number, line in prose(root / PAGE):
+def name_faults(root, names, page):
+    for number, line in prose(root / page):
         for code in CODE.findall(line):
             fault = names.fault(code)
             if fault:
@@ -173,7 +174,8 @@ def main():
     if not (root / PAGE).is_file():
         sys.exit(f"{root / PAGE} is missing")
     names = Names(root, tracked_files(root))
-    faults = [(PAGE, *fault) for fault in [*name_faults(root, names), *walk_faults(root)]]
+    faults = [(page, *fault) for page in PAGES_OF_NAMES for fault in name_faults(root, names, page)]
+    faults += [(PAGE, *fault) for fault in walk_faults(root)]
     pages = [
         "README.md",
         "CONTRIBUTING.md",

@@ -169,6 +169,7 @@ TREATMENTS = [
     (r"(mpirun .*)?build/bin/benchmark_image_insert", options_are_known, "12 GB of memory and minutes"),
     (r"mpirun .*build/bin/benchmark_collectives", lambda c, _: c + " --bytes 65536 --repetitions 2", "minutes"),
     (r"python benchmarks/\w+\.py ", options_are_in_the_source, "needs a Python with PyTorch"),
+    (r"TEST_RENEW_BASELINE=1 build/bin/pretrain_test ", lambda c, _: c.replace("TEST_RENEW_BASELINE=1 ", ""), "writes into the sources"),
     (r"scripts/docs\.sh$", lambda c, _: c + " --help", "installs doxygen"),
     (r"python3 docs/figures/\w+\.py$", lambda c, _: c + " --check", "writes into the sources"),
     (r"python3 tests/docs/commands_test\.py ", options_are_in_the_source, "would run itself"),
