@@ -101,10 +101,10 @@ struct Intermediate {
   void compute_again() {
     if (!is_freed) return;
     const c10::NoGradGuard no_grad;
-    auto again = produce(input.unpack()).storage();
+    const auto again = produce(input.unpack()).storage();
     TORCH_CHECK(again.nbytes() == storage.nbytes(), "recompute_between: ", storage.nbytes(), " bytes, then ",
                 again.nbytes());
-    storage.swap_data_ptr(again);
+    storage.set_data_ptr_noswap(again.set_data_ptr({nullptr, again.device()}));
     is_freed = false;
   }
 };
