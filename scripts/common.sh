@@ -236,7 +236,7 @@ use_launcher() {
   launcher=("${mpiexec:-mpiexec}")
   # By default Open MPI refuses more ranks than cores, and binds all threads of a rank to one core. MPICH's Hydra does
   # neither, and doesn't know these flags.
-  if [[ $("${launcher[0]}" --version 2>&1) == *"Open MPI"* ]]; then
+  if [[ $("${launcher[0]}" --version 2>&1) =~ Open\ MPI|OpenRTE ]]; then  # as mpirun and mpiexec of version 4 say
     launcher+=("${open_mpi_flags[@]}")
   fi
 }
