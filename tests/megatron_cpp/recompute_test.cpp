@@ -132,15 +132,19 @@ TEST(Recompute, NestsAndRefusesDoubleBackward) {
 
 /// A producer that counts its calls, and a consumer that uses what it made directly and as a view.
 struct Between {
-  std::function<at::Tensor(const at::Tensor&)> produce = [this](const at::Tensor& input) {
+  at::Tensor produce(const at::Tensor& input) {
     ++produced;
     return input.exp() * scale;
-  };
-  std::function<Tensors(const at::Tensor&)> consume = [this](const at::Tensor& y) {
+  }
+  Tensors consume(const at::Tensor& y) {
     ++consumed;
     const auto product = y.mm(weight);
-    return Tensors{product + y.reshape({-1}).square().sum(), {}, y.detach().sum(), product.square().sum()};
-  };
+    return {product + y.reshape({-1}).square().sum(), {}, y.detach().sum(), product.square().sum()};
+  }
+  Tensors recomputed(const at::Tensor& input) {
+    return recompute_between([this](const at::Tensor& again) { return produce(again); }, input,
+                             [this](const at::Tensor& y) { return consume(y); });
+  }
 
   at::Tensor x = leaf(normal_values({5, 4}, 1));
   at::Tensor scale = leaf(normal_values({4}, 2));
@@ -154,7 +158,7 @@ TEST(RecomputeBetween, GivesTheSameBitsAndCallsTheProducerOnceMore) {
     Between kept;
     Between freed;
     const auto expected = kept.consume(kept.produce(kept.x))[used];
-    const auto outputs = recompute_between(freed.produce, freed.x, freed.consume);
+    const auto outputs = freed.recomputed(freed.x);
     EXPECT_FALSE(outputs[1].defined());
     EXPECT_TRUE(at::equal(outputs[used], expected));
     EXPECT_EQ(freed.produced, 1);
@@ -175,11 +179,11 @@ TEST(RecomputeBetween, FreesNothingThatNoBackwardPassComputesAgain) {
   Between between;
   between.x.requires_grad_(false);
   between.scale.requires_grad_(false);
-  recompute_between(between.produce, between.x, between.consume)[0].sum().backward();
+  between.recomputed(between.x)[0].sum().backward();
   EXPECT_EQ(between.produced, 1);
   EXPECT_TRUE(between.weight.grad().defined());
   const at::NoGradGuard no_grad;
-  EXPECT_FALSE(recompute_between(between.produce, leaf(normal_values({5, 4}, 1)), between.consume)[0].requires_grad());
+  EXPECT_FALSE(between.recomputed(leaf(normal_values({5, 4}, 1)))[0].requires_grad());
   EXPECT_EQ(between.produced, 2);
 }
 
@@ -187,7 +191,7 @@ TEST(RecomputeBetween, RefusesWhatHasChangedSince) {
   for (const bool changes_input : {false, true}) {
     Between between;
     const auto x = between.x * 1.0;
-    const auto outputs = recompute_between(between.produce, x, between.consume);
+    const auto outputs = between.recomputed(x);
     {
       const at::NoGradGuard no_grad;
       (changes_input ? x : between.scale).add_(1.0);
