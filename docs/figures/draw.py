@@ -612,14 +612,14 @@ def training_step():
         98,
         320,
         70,
-        ["*GradientBuffer", "every .grad is a view of one flat buffer:", "micro-batches add up in place"],
+        ["*GradientBuffer", "every .grad is a view of a bucket:", "micro-batches add up in place"],
     )
     picture.items.append(f'<line x1="24" y1="604" x2="916" y2="604" class="line dashed"/>')
     picture.text(left, 632, "Once a step, after the last micro-batch", "title", "start")
     stage(
         646,
         54,
-        ["*GradientBuffer::reduce", "all-reduce over dp; of partial gradients over tp_dp"],
+        ["*GradientBuffer::reduce", "by bucket, from the last backward pass on: over dp or tp_dp"],
         "sent",
         x=left,
         box_width=400,
@@ -642,7 +642,7 @@ def training_step():
         box_width=420,
     )
     picture.arrow((490, 753), (442, 753))
-    stage(726, 54, ["*AdamW::step", "each rank its own parameters; nothing is sent"], x=left, box_width=400)
+    stage(726, 54, ["*AdamW::step", "each rank its parameters, or its slices and a gather"], x=left, box_width=400)
     picture.rect(left, 812, 26, 18, "sent", 4)
     picture.text(
         left + 36,

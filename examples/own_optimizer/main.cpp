@@ -88,11 +88,11 @@ int train(const parallel::ProcessGroups& groups) {
   const auto parameters = megatron_cpp::parameter_shards(*model);
   megatron_cpp::initialize_parameters(parameters, /*seed=*/1);
   std::vector<at::Tensor> main_parameters, sum_over_tp;  // float32, with float32 gradients
-  for (const auto& [name, parameter, domain, segments, initial_value, weight_decay] : parameters) {
-    auto main = parameter.detach().clone();
+  for (const auto& shard : parameters) {
+    auto main = shard.parameter.detach().clone();
     main.mutable_grad() = at::zeros_like(main);
     main_parameters.push_back(main);
-    if (domain.summed_over == "tp_dp") sum_over_tp.push_back(main);
+    if (shard.domain.summed_over == "tp_dp") sum_over_tp.push_back(main);
   }
   model->to(at::kBFloat16);
   torch::optim::AdamW optimizer(main_parameters, torch::optim::AdamWOptions(0.005).weight_decay(0.01));
