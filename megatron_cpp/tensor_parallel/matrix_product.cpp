@@ -91,6 +91,13 @@ at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b) {
   return result;
 }
 
+void write_matrix_product(const at::Tensor& result, const at::Tensor& a, const at::Tensor& b) {
+  RECORD_FUNCTION(kName, c10::ArrayRef<const c10::IValue>());
+  if (goes_through_float(a)) return product_through_float(result, a, b);
+  auto out = result;
+  at::mm_out(out, a, b);
+}
+
 void add_matrix_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
   RECORD_FUNCTION(kName, c10::ArrayRef<const c10::IValue>());
   const bool is_mixed = sum.scalar_type() != a.scalar_type();

@@ -20,6 +20,9 @@ at::Tensor linear_product(const at::Tensor& input, const at::Tensor& weight, con
 /// a [.., K] · b [K, C] -> [.., C], contiguous.
 at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b);
 
+/// result [R, C] = a [R, K] · b [K, C], in place; all of one dtype.
+void write_matrix_product(const at::Tensor& result, const at::Tensor& a, const at::Tensor& b);
+
 /// sum [R, C] += a [R, K] · b [K, C], in place. The sum may be float32 where a and b have a lower precision: the
 /// product isn't rounded to theirs then.
 void add_matrix_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b);
