@@ -107,7 +107,7 @@ class TimedStep {
       times[part] = benchmarks::milliseconds_since(last);
       last = benchmarks::Clock::now();
     };
-    auto loss = model_->loss_sum(batch_).tokens / num_loss_tokens_;
+    auto loss = model_->loss_sum(batch_, nullptr, 1.0 / num_loss_tokens_).tokens / num_loss_tokens_;
     lap(kForward);
     loss.backward();
     lap(kBackward);

@@ -8,9 +8,9 @@
 #include <utility>
 
 #include "megatron_cpp/data/packed_batch.h"
+#include "megatron_cpp/tensor_parallel/linear_cross_entropy.h"
 #include "megatron_cpp/tensor_parallel/rows.h"
 #include "megatron_cpp/tensor_parallel/to_device.h"
-#include "megatron_cpp/tensor_parallel/vocab_parallel_cross_entropy.h"
 #include "parallel/mappings.h"
 #include "parallel/shard.h"
 
@@ -155,7 +155,7 @@ void Step37ModelImpl::add_router_losses(const Step37Batch& batch, const RouterSt
   }
 }
 
-LossSum Step37ModelImpl::loss_sum(const Step37Batch& batch, ExpertBalance* expert_balance) {
+LossSum Step37ModelImpl::loss_sum(const Step37Batch& batch, ExpertBalance* expert_balance, double loss_gradient) {
   const bool trains = c10::GradMode::is_enabled();
   const bool counts = trains && config_.text.moe;
   const bool adds_mtp = trains && config_.trains_mtp();
@@ -164,20 +164,19 @@ LossSum Step37ModelImpl::loss_sum(const Step37Batch& batch, ExpertBalance* exper
   RouterStatistics statistics(counts && mask.defined() ? megatron_cpp::internal::to_device(mask, decoder_input.device())
                                                        : at::Tensor());
   at::Tensor mtp_input;
-  CrossEntropyOptions options;
-  options.vocabulary_size = config_.text.vocabulary_size;
-  // The logits have no name: they are freed before those of multi-token prediction are made.
-  LossSum sum = vocab_parallel_cross_entropy(
-                    language_model->forward(batch.input_ids, batch.attention, decoder_input,
-                                            counts ? &statistics : nullptr, adds_mtp ? &mtp_input : nullptr),
-                    batch.labels.t(), options, tp_)
-                    .sum();
+  // The output layer's input has no name: without multi-token prediction it is freed before the backward pass.
+  LossSum sum = linear_cross_entropy(
+      language_model->hidden_states(batch.input_ids, batch.attention, decoder_input, counts ? &statistics : nullptr,
+                                    adds_mtp ? &mtp_input : nullptr),
+      language_model->output_layer->weight, batch.labels.t(), output_loss_options(config_.text, config_.execution), tp_,
+      loss_gradient);
   if (counts) add_router_losses(batch, statistics, sum);
   if (counts && expert_balance != nullptr) expert_balance->add(statistics);
   if (adds_mtp) {
     auto& mtp = *language_model->mtp;
     const double scale = config_.mtp_loss_scaling_factor / static_cast<double>(mtp.layers.size());
-    sum.auxiliary.push_back(mtp.loss_sum(mtp_input, decoder_input, batch.attention, batch.labels) * scale);
+    const auto mtp_sum = mtp.loss_sum(mtp_input, decoder_input, batch.attention, batch.labels, loss_gradient * scale);
+    sum.auxiliary.push_back(mtp_sum * scale);
   }
   return sum;
 }

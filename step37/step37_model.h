@@ -93,8 +93,10 @@ class Step37ModelImpl : public torch::nn::Module {
   ///    targets less than the decoder; dividing by the decoder's number of loss tokens gives each target the same
   ///    weight however a batch is split.
   /// @param expert_balance  null, or where the routing of this batch is counted, while gradients are on.
+  /// @param loss_gradient   what the gradient of each of these losses will be, 1 over that number: read with
+  ///                        TransformerExecution::loss_chunk and while gradients are on, see linear_cross_entropy.
   /// Collective over tp, and with experts over ep and etp.
-  LossSum loss_sum(const Step37Batch& batch, ExpertBalance* expert_balance = nullptr);
+  LossSum loss_sum(const Step37Batch& batch, ExpertBalance* expert_balance = nullptr, double loss_gradient = 1.0);
 
   /// As given to the constructor.
   const Step37Config& config() const { return config_; }

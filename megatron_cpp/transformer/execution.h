@@ -1,6 +1,7 @@
 // How a model runs, and over which ranks.
 #pragma once
 
+#include <cstdint>
 #include <utility>
 
 #include "megatron_cpp/tensor_parallel/parallel_embedding.h"
@@ -26,7 +27,8 @@ struct TransformerExecution {
   bool accumulate_into_grad = false;  ///< backward adds into existing gradients, see the layers' options
   EmbeddingSharding embedding_sharding = EmbeddingSharding::kVocab;  ///< of the word embedding, not of the output layer
   RecomputedParts recomputed =
-      {};  ///< parts within a recomputed layer are recomputed once more: choose one or the other
+      {};                  ///< parts within a recomputed layer are recomputed once more: choose one or the other
+  int64_t loss_chunk = 0;  ///< positions of which a loss makes the logits at a time; 0: all (linear_cross_entropy)
 
   /// The options of a layer (ColumnParallelLinearOptions, ParallelEmbeddingOptions, ...) with the first two of these.
   template <class Options>

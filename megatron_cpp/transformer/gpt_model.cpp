@@ -21,12 +21,18 @@ GPTModelImpl::GPTModelImpl(const TransformerConfig& config, const TransformerExe
 
 at::Tensor GPTModelImpl::forward(const at::Tensor& input_ids, const AttentionInput& attention,
                                  const at::Tensor& decoder_input, RouterStatistics* statistics, at::Tensor* mtp_input) {
+  return output_layer->forward(hidden_states(input_ids, attention, decoder_input, statistics, mtp_input));
+}
+
+at::Tensor GPTModelImpl::hidden_states(const at::Tensor& input_ids, const AttentionInput& attention,
+                                       const at::Tensor& decoder_input, RouterStatistics* statistics,
+                                       at::Tensor* mtp_input) {
   const auto embeddings =
       decoder_input.defined() ? decoder_input : embedding->forward(input_ids, attention.position_ids);
   const auto hidden = decoder->forward_layers(embeddings, attention, /*cache=*/nullptr, statistics);
   const auto normed = decoder->final_layernorm->forward(hidden);
   if (mtp_input != nullptr) *mtp_input = mtp_chain_after_norm_ ? normed : hidden;
-  return output_layer->forward(normed);
+  return normed;
 }
 
 }  // namespace megatron_cpp

@@ -35,6 +35,12 @@ class GPTModelImpl : public torch::nn::Module {
   at::Tensor forward(const at::Tensor& input_ids, const AttentionInput& attention, const at::Tensor& decoder_input = {},
                      RouterStatistics* statistics = nullptr, at::Tensor* mtp_input = nullptr);
 
+  /// forward without the output layer: its input, [S, B, H], or with sequence_parallel [S/t, B, H], for
+  /// linear_cross_entropy.
+  at::Tensor hidden_states(const at::Tensor& input_ids, const AttentionInput& attention,
+                           const at::Tensor& decoder_input = {}, RouterStatistics* statistics = nullptr,
+                           at::Tensor* mtp_input = nullptr);
+
   LanguageModelEmbedding embedding{nullptr};   ///< may be borrowed: an image insert shares it
   TransformerBlock decoder{nullptr};           ///< all layers and the norm at their end
   ColumnParallelLinear output_layer{nullptr};  ///< [V'/t, H]

@@ -7,7 +7,6 @@
 #include <memory>
 
 #include "megatron_cpp/tensor_parallel/rows.h"
-#include "megatron_cpp/tensor_parallel/vocab_parallel_cross_entropy.h"
 #include "parallel/mappings.h"
 
 namespace megatron_cpp {
@@ -53,6 +52,11 @@ ColumnParallelLinear make_output_layer(const TransformerConfig& config, const Tr
   return ColumnParallelLinear(execution.apply_to(options), tp);
 }
 
+LinearCrossEntropyOptions output_loss_options(const TransformerConfig& config, const TransformerExecution& execution) {
+  const CrossEntropyOptions loss{.vocabulary_size = config.vocabulary_size};
+  return execution.apply_to(LinearCrossEntropyOptions(loss).chunk(execution.loss_chunk));
+}
+
 MultiTokenPredictionLayerImpl::MultiTokenPredictionLayerImpl(const TransformerConfig& config, int64_t layer_number,
                                                              const TransformerExecution& execution,
                                                              const ModelGroups& groups) {
@@ -80,7 +84,7 @@ at::Tensor MultiTokenPredictionLayerImpl::forward(const at::Tensor& hidden_state
 MultiTokenPredictionBlockImpl::MultiTokenPredictionBlockImpl(const TransformerConfig& config,
                                                              const TransformerExecution& execution,
                                                              const ModelGroups& groups)
-    : vocabulary_size_(config.vocabulary_size),
+    : loss_options_(output_loss_options(config, execution)),
       chain_after_norm_(config.mtp_chain_after_norm),
       sequence_parallel_(execution.sequence_parallel),
       tp_(groups.tp) {
@@ -93,7 +97,8 @@ MultiTokenPredictionBlockImpl::MultiTokenPredictionBlockImpl(const TransformerCo
 }
 
 at::Tensor MultiTokenPredictionBlockImpl::loss_sum(const at::Tensor& hidden_states, const at::Tensor& decoder_input,
-                                                   const AttentionInput& attention, const at::Tensor& labels) {
+                                                   const AttentionInput& attention, const at::Tensor& labels,
+                                                   double loss_gradient) {
   TORCH_CHECK_VALUE(decoder_input.dim() == 3 && hidden_states.sizes() == decoder_input.sizes(),
                     "MultiTokenPredictionBlock: hidden states ", hidden_states.sizes(), " and decoder input ",
                     decoder_input.sizes(), " are not alike [sequence, batch, hidden]");
@@ -105,8 +110,6 @@ at::Tensor MultiTokenPredictionBlockImpl::loss_sum(const at::Tensor& hidden_stat
   const AttentionBatch batch(attention, S, B, rotaries_, decoder_input.device());
   const LastPositions last(batch.sub_sequences(), sequence_parallel_ ? own * tp_->getRank() : 0, own);
   const auto own_last = internal::index_tensors({last.own}, decoder_input.device()).front();
-  CrossEntropyOptions options;
-  options.vocabulary_size = vocabulary_size_;
 
   auto hidden = hidden_states;
   auto embeddings = decoder_input;
@@ -115,11 +118,12 @@ at::Tensor MultiTokenPredictionBlockImpl::loss_sum(const at::Tensor& hidden_stat
   for (auto& layer : layers) {
     embeddings = sequence_parallel_ ? parallel::roll_sequence_parallel_region(embeddings, tp_) : embeddings.roll(-1, 0);
     embeddings.index_fill_(0, own_last, 0);
-    targets = targets.roll(-1, 0).index_fill_(0, at::tensor(last.all, at::kLong), options.ignore_index);
+    targets = targets.roll(-1, 0).index_fill_(0, at::tensor(last.all, at::kLong), loss_options_.loss().ignore_index);
     hidden = layer->forward(hidden, embeddings, batch);
     const auto normed = layer->final_layernorm->forward(hidden);
-    const auto losses = vocab_parallel_cross_entropy(layer->output_layer->forward(normed), targets, options, tp_);
-    sum = sum.defined() ? sum + losses.sum() : losses.sum();
+    const auto loss =
+        linear_cross_entropy(normed, layer->output_layer->weight, targets, loss_options_, tp_, loss_gradient);
+    sum = sum.defined() ? sum + loss : loss;
     if (chain_after_norm_) hidden = normed;
   }
   return sum;

@@ -10,6 +10,7 @@
 
 #include "megatron_cpp/parameters/parameter_shard.h"
 #include "megatron_cpp/tensor_parallel/column_parallel_linear.h"
+#include "megatron_cpp/tensor_parallel/linear_cross_entropy.h"
 #include "megatron_cpp/transformer/attention_batch.h"
 #include "megatron_cpp/transformer/execution.h"
 #include "megatron_cpp/transformer/rms_norm.h"
@@ -43,6 +44,9 @@ TORCH_MODULE(ReplicatedLinear);
 /// The output layer of a decoder: a ColumnParallelLinear [V', H] with a padded vocabulary.
 ColumnParallelLinear make_output_layer(const TransformerConfig& config, const TransformerExecution& execution,
                                        const parallel::GroupPtr& tp);
+
+/// What linear_cross_entropy needs beside such a layer's weight.
+LinearCrossEntropyOptions output_loss_options(const TransformerConfig& config, const TransformerExecution& execution);
 
 /// Layer k of multi-token prediction: from the hidden states h_i and the embedding of token i+k+1 it predicts token
 /// i+k+2:  h' = transformer_layer(eh_proj [enorm(embedding), hnorm(h)]);  logits = output_layer(final_layernorm(h')).
@@ -92,17 +96,19 @@ class MultiTokenPredictionBlockImpl : public torch::nn::Module {
   /// @param hidden_states  GPTModel::forward's mtp_input: [S, B, H], with sequence_parallel [S/t, B, H].
   /// @param decoder_input  that of the decoder, with whatever was inserted into it; the same shape.
   /// @param labels         [B, S] int64 on the CPU, equal on every rank: the next token at each position, -100 for
-  /// none. Comm: per layer that of MultiTokenPredictionLayer, of an output layer (see GPTModel::forward) and of
-  /// vocab_parallel_cross_entropy; with sequence_parallel one row of the embeddings, forward and backward. Collective
-  /// over tp. Throws c10::ValueError if shapes don't fit.
+  ///                       none.
+  /// @param loss_gradient  what the result's gradient will be: read with TransformerExecution::loss_chunk, see
+  ///                       linear_cross_entropy.
+  /// Comm: per layer that of MultiTokenPredictionLayer and of linear_cross_entropy; with sequence_parallel one row of
+  /// the embeddings, forward and backward. Collective over tp. Throws c10::ValueError if shapes don't fit.
   at::Tensor loss_sum(const at::Tensor& hidden_states, const at::Tensor& decoder_input, const AttentionInput& attention,
-                      const at::Tensor& labels);
+                      const at::Tensor& labels, double loss_gradient = 1.0);
 
   std::vector<MultiTokenPredictionLayer> layers;  ///< in the order of config.mtp_layers
 
  private:
   std::vector<RotaryEmbedding> rotaries_;  ///< of each layer
-  int64_t vocabulary_size_;
+  LinearCrossEntropyOptions loss_options_;
   bool chain_after_norm_;
   bool sequence_parallel_;
   parallel::GroupPtr tp_;

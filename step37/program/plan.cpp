@@ -51,8 +51,9 @@ class Table {
   std::string text() {
     const auto& shape = plan_.shape;
     line("{} ranks: {}", plan_.grid.world_size(), layout_text(plan_));
-    line("a step: global batch {}, packs of {} positions with {} pictures each, micro-batch {}, {} replicas\n",
-         shape.global_batch_size, shape.sequence_length, shape.images_per_pack, shape.micro_batch_size, plan_.grid.dp);
+    line("a step: global batch {}, packs of {} positions with {} pictures each, micro-batch {}, {} replicas{}\n",
+         shape.global_batch_size, shape.sequence_length, shape.images_per_pack, shape.micro_batch_size, plan_.grid.dp,
+         loss_text(plan_.loss_chunk));
     add_parameters();
     add_memory();
     add_traffic();
@@ -198,6 +199,7 @@ Plan make_plan(const RunConfig& config, int num_ranks, std::optional<int64_t> im
   Plan plan;
   plan.grid = rank_grid(config, num_ranks);
   plan.sequence_parallel = config.parallel.sequence_parallel;
+  plan.loss_chunk = model.execution.loss_chunk;
   plan.shape = {.sequence_length = config.training.sequence_length,
                 .micro_batch_size = config.training.micro_batch_size,
                 .global_batch_size = config.training.global_batch_size,

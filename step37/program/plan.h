@@ -29,6 +29,7 @@ struct PlanArguments {
 struct Plan {
   parallel::RankGrid grid;
   bool sequence_parallel = true;
+  int64_t loss_chunk = 0;  ///< TransformerExecution::loss_chunk
   StepShape shape;
   std::vector<TensorGroup> tensors;
   MemoryBytes memory;  ///< of a rank

@@ -245,8 +245,9 @@ class PretrainRun {
         groups_.world);
     const auto& grid = groups_.grid;
     const auto experts = model_->config().text.moe ? fmt::format(", ep {}, etp {}", grid.ep, grid.expert_tp()) : "";
-    say(fmt::format("{} parameters on {} ranks: tp {}, dp {}{}{}", num_parameters(), runtime_.size(), grid.tp, grid.dp,
-                    experts, config_.parallel.sequence_parallel ? ", sequence parallel" : ""));
+    say(fmt::format("{} parameters on {} ranks: tp {}, dp {}{}{}{}", num_parameters(), runtime_.size(), grid.tp,
+                    grid.dp, experts, config_.parallel.sequence_parallel ? ", sequence parallel" : "",
+                    loss_text(model_->config().execution.loss_chunk)));
   }
 
   int64_t num_parameters() const {
@@ -357,7 +358,7 @@ class PretrainRun {
                   auto images = std::move(loaded->images[i]);
                   return model_->loss_sum(
                       to_model_batch(loaded->step.micro_batches[i], std::move(images), runtime_.device()),
-                      expert_balance_.get());
+                      expert_balance_.get(), 1.0 / static_cast<double>(loaded->step.num_loss_tokens));
                 },
             .counts = {{"tokens", step.num_tokens}, {"images", step.num_pictures}}};
   }

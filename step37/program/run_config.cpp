@@ -17,6 +17,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "megatron_cpp/tensor_parallel/linear_cross_entropy.h"
 #include "parallel/shard.h"
 #include "step37/data/utf8.h"
 #include "step37/program/shell_text.h"
@@ -93,7 +94,7 @@ void visit_keys(Config& config, const Visit& visit) {
        KEY(training, distributed_optimizer), KEY(training, overlap_gradient_reduction),
        KEY(training, overlap_parameter_gather), KEY(training, recompute));
   each(kAtLeast1, KEY(training, bucket_elements));
-  each(kAtLeast0, KEY(training, check_replicas));
+  each(kAtLeast0, KEY(training, check_replicas), KEY(training, loss_chunk));
   each(kAtLeast0, KEY(validation, interval));
   each(kAtLeast1, KEY(validation, packs));
   each(kAtLeast0, KEY(checkpoint, interval));
@@ -179,6 +180,7 @@ std::string write_value(double value) {
   return {digits.data(), std::to_chars(digits.data(), digits.data() + digits.size(), value).ptr};
 }
 std::string write_value(const std::optional<int64_t>& value) { return value ? std::to_string(*value) : "all"; }
+std::string write_value(const LossChunk& value) { return value.positions ? std::to_string(*value.positions) : "auto"; }
 std::string write_value(const ParameterScales& value) {
   std::string text;
   for (const auto& [prefix, scale] : value) {
@@ -230,6 +232,10 @@ std::string read_value(const std::string& text, double& value) {
 std::string read_value(const std::string& text, std::optional<int64_t>& value) {
   if (text == "all") return value.reset(), "";
   return read_number(text, value.emplace()) ? "" : "an integer or all";
+}
+std::string read_value(const std::string& text, LossChunk& value) {
+  if (text == "auto") return value.positions.reset(), "";
+  return read_number(text, value.positions.emplace()) ? "" : "an integer or auto";
 }
 std::string read_value(const std::string& text, ParameterScales& value) {
   value.clear();
@@ -496,12 +502,20 @@ std::vector<std::pair<std::string, std::string>> settings(const RunConfig& confi
 
 namespace {
 
+const std::optional<int64_t>& number_of(const std::optional<int64_t>& value) { return value; }
+const std::optional<int64_t>& number_of(const LossChunk& value) { return value.positions; }
+std::optional<int64_t> number_of(int64_t value) { return value; }
+/// Of any other type: there are no bounds.
+template <class Value>
+std::optional<int64_t> number_of(const Value& /*value*/) {
+  return std::nullopt;
+}
+
 void check_bounds(const RunConfig& config) {
   visit_keys(config, [&](const char* key, const auto& member, const Rule& rule) {
     if (rule.shape && config.published) return;
-    using Member = std::decay_t<decltype(member)>;
-    if constexpr (std::is_same_v<Member, int64_t> || std::is_same_v<Member, std::optional<int64_t>>) {
-      const int64_t value = std::optional<int64_t>(member).value_or(rule.least);
+    if (const auto number = number_of(member)) {
+      const int64_t value = *number;
       TORCH_CHECK_VALUE(value >= rule.least, key, " ", value, " is below ", rule.least);
       TORCH_CHECK_VALUE(value <= rule.most, key, " ", value, " is above ", rule.most);
     }
@@ -660,7 +674,9 @@ Step37Config model_config(const RunConfig& config, int64_t vocabulary_size) {
     moe.z_loss_coeff = model.moe_z_loss_coeff;
     moe.router_bias_update_rate = model.moe_router_bias_update_rate;
   }
-  const auto& recompute = config.training.recompute;
+  const auto& training = config.training;
+  const int64_t columns = result.text.vocabulary_size / std::max<int64_t>(config.parallel.tp, 1);
+  const auto& recompute = training.recompute;
   result.execution = {.sequence_parallel = config.parallel.sequence_parallel,
                       .accumulate_into_grad = true,
                       .embedding_sharding = config.parallel.embedding_sharding,
@@ -668,7 +684,9 @@ Step37Config model_config(const RunConfig& config, int64_t vocabulary_size) {
                                      .core_attention = recompute.core_attention,
                                      .mlp = recompute.mlp,
                                      .experts = recompute.experts,
-                                     .norms = recompute.norms}};
+                                     .norms = recompute.norms},
+                      .loss_chunk = training.loss_chunk.positions.value_or(
+                          default_loss_chunk(training.sequence_length * training.micro_batch_size, columns))};
   result.recompute_tower = recompute.full || recompute.tower;
   result.vision = config.vision;
   result.projector_bias = config.published ? config.published->projector_bias : model.projector_bias;
@@ -688,6 +706,10 @@ GradientBufferOptions gradient_buffer_options(const TrainingSection& training) {
           .bucket_elements = training.bucket_elements,
           .overlap_reduction = training.overlap_gradient_reduction,
           .overlap_gather = training.overlap_parameter_gather};
+}
+
+std::string loss_text(int64_t loss_chunk) {
+  return loss_chunk == 0 ? "" : fmt::format(", the loss in chunks of {} positions", loss_chunk);
 }
 
 LearningRateSchedule learning_rate_schedule(const RunConfig& config) {

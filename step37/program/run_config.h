@@ -124,6 +124,11 @@ struct Recompute {
   bool tower = false;  ///< each block of the vision tower
 };
 
+/// How many positions' logits exist at a time in a loss (linear_cross_entropy): `auto` or a number; 0: all.
+struct LossChunk {
+  std::optional<int64_t> positions;  ///< nullopt: default_loss_chunk, with the columns that parallel.tp leaves a rank
+};
+
 /// The members of AdamWOptions are keys, too (exp_avg and exp_avg_sq are float32 or bfloat16); scales are written as
 /// "vision_model: 0.1, language_model.embedding: 2".
 struct TrainingSection : AdamWOptions {
@@ -148,6 +153,7 @@ struct TrainingSection : AdamWOptions {
   int64_t bucket_elements = 40'000'000;    ///< GradientBufferOptions::bucket_elements
   int64_t check_replicas = 0;              ///< steps between two comparisons of the replicas' parameters; 0: none
   Recompute recompute;                     ///< changes no bit of the results
+  LossChunk loss_chunk;                    ///< changes results by rounding only
 };
 
 struct ValidationSection {
@@ -224,6 +230,9 @@ parallel::RankGrid rank_grid(const RunConfig& config, int num_ranks);
 /// or that of model.config if it is given.
 /// Gradients accumulate into their buffers (TransformerExecution::accumulate_into_grad).
 Step37Config model_config(const RunConfig& config, int64_t vocabulary_size);
+
+/// ", the loss in chunks of 256 positions", or nothing for 0.
+std::string loss_text(int64_t loss_chunk);
 
 LearningRateSchedule learning_rate_schedule(const RunConfig& config);
 

@@ -30,6 +30,7 @@ struct Sizes {
         s(config.execution.sequence_parallel ? S / t : S),
         H(config.text.hidden_size),
         V(padded_vocabulary_size(config.text.vocabulary_size, grid.tp)),
+        chunk(std::min(config.execution.loss_chunk, S)),
         C(config.vision.output_dim()),
         images(shape.images_per_pack * shape.micro_batch_size),
         patches(images * patches_of(config.vision)),
@@ -51,7 +52,8 @@ struct Sizes {
   int64_t S;  ///< positions of a micro-batch, its packs one behind the other
   int64_t s;  ///< rows of the sequence that a rank has between tensor-parallel layers
   int64_t H;
-  int64_t V;  ///< padded
+  int64_t V;      ///< padded
+  int64_t chunk;  ///< positions of which a loss makes logits at a time; 0: all
   int64_t C;
   int64_t images;   ///< of a micro-batch
   int64_t patches;  ///< of its images
@@ -242,14 +244,19 @@ void add_insert(const Step37Config& config, const Sizes& n, TrafficSum& sum) {
 void add_output(const Sizes& n, bool sequence_parallel, TrafficSum& sum) {
   const int64_t M = n.S * n.H * n.e;
   if (sequence_parallel) {
-    sum.add(Kind::kAllGather, "tp", M, n.trains_text ? 2 : 1);
+    sum.add(Kind::kAllGather, "tp", M, n.trains_text && n.chunk == 0 ? 2 : 1);
     sum.add(Kind::kReduceScatter, "tp", M);
   } else {
     sum.add(Kind::kAllReduce, "tp", M);
   }
   // Cross entropy: the maxima, then the sums of the exponentials and the logits of the targets.
-  sum.add(Kind::kAllReduce, "tp", n.S * kFloat);
-  sum.add(Kind::kAllReduce, "tp", 2 * n.S * kFloat);
+  const auto add_statistics = [&](int64_t positions, int64_t times) {
+    sum.add(Kind::kAllReduce, "tp", positions * kFloat, times);
+    sum.add(Kind::kAllReduce, "tp", 2 * positions * kFloat, times);
+  };
+  const int64_t chunk = n.chunk > 0 ? n.chunk : n.S;
+  add_statistics(chunk, n.S / chunk);
+  add_statistics(n.S % chunk, 1);
 }
 
 /// The layers of multi-token prediction that are trained.
@@ -342,6 +349,21 @@ struct LayerBytes {
   int64_t kept = 0;       ///< from the forward pass
   int64_t temporary = 0;  ///< what comes on top when backward is in the layer's feed-forward
 };
+
+/// What an output layer with its loss needs, in bytes, besides what the norm before it keeps.
+struct LossBytes {
+  int64_t kept = 0;       ///< the exponentials; in chunks nothing but the input's gradient in the input's place
+  int64_t temporary = 0;  ///< what comes on top: the logits or their gradient
+};
+
+LossBytes loss_bytes(const Sizes& n) {
+  const int64_t columns = n.V / n.t;
+  if (n.chunk == 0) return {n.S * columns * kFloat, n.S * columns * n.e};
+  // Beside the exponentials the logits of a lower precision; the input, and with sequence parallelism all of it, and
+  // its gradient before it is reduced.
+  const int64_t logits = n.chunk * columns * (kFloat + (n.e < kFloat ? n.e : 0));
+  return {0, logits + (n.s + (n.s < n.S ? 2 * n.S - n.s : 0)) * n.H * n.e};
+}
 
 /// Elements of the masks that attention over windows keeps, one for each block of queries.
 int64_t window_mask_elements(int64_t length, int64_t window) {
@@ -559,9 +581,8 @@ MemoryBytes step_memory(const Step37Config& config, const parallel::RankGrid& gr
   }
 
   const auto& text = config.text;
-  const int64_t logits = n.S * n.V / n.t * n.e;
-  const int64_t exponentials = n.S * n.V / n.t * kFloat;  // what cross entropy keeps
-  int64_t decoder = n.s * (2 * n.H * n.e + kFloat);       // the last norm's input and output
+  const auto loss = loss_bytes(n);
+  int64_t decoder = n.s * (2 * n.H * n.e + kFloat);  // the last norm's input and output
   std::vector<LayerBytes> each_layer;
   const auto add_layers = [&](const std::vector<LayerConfig>& layers) {
     std::set<std::pair<double, int64_t>> tables;
@@ -578,18 +599,18 @@ MemoryBytes step_memory(const Step37Config& config, const parallel::RankGrid& gr
   // The moved embeddings, both norms side by side, what the last norm and the output layer keep.
   const auto mtp = trained_mtp_layers(config);
   add_layers(mtp);
-  decoder += static_cast<int64_t>(mtp.size()) * (n.s * (5 * n.H * n.e + 3 * kFloat) + exponentials);
+  decoder += static_cast<int64_t>(mtp.size()) * (n.s * (5 * n.H * n.e + 3 * kFloat) + loss.kept);
   const int64_t rows_of_image = n.images == 0 ? 0 : n.rows / n.images;
   const bool projects_all = config.projector_sharding == ProjectorSharding::kColumn;
   const int64_t features = (projects_all ? n.images : (n.images + n.t - 1) / n.t) * rows_of_image * n.C * n.e;
   const auto tower = n.trains_features ? tower_bytes(config.vision, n) : TowerBytes{};
   const int64_t side = config.vision.image_size;
   const int64_t pixels = n.tower_images * 3 * side * side * kFloat;
-  memory.activations = decoder + exponentials + features + tower.kept;
+  memory.activations = decoder + loss.kept + features + tower.kept;
 
-  // The logits or their gradient; a layer when those behind it are gone; the tower when the decoder's part is gone.
+  // The loss; a layer when those behind it are gone; the tower when the decoder's part is gone.
   int64_t of_layers = 0;
-  int64_t freed = exponentials + n.s * 2 * n.H * n.e;
+  int64_t freed = loss.kept + n.s * 2 * n.H * n.e;
   for (auto layer = each_layer.rbegin(); layer != each_layer.rend(); ++layer) {
     of_layers = std::max(of_layers, layer->temporary + n.s * n.H * n.e - freed);
     freed += layer->kept;
@@ -598,7 +619,7 @@ MemoryBytes step_memory(const Step37Config& config, const parallel::RankGrid& gr
   const int64_t mlp_width = config.vision.mlp_width / (n.splits_tower ? n.t : 1);
   const int64_t tower_temporary = patches * 2 * (mlp_width + config.vision.width) * n.e;
   const int64_t peak =
-      std::max({logits, of_layers, tower_temporary + tower.recomputed + tower.kept - memory.activations});
+      std::max({loss.temporary, of_layers, tower_temporary + tower.recomputed + tower.kept - memory.activations});
   memory.buffers = std::max(pixels + peak + n.S * 4 * kInt64, optimizer_temporary(buckets, each) - memory.activations);
   return memory;
 }

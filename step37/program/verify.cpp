@@ -232,7 +232,7 @@ class Verification {
       auto batch = micro_batch(is_spare ? 0 : number, model, groups.tp);
       if (is_spare) batch.labels = at::full_like(batch.labels, kIgnoreIndex);
       parts.change_batch(batch);
-      const auto sums = parts.loss_sum(model, batch);
+      const auto sums = parts.loss_sum(model, batch, 1.0 / static_cast<double>(num_loss_tokens_));
       auto total = sums.tokens;
       for (const auto& auxiliary : sums.auxiliary) total = total + auxiliary;
       total = total / static_cast<double>(num_loss_tokens_);

@@ -39,10 +39,11 @@ struct VerifyParts {
   };
   /// Called with the batch of a micro-batch, before the model takes it.
   std::function<void(Step37Batch&)> change_batch = [](Step37Batch&) {};
-  /// The losses of a micro-batch.
-  std::function<LossSum(Step37Model&, const Step37Batch&)> loss_sum = [](Step37Model& model, const Step37Batch& batch) {
-    return model->loss_sum(batch);
-  };
+  /// The losses of a micro-batch, whose gradients will be loss_gradient.
+  std::function<LossSum(Step37Model&, const Step37Batch&, double loss_gradient)> loss_sum =
+      [](Step37Model& model, const Step37Batch& batch, double loss_gradient) {
+        return model->loss_sum(batch, /*expert_balance=*/nullptr, loss_gradient);
+      };
   /// Called on rank 0 with each line of the result; else it goes to the standard output.
   std::function<void(const std::string&)> print = {};
 };

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "megatron_cpp/parameters/parameter_shard.h"
-#include "megatron_cpp/tensor_parallel/vocab_parallel_cross_entropy.h"
+#include "megatron_cpp/tensor_parallel/linear_cross_entropy.h"
 #include "megatron_cpp/transformer/gpt_model.h"
 #include "megatron_cpp/transformer/rotary_embedding.h"
 #include "megatron_cpp/transformer/transformer_config.h"
@@ -196,18 +196,21 @@ class MultiTokenPrediction : public TransformerTest {
     (expected.first + kScale * expected.second).backward();
 
     for (const int t : divisors_of_world()) {
-      for (const bool sequence_parallel : {false, true}) {
-        const auto what = c10::str("t = ", t, ", sequence_parallel ", sequence_parallel, ": ");
+      for (const auto& [sequence_parallel, loss_chunk] : {std::pair{false, 0}, {true, 0}, {false, 3}, {true, 5}}) {
+        const auto what =
+            c10::str("t = ", t, ", sequence_parallel ", sequence_parallel, ", loss_chunk ", loss_chunk, ": ");
         const auto& tp = groups(t).tp;
-        GPTModel model(config, TransformerExecution{.sequence_parallel = sequence_parallel}, tp);
+        const TransformerExecution execution{.sequence_parallel = sequence_parallel, .loss_chunk = loss_chunk};
+        GPTModel model(config, execution, tp);
         const auto shards = start(model);
         model->to(at::kDouble);
         const auto decoder_input = model->embedding->forward(batch.ids, batch.attention.position_ids);
         at::Tensor mtp_input;
-        const auto logits = model->forward({}, batch.attention, decoder_input, /*statistics=*/nullptr, &mtp_input);
-        const CrossEntropyOptions options{.vocabulary_size = kVocabulary};
-        const auto main = vocab_parallel_cross_entropy(logits, batch.labels.t(), options, tp).sum();
-        const auto mtp = model->mtp->loss_sum(mtp_input, decoder_input, batch.attention, batch.labels);
+        const auto hidden =
+            model->hidden_states({}, batch.attention, decoder_input, /*statistics=*/nullptr, &mtp_input);
+        const auto main = linear_cross_entropy(hidden, model->output_layer->weight, batch.labels.t(),
+                                               output_loss_options(config, execution), tp);
+        const auto mtp = model->mtp->loss_sum(mtp_input, decoder_input, batch.attention, batch.labels, kScale);
         compare(main, expected.first, what + "loss", kExact);
         compare(mtp, expected.second, what + "mtp loss", kExact);
         (main + kScale * mtp).backward();

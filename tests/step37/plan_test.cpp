@@ -114,9 +114,13 @@ Measured measure(const RunConfig& config, const Plan& plan, parallel::ProcessGro
     if (!moe_layers.empty()) options.expert_balance = std::make_shared<ExpertBalance>(moe_layers, groups);
     Trainer trainer(shards, groups, options);
     const int64_t micro_batches = plan.shape.global_batch_size / (plan.shape.micro_batch_size * plan.grid.dp);
+    const int64_t num_loss_tokens = plan.shape.global_batch_size * plan.shape.sequence_length;
     trainer.step(
-        [&](int64_t) { return model->loss_sum(batch_of(config, plan.shape, groups.tp), options.expert_balance.get()); },
-        micro_batches, plan.shape.global_batch_size * plan.shape.sequence_length);
+        [&](int64_t) {
+          return model->loss_sum(batch_of(config, plan.shape, groups.tp), options.expert_balance.get(),
+                                 1.0 / static_cast<double>(num_loss_tokens));
+        },
+        micro_batches, num_loss_tokens);
   }
   measured.peak = watch->peak;
   return measured;
@@ -191,6 +195,10 @@ TEST(Plan, ParametersAndBytesAreThoseOfARealStep) {
        {"model.mtp_num_layers=2"},
        {"model.mtp_num_layers=2", "model.mtp_loss_scaling_factor=0.3"},
        {"model.mtp_num_layers=1", "model.mtp_loss_scaling_factor=0.3", "parallel.sequence_parallel=false"},
+       {"training.loss_chunk=50"},
+       {"training.loss_chunk=1000", "model.freeze_language_model=true"},
+       {"training.loss_chunk=64", "model.mtp_num_layers=1", "model.mtp_loss_scaling_factor=0.3",
+        "parallel.sequence_parallel=false"},
        kBfloat16,
        with(kBfloat16, {"training.main_gradients=bfloat16", "parallel.projector_sharding=column"}),
        {"training.distributed_optimizer=true"},
@@ -326,6 +334,11 @@ TEST(Plan, MemoryIsThePeakOfLiveTensors) {
       {"parallel.sequence_parallel=false"},
       {"training.sequence_length=512", "training.micro_batch_size=1"},
       {"data.vocabulary_size=10000"},
+      {"data.vocabulary_size=10000", "training.loss_chunk=0"},
+      {"data.vocabulary_size=10000", "training.loss_chunk=100"},
+      {"data.vocabulary_size=10000", "training.loss_chunk=200", "model.num_layers=1", "vision.freeze=true"},
+      {"data.vocabulary_size=10000", "training.loss_chunk=64", "parallel.sequence_parallel=false", "model.num_layers=1",
+       "model.mtp_num_layers=2", "model.mtp_loss_scaling_factor=0.3"},
       {"model.ffn_hidden_size=1024"},
       {"model.num_layers=1", "vision.layers=6", "vision.mlp_width=512"},
       {"vision.freeze=true"},

@@ -14,6 +14,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -426,6 +427,18 @@ TEST_F(Pretrain, RecomputingChangesNothing) {
   }
   pretrain("full-bfloat16", world, with(bfloat16, {"training.recompute=full"}));
   expect_same_run(files("full-bfloat16"), files("kept-bfloat16"), rounding());
+}
+
+// In chunks that don't divide the sequence, over several micro-batches, with multi-token prediction.
+TEST_F(Pretrain, ALossInChunksIsTheSameToRounding) {
+  const Overrides all = {"training.steps=3", "report.pictures=0", "model.mtp_num_layers=1",
+                         "model.mtp_loss_scaling_factor=0.3"};
+  pretrain("whole-logits", 1, with(all, {"training.loss_chunk=0"}));
+  for (const int tp : std::set{1, runtime().size()}) {
+    const auto run = "chunks" + std::to_string(tp);
+    pretrain(run, tp, with(all, {"training.loss_chunk=50"}));
+    expect_same_run(files(run), files("whole-logits"), 1e-4);
+  }
 }
 
 // bfloat16 moves the losses by its rounding, in whatever layout, and checkpoints hold float32 all the same: a run of

@@ -192,6 +192,28 @@ TEST_F(RunConfigTest, SettingsAreInOrderAndReadable) {
   EXPECT_TRUE(has("run.fresh", "false"));
 }
 
+// The default makes chunks of what parallel.tp leaves a rank of a large vocabulary.
+TEST_F(RunConfigTest, LossChunkIsGivenOrChosenByTheVocabulary) {
+  const std::string key = "training.loss_chunk";
+  const auto chunk = [&](int64_t vocabulary_size, const std::vector<std::string>& overrides) {
+    const auto config = smallest(overrides);
+    EXPECT_EQ(settings(load(kSmallest, as_overrides(config))), settings(config));
+    return model_config(config, vocabulary_size).execution.loss_chunk;
+  };
+  EXPECT_EQ(chunk(1000, {}), 0);
+  EXPECT_EQ(chunk(128815, {}), 256);
+  EXPECT_EQ(chunk(128815, {key + "=100", key + "=auto"}), 256);
+  EXPECT_EQ(chunk(128815, {"tp=4"}), 1024);
+  EXPECT_EQ(chunk(128815, {"tp=4", "training.sequence_length=1000"}), 0);
+  EXPECT_EQ(chunk(128815, {"tp=4", "training.sequence_length=1000", "training.micro_batch_size=2"}), 1024);
+  EXPECT_EQ(chunk(128815, {key + "=0"}), 0);
+  EXPECT_EQ(chunk(1000, {key + "=100"}), 100);
+  EXPECT_EQ(chunk(int64_t{1} << 30, {}), 64);
+  EXPECT_EQ(override_error(key + "=some"),
+            key + " in the override " + key + "=some must be an integer or auto, got some");
+  EXPECT_EQ(validation_error({key + "=-1"}), key + " -1 is below 0");
+}
+
 TEST_F(RunConfigTest, RecomputedPartsAreNoneAllOrNamed) {
   const std::string key = "training.recompute";
   const auto read = [&](const std::string& value) {

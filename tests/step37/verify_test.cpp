@@ -122,6 +122,12 @@ TEST_F(Verify, AllLayoutsAgree) {
   EXPECT_FALSE(std::filesystem::exists(files("run").directory));
 }
 
+TEST_F(Verify, LayoutsAgreeWithALossInChunks) {
+  const auto verdict = run(arguments(world(), {"vision.heads=4", "training.loss_chunk=10", "model.mtp_num_layers=1",
+                                               "model.mtp_loss_scaling_factor=0.3"}));
+  EXPECT_EQ(verdict.status, 0) << verdict.last();
+}
+
 TEST_F(Verify, LayersAndPrecisionCanBeChosen) {
   auto chosen = arguments(world());
   chosen.layers = 1;
@@ -227,8 +233,8 @@ TEST_F(Verify, FindsAnExpertThatTheDispatcherDrops) {
 
 TEST_F(Verify, FindsAnAuxiliaryLossScaledByTheRanks) {
   VerifyParts parts;
-  parts.loss_sum = [](Step37Model& model, const Step37Batch& batch) {
-    auto sums = model->loss_sum(batch);
+  parts.loss_sum = [](Step37Model& model, const Step37Batch& batch, double loss_gradient) {
+    auto sums = model->loss_sum(batch, nullptr, loss_gradient);
     for (auto& auxiliary : sums.auxiliary) auxiliary = auxiliary * runtime().size();
     return sums;
   };
