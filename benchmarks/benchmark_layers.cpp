@@ -21,6 +21,7 @@
 
 #include "benchmarks/support.h"
 #include "megatron_cpp/tensor_parallel/column_parallel_linear.h"
+#include "megatron_cpp/tensor_parallel/linear_cross_entropy.h"
 #include "megatron_cpp/tensor_parallel/row_parallel_linear.h"
 #include "megatron_cpp/tensor_parallel/vocab_parallel_cross_entropy.h"
 #include "megatron_cpp/tensor_parallel/vocab_parallel_embedding.h"
@@ -38,6 +39,7 @@ struct Sizes {
   int64_t hidden = 1024;    ///< H
   int64_t ffn = 2816;       ///< F
   int64_t vocabulary = 32000;
+  int64_t loss_chunk = 256;  ///< positions, of linear_cross_entropy
   int64_t heads = 16;
   int64_t groups = 4;  ///< key/value heads
   int64_t head_dim() const { return hidden / heads; }
@@ -55,7 +57,6 @@ struct Arguments {
 using Step = std::function<void()>;
 
 struct Comparison {
-  std::string layer;
   Step parallel;
   Step dense;
 };
@@ -193,7 +194,6 @@ Comparison column_parallel_linear(const Sizes& sizes, const Tensors& make, const
   const auto gradient = make.gradient({S, 1, F / t});
   const auto weight = make.parameter({F / t, H});
   return {
-      "ColumnParallelLinear",
       forward_backward(make.input({S / t, 1, H}), gradient,
                        [=](const at::Tensor& x) mutable { return layer->forward(x); }),
       forward_backward(make.input({S, 1, H}), gradient, [=](const at::Tensor& x) { return at::linear(x, weight); })};
@@ -206,7 +206,6 @@ Comparison row_parallel_linear(const Sizes& sizes, const Tensors& make, const pa
   const auto input = make.input({S, 1, F / t});
   const auto weight = make.parameter({H, F / t});
   return {
-      "RowParallelLinear",
       forward_backward(input, make.gradient({S / t, 1, H}),
                        [=](const at::Tensor& x) mutable { return layer->forward(x); }),
       forward_backward(input, make.gradient({S, 1, H}), [=](const at::Tensor& x) { return at::linear(x, weight); })};
@@ -221,7 +220,7 @@ Comparison vocab_parallel_embedding(const Sizes& sizes, const Tensors& make, con
   const auto own_ids = at::randint(V / t, {S / t, 1}, at::kLong).to(make.device());
   const auto gradient = make.gradient({S / t, 1, H});
   const auto weight = make.parameter({V / t, H});
-  return {"VocabParallelEmbedding", [=]() mutable { torch::autograd::backward({layer->forward(ids)}, {gradient}); },
+  return {[=]() mutable { torch::autograd::backward({layer->forward(ids)}, {gradient}); },
           [=] { torch::autograd::backward({at::embedding(weight, own_ids)}, {gradient}); }};
 }
 
@@ -232,14 +231,32 @@ Comparison vocab_parallel_cross_entropy(const Sizes& sizes, const Tensors& make,
   const auto own_target = at::randint(V / t, {S}, at::kLong).to(make.device());
   const auto gradient = at::full({S, 1}, 1.0 / static_cast<double>(S), at::kFloat).to(make.device());
   const auto own_gradient = gradient.view({S}).to(make.dtype());
-  return {"vocab_parallel_cross_entropy",
-          forward_backward(logits, gradient,
+  return {forward_backward(logits, gradient,
                            [=](const at::Tensor& x) {
                              return megatron_cpp::vocab_parallel_cross_entropy(x, target, {.vocabulary_size = V}, tp);
                            }),
           forward_backward(logits, own_gradient, [=](const at::Tensor& x) {
             return at::cross_entropy_loss(x.view({S, V / t}), own_target, {}, at::Reduction::None);
           })};
+}
+
+/// The output layer with its loss: the dense one keeps whole logits, and so do both where the chunk is 0.
+Comparison linear_cross_entropy(const Sizes& sizes, const Tensors& make, const parallel::GroupPtr& tp) {
+  const int64_t t = tp->getSize(), S = sizes.sequence, H = sizes.hidden, V = sizes.vocabulary;
+  const auto weight = make.parameter({V / t, H});
+  const auto target = at::randint(V, {S, 1}, at::kLong);
+  const auto one_token = at::full({}, 1.0 / static_cast<double>(S), at::kFloat).to(make.device());
+  const auto options =
+      LinearCrossEntropyOptions({.vocabulary_size = V}).sequence_parallel(true).accumulate_into_grad(true);
+  const auto with_chunk = [=](int64_t chunk) {
+    return [=](const at::Tensor& x) {
+      return megatron_cpp::linear_cross_entropy(x, weight, target, LinearCrossEntropyOptions(options).chunk(chunk), tp,
+                                                1.0 / static_cast<double>(S));
+    };
+  };
+  const auto input = make.input({S / t, 1, H});
+  return {forward_backward(input, one_token, with_chunk(sizes.loss_chunk)),
+          forward_backward(input, one_token, with_chunk(0))};
 }
 
 constexpr TransformerExecution kExecution{.sequence_parallel = true, .accumulate_into_grad = true};
@@ -258,11 +275,11 @@ TransformerConfig transformer_config(const Sizes& sizes) {
 
 /// Of a layer whose input and output are the rank's rows, and of one that has the whole sequence around it.
 template <class Layer, class Dense>
-Comparison on_rows(const std::string& name, const Layer& layer, const Dense& dense, int64_t dense_rows,
-                   const Sizes& sizes, const Tensors& make, const parallel::GroupPtr& tp) {
+Comparison on_rows(const Layer& layer, const Dense& dense, int64_t dense_rows, const Sizes& sizes, const Tensors& make,
+                   const parallel::GroupPtr& tp) {
   const std::vector<int64_t> own{sizes.sequence / tp->getSize(), 1, sizes.hidden};
   const std::vector<int64_t> rows{dense_rows, 1, sizes.hidden};
-  return {name, forward_backward(make.input(own), make.gradient(own), layer),
+  return {forward_backward(make.input(own), make.gradient(own), layer),
           forward_backward(make.input(rows), make.gradient(rows),
                            [dense](const at::Tensor& x) { return dense->forward(x); })};
 }
@@ -270,9 +287,8 @@ Comparison on_rows(const std::string& name, const Layer& layer, const Dense& den
 Comparison mlp(const Sizes& sizes, const Tensors& make, const parallel::GroupPtr& tp) {
   auto layer =
       make.ready(MLP(transformer_config(sizes), transformer_config(sizes).ffn_hidden_size, 0.0, kExecution, tp));
-  return on_rows(
-      "MLP", [layer](const at::Tensor& x) mutable { return layer->forward(x); },
-      std::make_shared<DenseMLP>(sizes, tp->getSize(), make), sizes.sequence, sizes, make, tp);
+  return on_rows([layer](const at::Tensor& x) mutable { return layer->forward(x); },
+                 std::make_shared<DenseMLP>(sizes, tp->getSize(), make), sizes.sequence, sizes, make, tp);
 }
 
 /// What a block makes once a forward pass, and here each layer does.
@@ -284,7 +300,6 @@ Comparison self_attention(const Sizes& sizes, const Tensors& make, const paralle
   const auto config = transformer_config(sizes);
   auto layer = make.ready(SelfAttention(config, config.layers[0], kExecution, tp));
   return on_rows(
-      "SelfAttention",
       [=](const at::Tensor& x) mutable { return layer->forward(x, batch_of(sizes, layer->rotary(), x.device())); },
       std::make_shared<DenseAttention>(sizes, tp->getSize(), make), sizes.sequence, sizes, make, tp);
 }
@@ -292,42 +307,44 @@ Comparison self_attention(const Sizes& sizes, const Tensors& make, const paralle
 Comparison transformer_layer(const Sizes& sizes, const Tensors& make, const parallel::GroupPtr& tp) {
   auto layer = make.ready(TransformerLayer(transformer_config(sizes), 0, kExecution, tp));
   return on_rows(
-      "TransformerLayer",
       [=](const at::Tensor& x) mutable {
         return layer->forward(x, batch_of(sizes, layer->self_attention->rotary(), x.device()));
       },
       std::make_shared<DenseLayer>(sizes, tp->getSize(), make), sizes.sequence / tp->getSize(), sizes, make, tp);
 }
 
+using MakeComparison = Comparison (*)(const Sizes&, const Tensors&, const parallel::GroupPtr&);
+
+constexpr std::pair<const char*, MakeComparison> kLayers[] = {
+    {"ColumnParallelLinear", column_parallel_linear},
+    {"RowParallelLinear", row_parallel_linear},
+    {"MLP", mlp},
+    {"VocabParallelEmbedding", vocab_parallel_embedding},
+    {"vocab_parallel_cross_entropy", vocab_parallel_cross_entropy},
+    {"linear_cross_entropy", linear_cross_entropy},
+    {"SelfAttention", self_attention},
+    {"TransformerLayer", transformer_layer}};
+
 void benchmark(const Arguments& arguments, at::ScalarType dtype, const c10::Device& device,
                const parallel::GroupPtr& tp) {
   at::manual_seed(1);  // the same ids and targets on every rank
   const Tensors make(dtype, device);
-  std::vector<Comparison> comparisons;
-  for (const auto& comparison : {column_parallel_linear, row_parallel_linear, mlp, vocab_parallel_embedding,
-                                 vocab_parallel_cross_entropy, self_attention, transformer_layer}) {
-    comparisons.push_back(comparison(arguments.sizes, make, tp));
-  }
-  const auto& wanted = arguments.layers;
-  for (const auto& layer : wanted) {
-    TORCH_CHECK_VALUE(std::any_of(comparisons.begin(), comparisons.end(),
-                                  [&](const Comparison& comparison) { return comparison.layer == layer; }),
-                      "--layer ", layer, " is none of the layers");
-  }
-  std::erase_if(comparisons, [&](const Comparison& comparison) {
-    return !wanted.empty() && std::find(wanted.begin(), wanted.end(), comparison.layer) == wanted.end();
-  });
+  std::vector<std::string> names;
   std::vector<Step> steps;
-  for (const auto& comparison : comparisons) {
+  const auto& wanted = arguments.layers;
+  for (const auto& [name, make_comparison] : kLayers) {
+    if (!wanted.empty() && std::ranges::find(wanted, name) == wanted.end()) continue;
+    const auto comparison = make_comparison(arguments.sizes, make, tp);
+    names.emplace_back(name);
     steps.push_back(comparison.parallel);
     steps.push_back(comparison.dense);
   }
   const auto times =
       benchmarks::measure(steps, {.warm_up = 1, .min = 3, .max = 25, .seconds = arguments.seconds}, tp, device);
-  for (size_t i = 0; i < comparisons.size(); ++i) {
+  for (size_t i = 0; i < names.size(); ++i) {
     const auto& step = times[2 * i];
     const auto& dense = times[2 * i + 1];
-    benchmarks::print({{"layer", comparisons[i].layer},
+    benchmarks::print({{"layer", names[i]},
                        {"dtype", benchmarks::name_of(dtype)},
                        {"tp", tp->getSize()},
                        {"tokens", arguments.sizes.sequence},
@@ -362,12 +379,15 @@ int main(int argc, char** argv) {
   size("--hidden", arguments.sizes.hidden, "H");
   size("--ffn", arguments.sizes.ffn, "F, of the linears and the MLP");
   size("--vocabulary", arguments.sizes.vocabulary, "V");
+  size("--loss-chunk", arguments.sizes.loss_chunk, "positions at a time in linear_cross_entropy");
   size("--heads", arguments.sizes.heads, "query heads, of H over their number elements");
   size("--groups", arguments.sizes.groups, "key/value heads");
   app.add_option("--dtype", arguments.dtypes, "float32, bfloat16 or both")
       ->check(CLI::IsMember({"float32", "bfloat16"}))
       ->capture_default_str();
-  app.add_option("--layer", arguments.layers, "these only, by the names in the output");
+  std::vector<std::string> names;
+  for (const auto& [name, make_comparison] : kLayers) names.emplace_back(name);
+  app.add_option("--layer", arguments.layers, "these only, by the names in the output")->check(CLI::IsMember(names));
   benchmarks::add_device_option(app, arguments.device);
   app.add_option("--seconds", arguments.seconds, "rounds of a dtype go on for this long, three at least")
       ->capture_default_str();
