@@ -12,12 +12,10 @@
 namespace megatron_cpp::internal {
 namespace {
 
-/// logits [S, B, columns] - maxima [S, B] at the targets that are here, [S, B]; 0 elsewhere.
-at::Tensor at_targets(const at::Tensor& logits, const at::Tensor& maxima, const at::Tensor& column,
-                      const at::Tensor& here) {
-  if (logits.size(-1) == 0) return at::zeros_like(maxima);
-  const auto picked = logits.gather(-1, column.unsqueeze(-1)).squeeze(-1);
-  return (picked - maxima).masked_fill(here.logical_not(), 0);
+/// logits [S, B, columns] at the targets' columns, [S, B], in `dtype`; anything where no target is here.
+at::Tensor at_targets(const at::Tensor& logits, const at::Tensor& column, at::ScalarType dtype) {
+  if (logits.size(-1) == 0) return at::zeros(column.sizes(), logits.options().dtype(dtype));
+  return logits.gather(-1, column.unsqueeze(-1)).squeeze(-1).to(dtype);
 }
 
 /// Calls body(first, length) for blocks of positions of `values`, [S, B, columns]: on the CPU as many as fit into the
@@ -27,7 +25,8 @@ void for_blocks_of_positions(const at::Tensor& values, const Body& body) {
   constexpr int64_t kCacheBytes = int64_t{256} * 1024;
   const int64_t S = values.size(0);
   int64_t length = S;
-  if (values.is_cpu() && values.numel() > 0) {
+  if (values.numel() == 0) return;
+  if (values.is_cpu()) {
     const auto position_bytes = static_cast<int64_t>(values.nbytes()) / S;
     length = std::max<int64_t>(1, kCacheBytes * at::get_num_threads() / position_bytes);
   }
@@ -66,34 +65,41 @@ ShardLosses shard_losses(const at::Tensor& exponentials, const at::Tensor& logit
   const auto here = target.ge(own.begin).logical_and(target.lt(own.end)).logical_and(ignored.logical_not());
   const auto column = (target - own.begin).masked_fill(here.logical_not(), 0);
 
-  auto maxima = own.length() > 0
-                    ? logits.amax(-1).to(exponentials.scalar_type())
-                    : at::full(target.sizes(), -std::numeric_limits<double>::infinity(), exponentials.options());
-  maxima = parallel::all_reduce(maxima, tp, parallel::Reduction::kMax);
-
-  auto own_sums = at::empty({smoothing > 0 ? 3 : 2, target.size(0), target.size(1)}, exponentials.options());
-  own_sums[1].copy_(at_targets(logits, maxima, column, here));
-  // Half types become float32 here.
+  const auto own_targets = at_targets(logits, column, exponentials.scalar_type());
+  // Of this rank's classes: a block is read once while it is in cache. Finite, so that an empty shard adds 0.
+  const double lowest = std::numeric_limits<float>::lowest();
+  const auto own_maxima = at::full(target.sizes(), lowest, exponentials.options());
+  const auto own_sums = at::zeros({smoothing > 0 ? 3 : 2, target.size(0), target.size(1)}, exponentials.options());
   for_blocks_of_positions(exponentials, [&](int64_t first, int64_t length) {
     auto block = exponentials.narrow(0, first, length);
-    auto sums = own_sums.narrow(1, first, length);
-    at::sub_out(block, logits.narrow(0, first, length), maxima.narrow(0, first, length).unsqueeze(-1));
+    const auto own_logits = logits.narrow(0, first, length);
+    const auto maxima = own_maxima.narrow(0, first, length);
+    const auto sums = own_sums.narrow(1, first, length);
+    maxima.copy_(own_logits.amax(-1)).clamp_min_(lowest);
+    at::sub_out(block, own_logits, maxima.unsqueeze(-1));  // half types become float32 here
     if (smoothing > 0) sums[2].copy_(block.sum(-1));
     sums[0].copy_(block.exp_().sum(-1));
   });
+
+  const auto maxima = parallel::all_reduce(own_maxima, tp, parallel::Reduction::kMax);
+  const auto below = own_maxima - maxima;
+  const auto scale = below.exp();
+  own_sums[0].mul_(scale);
+  own_sums[1].copy_((own_targets - maxima).masked_fill_(here.logical_not(), 0));
+  if (smoothing > 0) own_sums[2].add_(below, static_cast<double>(own.length()));
   const auto sums = parallel::all_reduce(own_sums, tp);
 
   auto losses = sums[0].log() - (1 - smoothing) * sums[1];
   if (smoothing > 0) losses -= smoothing / static_cast<double>(options.vocabulary_size) * sums[2];
-  return {losses.masked_fill_(ignored, 0), sums[0].reciprocal(), ignored, column, here};
+  return {losses.masked_fill_(ignored, 0), scale / sums[0], ignored, column, here};
 }
 
 void shard_gradient(const at::Tensor& gradient, const at::Tensor& exponentials, const ShardLosses& forward,
                     const at::Tensor& loss_gradient, const CrossEntropyOptions& options) {
-  if (exponentials.size(-1) == 0) return;
+  if (exponentials.numel() == 0) return;
   const double smoothing = options.label_smoothing;
   const auto own_gradient = loss_gradient.masked_fill(forward.ignored, 0);
-  const auto per_exponential = own_gradient * forward.reciprocal_sums.masked_fill(forward.ignored, 0);
+  const auto per_exponential = own_gradient * forward.probability.masked_fill(forward.ignored, 0);
   const auto per_class = own_gradient * (-smoothing / static_cast<double>(options.vocabulary_size));
   // The target's column, in the loss's dtype until it is rounded once; where the target isn't on this rank, column 0
   // gets the value that it has anyway.

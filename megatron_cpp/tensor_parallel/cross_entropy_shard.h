@@ -20,14 +20,15 @@ at::ScalarType loss_dtype(at::ScalarType dtype);
 
 /// Losses of some positions, and what their gradient needs besides the exponentials. All are [S, B].
 struct ShardLosses {
-  at::Tensor losses;           ///< equal on every rank, 0 where ignored
-  at::Tensor reciprocal_sums;  ///< 1 / sum of the exponentials of all ranks
-  at::Tensor ignored;          ///< bool
-  at::Tensor column;           ///< int64, the target's among this rank's columns; 0 where it isn't here
-  at::Tensor here;             ///< bool: the target is among this rank's columns
+  at::Tensor losses;       ///< equal on every rank, 0 where ignored
+  at::Tensor probability;  ///< of a class over its exponential on this rank
+  at::Tensor ignored;      ///< bool
+  at::Tensor column;       ///< int64, the target's among this rank's columns; 0 where it isn't here
+  at::Tensor here;         ///< bool: the target is among this rank's columns
 };
 
-/// @param exponentials  [S, B, own.length()], gets exp(logits - maximum) in the loss's dtype; may be `logits` itself.
+/// @param exponentials  [S, B, own.length()], gets exp(logits - their maximum here) in the loss's dtype; may be
+/// `logits` itself.
 /// @param logits        [S, B, own.length()], without padding.
 /// @param target        [S, B] int64 on the logits' device.
 /// Comm: 2 all-reduces: the maxima, S·B elements, and 2·S·B sums (3·S·B with label smoothing). Collective over tp.

@@ -21,7 +21,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     const auto exponentials = at::empty(
         real_logits.sizes(), logits.options().dtype(internal::loss_dtype(logits.scalar_type())).requires_grad(false));
     const auto result = internal::shard_losses(exponentials, real_logits, target, options, own, tp);
-    context->save_for_backward({exponentials, result.reciprocal_sums, result.ignored, result.column, result.here});
+    context->save_for_backward({exponentials, result.probability, result.ignored, result.column, result.here});
     context->saved_data["columns"] = logits.size(-1);
     context->saved_data["dtype"] = logits.scalar_type();
     context->saved_data["vocabulary_size"] = options.vocabulary_size;
@@ -42,7 +42,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     gradient.narrow(-1, own, columns - own).zero_();
     internal::shard_gradient(
         gradient.narrow(-1, 0, own), exponentials,
-        {.losses = {}, .reciprocal_sums = saved[1], .ignored = saved[2], .column = saved[3], .here = saved[4]},
+        {.losses = {}, .probability = saved[1], .ignored = saved[2], .column = saved[3], .here = saved[4]},
         gradients[0], options);
     return {gradient, at::Tensor(), at::Tensor(), at::Tensor()};
   }
