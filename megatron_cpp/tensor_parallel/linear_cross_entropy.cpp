@@ -20,93 +20,75 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-/// Chunk by chunk: logits, losses and, where its members are defined, the gradients. `input` has all positions.
-class ChunkedLossSum {
- public:
-  ChunkedLossSum(const at::Tensor& input, const at::Tensor& weight, const LinearCrossEntropyOptions& options,
-                 const parallel::GroupPtr& tp)
-      : input_(input),
-        own_(internal::own_classes(weight.size(0), options.loss().vocabulary_size, tp)),
-        weight_(weight.narrow(0, 0, own_.length())),
-        loss_(options.loss()),
-        chunk_(std::min(options.chunk(), input.size(0))),
-        loss_options_(input.options().dtype(internal::loss_dtype(weight.scalar_type())).requires_grad(false)),
-        tp_(tp) {}
-
-  at::Tensor input_gradient;   ///< [S, B, H], overwritten with this rank's summand
-  at::Tensor weight_gradient;  ///< [V'/t, H] in the weight's dtype or a higher one, added to
-  double loss_gradient = 1.0;
-
-  /// The sum of the losses.
-  at::Tensor operator()(const at::Tensor& target) const {
-    const int64_t S = input_.size(0);
-    const int64_t B = input_.size(1);
-    const int64_t columns = own_.length();
-    const auto losses = at::empty({S, B}, loss_options_);
-    const auto logits_buffer = at::empty({chunk_ * B, columns}, input_.options().requires_grad(false));
-    const auto buffer =
-        input_.scalar_type() == losses.scalar_type() ? logits_buffer : at::empty({chunk_ * B, columns}, loss_options_);
-    for (int64_t first = 0; first < S; first += chunk_) {
-      const int64_t length = std::min(chunk_, S - first);
-      const auto rows = internal::as_matrix(input_.narrow(0, first, length));
-      const auto logits = logits_buffer.narrow(0, 0, length * B);
-      const auto by_position = [&](const at::Tensor& matrix) { return matrix.view({length, B, columns}); };
-      const auto exponentials = by_position(buffer.narrow(0, 0, length * B));
-      internal::write_matrix_product(logits, rows, weight_.t());
-      const auto forward =
-          internal::shard_losses(exponentials, by_position(logits), target.narrow(0, first, length), loss_, own_, tp_);
-      losses.narrow(0, first, length).copy_(forward.losses);
-      if (!input_gradient.defined() && !weight_gradient.defined()) continue;
-      const auto& gradient = logits;
-      internal::shard_gradient(by_position(gradient), exponentials, forward,
-                               at::full({length, B}, loss_gradient, loss_options_), loss_);
-      if (input_gradient.defined()) {
-        internal::write_matrix_product(internal::as_matrix(input_gradient.narrow(0, first, length)), gradient, weight_);
-      }
-      if (weight_gradient.defined()) {
-        internal::add_matrix_product(weight_gradient.narrow(0, 0, columns), gradient.t(), rows);
-      }
-    }
-    return losses.sum();
-  }
-
- private:
-  at::Tensor input_;
-  parallel::Range own_;  ///< classes
-  at::Tensor weight_;    ///< their rows
-  CrossEntropyOptions loss_;
-  int64_t chunk_;
-  at::TensorOptions loss_options_;
-  parallel::GroupPtr tp_;
+/// Where the gradients of a loss are written; an undefined one isn't computed.
+struct Gradients {
+  double loss;        ///< of the sum of the losses
+  at::Tensor input;   ///< [S, B, H], overwritten with this rank's summand
+  at::Tensor weight;  ///< [V'/t, H] in the weight's dtype or a higher one, added to
 };
+
+/// The sum of the losses, and the gradients, chunk by chunk. `input` has all positions.
+at::Tensor chunked_loss_sum(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target,
+                            const LinearCrossEntropyOptions& options, const parallel::GroupPtr& tp,
+                            const Gradients& gradients) {
+  const int64_t S = input.size(0);
+  const int64_t B = input.size(1);
+  const int64_t chunk = std::min(options.chunk(), S);
+  const auto own = internal::own_classes(weight.size(0), options.loss().vocabulary_size, tp);
+  const int64_t columns = own.length();
+  const auto own_weight = weight.narrow(0, 0, columns);
+  const auto loss_options = input.options().dtype(internal::loss_dtype(input.scalar_type()));
+  const auto losses = at::empty({S, B}, loss_options);
+  const auto logits_buffer = at::empty({chunk * B, columns}, input.options());
+  const auto buffer =
+      input.scalar_type() == losses.scalar_type() ? logits_buffer : at::empty({chunk * B, columns}, loss_options);
+  for (int64_t first = 0; first < S; first += chunk) {
+    const int64_t length = std::min(chunk, S - first);
+    const auto by_position = [&](const at::Tensor& matrix) { return matrix.view({length, B, columns}); };
+    const auto rows = internal::as_matrix(input.narrow(0, first, length));
+    const auto logits = logits_buffer.narrow(0, 0, length * B);
+    const auto exponentials = by_position(buffer.narrow(0, 0, length * B));
+    internal::write_matrix_product(logits, rows, own_weight.t());
+    const auto forward = internal::shard_losses(exponentials, by_position(logits), target.narrow(0, first, length),
+                                                options.loss(), own, tp);
+    losses.narrow(0, first, length).copy_(forward.losses);
+    if (!gradients.input.defined() && !gradients.weight.defined()) continue;
+    const auto& gradient = logits;  // in their place
+    internal::shard_gradient(by_position(gradient), exponentials, forward,
+                             at::full({length, B}, gradients.loss, loss_options), options.loss());
+    if (gradients.input.defined()) {
+      internal::write_matrix_product(internal::as_matrix(gradients.input.narrow(0, first, length)), gradient,
+                                     own_weight);
+    }
+    if (gradients.weight.defined()) {
+      internal::add_matrix_product(gradients.weight.narrow(0, 0, columns), gradient.t(), rows);
+    }
+  }
+  return losses.sum();
+}
 
 /// Saves the gradients; the backward pass hands them out.
 struct ChunkedLossFunction : torch::autograd::Function<ChunkedLossFunction> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& input, const at::Tensor& weight,
                             const at::Tensor& target, const LinearCrossEntropyOptions& options,
                             const parallel::GroupPtr& tp, double loss_gradient, bool needs_input, bool needs_weight) {
-    const bool sp = options.sequence_parallel();
-    auto whole = (sp ? parallel::all_gather(input, tp) : input).detach();
-    ChunkedLossSum chunks(whole, weight.detach(), options, tp);
-    chunks.loss_gradient = loss_gradient;
-    if (needs_input) chunks.input_gradient = at::empty(whole.sizes(), whole.options());
+    const bool gathers = options.sequence_parallel();
+    const auto whole = (gathers ? parallel::all_gather(input, tp) : input).detach();
     const bool accumulates = options.accumulate_into_grad() && weight.grad().defined();
-    if (needs_weight) {
-      chunks.weight_gradient =
-          accumulates ? weight.grad()
-                      : at::zeros(weight.sizes(), whole.options().dtype(internal::loss_dtype(weight.scalar_type())));
-    }
-    const auto sum = chunks(target);
-    if (needs_input && sp) {
-      chunks.input_gradient = parallel::reduce_scatter(chunks.input_gradient, tp);
+    const auto high_precision = whole.options().dtype(internal::loss_dtype(weight.scalar_type()));
+    Gradients gradients{loss_gradient, {}, {}};
+    if (needs_input) gradients.input = at::empty(whole.sizes(), whole.options());
+    if (needs_weight) gradients.weight = accumulates ? weight.grad() : at::zeros(weight.sizes(), high_precision);
+    const auto sum = chunked_loss_sum(whole, weight.detach(), target, options, tp, gradients);
+    if (needs_input && gathers) {
+      gradients.input = parallel::reduce_scatter(gradients.input, tp);
     } else if (needs_input) {
-      parallel::all_reduce_in_place(chunks.input_gradient, tp);
+      parallel::all_reduce_in_place(gradients.input, tp);
     }
-    if (needs_input) context->saved_data["input_gradient"] = chunks.input_gradient;
-    if (needs_weight && !accumulates) {
-      context->saved_data["weight_gradient"] = chunks.weight_gradient.to(weight.scalar_type());
-    }
-    context->saved_data["loss_gradient"] = loss_gradient;
+    auto& saved = context->saved_data;
+    saved["loss_gradient"] = loss_gradient;
+    if (needs_input) saved["input_gradient"] = gradients.input;
+    if (needs_weight && !accumulates) saved["weight_gradient"] = gradients.weight.to(weight.scalar_type());
     return sum;
   }
 
