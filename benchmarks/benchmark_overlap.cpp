@@ -173,7 +173,8 @@ int run(const Arguments& arguments, const c10::Device& device, const parallel::P
     const auto times =
         benchmarks::measure({[&] { without.step(); }, [&] { with.step(); }}, rounds, groups.world, device);
     const auto least = [](const std::vector<double>& ms) { return *std::min_element(ms.begin(), ms.end()); };
-    nlohmann::ordered_json row{{"part", "overlap"}, {"backend", backend}, {"distributed_optimizer", distributed_optimizer}};
+    nlohmann::ordered_json row{
+        {"part", "overlap"}, {"backend", backend}, {"distributed_optimizer", distributed_optimizer}};
     auto step = row;
     step["without_ms"] = benchmarks::min_and_median(times[0]);
     step["ms"] = benchmarks::min_and_median(times[1]);

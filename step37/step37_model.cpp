@@ -164,6 +164,7 @@ LossSum Step37ModelImpl::loss_sum(const Step37Batch& batch, ExpertBalance* exper
   RouterStatistics statistics(counts && mask.defined() ? megatron_cpp::internal::to_device(mask, decoder_input.device())
                                                        : at::Tensor());
   at::Tensor mtp_input;
+  language_model->output_layer->use_parameters();
   // The output layer's input has no name: without multi-token prediction it is freed before the backward pass.
   LossSum sum = linear_cross_entropy(
       language_model->hidden_states(batch.input_ids, batch.attention, decoder_input, counts ? &statistics : nullptr,

@@ -576,13 +576,13 @@ def training_step():
         "sent",
     )
     picture.arrow((middle, 420), (middle, 444))
-    stage(446, 50, ["*output_layer: all-gather over tp", "→ logits [S, B, V'/t]"], "sent")
+    stage(446, 50, ["*output layer: all-gather over tp", "→ logits [S, B, V'/t], or a chunk of positions at a time"], "sent")
     picture.arrow((middle, 496), (middle, 520))
     stage(
         522,
         50,
         [
-            "*vocab_parallel_cross_entropy: 2 all-reduces of [S, B] size over tp",
+            "*linear_cross_entropy: 2 all-reduces of [S, B] size over tp",
             "→ sum of the token losses, equal on every rank of tp",
         ],
         "sent",
@@ -619,7 +619,7 @@ def training_step():
     stage(
         646,
         54,
-        ["*GradientBuffer::reduce", "by bucket, from the last backward pass on: over dp or tp_dp"],
+        ["*GradientBuffer::reduce", "each bucket over dp or tp_dp, while backward runs"],
         "sent",
         x=left,
         box_width=400,

@@ -121,6 +121,7 @@ at::Tensor MultiTokenPredictionBlockImpl::loss_sum(const at::Tensor& hidden_stat
     targets = targets.roll(-1, 0).index_fill_(0, at::tensor(last.all, at::kLong), loss_options_.loss().ignore_index);
     hidden = layer->forward(hidden, embeddings, batch);
     const auto normed = layer->final_layernorm->forward(hidden);
+    layer->output_layer->use_parameters();
     const auto loss =
         linear_cross_entropy(normed, layer->output_layer->weight, targets, loss_options_, tp_, loss_gradient);
     sum = sum.defined() ? sum + loss : loss;

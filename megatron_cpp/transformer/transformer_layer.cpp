@@ -30,9 +30,9 @@ TransformerLayerImpl::TransformerLayerImpl(const TransformerConfig& config, int6
 std::vector<at::Tensor> TransformerLayerImpl::feed_forward(const at::Tensor& normed, RouterStatistics* statistics,
                                                            std::optional<TokenDispatcher>* dispatcher) {
   if (!moe) return {mlp->forward(normed)};
-  std::vector outputs{moe->forward(normed, statistics, dispatcher)};
-  if (statistics != nullptr) outputs.push_back(statistics->layers().back().sums);
-  return outputs;
+  const auto output = moe->forward(normed, statistics, dispatcher);
+  if (statistics == nullptr) return {output};
+  return {output, statistics->layers().back().sums};
 }
 
 at::Tensor TransformerLayerImpl::compute(const at::Tensor& hidden_states, const AttentionBatch& attention,

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "megatron_cpp/checkpoint/sharded_checkpoint.h"
 #include "megatron_cpp/optimizer/gradient_buffer.h"
 #include "megatron_cpp/parameters/parameter_shard.h"
 #include "megatron_cpp/training/expert_balance.h"
@@ -411,10 +412,11 @@ TEST_F(Model, PaddingIsNoPartOfTheRoutersLosses) {
   }
 }
 
-/// The model's parameters after four steps, and the norms of its gradients.
+/// The model's parameters after four steps, the norms of its gradients, and what a checkpoint after the third step has.
 struct Trained {
   Tensors parameters;
   std::vector<double> norms;
+  Tensors saved;
 };
 
 /// Trains with two micro-batches a step, but with none in the second step on the last replica.
@@ -447,6 +449,13 @@ Trained train(const Step37Config& config, const parallel::ProcessGroups& layout,
     };
     const int64_t tokens = 2 * replicas * batch_without_pictures().labels.ne(-100).sum().item<int64_t>();
     result.norms.push_back(trainer.step(loss_sum, step == 1 && may_have_none ? 0 : 2, tokens).grad_norm);
+    if (step != 2) continue;
+    // Parameters are on their way now.
+    const auto same_name = [](const std::string& name) { return name; };
+    for (const auto& tensor : sharded_tensors(shards, trainer.optimizer(), same_name, layout)) {
+      // Of a tensor in several boxes each has a place of its own.
+      result.saved[c10::str(result.saved.size(), " ", tensor.id.text())] = tensor.local.clone();
+    }
   }
   trainer.finish_gather();
   for (const auto& shard : shards) result.parameters[shard.name] = shard.parameter.detach().clone();
@@ -486,6 +495,9 @@ TEST_F(Model, OverlapChangesNoBit) {
       EXPECT_EQ(overlapped.norms, whole.norms);
       for (const auto& [name, parameter] : whole.parameters) {
         EXPECT_TRUE(test_support::equal(overlapped.parameters.at(name), parameter)) << name;
+      }
+      for (const auto& [name, values] : whole.saved) {
+        EXPECT_TRUE(test_support::equal(overlapped.saved.at(name), values)) << name;
       }
     }
   }
