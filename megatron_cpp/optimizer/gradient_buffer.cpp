@@ -178,7 +178,7 @@ GradientBuffer::GradientBuffer(const std::vector<ParameterShard>& parameters, co
     }
     prepare_norm(bucket);
   }
-  if (options.overlap_reduction) hook_into_backward();
+  choose_overlap(options);
   if (options.overlap_gather) wait_before_use();
   zero();
 }
@@ -213,12 +213,13 @@ void GradientBuffer::place(Bucket& bucket, const GradientBufferOptions& options)
   }
 }
 
-void GradientBuffer::hook_into_backward() {
+void GradientBuffer::choose_overlap(const GradientBufferOptions& options) {
   const std::set<parallel::GroupPtr> of_layers{groups_.tp, groups_.ep, groups_.etp, groups_.etp_ep};
   for (auto& bucket : buckets_) {
-    if (bucket.layout.numel == 0 || bucket.group->getSize() == 1 || of_layers.count(bucket.group) > 0) continue;
-    if (!parallel::overlaps_computation(bucket.group, bucket.gradients.device().type())) continue;
-    bucket.overlaps = true;
+    if (bucket.layout.numel == 0 || bucket.group->getSize() == 1) continue;
+    bucket.overlaps = options.overlap_reduction && of_layers.count(bucket.group) == 0 &&
+                      parallel::overlaps_computation(bucket.group, bucket.gradients.device().type());
+    if (!bucket.overlaps && !(bucket.is_divided && options.overlap_gather)) continue;
     if (!hooks_) hooks_ = std::make_unique<BackwardHooks>();
     for (size_t member = 0; member < bucket.members.size(); ++member) {
       hooks_->add(bucket.members[member].parameter, [this, &bucket, member] { completed(bucket, member); });
@@ -268,7 +269,9 @@ void GradientBuffer::reduce_in_backward() {
 }
 
 void GradientBuffer::completed(Bucket& bucket, size_t member) {
-  if (!is_last_backward_) return;
+  TORCH_CHECK(!bucket.gather, "parameter ", bucket.members[member].name,
+              " was used before it was complete: what reads it must call ParallelModule::use_parameters() first");
+  if (!is_last_backward_ || !bucket.overlaps) return;
   bucket.incomplete.erase(member);
   if (!bucket.incomplete.empty()) return;
   std::set<parallel::GroupPtr> waiting;  // whose next bucket isn't complete

@@ -106,7 +106,8 @@ class GradientBuffer {
   /// them: sends these to the ranks of the bucket's group and receives theirs. With overlap_gather it only starts that,
   /// in the order in which a forward pass needs them: each module waits for its own (ParallelModule::use_parameters),
   /// and finish_gather() for all. Until then the parameters must not be read or written in another way; the elements of
-  /// slices() may be read. Parameters of no module are complete when it returns.
+  /// slices() may be read. Parameters of no module are complete when it returns. A module that doesn't wait is found by
+  /// its backward pass, which throws c10::Error naming the parameter, whatever the backend is.
   /// Comm: with a distributed optimizer 1 all-gather of each bucket's slices, in the parameters' dtype; else none.
   /// Collective over these groups.
   void gather_parameters();
@@ -146,8 +147,8 @@ class GradientBuffer {
   static void prepare_norm(Bucket& bucket);
   static void start_reduction(Bucket& bucket);
   static void finish(std::optional<parallel::PendingTensor>& pending);
-  /// Lets backward call completed().
-  void hook_into_backward();
+  /// Decides which buckets are reduced during the backward pass, and lets that call completed() where it is needed.
+  void choose_overlap(const GradientBufferOptions& options);
   /// Backward has completed the gradient of a bucket's member.
   void completed(Bucket& bucket, size_t member);
   /// Lets each module wait for the buckets that hold its parameters.
@@ -161,7 +162,7 @@ class GradientBuffer {
   parallel::ProcessGroups groups_;
   bool overlap_gather_;
   bool is_last_backward_ = false;                                        ///< since reduce_in_backward()
-  std::unique_ptr<BackwardHooks> hooks_;                                 ///< null if no bucket overlaps
+  std::unique_ptr<BackwardHooks> hooks_;                                 ///< null if nothing overlaps
   std::map<std::shared_ptr<BeforeUse>, std::set<Bucket*>> before_uses_;  ///< of modules, with the buckets of each
 };
 

@@ -533,6 +533,24 @@ TEST(Overlap, GroupsOfLayersAreLeftAlone) {
   buffer.reduce();
 }
 
+// Over MPI, too, where the values would have been complete.
+TEST(Overlap, AModuleThatDoesNotWaitIsNamed) {
+  const auto& layout = groups(1);
+  auto shard = shard_of("impatient", parameter({99}), GradientDomain::kReplicated);
+  shard.before_use = std::make_shared<BeforeUse>();
+  GradientBuffer buffer({shard}, layout, {.distributed_optimizer = true});
+  shard.parameter.sum().backward();  // nothing has been gathered yet
+  buffer.gather_parameters();
+  const auto loss = shard.parameter.sum();
+  if (layout.dp->getSize() == 1) {
+    loss.backward();
+    return;
+  }
+  EXPECT_TRUE(contains(message_of([&] { loss.backward(); }), "parameter impatient was used before it was complete"));
+  buffer.finish_gather();
+  shard.parameter.sum().backward();
+}
+
 TEST(Overlap, ParametersAreGatheredBeforeTheyAreUsed) {
   const auto& layout = groups(1);
   const int ranks = layout.dp->getSize();
