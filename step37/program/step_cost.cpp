@@ -617,7 +617,10 @@ MemoryBytes step_memory(const Step37Config& config, const parallel::RankGrid& gr
   }
   const int64_t patches = n.tower_images * Sizes::patches_of(config.vision);
   const int64_t mlp_width = config.vision.mlp_width / (n.splits_tower ? n.t : 1);
-  const int64_t tower_temporary = patches * 2 * (mlp_width + config.vision.width) * n.e;
+  // Backward through an mlp; of a tower without gradients forward: y, its sigmoid and their product, and the block's.
+  const int64_t tower_temporary =
+      patches *
+      (n.trains_features ? 2 * mlp_width + 2 * config.vision.width : 3 * mlp_width + 5 * config.vision.width) * n.e;
   const int64_t peak =
       std::max({loss.temporary, of_layers, tower_temporary + tower.recomputed + tower.kept - memory.activations});
   memory.buffers = std::max(pixels + peak + n.S * 4 * kInt64, optimizer_temporary(buckets, each) - memory.activations);

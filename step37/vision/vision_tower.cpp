@@ -210,7 +210,7 @@ struct VisionTowerImpl::Mlp : torch::nn::Module {
 
   at::Tensor forward(const at::Tensor& x, const SplitOver& split_over) const {
     const auto y = at::linear(input_of_split(x, split_over), c_fc->weight, c_fc->bias);
-    return c_proj->linear_of_split(y * at::sigmoid(1.702 * y), split_over);
+    return c_proj->linear_of_split(y * (1.702 * y).sigmoid_(), split_over);
   }
 
   std::shared_ptr<Affine> c_fc;

@@ -340,6 +340,7 @@ TEST(Plan, MemoryIsThePeakOfLiveTensors) {
       {"model.ffn_hidden_size=1024"},
       {"model.num_layers=1", "vision.layers=6", "vision.mlp_width=512"},
       {"vision.freeze=true"},
+      {"vision.freeze=true", "data.vocabulary_size=10000", "training.loss_chunk=32", "model.num_layers=1"},
       {"training.distributed_optimizer=true"},
       kSplitTower,
       with(kSplitTower, {"parallel.projector_sharding=column"}),
