@@ -151,13 +151,13 @@ TEST(GradientBuffer, RefusesWhatDoesNotFit) {
 }
 
 TEST(GradientBuffer, KeepsDtypesApart) {
-  const auto& group = groups(runtime().size());
+  const auto& group = groups(world_tp()->getSize());
   const auto narrow = shard_of("narrow", parameter({5}, at::kBFloat16), GradientDomain::kReplicated);
   const auto wide = shard_of("wide", parameter({3}, at::kDouble), GradientDomain::kReplicatedPartial);
   GradientBuffer buffer({narrow, wide}, group, {.low_precision_gradients = at::kBFloat16});
   (narrow.parameter.sum() * 2.0 + wide.parameter.sum()).backward();
   buffer.reduce();
-  const double ranks = runtime().size();
+  const double ranks = world_tp()->getSize();
   EXPECT_TRUE(test_support::equal(narrow.parameter.grad(), at::full_like(narrow.parameter, 2.0)));
   EXPECT_TRUE(test_support::equal(wide.parameter.grad(), at::full_like(wide.parameter, ranks)));
   EXPECT_EQ(buffer.squared_norm().item<double>(), 5 * 4.0 + 3 * ranks * ranks);
@@ -167,11 +167,11 @@ TEST(GradientBuffer, KeepsDtypesApart) {
 
 // In bfloat16 a sum of ones ends at 256.
 TEST(GradientBuffer, AddsUpGradientsOfBfloat16ParametersInFloat32) {
-  const auto& group = groups(runtime().size());
+  const auto& group = groups(world_tp()->getSize());
   for (const bool accumulate : {false, true}) {
-    ColumnParallelLinear linear(ColumnParallelLinearOptions(1, 2 * runtime().size()).accumulate_into_grad(accumulate),
-                                group.tp);
-    linear->to(runtime().device(), at::kBFloat16);
+    ColumnParallelLinear linear(
+        ColumnParallelLinearOptions(1, 2 * world_tp()->getSize()).accumulate_into_grad(accumulate), group.tp);
+    linear->to(device(), at::kBFloat16);
     const auto alone = parameter({3}, at::kBFloat16);
     auto shards = parameter_shards(*linear);
     shards.push_back(shard_of("alone", alone, GradientDomain::kReplicatedPartial));
@@ -181,7 +181,7 @@ TEST(GradientBuffer, AddsUpGradientsOfBfloat16ParametersInFloat32) {
     for (int64_t pass = 0; pass < kPasses; ++pass) (linear->forward(input).sum() + alone.sum()).backward();
     buffer.reduce();
     for (const auto& shard : shards) {
-      const int ranks = shard.name == "alone" ? runtime().size() : 1;
+      const int ranks = shard.name == "alone" ? world_tp()->getSize() : 1;
       EXPECT_TRUE(test_support::equal(
           shard.parameter.grad(),
           on_device(at::full(shard.parameter.sizes(), static_cast<double>(kPasses * ranks), at::kFloat))))
@@ -223,7 +223,7 @@ TEST(GradientBuffer, BeginsEveryGradientAtAMultipleOfSixteenBytes) {
       shards.push_back(shard_of(std::to_string(size), parameter({size}, dtype), GradientDomain::kReplicated));
       shards.push_back(shard_of("partial", parameter({size}, dtype), GradientDomain::kReplicatedPartial));
     }
-    GradientBuffer buffer(shards, groups(runtime().size()));
+    GradientBuffer buffer(shards, groups(world_tp()->getSize()));
     for (const auto& shard : shards) {
       shard.parameter.grad().fill_(2.0);
       const auto& gradient = shard.parameter.grad();
@@ -232,10 +232,10 @@ TEST(GradientBuffer, BeginsEveryGradientAtAMultipleOfSixteenBytes) {
     }
     buffer.reduce();
     for (const auto& shard : shards) {
-      const int ranks = shard.name == "partial" ? runtime().size() : 1;
+      const int ranks = shard.name == "partial" ? world_tp()->getSize() : 1;
       EXPECT_TRUE(test_support::equal(shard.parameter.grad(), at::full_like(shard.parameter.grad(), 2.0 * ranks)));
     }
-    const double ranks = runtime().size();
+    const double ranks = world_tp()->getSize();
     EXPECT_NEAR(buffer.norm(), 2.0 * std::sqrt(17 * (1 + ranks * ranks)), 1e-5 * ranks);
     EXPECT_NEAR(buffer.squared_norm().item<double>(), 4.0 * 17 * (1 + ranks * ranks), 1e-4 * ranks * ranks);
   }
@@ -351,7 +351,7 @@ struct OddParameters {
 /// Layouts of the world, of experts too: enough to try every group with and without peers, or all if the environment
 /// has TEST_EVERY_LAYOUT.
 std::vector<parallel::RankGrid> grids() {
-  const int size = runtime().size();
+  const int size = world_tp()->getSize();
   const bool every_layout = std::getenv("TEST_EVERY_LAYOUT") != nullptr;
   std::vector<parallel::RankGrid> result;
   for (const int tp : divisors_of_world()) {
@@ -522,7 +522,7 @@ TEST(Overlap, RanksWhoseGraphsDifferAgreeOnTheOrder) {
 }
 
 TEST(Overlap, GroupsOfLayersAreLeftAlone) {
-  auto layout = groups(runtime().size());
+  auto layout = groups(world_tp()->getSize());
   layout.dp = layout.tp;  // as a program's own groups may be
   std::vector<std::string> events;
   const Chain chain(events);
@@ -702,7 +702,7 @@ TEST(Trainer, AuxiliaryLossesAreTrainedOnAndReportedByName) {
 }
 
 TEST(Trainer, ClipsTheGradientOnly) {
-  const auto& group = groups(runtime().size());
+  const auto& group = groups(world_tp()->getSize());
   double unclipped = 0.0;
   for (const double clip : {0.0, 0.5, 1e6}) {
     SCOPED_TRACE(testing::Message() << "clip_grad_norm " << clip);
@@ -739,7 +739,7 @@ TEST(Trainer, ReadsNothingBackButLossAndNormTogether) {
     const test_support::OperatorWatch watch;
     step(trainer, model, groups(tp), 2);
     EXPECT_EQ(watch.count(read), in_optimizer);
-    EXPECT_EQ(watch.copies_to_host(), runtime().device().is_cpu() ? 0 : 1);
+    EXPECT_EQ(watch.copies_to_host(), device().is_cpu() ? 0 : 1);
   }
 }
 
