@@ -13,6 +13,7 @@
 #include <cmath>
 #include <exception>
 #include <functional>
+#include <map>
 #include <utility>
 
 #include "parallel/collectives.h"
@@ -184,7 +185,7 @@ GradientBuffer::GradientBuffer(const std::vector<ParameterShard>& parameters, co
 }
 
 GradientBuffer::~GradientBuffer() {
-  for (const auto& [before_use, buckets] : before_uses_) *before_use = {};
+  lifetime_.reset();
   if (std::uncaught_exceptions() > 0) return;  // the others may never send theirs
   try {
     finish_gather();
@@ -228,14 +229,17 @@ void GradientBuffer::choose_overlap(const GradientBufferOptions& options) {
 }
 
 void GradientBuffer::wait_before_use() {
+  std::map<std::shared_ptr<BeforeUse>, std::set<Bucket*>> buckets_of;
   for (auto& bucket : buckets_) {
     if (!bucket.is_divided) continue;
     for (const auto& shard : bucket.members) {
-      if (shard.before_use) before_uses_[shard.before_use].insert(&bucket);
+      if (shard.before_use) buckets_of[shard.before_use].insert(&bucket);
     }
   }
-  for (const auto& [before_use, buckets] : before_uses_) {
-    *before_use = [buckets = buckets] {
+  for (const auto& [before_use, buckets] : buckets_of) {
+    // Not removed at the end: by then it may be that of another buffer for the same parameters.
+    *before_use = [lifetime = std::weak_ptr<bool>(lifetime_), buckets = buckets] {
+      if (lifetime.expired()) return;
       for (auto* bucket : buckets) finish(bucket->gather);
     };
   }

@@ -6,7 +6,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
-#include <map>
 #include <memory>
 #include <optional>
 #include <set>
@@ -161,9 +160,9 @@ class GradientBuffer {
   std::deque<Bucket> buckets_;
   parallel::ProcessGroups groups_;
   bool overlap_gather_;
-  bool is_last_backward_ = false;                                        ///< since reduce_in_backward()
-  std::unique_ptr<BackwardHooks> hooks_;                                 ///< null if nothing overlaps
-  std::map<std::shared_ptr<BeforeUse>, std::set<Bucket*>> before_uses_;  ///< of modules, with the buckets of each
+  bool is_last_backward_ = false;                              ///< since reduce_in_backward()
+  std::unique_ptr<BackwardHooks> hooks_;                       ///< null if nothing overlaps
+  std::shared_ptr<bool> lifetime_ = std::make_shared<bool>();  ///< of this, for what modules call
 };
 
 /// Elements per block of the gradient norm: squares are summed within a block, then the sums of the blocks are added.
