@@ -23,6 +23,7 @@
 #include <utility>
 #include <vector>
 
+#include "benchmarks/small_step37.h"
 #include "benchmarks/support.h"
 #include "megatron_cpp/training/trainer.h"
 #include "parallel/collectives.h"
@@ -37,12 +38,8 @@ namespace {
 
 namespace profiler = torch::autograd::profiler;
 
-constexpr int64_t kVocabulary = 8192;
-
 struct Arguments {
-  int64_t sequence = 256;
-  int64_t hidden = 512;
-  int64_t layers = 4;
+  benchmarks::SmallStep37 model{.sequence = 256};
   int64_t bucket_elements = 2'000'000;
   std::string device = "cpu";
   double seconds = 8.0;
@@ -74,7 +71,9 @@ class Replica {
  public:
   Replica(const Arguments& arguments, const c10::Device& device, const parallel::ProcessGroups& groups,
           bool distributed_optimizer, bool overlap)
-      : model_(config_of(arguments), groups), num_tokens_(arguments.sequence * groups.dp->getSize()) {
+      : model_(config_of(arguments), groups),
+        num_tokens_(arguments.model.sequence * groups.dp->getSize()),
+        batch_(arguments.model.text_batch()) {
     model_->to(device);
     const auto shards = parameter_shards(*model_);
     initialize_parameters(shards, 1);
@@ -85,9 +84,6 @@ class Replica {
                          .overlap_reduction = overlap,
                          .overlap_gather = overlap};
     trainer_ = std::make_unique<Trainer>(shards, groups, options);
-    batch_.input_ids = (at::arange(arguments.sequence) * 7).remainder(kVocabulary).view({1, -1});
-    batch_.labels = batch_.input_ids.roll(-1, 1);
-    batch_.attention.position_ids = at::arange(arguments.sequence).view({1, -1});
   }
 
   void step() {
@@ -96,26 +92,16 @@ class Replica {
 
  private:
   static step37::Step37Config config_of(const Arguments& arguments) {
-    step37::Step37Config config;
-    config.vision = {.image_size = 56, .patch_size = 14, .width = 32, .layers = 1, .heads = 4, .mlp_width = 64};
-    config.text.vocabulary_size = kVocabulary;
-    config.text.hidden_size = arguments.hidden;
-    config.text.head_dim = 64;
-    config.text.num_query_groups = 4;
-    config.text.ffn_hidden_size = 3 * arguments.hidden;
-    config.execution.accumulate_into_grad = true;
-    config.text.layers.resize(static_cast<size_t>(arguments.layers));
-    for (auto& layer : config.text.layers) layer.num_attention_heads = 8;
+    auto config = arguments.model.config();
     config.freeze_vision_model = true;
     config.freeze_projector = true;
-    config.checked = false;
     return config;
   }
 
   step37::Step37Model model_;
   int64_t num_tokens_;
-  std::unique_ptr<Trainer> trainer_;
   step37::Step37Batch batch_;
+  std::unique_ptr<Trainer> trainer_;
 };
 
 /// Whether an event is a collective of gradients or parameters: c10d's name for it.
@@ -147,7 +133,7 @@ void trace(Replica& replica, const Arguments& arguments, const c10::Device& devi
     all = {std::min(all.begin, interval.begin), std::max(all.end, interval.end)};
     if (is_collective(event.name())) {
       collectives.push_back(interval);
-    } else if (event.name() == "aten::mm" || event.name() == "aten::addmm" || event.name().starts_with("aten::addmm")) {
+    } else if (event.name() == "aten::mm" || event.name().starts_with("aten::addmm")) {
       computation.push_back(interval);
     }
   }
@@ -194,11 +180,7 @@ int main(int argc, char** argv) {
   CLI::App app("Times a training step with and without overlap. Start with mpirun -np N or torchrun.",
                "benchmark_overlap");
   Arguments arguments;
-  app.add_option("--sequence", arguments.sequence, "tokens of a replica's batch")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  app.add_option("--hidden", arguments.hidden, "H")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--layers", arguments.layers, "decoder layers")->check(CLI::PositiveNumber)->capture_default_str();
+  arguments.model.add_options(app);
   app.add_option("--bucket-elements", arguments.bucket_elements, "elements that are reduced at a time")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();

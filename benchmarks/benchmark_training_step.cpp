@@ -19,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "benchmarks/small_step37.h"
 #include "benchmarks/support.h"
 #include "megatron_cpp/optimizer/adamw.h"
 #include "megatron_cpp/optimizer/gradient_buffer.h"
@@ -30,46 +31,23 @@
 namespace megatron_cpp {
 namespace {
 
-constexpr int64_t kVocabulary = 8192;
-constexpr int64_t kImageStart = 8000;
 constexpr int64_t kPictures = 4;
 
 struct Arguments {
   std::vector<std::string> dtypes = {"float32", "bfloat16"};
-  int64_t sequence = 1024;
-  int64_t hidden = 512;
-  int64_t layers = 4;
+  benchmarks::SmallStep37 model;
   int data = 1;
   std::string device = "cpu";
   double seconds = 8.0;
 };
 
-step37::Step37Config model_config(const Arguments& arguments) {
-  step37::Step37Config config;
-  config.vision = {.image_size = 112, .patch_size = 14, .width = 64, .layers = 2, .heads = 4, .mlp_width = 256};
-  config.text.vocabulary_size = kVocabulary;
-  config.text.hidden_size = arguments.hidden;
-  config.text.head_dim = 64;
-  config.text.num_query_groups = 4;
-  config.text.ffn_hidden_size = 3 * arguments.hidden;
-  config.execution.sequence_parallel = true;
-  config.execution.accumulate_into_grad = true;
-  config.text.layers.resize(static_cast<size_t>(arguments.layers));
-  for (auto& layer : config.text.layers) layer.num_attention_heads = 8;
-  config.checked = false;
-  return config;
-}
-
 step37::Step37Batch make_batch(const Arguments& arguments, const step37::Step37Config& config,
                                const c10::Device& device) {
-  const int64_t S = arguments.sequence;
-  step37::Step37Batch batch;
-  batch.input_ids = (at::arange(S) * 7).remainder(kImageStart).view({1, S});
-  batch.labels = batch.input_ids.roll(-1, 1);
-  for (int64_t i = 0; i < kPictures; ++i) batch.input_ids[0][i * S / kPictures] = kImageStart;
-  batch.attention.position_ids = at::arange(S).view({1, S});
+  const int64_t S = arguments.model.sequence;
+  auto batch = arguments.model.text_batch();
+  for (int64_t i = 0; i < kPictures; ++i) batch.input_ids[0][i * S / kPictures] = benchmarks::kImageStart;
   step37::ImageForInsert images;
-  images.insert_start_token = kImageStart;
+  images.insert_start_token = benchmarks::kImageStart;
   images.images = at::ones({kPictures, 3, config.vision.image_size, config.vision.image_size}, device);
   batch.images.push_back(std::move(images));
   return batch;
@@ -87,10 +65,10 @@ class TimedStep {
             const parallel::ProcessGroups& groups)
       : groups_(groups),
         device_(device),
-        config_(model_config(arguments)),
+        config_(arguments.model.config()),
         model_(config_, groups.tp),
         batch_(make_batch(arguments, config_, device)),
-        num_loss_tokens_(static_cast<double>(arguments.sequence * groups.grid.dp)),
+        num_loss_tokens_(static_cast<double>(arguments.model.sequence * groups.grid.dp)),
         parameters_(prepare(*model_, dtype, device)),
         gradients_(parameters_, groups),
         optimizer_(gradients_.parameters(), {}) {}
@@ -177,7 +155,7 @@ void benchmark(const Arguments& arguments, at::ScalarType dtype, const c10::Devi
   });
 
   const int rank = groups.world->getRank();
-  const int64_t tokens = arguments.sequence * groups.grid.dp;
+  const int64_t tokens = arguments.model.sequence * groups.grid.dp;
   const double products_ms = step.product_operations() / gigaflops / 1e6;
   const double least_ms = *std::min_element(whole.begin(), whole.end());
   benchmarks::print({{"part", "step"},
@@ -228,11 +206,7 @@ int main(int argc, char** argv) {
   app.add_option("--data", arguments.data, "copies of the model; the other ranks share one")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  app.add_option("--sequence", arguments.sequence, "tokens of a copy's batch")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  app.add_option("--hidden", arguments.hidden, "H")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--layers", arguments.layers, "decoder layers")->check(CLI::PositiveNumber)->capture_default_str();
+  arguments.model.add_options(app);
   benchmarks::add_device_option(app, arguments.device);
   app.add_option("--seconds", arguments.seconds, "steps of a dtype go on for this long, three at least")
       ->capture_default_str();
