@@ -8,9 +8,9 @@
 #include <utility>
 
 #include "megatron_cpp/data/packed_batch.h"
-#include "megatron_cpp/tensor_parallel/linear_cross_entropy.h"
 #include "megatron_cpp/tensor_parallel/rows.h"
 #include "megatron_cpp/tensor_parallel/to_device.h"
+#include "megatron_cpp/transformer/multi_token_prediction.h"
 #include "parallel/mappings.h"
 #include "parallel/shard.h"
 
@@ -164,13 +164,12 @@ LossSum Step37ModelImpl::loss_sum(const Step37Batch& batch, ExpertBalance* exper
   RouterStatistics statistics(counts && mask.defined() ? megatron_cpp::internal::to_device(mask, decoder_input.device())
                                                        : at::Tensor());
   at::Tensor mtp_input;
-  language_model->output_layer->use_parameters();
   // The output layer's input has no name: without multi-token prediction it is freed before the backward pass.
-  LossSum sum = linear_cross_entropy(
-      language_model->hidden_states(batch.input_ids, batch.attention, decoder_input, counts ? &statistics : nullptr,
-                                    adds_mtp ? &mtp_input : nullptr),
-      language_model->output_layer->weight, batch.labels.t(), output_loss_options(config_.text, config_.execution), tp_,
-      loss_gradient);
+  LossSum sum =
+      output_loss_sum(language_model->output_layer,
+                      language_model->hidden_states(batch.input_ids, batch.attention, decoder_input,
+                                                    counts ? &statistics : nullptr, adds_mtp ? &mtp_input : nullptr),
+                      batch.labels.t(), output_loss_options(config_.text, config_.execution), tp_, loss_gradient);
   if (counts) add_router_losses(batch, statistics, sum);
   if (counts && expert_balance != nullptr) expert_balance->add(statistics);
   if (adds_mtp) {

@@ -57,6 +57,13 @@ LinearCrossEntropyOptions output_loss_options(const TransformerConfig& config, c
   return execution.apply_to(LinearCrossEntropyOptions(loss).chunk(execution.loss_chunk));
 }
 
+at::Tensor output_loss_sum(const ColumnParallelLinear& output_layer, const at::Tensor& input, const at::Tensor& target,
+                           const LinearCrossEntropyOptions& options, const parallel::GroupPtr& tp,
+                           double loss_gradient) {
+  output_layer->use_parameters();
+  return linear_cross_entropy(input, output_layer->weight, target, options, tp, loss_gradient);
+}
+
 MultiTokenPredictionLayerImpl::MultiTokenPredictionLayerImpl(const TransformerConfig& config, int64_t layer_number,
                                                              const TransformerExecution& execution,
                                                              const ModelGroups& groups) {
@@ -121,9 +128,7 @@ at::Tensor MultiTokenPredictionBlockImpl::loss_sum(const at::Tensor& hidden_stat
     targets = targets.roll(-1, 0).index_fill_(0, at::tensor(last.all, at::kLong), loss_options_.loss().ignore_index);
     hidden = layer->forward(hidden, embeddings, batch);
     const auto normed = layer->final_layernorm->forward(hidden);
-    layer->output_layer->use_parameters();
-    const auto loss =
-        linear_cross_entropy(normed, layer->output_layer->weight, targets, loss_options_, tp_, loss_gradient);
+    const auto loss = output_loss_sum(layer->output_layer, normed, targets, loss_options_, tp_, loss_gradient);
     sum = sum.defined() ? sum + loss : loss;
     if (chain_after_norm_) hidden = normed;
   }

@@ -48,6 +48,11 @@ ColumnParallelLinear make_output_layer(const TransformerConfig& config, const Tr
 /// What linear_cross_entropy needs beside such a layer's weight.
 LinearCrossEntropyOptions output_loss_options(const TransformerConfig& config, const TransformerExecution& execution);
 
+/// linear_cross_entropy of such a layer, with its weight once that may be read (ParallelModule::use_parameters).
+at::Tensor output_loss_sum(const ColumnParallelLinear& output_layer, const at::Tensor& input, const at::Tensor& target,
+                           const LinearCrossEntropyOptions& options, const parallel::GroupPtr& tp,
+                           double loss_gradient);
+
 /// Layer k of multi-token prediction: from the hidden states h_i and the embedding of token i+k+1 it predicts token
 /// i+k+2:  h' = transformer_layer(eh_proj [enorm(embedding), hnorm(h)]);  logits = output_layer(final_layernorm(h')).
 /// It has its own norm and output layer, as in the published Step3.7 checkpoint (vllm/model_executor/models/
