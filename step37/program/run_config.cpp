@@ -173,14 +173,14 @@ std::string write_value(Named value) {
   return std::find_if(names.begin(), names.end(), [&](const auto& entry) { return entry.second == value; })->first;
 }
 std::string write_value(const std::string& value) { return value; }
-std::string write_value(int64_t value) { return std::to_string(value); }
+std::string write_value(int64_t value) { return fmt::to_string(value); }
 /// The shortest digits that read back as the same number.
 std::string write_value(double value) {
   std::array<char, 32> digits{};
   return {digits.data(), std::to_chars(digits.data(), digits.data() + digits.size(), value).ptr};
 }
-std::string write_value(const std::optional<int64_t>& value) { return value ? std::to_string(*value) : "all"; }
-std::string write_value(const LossChunk& value) { return value.positions ? std::to_string(*value.positions) : "auto"; }
+std::string write_value(const std::optional<int64_t>& value) { return value ? fmt::to_string(*value) : "all"; }
+std::string write_value(const LossChunk& value) { return value.positions ? fmt::to_string(*value.positions) : "auto"; }
 std::string write_value(const ParameterScales& value) {
   std::string text;
   for (const auto& [prefix, scale] : value) {
