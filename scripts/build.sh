@@ -12,8 +12,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 torch_version=2.15.0
 cuda_version=13.2.*
 packages=(g++ cmake ninja-build make ccache libopenmpi-dev openmpi-bin libgtest-dev librapidcheck-dev nlohmann-json3-dev
-  libcli11-dev libyaml-cpp-dev libsentencepiece-dev 'libjpeg-dev|libjpeg62-turbo-dev' libpng-dev libwebp-dev libgif-dev
-  libtiff-dev libstb-dev libspdlog-dev python3)
+  libcli11-dev libyaml-cpp-dev libsentencepiece-dev libxxhash-dev 'libjpeg-dev|libjpeg62-turbo-dev' libpng-dev libwebp-dev
+  libgif-dev libtiff-dev libstb-dev libspdlog-dev python3)
 preset=release
 target=all
 options=()

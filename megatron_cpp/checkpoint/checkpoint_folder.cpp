@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <charconv>
 #include <optional>
+#include <sstream>
 #include <string_view>
 #include <system_error>
 #include <utility>
@@ -16,6 +17,7 @@
 #include "megatron_cpp/checkpoint/checkpoint_manifest.h"
 #include "megatron_cpp/checkpoint/complete_file.h"
 #include "megatron_cpp/checkpoint/sharded_checkpoint.h"
+#include "parallel/agree.h"
 #include "parallel/errors.h"
 
 namespace megatron_cpp {
@@ -221,7 +223,9 @@ std::optional<fs::path> latest_checkpoint(const fs::path& directory) {
   std::string reason;
   for (const auto& [step, folder] : folders) {
     try {
-      internal::check_files(folder, internal::read_manifest(folder));
+      for (const auto& [name, digest] : internal::read_manifest(folder).files) {
+        internal::check_size(folder / name, digest.bytes);
+      }
       return folder;
     } catch (const std::exception& error) {
       reason = parallel::error_text(error);
@@ -231,6 +235,32 @@ std::optional<fs::path> latest_checkpoint(const fs::path& directory) {
   TORCH_CHECK_VALUE(folders.empty(), "none of the ", folders.size(), " checkpoints in ", directory.string(),
                     " can be read; the last one looked at: ", reason);
   return std::nullopt;
+}
+
+CheckpointSearch find_whole_checkpoint(const fs::path& directory, const parallel::GroupPtr& world) {
+  std::string names;
+  parallel::agree_on(
+      [&] {
+        if (world->getRank() != 0) return;
+        for (const auto& [step, folder] : internal::step_folders(directory)) names += folder.filename().string() + "\n";
+      },
+      world);
+  std::istringstream lines(parallel::broadcast_text(names, 0, world));
+  CheckpointSearch search;
+  for (std::string name; !search.whole && std::getline(lines, name);) {
+    try {
+      verify_checkpoint(directory / name, world);
+      search.whole = directory / name;
+    } catch (const parallel::AgreedError& error) {
+      search.damaged.push_back(parallel::error_text(error));
+    }
+  }
+  const bool is_lost = !search.whole && !search.damaged.empty();
+  parallel::agree(!is_lost,
+                  fmt::format("none of the {} checkpoints in {} can be read; the last one looked at: {}",
+                              search.damaged.size(), directory.string(), is_lost ? search.damaged.back() : ""),
+                  world);
+  return search;
 }
 
 }  // namespace megatron_cpp

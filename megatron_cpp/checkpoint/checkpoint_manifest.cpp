@@ -11,6 +11,7 @@
 #include <system_error>
 #include <utility>
 
+#include "megatron_cpp/checkpoint/checksum.h"
 #include "megatron_cpp/checkpoint/complete_file.h"
 #include "megatron_cpp/checkpoint/json_integer.h"
 #include "megatron_cpp/checkpoint/json_object.h"
@@ -22,8 +23,13 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 
-/// Version 2 has parts of any form and the roles of tensors; version 1 had only rows of one dimension.
-constexpr int64_t kFormatVersion = 2;
+/// Version 3 has checksums and the library's version, 2 parts of any form and the roles of tensors; version 1 had only
+/// rows of one dimension.
+constexpr int64_t kFormatVersion = 3;
+
+constexpr std::string_view kChecksumBegin = ",\n \"checksum\": \"";
+constexpr std::string_view kChecksumEnd = "\"\n}\n";
+constexpr size_t kChecksumDigits = 32;
 
 constexpr std::array<std::pair<TensorRole, const char*>, 3> kRoles = {
     {{TensorRole::kParameter, "parameter"}, {TensorRole::kExpAvg, "exp_avg"}, {TensorRole::kExpAvgSq, "exp_avg_sq"}}};
@@ -70,9 +76,45 @@ Json manifest_json(const CheckpointManifest& manifest) {
                        {"shape", tensor.shape},
                        {"pieces", std::move(pieces)}});
   }
-  return {{"format_version", kFormatVersion}, {"step", manifest.step},           {"state", manifest.state},
-          {"model", manifest.model},          {"tokenizer", manifest.tokenizer}, {"files", manifest.file_bytes},
+  Json files = Json::object();
+  for (const auto& [name, digest] : manifest.files) {
+    files[name] = {{"bytes", digest.bytes}, {"xxh128", digest.checksum}};
+  }
+  return {{"format_version", kFormatVersion},
+          {"library_version", manifest.library_version},
+          {"step", manifest.step},
+          {"state", manifest.state},
+          {"model", manifest.model},
+          {"tokenizer", manifest.tokenizer},
+          {"files", std::move(files)},
           {"tensors", std::move(tensors)}};
+}
+
+bool is_checksum(std::string_view text) {
+  return text.size() == kChecksumDigits && text.find_first_not_of("0123456789abcdef") == std::string_view::npos;
+}
+
+/// Whether the last line of the manifest is a checksum; refuses one that isn't that of the text before it. Comes before
+/// anything is made of the text, since any bit of it may have changed.
+bool check_own_checksum(std::string_view text, const fs::path& file) {
+  constexpr size_t kLength = kChecksumBegin.size() + kChecksumDigits + kChecksumEnd.size();
+  if (text.size() < kLength) return false;
+  const auto line = text.substr(text.size() - kLength);
+  const auto expected = line.substr(kChecksumBegin.size(), kChecksumDigits);
+  if (!line.starts_with(kChecksumBegin) || !line.ends_with(kChecksumEnd) || !is_checksum(expected)) return false;
+  const auto found = checksum_of(text.substr(0, text.size() - kLength));
+  TORCH_CHECK_VALUE(found == expected, file.string(), " is damaged: its checksum is ", found, ", its last line says ",
+                    expected);
+  return true;
+}
+
+/// Version 3 of the key files.
+FileDigest parse_digest(const JsonObject& files, const std::string& name) {
+  const auto object = files.object(name);
+  const FileDigest digest{object.integer("bytes"), object.text("xxh128")};
+  TORCH_CHECK_VALUE(is_checksum(digest.checksum), object.where("xxh128"), " is no checksum of ", kChecksumDigits,
+                    " hexadecimal digits");
+  return digest;
 }
 
 TensorRole parse_role(const JsonObject& object) {
@@ -174,7 +216,17 @@ std::map<std::string, std::string> file_metadata(const CheckpointManifest& manif
   return metadata;
 }
 
-std::string to_text(const CheckpointManifest& manifest, int indent) { return manifest_json(manifest).dump(indent); }
+std::string to_text(const CheckpointManifest& manifest) { return manifest_json(manifest).dump(); }
+
+std::string file_text(const CheckpointManifest& manifest) {
+  return with_checksum(manifest_json(manifest).dump(/*indent=*/1));
+}
+
+std::string with_checksum(std::string json) {
+  json.resize(json.size() - std::string_view("\n}").size());
+  const auto checksum = checksum_of(json);
+  return json.append(kChecksumBegin).append(checksum).append(kChecksumEnd);
+}
 
 CheckpointManifest merge_manifests(const std::vector<std::string>& parts) {
   CheckpointManifest manifest;
@@ -183,7 +235,15 @@ CheckpointManifest merge_manifests(const std::vector<std::string>& parts) {
     const fs::path origin = fmt::format("the list of rank {}", rank);
     const JsonObject part(json, origin);
     const auto step = part.integer("step");
-    if (rank == 0) manifest = {step, part.text("state"), part.text("model"), part.text("tokenizer"), {}, {}};
+    if (rank == 0) {
+      manifest = {.step = step,
+                  .state = part.text("state"),
+                  .model = part.text("model"),
+                  .tokenizer = part.text("tokenizer"),
+                  .library_version = part.text("library_version"),
+                  .files = {},
+                  .tensors = {}};
+    }
     TORCH_CHECK_VALUE(step == manifest.step, "rank ", rank, " saves step ", step, ", rank 0 step ", manifest.step);
     for (auto& [id, tensor] : parse_tensors(part)) {
       auto& merged = manifest.tensors.try_emplace(id, CheckpointTensor{tensor.dtype, tensor.shape, {}}).first->second;
@@ -199,22 +259,31 @@ CheckpointManifest merge_manifests(const std::vector<std::string>& parts) {
 
 CheckpointManifest read_manifest(const fs::path& folder) {
   const auto file = folder / kManifestFile;
-  const auto json = read_json_file(file);
+  const auto text = read_text(file);
+  const bool has_checksum = check_own_checksum(text, file);
+  const auto json = parse_json(text, file);
   const JsonObject root(json, file);
   const auto version = root.integer("format_version");
-  TORCH_CHECK_VALUE(version == 1 || version == kFormatVersion, file.string(), ": format_version is ", version,
-                    ", this program reads 1 and ", kFormatVersion);
-  CheckpointManifest manifest{root.integer("step"), root.text("state"), {}, {}, {}, {}};
+  TORCH_CHECK_VALUE(version <= kFormatVersion, file.string(), ": format_version is ", version, ", written by ",
+                    root.is_text("library_version") ? root.text("library_version") : "an unknown version",
+                    " of megatron_cpp; this one, ", MCPP_VERSION, ", reads up to ", kFormatVersion);
+  TORCH_CHECK_VALUE(version >= 1, file.string(), ": format_version is ", version);
+  const bool needs_checksum = version > 2 || root.has("checksum");
+  TORCH_CHECK_VALUE(has_checksum || !needs_checksum, file.string(), " is damaged: its last line is no checksum");
+  CheckpointManifest manifest;
+  manifest.step = root.integer("step");
+  manifest.state = root.text("state");
   if (version > 1) {
     manifest.model = root.text("model");
     manifest.tokenizer = root.text("tokenizer");
   }
+  if (version > 2) manifest.library_version = root.text("library_version");
   const auto files = root.object("files");
   for (const auto& name : files.names()) {
-    const auto bytes = files.integer(name);
-    TORCH_CHECK_VALUE(is_file_name(name) && bytes >= 0, file.string(), ": key files has ", name, " of ", bytes,
-                      " bytes: not a file in the manifest's folder");
-    manifest.file_bytes.emplace(name, bytes);
+    const auto digest = version > 2 ? parse_digest(files, name) : FileDigest{files.integer(name)};
+    TORCH_CHECK_VALUE(is_file_name(name) && digest.bytes >= 0, file.string(), ": key files has ", name, " of ",
+                      digest.bytes, " bytes: not a file in the manifest's folder");
+    manifest.files.emplace(name, digest);
   }
   manifest.tensors = version == 1 ? parse_tensors_of_version_1(root) : parse_tensors(root);
   for (const auto& [id, tensor] : manifest.tensors) {
@@ -224,7 +293,7 @@ CheckpointManifest read_manifest(const fs::path& folder) {
       TORCH_CHECK_VALUE(false, file.string(), ": ", error.what_without_backtrace());
     }
     for (const auto& piece : tensor.pieces) {
-      TORCH_CHECK_VALUE(manifest.file_bytes.count(piece.file) > 0, file.string(), ": key files has no ", piece.file,
+      TORCH_CHECK_VALUE(manifest.files.count(piece.file) > 0, file.string(), ": key files has no ", piece.file,
                         ", which tensor ", id.text(), " names");
     }
   }
@@ -237,14 +306,21 @@ void check_part(const ShardedTensor& tensor) {
                     tensor.part.text(), " of shape ", tensor.local.sizes());
 }
 
-void check_files(const fs::path& folder, const CheckpointManifest& manifest) {
-  for (const auto& [name, bytes] : manifest.file_bytes) {
-    const auto file = folder / name;
-    std::error_code unknown;  // the name may be too long for the file system
-    TORCH_CHECK_VALUE(fs::is_regular_file(file, unknown), file.string(), " is missing");
-    const auto found = static_cast<int64_t>(fs::file_size(file));
-    TORCH_CHECK_VALUE(found == bytes, file.string(), " has ", found, " bytes, the manifest says ", bytes);
-  }
+void check_size(const fs::path& file, int64_t expected) {
+  std::error_code unknown;  // the name may be too long for the file system
+  TORCH_CHECK_VALUE(fs::is_regular_file(file, unknown), file.string(), " is missing");
+  const auto found = static_cast<int64_t>(fs::file_size(file));
+  TORCH_CHECK_VALUE(found == expected, file.string(), " has ", found, " bytes, the manifest says ", expected);
+}
+
+void check_contents(const fs::path& file, const FileDigest& expected) {
+  if (expected.checksum.empty()) return check_size(file, expected.bytes);
+  std::error_code unknown;  // as above
+  TORCH_CHECK_VALUE(fs::is_regular_file(file, unknown), file.string(), " is missing");
+  const auto found = digest_of_file(file);
+  TORCH_CHECK_VALUE(found == expected, file.string(), " is damaged: ", found.bytes, " bytes with the checksum ",
+                    found.checksum, ", the manifest says ", expected.bytes, " bytes with the checksum ",
+                    expected.checksum);
 }
 
 }  // namespace megatron_cpp::internal

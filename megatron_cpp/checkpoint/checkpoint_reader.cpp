@@ -8,6 +8,7 @@
 #include "megatron_cpp/checkpoint/checkpoint_manifest.h"
 #include "megatron_cpp/checkpoint/safetensors.h"
 #include "megatron_cpp/checkpoint/sharded_checkpoint.h"
+#include "parallel/agree.h"
 
 namespace megatron_cpp {
 namespace {
@@ -113,6 +114,10 @@ const std::string& CheckpointReader::model() const { return manifest_->model; }
 
 const std::string& CheckpointReader::tokenizer() const { return manifest_->tokenizer; }
 
+const std::string& CheckpointReader::library_version() const { return manifest_->library_version; }
+
+const std::map<std::string, FileDigest>& CheckpointReader::files() const { return manifest_->files; }
+
 std::vector<TensorId> CheckpointReader::tensors() const {
   std::vector<TensorId> result;
   result.reserve(manifest_->tensors.size());
@@ -161,6 +166,18 @@ void CheckpointReader::load(const std::vector<ShardedTensor>& tensors, UnusedTen
   }
   const at::NoGradGuard no_grad;
   for (const auto& [file, piece, wanted] : copies) copy_overlap(file, piece, wanted);
+}
+
+void verify_checkpoint(const fs::path& folder, const parallel::GroupPtr& world) {
+  parallel::agree_on(
+      [&] {
+        const auto manifest = internal::read_manifest(folder);
+        int turn = 0;
+        for (const auto& [name, digest] : manifest.files) {
+          if (turn++ % world->getSize() == world->getRank()) internal::check_contents(folder / name, digest);
+        }
+      },
+      world);
 }
 
 }  // namespace megatron_cpp

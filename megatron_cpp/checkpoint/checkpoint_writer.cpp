@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <cstring>
+#include <map>
 #include <set>
 #include <utility>
 
@@ -48,7 +49,13 @@ bool is_written(const ShardedTensor& tensor) { return tensor.main_replica && ten
 /// noticed.
 CheckpointManifest manifest_part(const CheckpointContents& contents, const std::string& file) {
   TORCH_CHECK_VALUE(contents.step >= 0, "checkpoint of step ", contents.step);
-  CheckpointManifest part{contents.step, contents.state, contents.model, contents.tokenizer, {}, {}};
+  CheckpointManifest part{.step = contents.step,
+                          .state = contents.state,
+                          .model = contents.model,
+                          .tokenizer = contents.tokenizer,
+                          .library_version = MCPP_VERSION,
+                          .files = {},
+                          .tensors = {}};
   for (const auto& tensor : contents.tensors) {
     internal::check_part(tensor);
     const auto dtype = safetensors_dtype(tensor.local.scalar_type(), tensor.id.text());
@@ -63,27 +70,37 @@ CheckpointManifest manifest_part(const CheckpointContents& contents, const std::
   return part;
 }
 
-void write_own_file(const fs::path& file, const std::vector<ShardedTensor>& tensors, const CheckpointManifest& part) {
+/// Returns what was written: nothing if this rank writes no tensor.
+FileDigest write_own_file(const fs::path& file, const std::vector<ShardedTensor>& tensors,
+                          const CheckpointManifest& part) {
   std::vector<NamedTensor> parts;
   for (const auto& tensor : tensors) {
     if (is_written(tensor)) parts.push_back({internal::stored_name(tensor.id, tensor.part), tensor.local});
   }
-  if (!parts.empty()) write_safetensors(file, parts, internal::file_metadata(part));
+  return parts.empty() ? FileDigest{} : write_safetensors(file, parts, internal::file_metadata(part));
+}
+
+/// The files that the ranks have written. Collective: three all-gathers.
+std::map<std::string, FileDigest> gather_digests(const FileDigest& own, const parallel::GroupPtr& world) {
+  const auto bytes = parallel::all_gather(at::full({1}, own.bytes, at::kLong), world);
+  const auto checksums = gather_texts(own.checksum, world);
+  std::map<std::string, FileDigest> files;
+  for (int rank = 0; rank < world->getSize(); ++rank) {
+    const FileDigest digest{bytes[rank].item<int64_t>(), checksums[static_cast<size_t>(rank)]};
+    if (digest.bytes > 0) files.emplace(rank_file(rank, world->getSize()), digest);
+  }
+  return files;
 }
 
 /// Rank 0, when all files are written: completes the folder and makes it the latest.
-void publish(const fs::path& partial, const fs::path& folder, CheckpointManifest& manifest) {
-  for (const auto& [name, tensor] : manifest.tensors) {
-    for (const auto& piece : tensor.pieces) {
-      const auto [entry, is_new] = manifest.file_bytes.try_emplace(piece.file, 0);
-      if (!is_new) continue;
-      const auto file = partial / piece.file;
-      TORCH_CHECK(fs::is_regular_file(file), file.string(),
-                  " was written, but rank 0 doesn't see it: the folder must be on a file system that all ranks share");
-      entry->second = static_cast<int64_t>(fs::file_size(file));
-    }
+void publish(const fs::path& partial, const fs::path& folder, const CheckpointManifest& manifest) {
+  for (const auto& [name, digest] : manifest.files) {
+    const auto file = partial / name;
+    std::error_code not_there;
+    TORCH_CHECK(fs::file_size(file, not_there) == static_cast<uintmax_t>(digest.bytes), file.string(),
+                " was written, but rank 0 doesn't see it: the folder must be on a file system that all ranks share");
   }
-  write_file(partial / kManifestFile, internal::to_text(manifest, /*indent=*/1) + "\n");
+  write_file(partial / kManifestFile, internal::file_text(manifest));
   const auto directory = folder.parent_path();
   internal::move_into_place(partial, folder);
   internal::flush_folder(directory);
@@ -189,7 +206,7 @@ fs::path save_checkpoint(const fs::path& directory, const CheckpointContents& co
 
   CheckpointManifest own_part;
   parallel::agree_on([&] { own_part = manifest_part(contents, own_file); }, world);
-  const auto parts = gather_texts(internal::to_text(own_part, /*indent=*/-1), world);
+  const auto parts = gather_texts(internal::to_text(own_part), world);
   CheckpointManifest manifest;  // filled on rank 0 only
   try {
     const auto prepare = [&] {
@@ -198,7 +215,9 @@ fs::path save_checkpoint(const fs::path& directory, const CheckpointContents& co
       internal::prepare_folder(directory, partial);
     };
     parallel::agree_on(prepare, world);
-    parallel::agree_on([&] { write_own_file(partial / own_file, contents.tensors, own_part); }, world);
+    FileDigest own_digest;
+    parallel::agree_on([&] { own_digest = write_own_file(partial / own_file, contents.tensors, own_part); }, world);
+    manifest.files = gather_digests(own_digest, world);
     parallel::agree_on(
         [&] {
           if (is_first) publish(partial, folder, manifest);

@@ -7,12 +7,15 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
 #include <random>
 #include <system_error>
 #include <utility>
+
+#include "megatron_cpp/checkpoint/checksum.h"
 
 namespace megatron_cpp {
 namespace internal {
@@ -144,7 +147,8 @@ void write_all(int descriptor, const void* data, size_t bytes, const std::string
   }
 }
 
-CompleteFile::CompleteFile(const fs::path& path) : name_(path.string()), file_(-1) {
+CompleteFile::CompleteFile(const fs::path& path)
+    : name_(path.string()), file_(-1), checksum_(std::make_unique<Checksum>()) {
   struct stat there {};
   const bool exists = ::stat(path.c_str(), &there) == 0;
   TORCH_CHECK(exists || errno == ENOENT, "cannot write ", name_, ": ", reason_text(errno));
@@ -176,14 +180,25 @@ void CompleteFile::open_beside() {
   TORCH_CHECK(false, "cannot write ", name_, ": ", reason_text(errno));
 }
 
-void CompleteFile::write(const void* data, size_t bytes) { write_all(file_.get(), data, bytes, name_); }
+void CompleteFile::write(const void* data, size_t bytes) {
+  constexpr size_t kBlock = size_t{1} << 20;  // stays in the cache between adding and writing
+  const auto* position = static_cast<const char*>(data);
+  for (size_t done = 0; done < bytes; done += kBlock) {
+    const size_t block = std::min(kBlock, bytes - done);
+    checksum_->add(position + done, block);
+    write_all(file_.get(), position + done, block, name_);
+  }
+  bytes_ += static_cast<int64_t>(bytes);
+}
 
-void CompleteFile::commit() {
+FileDigest CompleteFile::commit() {
   check_flushed(::fsync(file_.get()), name_);
   check_flushed(file_.close(), name_);  // a network file system may write only now
-  if (partial_.empty()) return;
-  replace_target();
-  flush_folder(folder_of(target_));
+  if (!partial_.empty()) {
+    replace_target();
+    flush_folder(folder_of(target_));
+  }
+  return {bytes_, checksum_->text()};
 }
 
 void CompleteFile::replace_target() {

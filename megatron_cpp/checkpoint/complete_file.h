@@ -2,9 +2,13 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <filesystem>
+#include <memory>
 #include <string>
 #include <string_view>
+
+#include "megatron_cpp/checkpoint/file_digest.h"
 
 namespace megatron_cpp {
 
@@ -16,6 +20,8 @@ namespace megatron_cpp {
 void write_file(const std::filesystem::path& path, std::string_view text);
 
 namespace internal {
+
+class Checksum;
 
 /// Owns an open file descriptor; negative: none.
 class FileDescriptor {
@@ -73,8 +79,9 @@ class CompleteFile {
   CompleteFile& operator=(const CompleteFile&) = delete;
 
   void write(const void* data, size_t bytes);  ///< throws as write_all
-  /// Makes the file appear under its name. @throws c10::Error naming the file and the system's reason.
-  void commit();
+  /// Makes the file appear under its name. Returns what was written.
+  /// @throws c10::Error naming the file and the system's reason.
+  FileDigest commit();
 
  private:
   void open_beside();
@@ -84,6 +91,8 @@ class CompleteFile {
   std::filesystem::path target_;   ///< the regular file
   std::filesystem::path partial_;  ///< the temporary file; empty: the target is written in place
   FileDescriptor file_;
+  int64_t bytes_ = 0;                   ///< written so far
+  std::unique_ptr<Checksum> checksum_;  ///< of these
 };
 
 }  // namespace internal

@@ -112,11 +112,13 @@ const nlohmann::ordered_json& JsonObject::array_at(const std::string& name) cons
   return array;
 }
 
-nlohmann::ordered_json read_json_file(const std::filesystem::path& file) {
+std::string read_text(const std::filesystem::path& file) {
   std::ifstream stream(file);
   TORCH_CHECK_VALUE(stream, "cannot open ", file.string(), ": ", std::strerror(errno));
-  return parse_json({std::istreambuf_iterator<char>(stream), {}}, file);
+  return {std::istreambuf_iterator<char>(stream), {}};
 }
+
+nlohmann::ordered_json read_json_file(const std::filesystem::path& file) { return parse_json(read_text(file), file); }
 
 nlohmann::ordered_json parse_json(const std::string& text, const std::filesystem::path& where) {
   auto json = nlohmann::ordered_json::parse(text, /*cb=*/nullptr, /*allow_exceptions=*/false);

@@ -44,6 +44,9 @@ class JsonObject {
   std::string key_;
 };
 
+/// All of `file`. @throws c10::ValueError naming the file if it can't be read.
+std::string read_text(const std::filesystem::path& file);
+
 /// The JSON of `file`, whose outermost value is an object.
 /// @throws c10::ValueError naming the file if it can't be read or isn't JSON.
 nlohmann::ordered_json read_json_file(const std::filesystem::path& file);

@@ -238,18 +238,18 @@ void SafetensorsWriter::write(const at::Tensor& tensor) {
   ++next_;
 }
 
-void SafetensorsWriter::commit() {
+FileDigest SafetensorsWriter::commit() {
   TORCH_INTERNAL_ASSERT(next_ == entries_.size());
-  file_->commit();
+  return file_->commit();
 }
 
-void write_safetensors(const std::filesystem::path& path, const std::vector<NamedTensor>& tensors,
-                       const std::map<std::string, std::string>& metadata) {
+FileDigest write_safetensors(const std::filesystem::path& path, const std::vector<NamedTensor>& tensors,
+                             const std::map<std::string, std::string>& metadata) {
   std::vector<SafetensorsWriter::Entry> entries;
   for (const auto& [name, tensor] : tensors) entries.push_back({name, tensor.scalar_type(), tensor.sizes().vec()});
   SafetensorsWriter writer(path, std::move(entries), metadata);
   for (const auto& [name, tensor] : tensors) writer.write(tensor);
-  writer.commit();
+  return writer.commit();
 }
 
 }  // namespace megatron_cpp

@@ -14,6 +14,7 @@
 #include <string_view>
 #include <vector>
 
+#include "megatron_cpp/checkpoint/file_digest.h"
 #include "megatron_cpp/parameters/box.h"
 
 namespace megatron_cpp {
@@ -104,8 +105,9 @@ class SafetensorsWriter {
 
   /// Writes the next tensor, which has the dtype and shape of its entry; any device, any strides.
   void write(const at::Tensor& tensor);
-  /// Makes the file appear under its name, after the last tensor. @throws c10::Error as write_file.
-  void commit();
+  /// Makes the file appear under its name, after the last tensor. Returns what was written.
+  /// @throws c10::Error as write_file.
+  FileDigest commit();
 
  private:
   std::vector<Entry> entries_;
@@ -113,9 +115,9 @@ class SafetensorsWriter {
   std::unique_ptr<internal::CompleteFile> file_;
 };
 
-/// Writes `tensors` (any device, any strides) in the order given, as write_file does.
+/// Writes `tensors` (any device, any strides) in the order given, as write_file does. Returns what was written.
 /// @throws c10::ValueError naming the tensor (unsupported dtype, a name given twice); c10::Error as write_file.
-void write_safetensors(const std::filesystem::path& path, const std::vector<NamedTensor>& tensors,
-                       const std::map<std::string, std::string>& metadata = {});
+FileDigest write_safetensors(const std::filesystem::path& path, const std::vector<NamedTensor>& tensors,
+                             const std::map<std::string, std::string>& metadata = {});
 
 }  // namespace megatron_cpp

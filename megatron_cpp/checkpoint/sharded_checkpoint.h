@@ -1,7 +1,8 @@
 // Training checkpoints: every rank writes what it holds, any number of ranks reads it back.
 //
 //   checkpoints/step-00000100/rank-0000-of-0004.safetensors   the parts that rank 0 writes
-//   checkpoints/step-00000100/manifest.json                   step, state, files; each tensor's dtype, shape, pieces
+//   checkpoints/step-00000100/manifest.json                   step, state, files and their checksums; each tensor's
+//                                                             dtype, shape, pieces
 //   checkpoints/latest -> step-00000100                       replaced last
 //
 // A folder is called step-N only when it is complete and flushed; until then it is step-N.partial. `latest` is for
@@ -14,12 +15,14 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "megatron_cpp/checkpoint/file_digest.h"
 #include "megatron_cpp/optimizer/adamw.h"
 #include "megatron_cpp/parameters/box.h"
 #include "megatron_cpp/parameters/parameter_shard.h"
@@ -98,8 +101,8 @@ struct SaveCheckpointOptions {
 /// @throws parallel::AgreedError on every rank, with the same text, if a rank couldn't write, or if the ranks' slices
 ///         don't cover every element of a tensor exactly once (naming it); `latest` and older checkpoints then stay as
 ///         they were.
-/// Collective over `world`: the lists of pieces (about 100 bytes per tensor and rank) in two all-gathers, and four
-/// calls of agree(); no values are sent.
+/// Collective over `world`: the lists of pieces (about 100 bytes per tensor and rank) in two all-gathers, sizes and
+/// checksums of files in three, and four calls of agree(); no values are sent.
 std::filesystem::path save_checkpoint(const std::filesystem::path& directory, const CheckpointContents& contents,
                                       const parallel::GroupPtr& world, const SaveCheckpointOptions& options = {});
 
@@ -125,12 +128,14 @@ std::filesystem::path find_checkpoint(const std::filesystem::path& path);
 /// @throws std::filesystem::filesystem_error
 void remove_checkpoints(const std::filesystem::path& directory);
 
-/// Reads a complete checkpoint of format version 1 or 2 in any layout, whatever layout wrote it. Not collective: each
-/// rank reads what it needs, and callers wrap construction and load in parallel::agree_on.
+/// Reads a complete checkpoint of format version 1, 2 or 3 in any layout, whatever layout wrote it. Not collective:
+/// each rank reads what it needs, and callers wrap construction and load in parallel::agree_on. The manifest's checksum
+/// is compared, those of the files are not: that takes reading all of them (verify_checkpoint).
 class CheckpointReader {
  public:
   /// @param path  as find_checkpoint takes it, with its warnings and errors.
-  /// @throws c10::ValueError naming the manifest and the key in it that is missing or wrong.
+  /// @throws c10::ValueError naming the manifest and both checksums, a newer version of the format and the library that
+  ///         wrote it, or the key that is missing or wrong.
   explicit CheckpointReader(const std::filesystem::path& path);
 
   /// The step folder, links resolved: it stays the same when `latest` moves on.
@@ -140,6 +145,10 @@ class CheckpointReader {
   const std::string& state() const;
   const std::string& model() const;      ///< CheckpointContents::model; empty in a checkpoint of format version 1
   const std::string& tokenizer() const;  ///< CheckpointContents::tokenizer; likewise
+  /// Of the library that saved; empty in a checkpoint of format version 1 or 2.
+  const std::string& library_version() const;
+  /// Size and checksum of each file beside the manifest; no checksums in a checkpoint of format version 1 or 2.
+  const std::map<std::string, FileDigest>& files() const;
   /// All tensors, sorted.
   std::vector<TensorId> tensors() const;
   bool contains(const TensorId& id) const;  ///< whether it has this tensor
@@ -164,5 +173,24 @@ class CheckpointReader {
 /// broken. Nothing if there is none, or no such directory. Not collective: call it on rank 0 and broadcast the result.
 /// @throws c10::ValueError if there are some, but all are broken: starting over would lose them.
 std::optional<std::filesystem::path> latest_checkpoint(const std::filesystem::path& directory);
+
+/// Reads every file of the checkpoint in `folder` and compares size and checksum with the manifest (format version 1
+/// and 2: sizes alone, reading nothing). The ranks share the files, so that together they read each once: the file that
+/// a rank wrote is read by the rank of its number, which asks for the same parts if the layout is still the same.
+/// @throws parallel::AgreedError on every rank, with the same text, as CheckpointReader does, or naming a file that is
+///         missing, can't be read or differs, with both sizes and checksums. Collective over `world`.
+void verify_checkpoint(const std::filesystem::path& folder, const parallel::GroupPtr& world);
+
+/// What find_whole_checkpoint has found.
+struct CheckpointSearch {
+  /// The whole checkpoint of the highest step, as latest_checkpoint gives it; nothing if there are no checkpoints.
+  std::optional<std::filesystem::path> whole;
+  std::vector<std::string> damaged;  ///< what is wrong with each newer one, the newest first; names the file
+};
+
+/// Goes through the checkpoints in `directory`, the highest step first, until verify_checkpoint finds one whole.
+/// Collective over `world`, with the same result on every rank.
+/// @throws parallel::AgreedError on every rank if there are checkpoints, but all are damaged.
+CheckpointSearch find_whole_checkpoint(const std::filesystem::path& directory, const parallel::GroupPtr& world);
 
 }  // namespace megatron_cpp

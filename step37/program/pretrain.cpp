@@ -134,15 +134,21 @@ class PretrainRun {
         groups_.world);
   }
 
+  /// The checkpoint of the highest step. If its files are damaged, an older one takes its place only when asked to:
+  /// whoever runs this may have a copy, and steps would be lost.
   std::optional<std::filesystem::path> find_checkpoint() const {
-    std::string found;
-    parallel::agree_on(
-        [&] {
-          if (is_main()) found = latest_checkpoint(files_.checkpoints()).value_or("").string();
-        },
-        groups_.world);
-    found = parallel::broadcast_text(found, 0, groups_.world);
-    return found.empty() ? std::nullopt : std::optional<std::filesystem::path>(found);
+    const auto search = find_whole_checkpoint(files_.checkpoints(), groups_.world);
+    if (search.damaged.empty()) return search.whole;
+    const auto older = search.whole->string();
+    parallel::agree(config_.checkpoint.pass_over_damaged,
+                    fmt::format("{}; checkpoint.pass_over_damaged=true goes on from {}, which is whole",
+                                search.damaged.front(), older),
+                    groups_.world);
+    for (const auto& reason : search.damaged) {
+      if (!is_main()) break;
+      TORCH_WARN("passing over a damaged checkpoint: ", reason);
+    }
+    return search.whole;
   }
 
   void read_pictures() {

@@ -206,7 +206,17 @@ std::filesystem::path find_checkpoint_together(const std::filesystem::path& path
         if (world->getRank() == 0) found = find_checkpoint(path).string();
       },
       world);
-  return parallel::broadcast_text(found, 0, world);
+  const std::filesystem::path folder = parallel::broadcast_text(found, 0, world);
+  try {
+    verify_checkpoint(folder, world);
+  } catch (const parallel::AgreedError& error) {
+    const auto beside = find_whole_checkpoint(folder.parent_path(), world).whole;
+    if (!beside) throw;  // it is in no folder of checkpoints
+    parallel::agree(
+        false, fmt::format("{}; the newest whole one beside it is {}", parallel::error_text(error), beside->string()),
+        world);
+  }
+  return folder;
 }
 
 std::filesystem::path tokenizer_of_checkpoint(const std::filesystem::path& given, const std::filesystem::path& folder) {

@@ -106,8 +106,11 @@ void check_resumable(const RunConfig& began, const RunConfig& now, const std::st
 Tokenizer load_tokenizer(const std::filesystem::path& path, const RunState& state,
                          const std::filesystem::path& checkpoint);
 
-/// find_checkpoint, the same on every rank: one looks, which warns once, and `latest` may change between two looks.
-/// Collective over `world`. @throws parallel::AgreedError on every rank as find_checkpoint does.
+/// find_checkpoint, the same on every rank: one looks, which warns once, and `latest` may change between two looks. All
+/// its files are read and compared with the manifest.
+/// Collective over `world`. @throws parallel::AgreedError on every rank as find_checkpoint and verify_checkpoint do;
+/// the
+///         message names a whole checkpoint beside a damaged one.
 std::filesystem::path find_checkpoint_together(const std::filesystem::path& path, const parallel::GroupPtr& world);
 
 /// The path of the tokenizer of a checkpoint, two folders above the step folder. Looks there first from `given`, the

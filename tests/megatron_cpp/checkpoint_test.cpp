@@ -8,10 +8,14 @@
 #include <functional>
 #include <initializer_list>
 #include <memory>
+#include <random>
+#include <regex>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "megatron_cpp/checkpoint/checkpoint_manifest.h"
+#include "megatron_cpp/checkpoint/checksum.h"
 #include "megatron_cpp/checkpoint/safetensors.h"
 #include "megatron_cpp/checkpoint/sharded_checkpoint.h"
 #include "megatron_cpp/optimizer/gradient_buffer.h"
@@ -151,12 +155,25 @@ ShardedTensor split_flat(const TensorId& id, at::IntArrayRef shape, const Box& b
   return result;
 }
 
-/// Replaces the first `from` of a file; the file must have one.
-void edit(const fs::path& file, const std::string& from, const std::string& to) {
-  auto text = read_file(file);
+/// The text of a manifest without its last line, the checksum.
+std::string without_checksum(const std::string& manifest) {
+  return manifest.substr(0, manifest.find(",\n \"checksum\"")) + "\n}";
+}
+
+/// Replaces the first `from` of a manifest, which must have one. The checksum is right again.
+std::string edited(const std::string& manifest, const std::string& from, const std::string& to) {
+  auto text = without_checksum(manifest);
   const auto at = text.find(from);
-  ASSERT_NE(at, std::string::npos) << file << " has no " << from;
-  write_file(file, text.replace(at, from.size(), to));
+  EXPECT_NE(at, std::string::npos) << "there is no " << from;
+  return internal::with_checksum(text.replace(at, from.size(), to));
+}
+
+/// The manifest as versions of the library before checksums wrote it.
+std::string of_format_version_2(const std::string& manifest) {
+  auto text = without_checksum(manifest);
+  text = std::regex_replace(text, std::regex(R"(\{\s*"bytes": (\d+),\s*"xxh128": "[0-9a-f]+"\s*\})"), "$1");
+  text = std::regex_replace(text, std::regex(R"( "library_version": .*\n)"), "");
+  return std::regex_replace(text, std::regex(R"("format_version": 3)"), R"("format_version": 2)") + "\n";
 }
 
 std::vector<std::string> names_in(const fs::path& folder) {
@@ -207,6 +224,18 @@ class DamagedCheckpoint : public Checkpoint {
   fs::path last_file() const {
     const auto number = std::to_string(world_size());
     return step_ / ("rank-000" + std::to_string(world_size() - 1) + "-of-000" + number + ".safetensors");
+  }
+  /// The error that all ranks throw, equal on all.
+  std::string verify_error() const {
+    const auto text = test_support::error_of<parallel::AgreedError>([&] { verify_checkpoint(step_, world()); });
+    EXPECT_EQ(text, parallel::broadcast_text(text, 0, world()));
+    return text;
+  }
+  /// What rank 0 does to files; the others wait.
+  static void on_first(const std::function<void()>& action) {
+    parallel::barrier(world());
+    if (world_rank() == 0) action();
+    parallel::barrier(world());
   }
   std::string open_error() const {
     return value_error([&] { const CheckpointReader reader(step_); });
@@ -644,18 +673,28 @@ TEST_F(DamagedCheckpoint, ManifestsThatAreWrong) {
   if (world_rank() != 0) return;
   const auto original = read_file(manifest());
   const auto error_after = [&](const std::string& from, const std::string& to) {
-    write_file(manifest(), original);
-    edit(manifest(), from, to);
+    write_file(manifest(), edited(original, from, to));
+    return open_error();
+  };
+  const auto digest = [](const std::string& bytes) {
+    return R"({"bytes": )" + bytes + R"(, "xxh128": ")" + internal::checksum_of("") + R"("})";
+  };
+  const auto error_of_text = [&](const std::string& text) {
+    write_file(manifest(), text);
     return open_error();
   };
   const auto file = manifest().string();
   EXPECT_TRUE(mentions(error_after("{", "["), {file, "not JSON"}));
-  EXPECT_TRUE(mentions(error_after("\"format_version\": 2", "\"format_version\": 3"), {file, "format_version is 3"}));
+  EXPECT_TRUE(mentions(error_after("\"format_version\": 3", "\"format_version\": 0"), {file, "format_version is 0"}));
   EXPECT_TRUE(mentions(error_after("\"step\"", "\"stepp\""), {file, "no key step"}));
   EXPECT_TRUE(mentions(error_after("\"step\": 7", "\"step\": \"7\""), {file, "key step", "integer"}));
   EXPECT_TRUE(mentions(error_after("\"step\": 7", "\"step\": 1e300"), {file, "key step", "integer"}));
-  EXPECT_TRUE(mentions(error_after("\"files\": {", "\"files\": {\"../x\": 1,"), {file, "key files has ../x"}));
-  EXPECT_TRUE(mentions(error_after("\"files\": {", "\"files\": {\"x\": -1,"), {file, "key files has x of -1 bytes"}));
+  EXPECT_TRUE(mentions(error_after("\"files\": {", "\"files\": {\"../x\": " + digest("1") + ","),
+                       {file, "key files has ../x"}));
+  EXPECT_TRUE(mentions(error_after("\"files\": {", "\"files\": {\"x\": " + digest("-1") + ","),
+                       {file, "key files has x of -1 bytes"}));
+  EXPECT_TRUE(mentions(error_after("\"xxh128\": \"", "\"xxh128\": \"0"), {file, "xxh128 is no checksum"}));
+  EXPECT_TRUE(mentions(error_after("\"xxh128\"", "\"xxh\""), {file, "no key files/rank-0000", "/xxh128"}));
   EXPECT_TRUE(mentions(error_after("\"dtype\"", "\"type\""), {file, "no key tensors[0]/dtype"}));
   EXPECT_TRUE(mentions(error_after("\"name\": \"rows\"", "\"name\": \"norm\""), {file, "tensor norm is there twice"}));
   EXPECT_TRUE(mentions(error_after("\"role\": \"parameter\"", "\"role\": \"other\""),
@@ -664,11 +703,9 @@ TEST_F(DamagedCheckpoint, ManifestsThatAreWrong) {
   EXPECT_TRUE(mentions(error_after("\"pieces\"", "\"parts\""), {file, "no key tensors[0]/pieces"}));
   EXPECT_TRUE(mentions(error_after("\"key\"", "\"keys\""), {file, "no key tensors[0]/pieces[0]/key"}));
   const auto norm_length = [&](const std::string& length) {
-    write_file(manifest(), original);
-    auto text = original;
+    auto text = without_checksum(original);
     const auto at = text.find("5", text.find("\"length\""));
-    write_file(manifest(), text.replace(at, 1, length));
-    return open_error();
+    return error_of_text(internal::with_checksum(text.replace(at, 1, length)));
   };
   EXPECT_TRUE(mentions(norm_length("4"), {file, "tensor norm of shape [5]: element [4] is in no piece"}));
   EXPECT_TRUE(mentions(norm_length("9223372036854775807"), {file, "tensor norm of shape [5] has no part"}));
@@ -678,10 +715,122 @@ TEST_F(DamagedCheckpoint, ManifestsThatAreWrong) {
   EXPECT_TRUE(mentions(norm_length("5], \"elements\": [0, 6"), {file, "has no part [0:5] elements 0:6"}));
   EXPECT_TRUE(mentions(norm_length("5], \"elements\": [0"), {file, "pieces[0]/elements has 1 numbers"}));
   EXPECT_TRUE(mentions(error_after("\"file\": \"rank", "\"file\": \"tank"), {file, "tank-0000", "norm"}));
-  EXPECT_TRUE(mentions(error_after(original, "[1]"), {file, "not a JSON object"}));
-  EXPECT_TRUE(mentions(error_after(original, ""), {file, "not JSON"}));
+  EXPECT_TRUE(mentions(error_of_text("[1]"), {file, "not a JSON object"}));
+  EXPECT_TRUE(mentions(error_of_text(""), {file, "not JSON"}));
   fs::remove(manifest());
   EXPECT_TRUE(mentions(open_error(), {step_.string(), "is no checkpoint", "manifest.json", "latest"}));
+}
+
+TEST_F(DamagedCheckpoint, ManifestsKnowTheLibraryThatWroteThem) {
+  EXPECT_EQ(CheckpointReader(step_).library_version(), MCPP_VERSION);
+  parallel::barrier(world());
+  if (world_rank() != 0) return;
+  auto newer = edited(read_file(manifest()), "\"format_version\": 3", "\"format_version\": 4");
+  newer = edited(newer, "\"library_version\": \"" MCPP_VERSION, "\"library_version\": \"7.8.9");
+  write_file(manifest(), newer);
+  EXPECT_TRUE(mentions(open_error(), {manifest().string(), "format_version is 4", "written by 7.8.9", MCPP_VERSION}));
+}
+
+TEST_F(DamagedCheckpoint, AnyBitOfTheManifestCounts) {
+  if (world_rank() != 0) return;
+  const auto original = read_file(manifest());
+  const auto size = original.size();
+  std::mt19937 random(7);
+  std::vector<size_t> places;
+  for (size_t at = size - 64; at < size; ++at) places.push_back(at);  // the checksum itself, and its name
+  for (size_t at = 0; at < 32; ++at) places.push_back(at);            // the format's version
+  for (int i = 0; i < 200; ++i) places.push_back(random() % size);
+  for (const size_t at : places) {
+    const auto bit = random() % 8;
+    auto text = original;
+    text[at] = static_cast<char>(text[at] ^ (1 << bit));
+    write_file(manifest(), text);
+    EXPECT_TRUE(mentions(open_error(), {manifest().string()})) << "byte " << at << ", bit " << bit;
+  }
+  for (const size_t kept : {size - 1, size / 2, size_t{1}, size_t{0}}) {
+    write_file(manifest(), original.substr(0, kept));
+    EXPECT_TRUE(mentions(open_error(), {manifest().string()})) << kept;
+  }
+  write_file(manifest(), original + "\n");
+  EXPECT_TRUE(mentions(open_error(), {manifest().string(), "is damaged: its last line is no checksum"}));
+  write_file(manifest(), edited(original, "\"step\": 7", "\"step\": 8"));
+  EXPECT_EQ(CheckpointReader(step_).step(), 8) << "the tests' own checksums are right";
+  auto text = original;
+  write_file(manifest(), text.replace(text.find("\"step\": 7"), 9, "\"step\": 8"));
+  const auto body = without_checksum(text);
+  const auto found = internal::checksum_of(body.substr(0, body.size() - 2));
+  const auto line = text.substr(text.size() - 36, 32);
+  EXPECT_TRUE(mentions(open_error(), {manifest().string(), " is damaged: its checksum is " + found, "says " + line}));
+}
+
+TEST_F(DamagedCheckpoint, AnyBitOfAFileCounts) {
+  EXPECT_EQ(verify_error(), "nothing thrown");
+  const auto reader = CheckpointReader(step_);
+  std::mt19937 random(7);  // the same places on every rank
+  for (const auto& [name, digest] : reader.files()) {
+    const auto file = step_ / name;
+    const auto original = read_file(file);
+    const auto header = original.find('}') / 2;
+    auto places = std::vector<size_t>{0, 7, header, original.size() - 1};
+    for (int i = 0; i < 6; ++i) places.push_back(random() % original.size());
+    for (const size_t at : places) {
+      auto text = original;
+      text[at] = static_cast<char>(text[at] ^ (1 << (random() % 8)));
+      on_first([&] { write_file(file, text); });
+      EXPECT_TRUE(mentions(verify_error(), {file.string() + " is damaged", internal::checksum_of(text),
+                                            "the manifest says", digest.checksum}))
+          << "byte " << at;
+    }
+    for (const auto& text : {original.substr(0, original.size() / 2), std::string(), original + '\0'}) {
+      on_first([&] { write_file(file, text); });
+      EXPECT_TRUE(mentions(verify_error(), {file.string() + " is damaged: " + std::to_string(text.size()) + " bytes",
+                                            internal::checksum_of(text), digest.checksum}));
+    }
+    on_first([&] { fs::remove(file); });
+    EXPECT_TRUE(mentions(verify_error(), {file.string() + " is missing"}));
+    on_first([&] { write_file(file, original); });
+  }
+  EXPECT_EQ(verify_error(), "nothing thrown");
+}
+
+TEST_F(DamagedCheckpoint, TheNewestWholeOneIsFound) {
+  const auto older = directory() / "step-00000007";
+  for (const int64_t step : {8, 9}) save(step, {whole("norm", {5}, step)});
+  auto search = find_whole_checkpoint(directory(), world());
+  EXPECT_EQ(search.whole, directory() / "step-00000009");
+  EXPECT_TRUE(search.damaged.empty());
+  const auto flip = [&](const fs::path& file) {
+    on_first([&] {
+      auto bytes = read_file(file);
+      bytes.back() = static_cast<char>(bytes.back() ^ 1);
+      write_file(file, bytes);
+    });
+  };
+  const auto file = directory() / "step-00000009" / names_in(directory() / "step-00000009").back();
+  flip(file);
+  flip(directory() / "step-00000008" / "manifest.json");
+  search = find_whole_checkpoint(directory(), world());
+  EXPECT_EQ(search.whole, older);
+  ASSERT_EQ(search.damaged.size(), 2U);
+  EXPECT_TRUE(mentions(search.damaged[0], {file.string(), "is damaged"}));
+  EXPECT_TRUE(mentions(search.damaged[1], {"step-00000008", "manifest.json"}));
+  on_first([&] { fs::remove(older / "manifest.json"); });
+  const auto text = test_support::error_of<parallel::AgreedError>([&] { find_whole_checkpoint(directory(), world()); });
+  EXPECT_TRUE(mentions(text, {"none of the 3 checkpoints in " + directory().string(), older.string()}));
+  EXPECT_EQ(find_whole_checkpoint(directory() / "nowhere", world()).whole, std::nullopt);
+}
+
+TEST_F(DamagedCheckpoint, OldOnesHaveNoChecksums) {
+  on_first([&] { write_file(manifest(), of_format_version_2(read_file(manifest()))); });
+  const CheckpointReader reader(step_);
+  EXPECT_EQ(reader.library_version(), "");
+  EXPECT_EQ(reader.files().begin()->second.checksum, "");
+  const auto norm = wanted("norm", {5});
+  EXPECT_EQ(load_error({norm, wanted("rows", {8, 3})}, UnusedTensors::kRefuse), "nothing thrown");
+  EXPECT_TRUE(test_support::equal(norm.local, global_values("norm", {5}, 1)));
+  EXPECT_EQ(verify_error(), "nothing thrown");
+  on_first([&] { fs::resize_file(last_file(), 100); });
+  EXPECT_TRUE(mentions(verify_error(), {last_file().string() + " has 100 bytes, the manifest says"}));
 }
 
 }  // namespace megatron_cpp

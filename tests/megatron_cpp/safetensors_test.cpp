@@ -259,7 +259,11 @@ TEST_F(Safetensors, FoldersThatDontExist) {
   for (const bool as_text : {false, true}) {
     std::string text = "nothing thrown";
     try {
-      as_text ? megatron_cpp::write_file(nowhere, "text") : write_safetensors(nowhere, {{"x", at::ones({1})}});
+      if (as_text) {
+        megatron_cpp::write_file(nowhere, "text");
+      } else {
+        write_safetensors(nowhere, {{"x", at::ones({1})}});
+      }
     } catch (const c10::Error& error) {
       text = error.what_without_backtrace();
     }

@@ -734,23 +734,29 @@ TEST_F(Pretrain, RefusesFoldersWithoutCaptionedPictures) {
   EXPECT_TRUE(contains(pretrain_error("run", tp, {"data.held_out=0.999"}), "are held out (data.held_out 0.999)"));
 }
 
-TEST_F(Pretrain, GoesBackBeyondATruncatedCheckpoint) {
+TEST_F(Pretrain, GoesBackBeyondADamagedCheckpointWhenAsked) {
   const int tp = runtime().size();
   const Overrides overrides = {"training.steps=2", "checkpoint.interval=1"};
   pretrain("run", tp, overrides);
   const auto whole = runtime().rank() == 0 ? tensors_of(files("run").checkpoints() / step_name(2)) : Tensors();
+  const auto file =
+      files("run").checkpoints() / step_name(2) / fmt::format("rank-{0:04}-of-{1:04}.safetensors", tp - 1, tp);
   on_main([&] {
-    for (const auto& entry : fs::directory_iterator(files("run").checkpoints() / step_name(2))) {
-      if (entry.path().extension() != ".safetensors") continue;
-      fs::resize_file(entry.path(), entry.file_size() - 1);
-      break;
-    }
+    auto bytes = read_file(file);
+    bytes[bytes.size() / 2] = static_cast<char>(bytes[bytes.size() / 2] ^ 16);
+    write_file(file, bytes);
   });
-  const auto text = agreed_error([&] {
+  const auto before = contents_of(files("run").directory);
+  auto text = agreed_error([&] {
     generate(runtime(), {.checkpoint = files("run").checkpoints() / "latest", .images = {pictures() / "picture0.png"}});
   });
-  EXPECT_TRUE(contains(text, "of-000" + std::to_string(tp) + ".safetensors"));
-  pretrain("run", tp, overrides);
+  EXPECT_TRUE(contains(text, file.filename().string() + " is damaged"));
+  EXPECT_TRUE(contains(text, "the newest whole one beside it is ") && contains(text, step_name(1)));
+  text = pretrain_error("run", tp, overrides);
+  EXPECT_TRUE(contains(text, file.filename().string() + " is damaged"));
+  EXPECT_TRUE(contains(text, "checkpoint.pass_over_damaged=true goes on from ") && contains(text, step_name(1)));
+  EXPECT_EQ(contents_of(files("run").directory), before);
+  pretrain("run", tp, with(overrides, {"checkpoint.pass_over_damaged=true"}));
   if (runtime().rank() != 0) return;
   EXPECT_EQ(metrics_of(files("run")).size(), 2U);
   const auto again = tensors_of(files("run").checkpoints() / step_name(2));
