@@ -23,13 +23,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-/// The checkpoints of a run directory, or the path itself.
-fs::path checkpoints_of(const fs::path& path) {
-  std::error_code unknown;
-  const auto inside = RunFiles{path}.checkpoints();
-  return fs::is_directory(inside, unknown) ? inside : path;
-}
-
 /// The dimension with the most elements is split: a rank's rows of it, [begin, end).
 Box own_part(const std::vector<int64_t>& shape, const parallel::GroupPtr& world) {
   if (shape.empty()) return Box::whole(shape);

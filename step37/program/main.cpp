@@ -9,6 +9,7 @@
 #include "parallel/host_memory.h"
 #include "parallel/mpi/launcher.h"
 #include "parallel/runtime.h"
+#include "step37/program/check.h"
 #include "step37/program/convert.h"
 #include "step37/program/embed.h"
 #include "step37/program/forward.h"
@@ -47,6 +48,16 @@ void add_embed(CLI::App& app, Command& command) {
       runtime.choose_device({.device = "auto", .may_leave_gpus = true});
       return step37::embed(runtime, *arguments);
     };
+  });
+}
+
+void add_check(CLI::App& app, Command& command) {
+  auto* check = app.add_subcommand("check", "Are the files of a checkpoint what was written?");
+  auto arguments = std::make_shared<step37::CheckArguments>();
+  check->add_option("--checkpoint", arguments->checkpoint, "Checkpoint of a training run, such as .../latest")
+      ->required();
+  check->callback([arguments, &command] {
+    command = [arguments](parallel::Runtime& runtime) { return step37::check(runtime, *arguments); };
   });
 }
 
@@ -191,6 +202,7 @@ int main(int argc, char** argv) {
   add_verify(app, command);
   add_pretrain(app, command);
   add_generate(app, command);
+  add_check(app, command);
   add_convert(app, command);
   add_embed(app, command);
   add_forward(app, command);

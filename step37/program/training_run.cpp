@@ -199,6 +199,12 @@ Tokenizer load_tokenizer(const std::filesystem::path& path, const RunState& stat
   return tokenizer;
 }
 
+std::filesystem::path checkpoints_of(const std::filesystem::path& path) {
+  std::error_code unknown;
+  const auto inside = RunFiles{path}.checkpoints();
+  return std::filesystem::is_directory(inside, unknown) ? inside : path;
+}
+
 std::filesystem::path find_checkpoint_together(const std::filesystem::path& path, const parallel::GroupPtr& world) {
   std::string found;
   parallel::agree_on(

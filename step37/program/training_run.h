@@ -106,6 +106,9 @@ void check_resumable(const RunConfig& began, const RunConfig& now, const std::st
 Tokenizer load_tokenizer(const std::filesystem::path& path, const RunState& state,
                          const std::filesystem::path& checkpoint);
 
+/// The checkpoints of a run directory, or the path itself. Not collective.
+std::filesystem::path checkpoints_of(const std::filesystem::path& path);
+
 /// find_checkpoint, the same on every rank: one looks, which warns once, and `latest` may change between two looks. All
 /// its files are read and compared with the manifest.
 /// Collective over `world`. @throws parallel::AgreedError on every rank as find_checkpoint and verify_checkpoint do;
