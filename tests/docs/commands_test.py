@@ -70,7 +70,7 @@ RUNS_AS_IT_IS = [
     r"scripts/(build|test)\.sh\b",  # over the stubs of build.sh and ctest, see make_clone
     r"scripts/\w+\.sh --help$",
     r"mpirun .*build/bin/step37 (embed|generate|forward|convert|--)",
-    r"build/bin/step37 (generate|embed|plan|convert|--|pretrain --help)",
+    r"build/bin/step37 (generate|embed|plan|check|convert|--|pretrain --help)",
     r"(OMP_NUM_THREADS=1 )?mpirun .*build/bin/\w+_test ",
     r"mpirun .*build_\w+/\w+$",
     r"cmake --install build --prefix \S+$",

@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "megatron_cpp/checkpoint/checksum.h"
 #include "megatron_cpp/checkpoint/complete_file.h"
 #include "tests/support/errors.h"
 #include "tests/support/temporary_folder.h"
@@ -309,6 +310,24 @@ TEST(CompleteFile, LinksAreFollowedToTheirEnd) {
   megatron_cpp::write_file(path("two"), "text");
   EXPECT_EQ(test_support::read_file(path("below/file")), "text");
   EXPECT_TRUE(fs::is_symlink(path("two")) && fs::is_symlink(path("one")));
+}
+
+// The checksums are those that the program xxh128sum prints.
+TEST(CompleteFile, KnowsWhatItHasWritten) {
+  const test_support::TemporaryFolder folder;
+  const auto file = folder.path() / "file";
+  const FileDigest none{0, "99aa06d3014798d86001c324468d497f"};
+  EXPECT_EQ(megatron_cpp::internal::CompleteFile(file).commit(), none);
+  EXPECT_EQ(megatron_cpp::internal::digest_of_file(file), none);
+  {
+    megatron_cpp::internal::CompleteFile written(file);
+    written.write("a", 1);
+    written.write("bc", 2);
+    EXPECT_EQ(written.commit(), (FileDigest{3, "06b05ab6733a618578af5f94892f3950"}));
+  }
+  const std::vector<NamedTensor> tensors = {{"x", at::arange(900001, at::kFloat)}};  // not a number of blocks
+  EXPECT_EQ(write_safetensors(file, tensors), megatron_cpp::internal::digest_of_file(file));
+  EXPECT_EQ(megatron_cpp::internal::digest_of_file(file).bytes, static_cast<int64_t>(std::filesystem::file_size(file)));
 }
 
 TEST(CompleteFile, AWriterThatGivesUpLeavesTheOldFile) {

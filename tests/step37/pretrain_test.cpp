@@ -26,6 +26,7 @@
 #include "parallel/runtime.h"
 #include "step37/checkpoint_names.h"
 #include "step37/data/captioned_pictures.h"
+#include "step37/program/check.h"
 #include "step37/program/generate.h"
 #include "step37/program/training_run.h"
 #include "step37/step37_model.h"
@@ -747,6 +748,9 @@ TEST_F(Pretrain, GoesBackBeyondADamagedCheckpointWhenAsked) {
     write_file(file, bytes);
   });
   const auto before = contents_of(files("run").directory);
+  EXPECT_EQ(check(runtime(), {.checkpoint = files("run").checkpoints() / step_name(1)}), 0);
+  EXPECT_TRUE(contains(agreed_error([&] { check(runtime(), {.checkpoint = files("run").directory}); }),
+                       file.filename().string() + " is damaged"));
   auto text = agreed_error([&] {
     generate(runtime(), {.checkpoint = files("run").checkpoints() / "latest", .images = {pictures() / "picture0.png"}});
   });
