@@ -76,6 +76,8 @@ Json manifest_json(const CheckpointManifest& manifest) {
                        {"shape", tensor.shape},
                        {"pieces", std::move(pieces)}});
   }
+  Json configuration = Json::object();
+  for (const auto& [key, value] : manifest.configuration) configuration[key] = value;
   Json files = Json::object();
   for (const auto& [name, digest] : manifest.files) {
     files[name] = {{"bytes", digest.bytes}, {"xxh128", digest.checksum}};
@@ -83,6 +85,7 @@ Json manifest_json(const CheckpointManifest& manifest) {
   return {{"format_version", kFormatVersion},
           {"library_version", manifest.library_version},
           {"step", manifest.step},
+          {"configuration", std::move(configuration)},
           {"state", manifest.state},
           {"model", manifest.model},
           {"tokenizer", manifest.tokenizer},
@@ -106,6 +109,13 @@ bool check_own_checksum(std::string_view text, const fs::path& file) {
   TORCH_CHECK_VALUE(found == expected, file.string(), " is damaged: its checksum is ", found, ", its last line says ",
                     expected);
   return true;
+}
+
+CheckpointConfiguration parse_configuration(const JsonObject& root) {
+  CheckpointConfiguration configuration;
+  const auto object = root.object("configuration");
+  for (const auto& key : object.names()) configuration.emplace_back(key, object.text(key));
+  return configuration;
 }
 
 /// Version 3 of the key files.
@@ -240,6 +250,7 @@ CheckpointManifest merge_manifests(const std::vector<std::string>& parts) {
                   .state = part.text("state"),
                   .model = part.text("model"),
                   .tokenizer = part.text("tokenizer"),
+                  .configuration = parse_configuration(part),
                   .library_version = part.text("library_version"),
                   .files = {},
                   .tensors = {}};
@@ -277,7 +288,10 @@ CheckpointManifest read_manifest(const fs::path& folder) {
     manifest.model = root.text("model");
     manifest.tokenizer = root.text("tokenizer");
   }
-  if (version > 2) manifest.library_version = root.text("library_version");
+  if (version > 2) {
+    manifest.configuration = parse_configuration(root);
+    manifest.library_version = root.text("library_version");
+  }
   const auto files = root.object("files");
   for (const auto& name : files.names()) {
     const auto digest = version > 2 ? parse_digest(files, name) : FileDigest{files.integer(name)};

@@ -34,6 +34,7 @@ struct CheckpointManifest {
   std::string state;
   std::string model;                        ///< JSON, or empty
   std::string tokenizer;                    ///< hash, or empty
+  CheckpointConfiguration configuration;    ///< empty before format version 3
   std::string library_version;              ///< of the library that saved; empty before format version 3
   std::map<std::string, FileDigest> files;  ///< without checksums before format version 3
   std::map<TensorId, CheckpointTensor> tensors;
@@ -62,7 +63,7 @@ std::string file_text(const CheckpointManifest& manifest);
 std::string with_checksum(std::string json);
 
 /// Merges the manifests of the ranks (to_text of each), in the order of the ranks. files stays empty; state, model,
-/// tokenizer and library_version are those of rank 0.
+/// tokenizer, configuration and library_version are those of rank 0.
 /// @throws c10::ValueError naming rank or tensor if the manifests contradict each other, or an element of a tensor is
 ///         missing or there twice.
 CheckpointManifest merge_manifests(const std::vector<std::string>& parts);

@@ -114,6 +114,8 @@ const std::string& CheckpointReader::model() const { return manifest_->model; }
 
 const std::string& CheckpointReader::tokenizer() const { return manifest_->tokenizer; }
 
+const CheckpointConfiguration& CheckpointReader::configuration() const { return manifest_->configuration; }
+
 const std::string& CheckpointReader::library_version() const { return manifest_->library_version; }
 
 const std::map<std::string, FileDigest>& CheckpointReader::files() const { return manifest_->files; }

@@ -53,6 +53,7 @@ CheckpointManifest manifest_part(const CheckpointContents& contents, const std::
                           .state = contents.state,
                           .model = contents.model,
                           .tokenizer = contents.tokenizer,
+                          .configuration = contents.configuration,
                           .library_version = MCPP_VERSION,
                           .files = {},
                           .tensors = {}};

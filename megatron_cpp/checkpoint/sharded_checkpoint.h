@@ -77,6 +77,9 @@ std::vector<ShardedTensor> sharded_tensors(const std::vector<ParameterShard>& pa
 std::vector<ShardedTensor> sharded_tensors(const std::vector<ParameterShard>& parameters, const AdamW& optimizer,
                                            const CheckpointName& published_name, const parallel::ProcessGroups& groups);
 
+/// Settings of the program that saves: keys and values, each key once, in their order.
+using CheckpointConfiguration = std::vector<std::pair<std::string, std::string>>;
+
 /// What one checkpoint holds.
 struct CheckpointContents {
   int64_t step = 0;                    ///< optimizer steps done; names the folder
@@ -84,6 +87,7 @@ struct CheckpointContents {
   std::vector<ShardedTensor> tensors;  ///< of this rank; several may be parts of one tensor
   std::string model = {};              ///< JSON that describes the model; rank 0's is saved
   std::string tokenizer = {};          ///< hash of the tokenizer that the model was trained with; rank 0's is saved
+  CheckpointConfiguration configuration = {};  ///< in UTF-8; rank 0's is saved
 };
 
 /// What becomes of older checkpoints.
@@ -145,6 +149,8 @@ class CheckpointReader {
   const std::string& state() const;
   const std::string& model() const;      ///< CheckpointContents::model; empty in a checkpoint of format version 1
   const std::string& tokenizer() const;  ///< CheckpointContents::tokenizer; likewise
+  /// CheckpointContents::configuration; empty in a checkpoint of format version 1 or 2.
+  const CheckpointConfiguration& configuration() const;
   /// Of the library that saved; empty in a checkpoint of format version 1 or 2.
   const std::string& library_version() const;
   /// Size and checksum of each file beside the manifest; no checksums in a checkpoint of format version 1 or 2.

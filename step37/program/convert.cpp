@@ -57,7 +57,9 @@ void import_checkpoint(const fs::path& from, const fs::path& to, const parallel:
           // float64 doesn't occur in published checkpoints; it would lose bits.
           contents.tensors.push_back({name, values.to(at::kFloat), shape, {part}});
         }
-        contents.state = to_text(imported_state(from, source.config().vision));
+        const auto state = imported_state(from, source.config().vision);
+        contents.state = to_text(state);
+        contents.configuration = settings(state.config);
         contents.model = source.form().to_text();
         if (world->getRank() != 0) return;
         check_new_folder(to);

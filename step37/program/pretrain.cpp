@@ -298,7 +298,8 @@ class PretrainRun {
                                       .state = to_text(state),
                                       .tensors = tensors(),
                                       .model = model_text(config_),
-                                      .tokenizer = tokenizer_mark_.hash};
+                                      .tokenizer = tokenizer_mark_.hash,
+                                      .configuration = settings(config_)};
     megatron_cpp::save_checkpoint(files_.checkpoints(), contents, groups_.world,
                                   {.keep_last = config_.checkpoint.keep});
   }

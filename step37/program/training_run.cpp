@@ -110,10 +110,7 @@ std::string model_text(const RunConfig& config) {
 }
 
 std::string to_text(const RunState& state) {
-  auto kept = nlohmann::ordered_json::array();
-  for (const auto& [key, value] : settings(state.config)) kept.push_back({key, value});
-  nlohmann::ordered_json json{{"settings", std::move(kept)},
-                              {"sampler", {{"epoch", state.sampler.epoch}, {"position", state.sampler.position}}},
+  nlohmann::ordered_json json{{"sampler", {{"epoch", state.sampler.epoch}, {"position", state.sampler.position}}},
                               {"optimizer_steps", state.optimizer_steps}};
   if (state.tokenizer) {
     json["tokenizer"] = {{"hash", state.tokenizer->hash}, {"vocabulary_size", state.tokenizer->vocabulary_size}};
@@ -121,13 +118,17 @@ std::string to_text(const RunState& state) {
   return json.dump();
 }
 
-RunState run_state_from_text(const std::string& text, const std::string& where, const std::string& model) {
+RunState run_state_from_text(const std::string& text, const std::string& where,
+                             const CheckpointConfiguration& configuration, const std::string& model) {
   RunState state;
   try {
     const auto json = nlohmann::json::parse(text);
     std::vector<std::string> kept;
-    for (const auto& entry : json.at("settings")) {
-      kept.push_back(entry.at(0).get<std::string>() + "=" + entry.at(1).get<std::string>());
+    for (const auto& [key, value] : configuration) kept.push_back(key + "=" + value);
+    if (configuration.empty()) {
+      for (const auto& entry : json.at("settings")) {
+        kept.push_back(entry.at(0).get<std::string>() + "=" + entry.at(1).get<std::string>());
+      }
     }
     state.config = run_config_from_settings(kept, PublishedForm::from_text(model, where));
     state.sampler = {integer_at(json.at("sampler"), "epoch"), integer_at(json.at("sampler"), "position")};
@@ -144,7 +145,7 @@ RunState run_state_from_text(const std::string& text, const std::string& where, 
 }
 
 RunState run_state_of(const CheckpointReader& reader) {
-  return run_state_from_text(reader.state(), reader.folder().string(), reader.model());
+  return run_state_from_text(reader.state(), reader.folder().string(), reader.configuration(), reader.model());
 }
 
 void check_resumable(const RunConfig& began, const RunConfig& now, const std::string& where) {

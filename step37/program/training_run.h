@@ -81,10 +81,13 @@ struct RunState {
   int64_t optimizer_steps = 0;
   std::optional<TokenizerMark> tokenizer = std::nullopt;  ///< nullopt in checkpoints of old versions
 };
+/// For CheckpointContents::state; the configuration is no part of it.
 std::string to_text(const RunState& state);
 /// @throws c10::ValueError naming `where` and what is wrong with the text.
+/// @param configuration  CheckpointContents::configuration beside it. In old versions the text has the settings.
 /// @param model  CheckpointContents::model beside it, for the shape of a model from a published configuration.
-RunState run_state_from_text(const std::string& text, const std::string& where, const std::string& model = {});
+RunState run_state_from_text(const std::string& text, const std::string& where,
+                             const CheckpointConfiguration& configuration = {}, const std::string& model = {});
 
 /// The state in a checkpoint.
 RunState run_state_of(const CheckpointReader& reader);

@@ -28,7 +28,7 @@ Input read_input(std::string_view text) {
   return input;
 }
 
-/// Its settings, as overrides and in a checkpoint's state, make the same configuration again.
+/// Its settings, as overrides and in a checkpoint, make the same configuration again.
 void check_settings(const step37::RunConfig& config) {
   const auto settings = step37::settings(config);
   std::vector<std::string> overrides;
@@ -37,7 +37,7 @@ void check_settings(const step37::RunConfig& config) {
   FUZZ_CHECK(step37::settings(step37::run_config_from_settings(overrides, config.published_form)) == settings);
 
   const auto text = to_text(step37::RunState{.config = config, .sampler = {3, 4}, .optimizer_steps = 5});
-  const auto state = step37::run_state_from_text(text, "here", step37::model_text(config));
+  const auto state = step37::run_state_from_text(text, "here", settings, step37::model_text(config));
   FUZZ_CHECK(step37::settings(state.config) == settings);
   FUZZ_CHECK(state.sampler == (SamplerState{3, 4}) && state.optimizer_steps == 5);
 }

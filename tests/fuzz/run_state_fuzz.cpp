@@ -13,7 +13,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     return 0;
   }
   const auto text = to_text(state);
-  FUZZ_CHECK(to_text(step37::run_state_from_text(text, "again")) == text);
+  const auto again = step37::run_state_from_text(text, "again", settings(state.config));
+  FUZZ_CHECK(to_text(again) == text);
+  FUZZ_CHECK(settings(again.config) == settings(state.config));
   return 0;
 }
 

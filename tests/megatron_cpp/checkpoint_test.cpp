@@ -172,7 +172,7 @@ std::string edited(const std::string& manifest, const std::string& from, const s
 std::string of_format_version_2(const std::string& manifest) {
   auto text = without_checksum(manifest);
   text = std::regex_replace(text, std::regex(R"(\{\s*"bytes": (\d+),\s*"xxh128": "[0-9a-f]+"\s*\})"), "$1");
-  text = std::regex_replace(text, std::regex(R"( "library_version": .*\n)"), "");
+  text = std::regex_replace(text, std::regex(R"-( "(library_version|configuration)": .*\n)-"), "");
   return std::regex_replace(text, std::regex(R"("format_version": 3)"), R"("format_version": 2)") + "\n";
 }
 
@@ -721,8 +721,12 @@ TEST_F(DamagedCheckpoint, ManifestsThatAreWrong) {
   EXPECT_TRUE(mentions(open_error(), {step_.string(), "is no checkpoint", "manifest.json", "latest"}));
 }
 
-TEST_F(DamagedCheckpoint, ManifestsKnowTheLibraryThatWroteThem) {
+TEST_F(DamagedCheckpoint, ManifestsKnowConfigurationAndLibrary) {
   EXPECT_EQ(CheckpointReader(step_).library_version(), MCPP_VERSION);
+  const CheckpointConfiguration configuration = {{"b.key", std::to_string(world_rank())}, {"a.key", "\"\n"}};
+  const CheckpointContents contents{.step = 8, .state = "{}", .tensors = {whole("norm", {5}, 1)}, .configuration = configuration};
+  const CheckpointReader reader(save_checkpoint(directory(), contents, world()));
+  EXPECT_EQ(reader.configuration(), (CheckpointConfiguration{{"b.key", "0"}, {"a.key", "\"\n"}}));
   parallel::barrier(world());
   if (world_rank() != 0) return;
   auto newer = edited(read_file(manifest()), "\"format_version\": 3", "\"format_version\": 4");

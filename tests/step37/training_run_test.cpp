@@ -196,10 +196,10 @@ TEST_F(RunFolder, AnotherTokenizerIsRefused) {
   const auto text = value_error([&] { load_tokenizer(two, state, "step-7"); });
   EXPECT_TRUE(contains(text, two.string() + " (hash " + mark_of(two, Tokenizer::load(two)).hash));
   EXPECT_TRUE(contains(text, "is not the tokenizer of step-7 (hash " + state.tokenizer->hash));
-  const auto read = run_state_from_text(to_text(state), "step-7");
+  const auto read = run_state_from_text(to_text(state), "step-7", settings(state.config));
   EXPECT_EQ(read.tokenizer, state.tokenizer);
   // Checkpoints of before that: any tokenizer.
-  EXPECT_EQ(run_state_from_text(to_text(RunState{}), "step-7").tokenizer, std::nullopt);
+  EXPECT_EQ(run_state_from_text(to_text(RunState{}), "step-7", settings(RunConfig())).tokenizer, std::nullopt);
   EXPECT_EQ(value_error([&] { load_tokenizer(two, RunState{}, "step-7"); }), "nothing thrown");
 }
 
