@@ -724,7 +724,8 @@ TEST_F(DamagedCheckpoint, ManifestsThatAreWrong) {
 TEST_F(DamagedCheckpoint, ManifestsKnowConfigurationAndLibrary) {
   EXPECT_EQ(CheckpointReader(step_).library_version(), MCPP_VERSION);
   const CheckpointConfiguration configuration = {{"b.key", std::to_string(world_rank())}, {"a.key", "\"\n"}};
-  const CheckpointContents contents{.step = 8, .state = "{}", .tensors = {whole("norm", {5}, 1)}, .configuration = configuration};
+  const CheckpointContents contents{
+      .step = 8, .state = "{}", .tensors = {whole("norm", {5}, 1)}, .configuration = configuration};
   const CheckpointReader reader(save_checkpoint(directory(), contents, world()));
   EXPECT_EQ(reader.configuration(), (CheckpointConfiguration{{"b.key", "0"}, {"a.key", "\"\n"}}));
   parallel::barrier(world());
