@@ -39,8 +39,8 @@ at::Tensor tensor_of(const Json& json, at::IntArrayRef shape, at::ScalarType dty
 
 Json to_json(const CaptionPack& pack) {
   auto pictures = Json::array();
-  for (const auto& [path, width, height, bytes, modified] : pack.pictures) {
-    pictures.push_back({path, width, height, bytes, modified});
+  for (const auto& [path, width, height, bytes, modified, offset] : pack.pictures) {
+    pictures.push_back({path, width, height, bytes, modified, offset});
   }
   return {{"tokens", values_of<int64_t>(pack.packed.tokens)},
           {"labels", values_of<int64_t>(pack.packed.labels)},
@@ -62,7 +62,7 @@ CaptionPack pack_from_json(const Json& json) {
   pack.packed.cu_seqlens = tensor_of<int32_t>(json.at("cu_seqlens"), {ends}, at::kInt);
   pack.packed.padding_mask = tensor_of<int64_t>(json.at("padding_mask"), {1, S}, at::kLong);
   for (const auto& picture : json.at("pictures")) {
-    pack.pictures.push_back({picture[0], picture[1], picture[2], picture[3], picture[4]});
+    pack.pictures.push_back({picture[0], picture[1], picture[2], picture[3], picture[4], picture[5]});
   }
   return pack;
 }
@@ -132,7 +132,7 @@ bool has_changed(const PictureReference& reference, const std::filesystem::path&
 }
 
 /// The views of one picture as uint8, black if the file is broken.
-PictureViews views_of(const PictureReference& reference, const CaptionFormat& format,
+PictureViews views_of(const PictureReference& reference, const SampleFormat& format,
                       const std::filesystem::path& folder, PictureFaults& faults) {
   using Kind = PictureFaults::Kind;
   const auto file = folder / reference.path;
@@ -169,8 +169,9 @@ ImageForInsert group_of(int64_t token, int64_t side, const std::vector<at::Tenso
 
 }  // namespace
 
-CaptionFormat caption_format(const Tokenizer& tokenizer, const CropOptions& crops) {
-  CaptionFormat format;
+SampleFormat caption_format(const Tokenizer& tokenizer, const CropOptions& crops) {
+  SampleFormat format;
+  format.tokenizer = &tokenizer;
   format.crops = crops;
   format.picture_ids = {tokenizer.id_of("<im_start>"),  tokenizer.id_of("<im_patch>"),
                         tokenizer.id_of("<im_end>"),    tokenizer.id_of("<patch_start>"),
@@ -180,7 +181,7 @@ CaptionFormat caption_format(const Tokenizer& tokenizer, const CropOptions& crop
   return format;
 }
 
-std::vector<int64_t> prompt_tokens(const std::vector<PictureReference>& pictures, const CaptionFormat& format) {
+std::vector<int64_t> prompt_tokens(const std::vector<PictureReference>& pictures, const SampleFormat& format) {
   std::vector<int64_t> tokens;
   if (format.begin_id) tokens.push_back(*format.begin_id);
   for (const auto& picture : pictures) {
@@ -192,7 +193,7 @@ std::vector<int64_t> prompt_tokens(const std::vector<PictureReference>& pictures
 }
 
 Sample caption_sample(const PictureReference& picture, const std::vector<int64_t>& caption,
-                      const CaptionFormat& format) {
+                      const SampleFormat& format) {
   Sample sample;
   sample.tokens = prompt_tokens({picture}, format);
   sample.loss_mask.assign(sample.tokens.size(), 0);
@@ -219,7 +220,7 @@ std::vector<int64_t> assign_pictures(const std::vector<PictureReference>& pictur
   return {ranks.begin(), ranks.end()};
 }
 
-std::vector<ImageForInsert> load_pictures(const CaptionPack& pack, const CaptionFormat& format,
+std::vector<ImageForInsert> load_pictures(const CaptionPack& pack, const SampleFormat& format,
                                           const std::filesystem::path& folder, MmEncoderTpMode mode,
                                           const parallel::GroupPtr& tp, PictureFaults& faults) {
   const bool shares_out = mode == MmEncoderTpMode::kData;

@@ -17,20 +17,12 @@
 #include "parallel/process_groups.h"
 #include "step37/data/captioned_pictures.h"
 #include "step37/data/crop_plan.h"
+#include "step37/data/data_set.h"
 #include "step37/data/picture_faults.h"
 #include "step37/data/tokenizer.h"
 #include "step37/step37_model.h"
 
 namespace megatron_cpp::step37 {
-
-/// Refers to a picture, with what is needed to compute its tokens without opening it.
-struct PictureReference {
-  std::string path;  ///< relative to the data folder
-  int64_t width = 0;
-  int64_t height = 0;
-  int64_t bytes = 0;     ///< as CaptionedPicture::bytes; 0 if not known
-  int64_t modified = 0;  ///< as CaptionedPicture::modified; 0 if not known
-};
 
 /// A packed sequence, or several concatenated, and its pictures in the order of their tokens.
 struct CaptionPack {
@@ -49,18 +41,11 @@ struct CaptionStep {
 
 /// How captioned pictures become samples: begin token, picture tokens, caption tokens, end token. The loss counts the
 /// caption and the end token.
-struct CaptionFormat {
-  CropOptions crops;
-  PictureTokenIds picture_ids{};
-  std::optional<int64_t> begin_id;  ///< nullopt: the picture comes first
-  int64_t end_id = 0;
-};
-CaptionFormat caption_format(const Tokenizer& tokenizer, const CropOptions& crops);
+SampleFormat caption_format(const Tokenizer& tokenizer, const CropOptions& crops);
 
 /// The begin token and the tokens of the pictures, one behind the other, from which generation starts.
-std::vector<int64_t> prompt_tokens(const std::vector<PictureReference>& pictures, const CaptionFormat& format);
-Sample caption_sample(const PictureReference& picture, const std::vector<int64_t>& caption,
-                      const CaptionFormat& format);
+std::vector<int64_t> prompt_tokens(const std::vector<PictureReference>& pictures, const SampleFormat& format);
+Sample caption_sample(const PictureReference& picture, const std::vector<int64_t>& caption, const SampleFormat& format);
 
 /// Width and height of a picture file from its header; a square of `side` if it can't be read (decoding will then give
 /// a black picture of that size, with a warning).
@@ -73,7 +58,7 @@ std::vector<int64_t> assign_pictures(const std::vector<PictureReference>& pictur
 /// CPU. With MmEncoderTpMode::kData these are the pictures that assign_pictures gives to the rank of `tp`, and groups
 /// are `held`; with kWeights all of them. A broken picture becomes a black one. Broken, damaged and changed files are
 /// noted in `faults`. Thread-safe; not collective.
-std::vector<ImageForInsert> load_pictures(const CaptionPack& pack, const CaptionFormat& format,
+std::vector<ImageForInsert> load_pictures(const CaptionPack& pack, const SampleFormat& format,
                                           const std::filesystem::path& folder, MmEncoderTpMode mode,
                                           const parallel::GroupPtr& tp, PictureFaults& faults);
 
@@ -86,7 +71,7 @@ class CaptionLoader {
  public:
   struct Options {
     std::filesystem::path folder;
-    CaptionFormat format;
+    SampleFormat format;
     PackingOptions packing;
     int64_t global_batch_size = 1;  ///< packs per step, over all data-parallel ranks
     int64_t micro_batch_size = 1;   ///< packs per micro-batch; times data-parallel size a divisor of global_batch_size

@@ -18,7 +18,7 @@ namespace megatron_cpp::step37 {
 
 /// Options of caption_ids.
 struct CaptionerOptions {
-  CaptionFormat format;          ///< of what stands before the caption; its end_id is not read
+  SampleFormat format;           ///< of what stands before the caption; its end_id is not read
   std::filesystem::path folder;  ///< paths of pictures are relative to it
   int64_t pad_to = 1;            ///< sequences are padded to a multiple of this; t under sequence parallelism
   int64_t pad_id = 0;

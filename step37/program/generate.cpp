@@ -100,7 +100,7 @@ PictureTokenIds published_picture_ids(const PublishedCheckpoint& checkpoint,
   if (config.patch_start_token_id) known["<patch_start>"] = *config.patch_start_token_id;
 
   // The pictures' tokens, each as the number of its symbol in kPictureSymbols.
-  CaptionFormat format;
+  SampleFormat format;
   format.crops = crops;
   format.picture_ids = {0, 1, 2, 3, 4, 5};
   const auto symbols = prompt_tokens(pictures, format);

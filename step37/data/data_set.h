@@ -1,0 +1,61 @@
+// Data sets of any format: samples of token ids and pictures, by index.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "megatron_cpp/data/packed_batch.h"
+#include "step37/data/crop_plan.h"
+#include "step37/data/tokenizer.h"
+
+namespace megatron_cpp::step37 {
+
+/// Refers to a picture, with what is needed to compute its tokens without opening it.
+struct PictureReference {
+  std::string path;      ///< of a file that can be opened as it is: the picture, or an archive that has it
+  int64_t width = 0;     ///< pixels, upright
+  int64_t height = 0;    ///< pixels, upright
+  int64_t bytes = 0;     ///< of the picture; 0 if not known
+  int64_t modified = 0;  ///< as CaptionedPicture::modified; 0 if changes aren't looked for
+  int64_t offset = 0;    ///< in the file, of the picture's first byte; above 0 only if `bytes` is known
+};
+
+/// A sample and its pictures, in the order of their tokens.
+struct PictureSample : Sample {
+  std::vector<PictureReference> pictures;
+};
+
+/// How text and pictures become token ids.
+struct SampleFormat {
+  const Tokenizer* tokenizer = nullptr;  ///< outlives the format; null where no text is encoded
+  CropOptions crops;
+  PictureTokenIds picture_ids{};
+  std::optional<int64_t> begin_id;  ///< nullopt: a sample begins without one
+  int64_t end_id = 0;
+};
+
+/// Samples that can be read in any order. Reading a sample doesn't change the data set, so that several threads may do
+/// it. Not collective: each rank that needs one opens it by itself.
+class DataSet {
+ public:
+  virtual ~DataSet() = default;
+
+  virtual int64_t num_samples() const = 0;
+
+  /// What messages call a sample: "chats.jsonl line 12". It doesn't change when samples are added to the data set.
+  /// @param index  in [0, num_samples()), as in all functions
+  virtual std::string name(int64_t index) const = 0;
+
+  /// The texts that a tokenizer is to be trained on; none in a data set of token ids.
+  virtual std::vector<std::string> texts(int64_t index) const = 0;
+
+  /// A broken picture is no error here: its reference gets the size of CropOptions::global_side.
+  /// @throws c10::ValueError naming the sample if its file was changed or can't be read any more, or has an id that
+  ///         isn't in the tokenizer's vocabulary.
+  virtual PictureSample sample(int64_t index, const SampleFormat& format) const = 0;
+};
+
+}  // namespace megatron_cpp::step37
