@@ -19,4 +19,12 @@ inline uint64_t stable_hash(std::string_view text, uint64_t hash = kHashBasis) {
   return stable_hash(std::as_bytes(std::span(text)), hash);
 }
 
+/// The finalizer of SplitMix64 (Steele, Lea, Flood 2014; a bijection): every bit of `hash` changes about half of the
+/// bits of the result. The last bytes hardly change the leading bits of stable_hash alone.
+inline uint64_t mixed_hash(uint64_t hash) {
+  hash = (hash ^ (hash >> 30)) * 0xbf58476d1ce4e5b9ULL;
+  hash = (hash ^ (hash >> 27)) * 0x94d049bb133111ebULL;
+  return hash ^ (hash >> 31);
+}
+
 }  // namespace megatron_cpp::parallel

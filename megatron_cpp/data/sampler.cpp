@@ -2,10 +2,13 @@
 
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <random>
 #include <utility>
+
+#include "parallel/hash.h"
 
 namespace megatron_cpp {
 namespace {
@@ -30,34 +33,44 @@ std::vector<int64_t> permutation(int64_t count, uint64_t seed) {
   return order;
 }
 
+uint64_t epoch_seed(uint64_t seed, int64_t epoch) {
+  return parallel::mixed_hash(parallel::mixed_hash(seed) + static_cast<uint64_t>(epoch));
+}
+
 Sampler::Sampler(int64_t num_samples, SampleOrder order, uint64_t seed)
     : num_samples_(num_samples), order_(order), seed_(seed) {
   TORCH_CHECK_VALUE(num_samples > 0, "a sampler needs at least 1 sample, got ", num_samples);
-  start_epoch();
+  start_epoch({0, 0, num_samples});
 }
 
-void Sampler::start_epoch() {
+void Sampler::start_epoch(const SamplerState& state) {
+  state_ = state;
   if (order_ == SampleOrder::kSequential) return;
-  permutation_ = permutation(num_samples_, seed_ + static_cast<uint64_t>(state_.epoch));
+  permutation_ = permutation(state_.num_samples, epoch_seed(seed_, state_.epoch));
 }
 
 int64_t Sampler::next() {
   const int64_t position = state_.position++;
   const int64_t index = order_ == SampleOrder::kSequential ? position : permutation_[static_cast<size_t>(position)];
-  if (state_.position == num_samples_) {
-    state_ = {state_.epoch + 1, 0};
-    start_epoch();
-  }
+  if (state_.position == state_.num_samples) start_epoch({state_.epoch + 1, 0, num_samples_});
   return index;
 }
 
 void Sampler::restore(const SamplerState& state) {
-  TORCH_CHECK_VALUE(state.epoch >= 0, "sampler epoch ", state.epoch, " is negative");
-  TORCH_CHECK_VALUE(state.position >= 0 && state.position < num_samples_, "sampler position ", state.position,
-                    " isn't in [0, ", num_samples_, "): was it saved with another data set?");
-  const bool is_same_epoch = state.epoch == state_.epoch;
-  state_ = state;
-  if (!is_same_epoch) start_epoch();
+  auto restored = state;
+  if (restored.num_samples == 0) restored.num_samples = num_samples_;
+  TORCH_CHECK_VALUE(restored.epoch >= 0, "sampler epoch ", restored.epoch, " is negative");
+  TORCH_CHECK_VALUE(restored.num_samples > 0, "a sampler's pass of ", restored.num_samples, " samples");
+  TORCH_CHECK_VALUE(restored.position >= 0 && restored.position < restored.num_samples, "sampler position ",
+                    restored.position, " isn't in [0, ", restored.num_samples,
+                    "): was it saved with another data set?");
+  if (restored.num_samples > num_samples_) restored = {restored.epoch + 1, 0, num_samples_};
+  const bool is_same_pass = restored.epoch == state_.epoch && restored.num_samples == state_.num_samples;
+  if (is_same_pass) {
+    state_ = restored;
+  } else {
+    start_epoch(restored);
+  }
 }
 
 MixedSampler::MixedSampler(std::vector<Sampler> samplers, std::vector<double> weights)
@@ -72,31 +85,31 @@ MixedSampler::MixedSampler(std::vector<Sampler> samplers, std::vector<double> we
   }
   TORCH_CHECK_VALUE(std::isfinite(sum) && sum > 0.0, "the weights of ", weights_.size(), " data sets sum to ", sum);
   for (double& weight : weights_) weight /= sum;
+  credits_.assign(weights_.size(), 0.0);
 }
 
 MixedSampler::Draw MixedSampler::next() {
-  int64_t num_draws = 0;
-  for (const auto& sampler : samplers_) num_draws += sampler.num_draws();
-  const auto behind = [&](size_t i) {
-    return weights_[i] * static_cast<double>(num_draws + 1) - static_cast<double>(samplers_[i].num_draws());
-  };
-  size_t furthest = 0;
-  for (size_t i = 1; i < samplers_.size(); ++i) {
-    if (behind(i) > behind(furthest)) furthest = i;
-  }
-  return {static_cast<int64_t>(furthest), samplers_[furthest].next()};
+  for (size_t i = 0; i < credits_.size(); ++i) credits_[i] += weights_[i];
+  const auto largest = std::max_element(credits_.begin(), credits_.end());
+  *largest -= 1.0;
+  const auto chosen = static_cast<size_t>(largest - credits_.begin());
+  return {static_cast<int64_t>(chosen), samplers_[chosen].next()};
 }
 
-std::vector<SamplerState> MixedSampler::state() const {
-  std::vector<SamplerState> states;
-  for (const auto& sampler : samplers_) states.push_back(sampler.state());
+std::vector<MixedSampler::State> MixedSampler::state() const {
+  std::vector<State> states;
+  for (size_t i = 0; i < samplers_.size(); ++i) states.push_back({samplers_[i].state(), credits_[i]});
   return states;
 }
 
-void MixedSampler::restore(const std::vector<SamplerState>& states) {
+void MixedSampler::restore(const std::vector<State>& states) {
   TORCH_CHECK_VALUE(states.size() == samplers_.size(), states.size(), " sampler states for ", samplers_.size(),
                     " data sets");
-  for (size_t i = 0; i < states.size(); ++i) samplers_[i].restore(states[i]);
+  for (size_t i = 0; i < states.size(); ++i) {
+    TORCH_CHECK_VALUE(std::isfinite(states[i].credit), "a data set's credit is ", states[i].credit);
+    samplers_[i].restore(states[i].sampler);
+    credits_[i] = states[i].credit;
+  }
 }
 
 }  // namespace megatron_cpp

@@ -373,14 +373,6 @@ class Scan {
   int64_t num_pictures_ = 0;
 };
 
-/// FNV-1a, then the finalizer of SplitMix64: in FNV alone the last letters hardly change the leading bits.
-uint64_t mixed_hash(std::string_view text) {
-  auto hash = parallel::stable_hash(text);
-  hash = (hash ^ (hash >> 30)) * 0xbf58476d1ce4e5b9ULL;
-  hash = (hash ^ (hash >> 27)) * 0x94d049bb133111ebULL;
-  return hash ^ (hash >> 31);
-}
-
 /// "pictures that are ..." as "picture that is ...".
 std::string singular(std::string text) {
   const auto space = text.find(' ');
@@ -557,7 +549,7 @@ CaptionedPictures scan_captioned_pictures(const fs::path& folder) { return pictu
 bool is_held_out(std::string_view relative_path, double fraction) {
   TORCH_CHECK_VALUE(fraction >= 0.0 && fraction <= 1.0, "held-out fraction ", fraction, " isn't in [0, 1]");
   constexpr double kUnit = 0x1p-53;  // the leading 53 bits are exact in a double
-  return static_cast<double>(mixed_hash(relative_path) >> 11) * kUnit < fraction;
+  return static_cast<double>(parallel::mixed_hash(parallel::stable_hash(relative_path)) >> 11) * kUnit < fraction;
 }
 
 PictureSplit split_held_out(std::vector<CaptionedPicture> pictures, double fraction) {

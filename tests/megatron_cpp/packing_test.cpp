@@ -197,17 +197,51 @@ Row draw(Sampler& sampler, int64_t count) {
   return drawn;
 }
 
+Row sorted(Row row) {
+  std::sort(row.begin(), row.end());
+  return row;
+}
+
 TEST(Sampler, Sequential) {
   Sampler sampler(3, SampleOrder::kSequential);
   EXPECT_EQ(draw(sampler, 7), (Row{0, 1, 2, 0, 1, 2, 0}));
-  EXPECT_EQ(sampler.state(), (SamplerState{2, 1}));
-  EXPECT_EQ(sampler.num_draws(), 7);
+  EXPECT_EQ(sampler.state(), (SamplerState{2, 1, 3}));
 }
 
 TEST(Sampler, ShuffledByEpoch) {
   Sampler sampler(20, SampleOrder::kShuffled, 5);
-  for (uint64_t epoch = 0; epoch < 3; ++epoch) EXPECT_EQ(draw(sampler, 20), permutation(20, 5 + epoch));
-  EXPECT_EQ(sampler.state(), (SamplerState{3, 0}));
+  for (int64_t epoch = 0; epoch < 3; ++epoch) EXPECT_EQ(draw(sampler, 20), permutation(20, epoch_seed(5, epoch)));
+  EXPECT_EQ(sampler.state(), (SamplerState{3, 0, 20}));
+}
+
+TEST(Sampler, NoTwoPassesOfTwoSeedsAreEqual) {
+  std::set<uint64_t> seeds;
+  for (uint64_t seed = 0; seed < 100; ++seed) {
+    for (int64_t epoch = 0; epoch < 100; ++epoch) seeds.insert(epoch_seed(seed, epoch));
+  }
+  EXPECT_EQ(seeds.size(), 10'000U);
+}
+
+TEST(Sampler, AddedSamplesComeInTheNextPass) {
+  for (const auto order : {SampleOrder::kSequential, SampleOrder::kShuffled}) {
+    Sampler small(5, order, 7);
+    draw(small, 7);  // two of the second pass
+    auto undisturbed = small;
+    Sampler grown(9, order, 7);
+    grown.restore(small.state());
+    EXPECT_EQ(draw(grown, 3), draw(undisturbed, 3));
+    EXPECT_EQ(grown.state(), (SamplerState{2, 0, 9}));
+    EXPECT_EQ(sorted(draw(grown, 9)), (Row{0, 1, 2, 3, 4, 5, 6, 7, 8}));
+  }
+}
+
+TEST(Sampler, RemovedSamplesBeginTheNextPass) {
+  Sampler sampler(9, SampleOrder::kShuffled, 7);
+  draw(sampler, 12);
+  Sampler shrunk(5, SampleOrder::kShuffled, 7);
+  shrunk.restore(sampler.state());
+  EXPECT_EQ(shrunk.state(), (SamplerState{2, 0, 5}));
+  EXPECT_EQ(draw(shrunk, 5), permutation(5, epoch_seed(7, 2)));
 }
 
 TEST(Sampler, ResumesAnywhere) {
@@ -230,7 +264,8 @@ TEST(Sampler, WrongArguments) {
   Sampler sampler(5, SampleOrder::kShuffled);
   EXPECT_TRUE(contains(value_error([&] { sampler.restore({-1, 0}); }), "epoch -1"));
   EXPECT_TRUE(contains(value_error([&] { sampler.restore({0, 5}); }), "position 5"));
-  EXPECT_EQ(sampler.state(), SamplerState{});
+  EXPECT_TRUE(contains(value_error([&] { sampler.restore({0, 0, -1}); }), "a sampler's pass of -1 samples"));
+  EXPECT_EQ(sampler.state(), (SamplerState{0, 0, 5}));
 }
 
 MixedSampler three_data_sets() {
@@ -278,6 +313,21 @@ TEST(MixedSampler, ResumesAnywhere) {
   }
 }
 
+TEST(MixedSampler, AnAddedDataSetGetsItsShareFromThenOn) {
+  const Sampler sampler(10, SampleOrder::kSequential);
+  MixedSampler two({sampler, sampler}, {1.0, 1.0});
+  for (int i = 0; i < 1001; ++i) two.next();
+  auto states = two.state();
+  states.emplace_back();
+  MixedSampler three({sampler, sampler, sampler}, {1.0, 1.0, 2.0});
+  three.restore(states);
+  int counts[3] = {};
+  for (int i = 0; i < 400; ++i) ++counts[three.next().data_set];
+  EXPECT_NEAR(counts[0], 100, 2);
+  EXPECT_NEAR(counts[1], 100, 2);
+  EXPECT_NEAR(counts[2], 200, 2);
+}
+
 TEST(MixedSampler, WrongArguments) {
   const Sampler one(5, SampleOrder::kSequential);
   EXPECT_TRUE(contains(value_error([&] { MixedSampler({}, {}); }), "at least one data set"));
@@ -286,7 +336,7 @@ TEST(MixedSampler, WrongArguments) {
   EXPECT_TRUE(contains(value_error([&] { MixedSampler({one}, {std::numeric_limits<double>::quiet_NaN()}); }), "nan"));
   EXPECT_TRUE(contains(value_error([&] { MixedSampler({one, one}, {0.0, 0.0}); }), "sum to 0"));
   auto mix = three_data_sets();
-  EXPECT_TRUE(contains(value_error([&] { mix.restore({SamplerState{}}); }), "1 sampler states for 4"));
+  EXPECT_TRUE(contains(value_error([&] { mix.restore({MixedSampler::State{}}); }), "1 sampler states for 4"));
 }
 
 }  // namespace
