@@ -20,7 +20,9 @@ Range even_shard(int64_t total, int t, int r, std::string_view what, std::string
   return {r * size, (r + 1) * size};
 }
 
-std::vector<int> balanced_assignment(const std::vector<int64_t>& costs, int t) {
+std::vector<int> balanced_assignment(const std::vector<int64_t>& costs, int t, int64_t most) {
+  const auto num_items = static_cast<int64_t>(costs.size());
+  TORCH_CHECK_VALUE(num_items <= t * most, num_items, " items for ", t, " ranks, of which each takes ", most);
   std::vector<size_t> order(costs.size());
   std::iota(order.begin(), order.end(), size_t{0});
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return costs[a] > costs[b]; });
@@ -28,11 +30,12 @@ std::vector<int> balanced_assignment(const std::vector<int64_t>& costs, int t) {
   std::priority_queue<Load, std::vector<Load>, std::greater<>> loads;
   for (int rank = 0; rank < t; ++rank) loads.emplace(0, rank);
   std::vector<int> rank_of(costs.size());
+  std::vector<int64_t> taken(static_cast<size_t>(t), 0);
   for (const size_t item : order) {
     auto [load, rank] = loads.top();
     loads.pop();
     rank_of[item] = rank;
-    loads.emplace(load + costs[item], rank);
+    if (++taken[static_cast<size_t>(rank)] < most) loads.emplace(load + costs[item], rank);
   }
   return rank_of;
 }

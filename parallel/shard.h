@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <string_view>
 #include <vector>
 
@@ -26,9 +27,12 @@ Range even_shard(int64_t total, int t, int r, std::string_view what, std::string
 int64_t even_shard_size(int64_t total, int t, std::string_view what, std::string_view group_name = "tensor-parallel");
 
 /// Assigns whole items (pictures) to t ranks so that their costs are balanced: largest cost first, to the least loaded
-/// rank; ties go to the earlier item and the lower rank. Ranks may get none.
+/// rank that has fewer than `most` items; ties go to the earlier item and the lower rank. Ranks may get none, unless
+/// there are t * most items: then each gets `most`.
 /// @param costs  one per item, >= 0.
 /// @return       the rank of each item. O(items log items + items log t).
-std::vector<int> balanced_assignment(const std::vector<int64_t>& costs, int t);
+/// @throws c10::ValueError if there are more than t * most items.
+std::vector<int> balanced_assignment(const std::vector<int64_t>& costs, int t,
+                                     int64_t most = std::numeric_limits<int32_t>::max());
 
 }  // namespace megatron_cpp::parallel

@@ -18,6 +18,7 @@
 #include <utility>
 
 #include "parallel/hash.h"
+#include "step37/data/for_each_index.h"
 #include "step37/data/picture.h"
 #include "step37/data/picture_file.h"
 #include "step37/data/utf8.h"
@@ -233,21 +234,6 @@ std::string joined(const std::string& folder, const std::string& name) {
   return folder.empty() ? name : folder + "/" + name;
 }
 
-/// Calls action(0) to action(count - 1) on several threads, because most time is spent waiting for disk or network.
-template <class Action>
-void for_each_index(size_t count, const Action& action) {
-  constexpr size_t kThreads = 8;
-  constexpr size_t kWorthIt = 64;
-  const size_t threads = count < kWorthIt ? 1 : kThreads;
-  const auto part = [&](size_t thread) {
-    for (size_t i = count * thread / threads; i < count * (thread + 1) / threads; ++i) action(i);
-  };
-  std::vector<std::future<void>> parts;
-  for (size_t thread = 1; thread < threads; ++thread) parts.push_back(std::async(std::launch::async, part, thread));
-  part(0);
-  for (auto& done : parts) done.get();
-}
-
 /// Whether what was left out of a folder stays left out until its list of files changes.
 bool is_settled(const LeftOuts& left_out) {
   return left_out.unreadable_pictures.count + left_out.empty_captions.count + left_out.unreadable_captions.count +
@@ -333,9 +319,12 @@ class Scan {
   /// In portions, to report progress between them.
   void look_at_all(const std::vector<NamedPicture>& names, const ScannedFolder* earlier, ScannedFolder& folder) {
     constexpr size_t kPortion = 4096;
+    constexpr int64_t kThreads = 8;
+    constexpr size_t kWorthIt = 64;
     for (size_t begin = 0; begin < names.size(); begin += kPortion) {
       std::vector<Finding> findings(std::min(kPortion, names.size() - begin));
-      for_each_index(findings.size(), [&](size_t i) {
+      // On several threads because most time is spent waiting for disk or network.
+      for_each_index(findings.size(), findings.size() < kWorthIt ? 1 : kThreads, [&](size_t i) {
         const auto& [picture, caption] = names[begin + i];
         const auto path = joined(folder.path, picture);
         findings[i] = look_at(root_, path, caption.empty() ? fs::path() : root_ / folder.path / caption,

@@ -37,6 +37,17 @@ struct SampleFormat {
   int64_t end_id = 0;
 };
 
+/// The format of samples for `tokenizer`, which outlives it: its begin, end and picture ids.
+/// @throws c10::ValueError naming a picture symbol that the tokenizer lacks.
+SampleFormat sample_format(const Tokenizer& tokenizer, const CropOptions& crops);
+
+/// The begin token and the tokens of the pictures, one behind the other.
+std::vector<int64_t> prompt_tokens(const std::vector<PictureReference>& pictures, const SampleFormat& format);
+
+/// Refers to the picture file `path` by width and height of its header; by a square of `side` if it can't be read
+/// (decoding will then give a black picture of that size, with a warning).
+PictureReference reference_to(const std::string& path, int64_t side);
+
 /// Samples that can be read in any order. Reading a sample doesn't change the data set, so that several threads may do
 /// it. Not collective: each rank that needs one opens it by itself.
 class DataSet {
@@ -52,10 +63,31 @@ class DataSet {
   /// The texts that a tokenizer is to be trained on; none in a data set of token ids.
   virtual std::vector<std::string> texts(int64_t index) const = 0;
 
+  /// One sample; with no tokens if there is nothing to train on, so that it is passed over.
   /// A broken picture is no error here: its reference gets the size of CropOptions::global_side.
   /// @throws c10::ValueError naming the sample if its file was changed or can't be read any more, or has an id that
   ///         isn't in the tokenizer's vocabulary.
   virtual PictureSample sample(int64_t index, const SampleFormat& format) const = 0;
+};
+
+/// A part of the samples of another data set.
+class DataSetPart : public DataSet {
+ public:
+  /// @param indices  of samples of `whole`; sample i of the part is sample indices[i].
+  DataSetPart(std::shared_ptr<const DataSet> whole, std::vector<int64_t> indices);
+
+  int64_t num_samples() const override { return static_cast<int64_t>(indices_.size()); }
+  std::string name(int64_t index) const override { return whole_->name(indices_.at(static_cast<size_t>(index))); }
+  std::vector<std::string> texts(int64_t index) const override {
+    return whole_->texts(indices_.at(static_cast<size_t>(index)));
+  }
+  PictureSample sample(int64_t index, const SampleFormat& format) const override {
+    return whole_->sample(indices_.at(static_cast<size_t>(index)), format);
+  }
+
+ private:
+  std::shared_ptr<const DataSet> whole_;
+  std::vector<int64_t> indices_;
 };
 
 }  // namespace megatron_cpp::step37

@@ -10,6 +10,7 @@
 
 #include "megatron_cpp/tensor_parallel/to_device.h"
 #include "parallel/collectives.h"
+#include "step37/data/picture_pack.h"
 
 namespace megatron_cpp::step37 {
 namespace {
@@ -33,23 +34,20 @@ Step37Batch one_sequence(const std::vector<int64_t>& tokens, int64_t begin, cons
 /// The views of the pictures, on the ranks that run the tower on them.
 std::vector<ImageForInsert> images_of(const std::vector<PictureReference>& pictures, const CaptionerOptions& options,
                                       MmEncoderTpMode mode, const parallel::GroupPtr& tp, const at::Device& device) {
-  const CaptionPack pack{{}, pictures};
   PictureFaults unheard;
-  auto images = load_pictures(pack, options.format, options.folder, mode, tp,
-                              options.faults != nullptr ? *options.faults : unheard);
-  return to_model_batch(pack, std::move(images), device).images;
+  auto images =
+      load_pictures(pictures, options.format, mode, tp, options.faults != nullptr ? *options.faults : unheard);
+  return to_model_batch({}, std::move(images), device).images;
 }
 
 }  // namespace
 
-std::vector<int64_t> caption_ids(Step37Model& model, const std::vector<PictureReference>& pictures,
-                                 const std::vector<int64_t>& prompt, const CaptionerOptions& options,
+std::vector<int64_t> caption_ids(Step37Model& model, std::vector<int64_t> tokens,
+                                 const std::vector<PictureReference>& pictures, const CaptionerOptions& options,
                                  const parallel::GroupPtr& tp, const at::Device& device) {
   const at::NoGradGuard no_grad;
   auto& language_model = *model->language_model;
-  auto tokens = prompt_tokens(pictures, options.format);
   const auto caption_begin = static_cast<std::ptrdiff_t>(tokens.size());
-  tokens.insert(tokens.end(), prompt.begin(), prompt.end());
   const auto not_text =
       megatron_cpp::internal::to_device(at::tensor(at::ArrayRef<int64_t>(options.not_text), at::kLong), device);
   std::mt19937_64 random(options.sampling.seed);
@@ -83,12 +81,6 @@ std::vector<int64_t> caption_ids(Step37Model& model, const std::vector<PictureRe
     tokens.push_back(next);
   }
   return {tokens.begin() + caption_begin, tokens.end()};
-}
-
-std::string caption_picture(Step37Model& model, const Tokenizer& tokenizer, const PictureReference& picture,
-                            const std::vector<int64_t>& prompt, const CaptionerOptions& options,
-                            const parallel::GroupPtr& tp, const at::Device& device) {
-  return tokenizer.decode(caption_ids(model, {picture}, prompt, options, tp, device));
 }
 
 }  // namespace megatron_cpp::step37

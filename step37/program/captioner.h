@@ -4,13 +4,12 @@
 #include <c10/core/Device.h>
 
 #include <cstdint>
-#include <filesystem>
 #include <string>
 #include <vector>
 
 #include "parallel/group.h"
-#include "step37/data/caption_batches.h"
-#include "step37/data/tokenizer.h"
+#include "step37/data/data_set.h"
+#include "step37/data/picture_faults.h"
 #include "step37/program/sampling.h"
 #include "step37/step37_model.h"
 
@@ -30,19 +29,15 @@ struct CaptionerOptions {
   PictureFaults* faults = nullptr;  ///< where faults of the pictures are noted; null: nowhere
 };
 
-/// Captions `pictures` together, which stand one behind the other, until one of end_ids is chosen or max_new_tokens
-/// are. The tower runs once; of the decoder a KeyValueCache keeps what later tokens need.
-/// @param prompt  token ids with which the caption begins; all arguments are equal on every rank.
-/// @return        the ids of the caption, the prompt's included, without the one that ended it. Equal on every rank.
+/// Goes on with `tokens` until one of end_ids is chosen or max_new_tokens are. The tower runs once; of the decoder a
+/// KeyValueCache keeps what later tokens need.
+/// @param tokens    with those of `pictures` in them, as prompt_tokens() makes them; all arguments are equal on every
+///                  rank
+/// @return          the new ids, without the one that ended them. Equal on every rank.
 /// Collective over tp, and with experts over ep and etp. A broken picture is replaced by a black one, and noted in
 /// options.faults.
-std::vector<int64_t> caption_ids(Step37Model& model, const std::vector<PictureReference>& pictures,
-                                 const std::vector<int64_t>& prompt, const CaptionerOptions& options,
+std::vector<int64_t> caption_ids(Step37Model& model, std::vector<int64_t> tokens,
+                                 const std::vector<PictureReference>& pictures, const CaptionerOptions& options,
                                  const parallel::GroupPtr& tp, const at::Device& device);
-
-/// The text of the caption_ids of one picture.
-std::string caption_picture(Step37Model& model, const Tokenizer& tokenizer, const PictureReference& picture,
-                            const std::vector<int64_t>& prompt, const CaptionerOptions& options,
-                            const parallel::GroupPtr& tp, const at::Device& device);
 
 }  // namespace megatron_cpp::step37

@@ -74,7 +74,7 @@ LoadedModel load_run(const std::filesystem::path& given, const std::filesystem::
   loaded.tokenizer.emplace(load_tokenizer(tokenizer_of_checkpoint(given, checkpoint), state, checkpoint));
   loaded.model = Step37Model(model_config(state.config, loaded.tokenizer->vocab_size()), groups);
   reader.load(sharded_tensors(parameter_shards(*loaded.model), published_name, groups), UnusedTensors::kAllow);
-  loaded.options = captioner_options(state.config, *loaded.tokenizer, {}, groups.grid.tp);
+  loaded.options = captioner_options(state.config, *loaded.tokenizer, groups.grid.tp);
   loaded.max_positions = state.config.training.sequence_length;
   return loaded;
 }
@@ -226,16 +226,19 @@ int generate(parallel::Runtime& runtime, const GenerateArguments& arguments) {
       },
       groups.world);
   const auto prompt = ids_from(parallel::broadcast_text(prompt_text, 0, groups.world));
-  const auto length = prompt_tokens(pictures, loaded.options.format).size() + prompt.size();
-  TORCH_CHECK_VALUE(static_cast<int64_t>(length) <= loaded.max_positions, "pictures and prompt take ", length,
-                    " positions, the model was made for ", loaded.max_positions);
+  auto tokens = prompt_tokens(pictures, loaded.options.format);
+  tokens.insert(tokens.end(), prompt.begin(), prompt.end());
+  TORCH_CHECK_VALUE(static_cast<int64_t>(tokens.size()) <= loaded.max_positions, "pictures and prompt take ",
+                    tokens.size(), " positions, the model was made for ", loaded.max_positions);
   auto& options = loaded.options;
   options.max_new_tokens = arguments.max_new_tokens;
   options.sampling = arguments.sampling;
   options.cache = arguments.cache;
   PictureFaults faults;
   options.faults = &faults;
-  const auto ids = caption_ids(loaded.model, pictures, prompt, options, groups.tp, runtime.device());
+  auto ids = prompt;
+  const auto added = caption_ids(loaded.model, tokens, pictures, options, groups.tp, runtime.device());
+  ids.insert(ids.end(), added.begin(), added.end());
   faults.share(groups.world);
   parallel::agree_on(
       [&] {

@@ -26,8 +26,9 @@
 #include "step37/program/convert.h"
 #include "step37/program/report.h"
 #include "step37/program/run_config.h"
-#include "step37/program/run_pictures.h"
+#include "step37/program/run_data.h"
 #include "step37/program/shell_text.h"
+#include "step37/program/step_cost.h"
 #include "step37/program/stop_signals.h"
 #include "step37/program/training_run.h"
 #include "step37/published_checkpoint.h"
@@ -63,7 +64,7 @@ class PretrainRun {
 
   int run() {
     check_scales();
-    read_pictures();
+    open_data();
     prepare_directory();
     if (!config_.run.fresh) resume_from_ = find_checkpoint();
     RunState state;
@@ -78,7 +79,7 @@ class PretrainRun {
                       config_.training.steps, files_.checkpoints().string()));
     } else {
       check_export();
-      keep_index();
+      keep_indices();
       if (train(state) != 0) return kInterruptedStatus;
     }
     write_report();
@@ -105,8 +106,9 @@ class PretrainRun {
     if (!is_main()) return;
     say(fmt::format("\nThe report is {}: open it in a browser.", files_.report().string()));
     const auto latest = files_.checkpoints() / "latest";
-    const auto picture = std::filesystem::path(config_.data.directory) / pictures_.training.pictures.front().path;
     const auto checkpoint = std::filesystem::exists(latest) ? latest : files_.checkpoints();
+    const auto picture = first_picture();
+    if (picture.empty()) return;
     say(fmt::format("To caption a picture, one of these or your own:\n  {} generate --checkpoint {} --image {}",
                     this_program(), shell_quoted_path(checkpoint), shell_quoted_path(picture)));
   }
@@ -151,13 +153,18 @@ class PretrainRun {
     return search.whole;
   }
 
-  void read_pictures() {
-    pictures_ = find_pictures(runtime_, groups_, config_, files_.directory / kIndexFile);
-    if (is_main()) {
-      say(fmt::format("{} pictures to train on, {} held out, {} without a caption in {}",
-                      pictures_.training.pictures.size(), pictures_.held_out.pictures.size(),
-                      pictures_.num_without_caption, printable(config_.data.directory)));
+  void open_data() {
+    data_ = step37::open_data(runtime_, groups_, config_);
+    for (const auto& sentence : data_.summary) say(sentence);
+  }
+
+  /// A picture to train on; empty if there is none. For rank 0.
+  std::filesystem::path first_picture() const {
+    for (const auto& data_set : data_.training) {
+      const auto sample = data_set.samples->sample(0, loader_options_.format);
+      if (!sample.pictures.empty()) return sample.pictures.front().path;
     }
+    return {};
   }
 
   void prepare_tokenizer(const RunState& state) {
@@ -171,7 +178,7 @@ class PretrainRun {
                               " is missing: the run can't go on with another tokenizer; run.fresh=true starts over");
             return;
           }
-          const auto tokenizer = first_tokenizer(config_, pictures_.training_captions);
+          const auto tokenizer = first_tokenizer(config_, data_);
           // Only now, when all input is known to be usable.
           if (config_.run.fresh) remove_earlier_run(files_);
           tokenizer.save(files_.tokenizer());
@@ -185,16 +192,18 @@ class PretrainRun {
           tokenizer_mark_ = mark_of(path, *tokenizer_);
         },
         groups_.world);
-    for (const auto& caption : pictures_.training_captions) {
-      pictures_.training.captions.push_back(tokenizer_->encode(caption));
-    }
-    for (const auto& caption : pictures_.held_out_captions) {
-      pictures_.held_out.captions.push_back(tokenizer_->encode(caption));
-    }
     loader_options_ = loader_options(config_, *tokenizer_, groups_.grid.tp);
-    loader_options_.index = files_.directory / kIndexFile;
+    for (const auto& data_set : data_.training) {
+      loader_options_.indices.push_back(files_.picture_index(config_.data.directory.empty() ? data_set.name : ""));
+    }
     loader_options_.device = runtime_.device();
-    loader_options_.max_unreadable = pictures_.max_unreadable;
+    loader_options_.max_unreadable = data_.max_unreadable;
+    if (config_.data.balance) {
+      loader_options_.pack_cost = [model = model_config(config_, tokenizer_->vocab_size()), grid = groups_.grid,
+                                   crops = crop_options(config_)](const PicturePack& pack) {
+        return pack_flops(model, grid, pack, crops);
+      };
+    }
   }
 
   void say_what_is_left_out() {
@@ -202,26 +211,27 @@ class PretrainRun {
         [&] {
           const WaitForAll wait(runtime_);
           if (!is_main()) return;
+          if (config_.data.oversize == OversizePolicy::kExtend) return;
           const int64_t left_out =
-              num_too_long(pictures_.training, loader_options_) + num_too_long(pictures_.held_out, loader_options_);
+              num_too_long(data_.training, loader_options_) + num_too_long(data_.held_out, loader_options_);
           if (left_out > 0) {
-            say(fmt::format(
-                "pictures left out because they take more than the {} positions of training.sequence_length with their "
-                "captions: {}",
-                config_.training.sequence_length, left_out));
+            say(
+                fmt::format("samples left out because they take more than the {} positions of "
+                            "training.sequence_length: {}",
+                            config_.training.sequence_length, left_out));
           }
         },
         groups_.world);
   }
 
-  /// Writes the picture index for the next start.
-  void keep_index() {
+  /// Writes the indices of picture folders for the next start.
+  void keep_indices() {
     parallel::agree_on(
         [&] {
-          if (!pictures_.index.empty()) write_file(files_.directory / kIndexFile, pictures_.index);
+          for (const auto& [file, bytes] : data_.indices) write_file(file, bytes);
         },
         groups_.world);
-    pictures_.index = {};
+    data_.indices.clear();
   }
 
   void build_model() {
@@ -292,8 +302,8 @@ class PretrainRun {
     say(fmt::format("resuming after step {} from {}", state.optimizer_steps, resume_from_->string()));
   }
 
-  void save_checkpoint(int64_t step, const SamplerState& sampler) {
-    const RunState state{config_, sampler, step, tokenizer_mark_};
+  void save_checkpoint(int64_t step, const MixState& data) {
+    const RunState state{config_, data, step, tokenizer_mark_};
     const CheckpointContents contents{.step = step,
                                       .state = to_text(state),
                                       .tensors = tensors(),
@@ -318,16 +328,16 @@ class PretrainRun {
           if (is_main()) metrics.emplace(files_.metrics(), state.optimizer_steps);
         },
         groups_.world);
-    const auto validation = pack_once(pictures_.held_out, config_.validation.packs, loader_options_, groups_);
-    CaptionLoader loader(loader_options_, pictures_.training, groups_, state.sampler, faults_);
+    const auto validation = pack_once(data_.held_out, config_.validation.packs, loader_options_, groups_);
+    BatchLoader loader(loader_options_, data_.training, groups_, state.data, faults_);
     Progress progress(state.optimizer_steps + 1, config_.training.steps, progress_style_);
     const StopSignals signals;  // before this there is nothing to save
     int signal = 0;
-    SamplerState sampler;  // after the step
+    MixState data;  // after the step
     TrainingLoopCallbacks callbacks;
     callbacks.next_batch = [&] {
-      auto loaded = std::make_shared<CaptionLoader::LoadedStep>(loader.next());
-      sampler = loaded->step.next;
+      auto loaded = std::make_shared<BatchLoader::LoadedStep>(loader.next());
+      data = loaded->packs.next;
       return step_batch(loaded);
     };
     callbacks.validation_loss = [&] { return validation_loss(validation); };
@@ -336,7 +346,7 @@ class PretrainRun {
       metrics->write(line);
       progress.show(line);
     };
-    callbacks.save = [&](int64_t step) { save_checkpoint(step, sampler); };
+    callbacks.save = [&](int64_t step) { save_checkpoint(step, data); };
     // A signal may reach the ranks at different steps, or only one rank.
     callbacks.stops = [&] {
       signal = agreed_stop_signal();
@@ -355,8 +365,8 @@ class PretrainRun {
     return signal;
   }
 
-  StepBatch step_batch(const std::shared_ptr<CaptionLoader::LoadedStep>& loaded) {
-    const auto& step = loaded->step;
+  StepBatch step_batch(const std::shared_ptr<BatchLoader::LoadedStep>& loaded) {
+    const auto& step = loaded->packs;
     return {.num_micro_batches = static_cast<int64_t>(step.micro_batches.size()),
             .num_loss_tokens = step.num_loss_tokens,
             .loss_sum =
@@ -364,21 +374,21 @@ class PretrainRun {
                   const auto i = static_cast<size_t>(micro_batch);
                   auto images = std::move(loaded->images[i]);
                   return model_->loss_sum(
-                      to_model_batch(loaded->step.micro_batches[i], std::move(images), runtime_.device()),
-                      expert_balance_.get(), 1.0 / static_cast<double>(loaded->step.num_loss_tokens));
+                      to_model_batch(loaded->packs.micro_batches[i].packed, std::move(images), runtime_.device()),
+                      expert_balance_.get(), 1.0 / static_cast<double>(loaded->packs.num_loss_tokens));
                 },
             .counts = {{"tokens", step.num_tokens}, {"images", step.num_pictures}}};
   }
 
   /// Mean over the loss tokens of the held-out packs; nullopt if there are none.
-  std::optional<double> validation_loss(const CaptionStep& validation) {
+  std::optional<double> validation_loss(const StepPacks& validation) {
     if (validation.num_loss_tokens == 0) return std::nullopt;
     const at::NoGradGuard no_grad;
     auto sum = at::zeros({1}, at::TensorOptions().device(runtime_.device()).dtype(at::kDouble));
     for (const auto& pack : validation.micro_batches) {
-      auto images = load_pictures(pack, loader_options_.format, loader_options_.folder,
-                                  loader_options_.mm_encoder_tp_mode, groups_.tp, faults_);
-      sum.add_(model_->loss_sum(to_model_batch(pack, std::move(images), runtime_.device())).tokens);
+      auto images = load_pictures(pack.pictures, loader_options_.format, loader_options_.mm_encoder_tp_mode, groups_.tp,
+                                  faults_, loader_options_.num_decoding_threads);
+      sum.add_(model_->loss_sum(to_model_batch(pack.packed, std::move(images), runtime_.device())).tokens);
     }
     return parallel::all_reduce(sum, groups_.dp).item<double>() / static_cast<double>(validation.num_loss_tokens);
   }
@@ -414,7 +424,7 @@ class PretrainRun {
         [&] {
           if (!is_main()) return;
           ReportInput input;
-          input.title = "Step3.7 on " + printable(config_.data.directory);
+          input.title = "Step3.7 on " + data_title();
           input.settings = settings(config_);
           input.metrics = files_.metrics();
           input.pictures = std::move(shown);
@@ -425,24 +435,53 @@ class PretrainRun {
         groups_.world);
   }
 
+  /// "data/tuxpaint", or the names of data.sets.
+  std::string data_title() const {
+    if (!config_.data.directory.empty()) return printable(config_.data.directory);
+    std::string names;
+    for (const auto& [name, section] : config_.data.sets) names += (names.empty() ? "" : ", ") + name;
+    return names;
+  }
+
+  /// About `count` of the samples with a picture, spread evenly, by data set and index. For ranks that pack.
+  std::vector<std::pair<const DataSet*, int64_t>> samples_to_show(const std::vector<WeightedDataSet>& sets,
+                                                                  size_t count) const {
+    std::vector<std::pair<const DataSet*, int64_t>> all;
+    for (const auto& data_set : sets) {
+      const auto* samples = data_set.samples.get();
+      for (int64_t i = 0; i < samples->num_samples(); ++i) all.emplace_back(samples, i);
+    }
+    std::vector<std::pair<const DataSet*, int64_t>> shown;
+    for (const size_t number : spread(all.size(), count)) {
+      const auto [samples, index] = all[number];
+      if (!samples->sample(index, loader_options_.format).pictures.empty()) shown.push_back(all[number]);
+    }
+    return shown;
+  }
+
+  /// Generates the first answer of a few samples, from the tokens before it.
   std::vector<ReportPicture> caption_pictures() {
     const auto half = static_cast<size_t>(config_.report.pictures / 2);
     std::vector<ReportPicture> shown;
-    auto options = captioner_options(config_, *tokenizer_, config_.data.directory, groups_.grid.tp);
+    auto options = captioner_options(config_, *tokenizer_, groups_.grid.tp);
     options.faults = &faults_;
     for (const bool held_out : {false, true}) {
-      const auto& source = held_out ? pictures_.held_out : pictures_.training;
-      const auto& captions = held_out ? pictures_.held_out_captions : pictures_.training_captions;
-      const auto total = std::stoul(parallel::broadcast_text(fmt::to_string(source.pictures.size()), 0, groups_.world));
-      for (const size_t index : spread(total, held_out ? static_cast<size_t>(config_.report.pictures) - half : half)) {
-        PictureReference picture;
-        if (packs()) picture = source.pictures[index];
-        picture.path = parallel::broadcast_text(picture.path, 0, groups_.tp);
-        picture = reference_to(options.folder, picture.path, config_.vision.image_size);
-        const auto text = caption_picture(model_, *tokenizer_, picture, {}, options, groups_.tp, runtime_.device());
+      const auto count = held_out ? static_cast<size_t>(config_.report.pictures) - half : half;
+      const auto chosen = samples_to_show(held_out ? data_.held_out : data_.training, count);
+      const auto total = std::stoul(parallel::broadcast_text(fmt::to_string(chosen.size()), 0, groups_.world));
+      for (size_t i = 0; i < total; ++i) {
+        PictureSample sample;
+        if (packs()) sample = chosen[i].first->sample(chosen[i].second, loader_options_.format);
+        sample = broadcast_sample(sample, groups_.tp);
+        const auto answer = std::ranges::find(sample.loss_mask, 1) - sample.loss_mask.begin();
+        const auto answer_end = std::find(sample.loss_mask.begin() + answer, sample.loss_mask.end(), 0);
+        const std::vector<int64_t> truth(sample.tokens.begin() + answer,
+                                         sample.tokens.begin() + (answer_end - sample.loss_mask.begin()));
+        sample.tokens.resize(static_cast<size_t>(answer));
+        const auto ids = caption_ids(model_, sample.tokens, sample.pictures, options, groups_.tp, runtime_.device());
         if (is_main()) {
-          shown.push_back({printable(picture.path), held_out, captions[index], text,
-                           thumbnail_of(options.folder / picture.path, options.format.crops)});
+          shown.push_back({chosen[i].first->name(chosen[i].second), held_out, tokenizer_->decode(truth),
+                           tokenizer_->decode(ids), thumbnail_of(sample.pictures.front().path, options.format.crops)});
         }
       }
     }
@@ -458,11 +497,11 @@ class PretrainRun {
   std::optional<RunLock> lock_;  ///< on world rank 0
   std::optional<std::filesystem::path> resume_from_;
   int64_t resumed_steps_ = -1;
-  RunPictures pictures_;
+  RunData data_;
   PictureFaults faults_;
   std::optional<Tokenizer> tokenizer_;
   TokenizerMark tokenizer_mark_;
-  CaptionLoader::Options loader_options_;
+  BatchLoaderOptions loader_options_;
   Step37Model model_{nullptr};
   std::vector<ParameterShard> parameters_;
   std::shared_ptr<ExpertBalance> expert_balance_;  ///< null without experts

@@ -44,7 +44,6 @@ template <class Config, class Visit>
 void visit_keys(Config& config, const Visit& visit) {
   const auto each = [&](const Rule& rule, auto... keys) { (visit(keys.first, keys.second, rule), ...); };
   constexpr Rule kAny;
-  constexpr Rule kRequired{.required = true};
   constexpr Rule kShape{.shape = true};
   constexpr Rule kRequiredShape{.required = true, .shape = true};
   constexpr Rule kAtLeast0{.least = 0};
@@ -58,9 +57,9 @@ void visit_keys(Config& config, const Visit& visit) {
   each(kAtLeast0, KEY(parallel, etp));
   each(kAny, KEY(parallel, sequence_parallel), KEY(parallel, embedding_sharding), KEY(parallel, projector_sharding),
        KEY(parallel, exchange), KEY(parallel, mm_encoder_tp_mode));
-  each(kRequired, KEY(data, directory));
+  each(kAny, KEY(data, directory), KEY(data, sets), KEY(data, oversize), KEY(data, balance));
   each(kAny, KEY(data, held_out), KEY(data, max_unreadable), KEY(data, crops), KEY(data, crop_side));
-  each(kAtLeast1, KEY(data, max_side), KEY(data, vocabulary_size));
+  each(kAtLeast1, KEY(data, max_side), KEY(data, vocabulary_size), KEY(data, decoding_threads));
   each(kAny, KEY(model, config), KEY(model, from), KEY(model, train_padding_row));
   each(kRequiredShape, KEY(model, hidden_size), KEY(model, head_dim), KEY(model, num_attention_heads),
        KEY(model, num_sliding_attention_heads), KEY(model, num_query_groups), KEY(model, ffn_hidden_size));
@@ -160,6 +159,9 @@ Names<LearningRateDecay> names_of(LearningRateDecay /*type*/) {
   using enum LearningRateDecay;
   return {{"cosine", kCosine}, {"linear", kLinear}, {"constant", kConstant}, {"wsd", kWsd}};
 }
+Names<OversizePolicy> names_of(OversizePolicy /*type*/) {
+  return {{"drop", OversizePolicy::kDrop}, {"extend", OversizePolicy::kExtend}};
+}
 Names<at::ScalarType> names_of(at::ScalarType /*type*/) {
   return {{"float32", at::kFloat}, {"bfloat16", at::kBFloat16}};
 }
@@ -189,6 +191,8 @@ std::string write_value(const ParameterScales& value) {
   }
   return text;
 }
+
+std::string write_value(const DataSetSections& value) { return to_text(value); }
 
 constexpr std::pair<std::string_view, bool Recompute::*> kRecomputedParts[] = {
     {"core_attention", &Recompute::core_attention},
@@ -268,6 +272,16 @@ std::string read_value(const std::string& text, Recompute& value) {
   return is_read ? "" : "none, full, or some of core_attention, mlp, experts, norms, tower";
 }
 
+std::string read_value(const std::string& text, DataSetSections& value) {
+  if (!is_utf8(text)) return "data sets by name";
+  try {
+    value = data_sets_from_text(text);
+  } catch (const c10::ValueError& error) {
+    return fmt::format("data sets by name ({})", error.what_without_backtrace());
+  }
+  return "";
+}
+
 // Suggestions for misspelt names.
 
 /// Levenshtein distance: the number of insertions, deletions and replacements that turn `a` into `b`.
@@ -304,7 +318,7 @@ void check_known(const char* kind, const std::string& name, const std::vector<st
 
 struct Given {
   std::string key;        ///< as written, so maybe an old name
-  std::string text;       ///< of a value, or of a map of values (ParameterScales)
+  std::string text;       ///< of a value, or of a map (ParameterScales, DataSetSections)
   std::string where;      ///< file:line or the override
   std::string form = {};  ///< the kind of YAML node, if it isn't a single value
 };
@@ -322,7 +336,16 @@ Given given_value(const std::string& key, const YAML::Node& value, const std::st
   if (value.IsScalar()) return {key, value.Scalar(), where};
   if (!value.IsMap()) return {key, "", where, value.IsNull() ? "no value" : "a list"};
   std::string text;
-  for (const auto& entry : value) text += entry.first.Scalar() + ": " + entry.second.Scalar() + ",";
+  bool is_flat = true;
+  for (const auto& entry : value) {
+    text += entry.first.Scalar() + ": " + entry.second.Scalar() + ",";
+    is_flat = is_flat && entry.second.IsScalar();
+  }
+  if (!is_flat) {
+    auto in_one_line = YAML::Clone(value);
+    in_one_line.SetStyle(YAML::EmitterStyle::Flow);
+    text = YAML::Dump(in_one_line);
+  }
   return {key, text, where, "a section"};
 }
 
@@ -381,7 +404,8 @@ void set_values(const GivenValues& values, RunConfig& config) {
       config.warnings.push_back(fmt::format("{} in {} is now called {}", given.key, given.where, key));
     }
     auto value = member;
-    const bool is_right_map = given.form == "a section" && std::is_same_v<decltype(value), ParameterScales>;
+    const bool is_right_map = given.form == "a section" && (std::is_same_v<decltype(value), ParameterScales> ||
+                                                            std::is_same_v<decltype(value), DataSetSections>);
     // "\xff" isn't UTF-8, so no type accepts it.
     const auto must_be = read_value(given.form.empty() || is_right_map ? given.text : "\xff", value);
     const std::string shown = !given.form.empty() ? given.form : given.text.empty() ? "nothing" : given.text;
@@ -575,8 +599,15 @@ void validate(const RunConfig& config, int num_ranks) {
                     " is not one of auto, cpu, cuda");
   check_no_tilde("run.directory", config.run.directory);
   const auto& data = config.data;
-  TORCH_CHECK_VALUE(!data.directory.empty(), "data.directory is empty");
+  TORCH_CHECK_VALUE(data.directory.empty() != data.sets.empty(), "data.directory and data.sets are ",
+                    data.directory.empty() ? "both empty" : "both given", ": a run needs one of them");
   check_no_tilde("data.directory", data.directory);
+  double weights = 0.0;
+  for (const auto& [name, section] : data.sets) {
+    check_no_tilde(fmt::format("the path of the data set {}", name), section.path);
+    weights += section.weight;
+  }
+  TORCH_CHECK_VALUE(data.sets.empty() || weights > 0.0, "the weights of data.sets are all 0");
   TORCH_CHECK_VALUE(data.held_out >= 0.0 && data.held_out < 1.0, "data.held_out ", data.held_out, " is not in [0, 1)");
   TORCH_CHECK_VALUE(data.max_unreadable >= 0.0 && data.max_unreadable <= 1.0, "data.max_unreadable ",
                     data.max_unreadable, " is not in [0, 1]");

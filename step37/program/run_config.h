@@ -8,12 +8,14 @@
 #include <utility>
 #include <vector>
 
+#include "megatron_cpp/data/packed_batch.h"
 #include "megatron_cpp/optimizer/adamw.h"
 #include "megatron_cpp/optimizer/gradient_buffer.h"
 #include "megatron_cpp/training/learning_rate.h"
 #include "parallel/rank_grid.h"
 #include "step37/data/crop_plan.h"
 #include "step37/insert/image_insert_embedding.h"
+#include "step37/program/data_sets.h"
 #include "step37/published_checkpoint.h"
 #include "step37/published_config.h"
 #include "step37/step37_model.h"
@@ -48,14 +50,20 @@ struct ParallelSection {
   MmEncoderTpMode mm_encoder_tp_mode = MmEncoderTpMode::kData;
 };
 
+/// Either `directory` or `sets` is required.
 struct DataSection {
-  std::string directory;           ///< required: a folder for scan_captioned_pictures
+  std::string directory;           ///< one folder for scan_captioned_pictures
+  DataSetSections sets;            ///< several data sets and their weights: data_sets_from_text
   double held_out = 0.05;          ///< fraction of the pictures that is never trained on, in [0, 1)
   double max_unreadable = 0.5;     ///< fraction of the pictures that may be unreadable, in [0, 1]; never all of them
   int64_t vocabulary_size = 1000;  ///< pieces of the tokenizer, trained on the captions
   bool crops = false;              ///< cut large pictures into crops besides the global view
   int64_t crop_side = 504;         ///< pixels; ignored without crops
   int64_t max_side = 3024;         ///< pixels; larger pictures are scaled down
+  /// What becomes of samples that are longer than training.sequence_length: drop, or extend (a longer pack for each).
+  OversizePolicy oversize = OversizePolicy::kDrop;
+  bool balance = true;           ///< BatchLoaderOptions::pack_cost: replicas get packs of similar cost
+  int64_t decoding_threads = 1;  ///< of a rank, to decode pictures
 };
 
 /// The shape keys, which are all but those that say "training" and init_std, config and freeze_*, are taken from

@@ -458,6 +458,67 @@ TowerBytes tower_bytes(const VisionConfig& vision, const Sizes& n) {
           n.recomputes_tower ? n.tower_images * patches * (block - input) : 0};
 }
 
+/// Multiplications of a sub-sequence of S positions: forward once, a gradient of the input where one flows, a gradient
+/// of the weight where it is trained.
+double text_work(const Step37Config& config, double S) {
+  const auto& text = config.text;
+  const auto H = static_cast<double>(text.hidden_size);
+  const auto D = static_cast<double>(text.head_dim);
+  const auto& again = config.execution.recomputed;
+  double recomputed = 0.0;  // of the next two, once more
+  double linear = 0.0;      // elements of the matrices that a position is multiplied by
+  double attention = 0.0;   // the like for q kᵀ and the weighted sum of v
+  const auto add = [&](double& sum, double elements, bool is_recomputed) {
+    sum += elements;
+    if (is_recomputed || again.layers) recomputed += elements;
+  };
+  const auto add_layer = [&](const LayerConfig& layer) {
+    const auto heads = static_cast<double>(layer.num_attention_heads);
+    add(linear, H * (2 * heads * D + 2 * static_cast<double>(text.num_query_groups) * D + heads), false);
+    const auto window = static_cast<double>(layer.sliding_window);
+    add(attention, 2 * heads * D * (window > 0 ? std::min(window, S / 2) : S / 2), again.core_attention);
+    if (!layer.has_experts) {
+      add(linear, 3 * H * static_cast<double>(text.ffn_hidden_size), again.mlp);
+      return;
+    }
+    const auto& moe = *text.moe;
+    add(linear, H * static_cast<double>(moe.num_experts), false);
+    add(linear, H * static_cast<double>(3 * moe.router_topk * moe.ffn_hidden_size), again.experts);
+    add(linear, H * static_cast<double>(3 * moe.shared_expert_ffn_hidden_size), again.mlp);
+  };
+  for (const auto& layer : text.layers) add_layer(layer);
+  linear += H * static_cast<double>(text.vocabulary_size);
+  for (const auto& layer : trained_mtp_layers(config)) {
+    add_layer(layer);
+    linear += 2 * H * H + H * static_cast<double>(text.vocabulary_size);
+  }
+
+  return S * (linear * (config.freeze_language_model ? 2 : 3) + attention * 3 + recomputed);
+}
+
+/// The same of a picture of `pixels` a side, in the tower and the projector. With MmEncoderTpMode::kWeights what isn't
+/// split of the tower counts once for each of `tp` ranks.
+double image_work(const Step37Config& config, int64_t pixels, int tp) {
+  const auto& vision = config.vision;
+  const auto H = static_cast<double>(config.text.hidden_size);
+  const auto W = static_cast<double>(vision.width);
+  const int64_t side = pixels / vision.patch_size;
+  const auto patches = static_cast<double>(side * side);
+  const int64_t half = (side + 1) / 2;
+  const auto half_grid = static_cast<double>(half * half);
+  const auto rows = static_cast<double>(vision.feature_rows(pixels, pixels));
+  const double conv1 = patches * 3 * static_cast<double>(vision.patch_size * vision.patch_size) * W;
+  const double block = patches * (4 * W * W + 2 * W * static_cast<double>(vision.mlp_width) + 2 * patches * W);
+  const double downsamplers = half_grid * 18 * W * W + rows * 72 * W * W;
+  const double projector = rows * static_cast<double>(vision.output_dim()) * H;
+  const bool trains_tower = !config.freeze_vision_model;
+  const double ends = conv1 * (trains_tower ? 2 : 1) + downsamplers * (trains_tower ? 3 : 1);
+  const bool on_every_rank = config.mm_encoder_tp_mode == MmEncoderTpMode::kWeights;
+  return ends * (on_every_rank ? tp : 1) +
+         static_cast<double>(vision.layers) * block * (trains_tower ? (config.recompute_tower ? 4 : 3) : 1) +
+         projector * (1 + (trains_tower ? 1 : 0) + (config.freeze_projector ? 0 : 1));
+}
+
 }  // namespace
 
 GroupExtent extent_of(std::string_view group, const parallel::RankGrid& grid) {
@@ -507,62 +568,24 @@ std::vector<Traffic> step_traffic(const Step37Config& config, const parallel::Ra
 }
 
 int64_t step_flops(const Step37Config& config, const parallel::RankGrid& grid, const StepShape& shape) {
-  const auto& text = config.text;
-  const auto S = static_cast<double>(shape.sequence_length);
-  const auto H = static_cast<double>(text.hidden_size);
-  const auto D = static_cast<double>(text.head_dim);
-  const auto& again = config.execution.recomputed;
-  double recomputed = 0.0;  // of the next two, once more
-  double linear = 0.0;      // elements of the matrices that a position is multiplied by
-  double attention = 0.0;   // the like for q kᵀ and the weighted sum of v
-  const auto add = [&](double& sum, double elements, bool is_recomputed) {
-    sum += elements;
-    if (is_recomputed || again.layers) recomputed += elements;
-  };
-  const auto add_layer = [&](const LayerConfig& layer) {
-    const auto heads = static_cast<double>(layer.num_attention_heads);
-    add(linear, H * (2 * heads * D + 2 * static_cast<double>(text.num_query_groups) * D + heads), false);
-    const auto window = static_cast<double>(layer.sliding_window);
-    add(attention, 2 * heads * D * (window > 0 ? std::min(window, S / 2) : S / 2), again.core_attention);
-    if (!layer.has_experts) {
-      add(linear, 3 * H * static_cast<double>(text.ffn_hidden_size), again.mlp);
-      return;
-    }
-    const auto& moe = *text.moe;
-    add(linear, H * static_cast<double>(moe.num_experts), false);
-    add(linear, H * static_cast<double>(3 * moe.router_topk * moe.ffn_hidden_size), again.experts);
-    add(linear, H * static_cast<double>(3 * moe.shared_expert_ffn_hidden_size), again.mlp);
-  };
-  for (const auto& layer : text.layers) add_layer(layer);
-  linear += H * static_cast<double>(text.vocabulary_size);
-  for (const auto& layer : trained_mtp_layers(config)) {
-    add_layer(layer);
-    linear += 2 * H * H + H * static_cast<double>(text.vocabulary_size);
-  }
-
-  const auto& vision = config.vision;
-  const auto W = static_cast<double>(vision.width);
-  const int64_t side = vision.image_size / vision.patch_size;
-  const auto patches = static_cast<double>(side * side);
-  const int64_t half = (side + 1) / 2;
-  const auto half_grid = static_cast<double>(half * half);
-  const auto rows = static_cast<double>(vision.feature_rows(vision.image_size, vision.image_size));
-  const double conv1 = patches * 3 * static_cast<double>(vision.patch_size * vision.patch_size) * W;
-  const double block = patches * (4 * W * W + 2 * W * static_cast<double>(vision.mlp_width) + 2 * patches * W);
-  const double downsamplers = half_grid * 18 * W * W + rows * 72 * W * W;
-  const double projector = rows * static_cast<double>(vision.output_dim()) * H;
-
-  // Forward once, a gradient of the input where one flows, a gradient of the weight where it is trained.
-  const bool trains_tower = !config.freeze_vision_model;
-  const double text_sum = S * (linear * (config.freeze_language_model ? 2 : 3) + attention * 3 + recomputed);
-  const double ends = conv1 * (trains_tower ? 2 : 1) + downsamplers * (trains_tower ? 3 : 1);
-  const bool on_every_rank = config.mm_encoder_tp_mode == MmEncoderTpMode::kWeights;
-  const double image_sum =
-      ends * (on_every_rank ? grid.tp : 1) +
-      static_cast<double>(vision.layers) * block * (trains_tower ? (config.recompute_tower ? 4 : 3) : 1) +
-      projector * (1 + (trains_tower ? 1 : 0) + (config.freeze_projector ? 0 : 1));
-  const double pack = text_sum + static_cast<double>(shape.images_per_pack) * image_sum;
+  const double pack =
+      text_work(config, static_cast<double>(shape.sequence_length)) +
+      static_cast<double>(shape.images_per_pack) * image_work(config, config.vision.image_size, grid.tp);
   return static_cast<int64_t>(2 * pack * static_cast<double>(shape.global_batch_size));
+}
+
+int64_t pack_flops(const Step37Config& config, const parallel::RankGrid& grid, const PicturePack& pack,
+                   const CropOptions& crops) {
+  double work = 0.0;
+  const auto& ends = pack.packed.cu_seqlens;
+  for (int64_t i = 1; i < ends.numel(); ++i) {
+    work += text_work(config, static_cast<double>((ends[i] - ends[i - 1]).item<int32_t>()));
+  }
+  int64_t num_crops = 0;
+  for (const auto& picture : pack.pictures) num_crops += plan_crops(picture.width, picture.height, crops).num_crops();
+  work += static_cast<double>(pack.pictures.size()) * image_work(config, crops.global_side, grid.tp);
+  if (num_crops > 0) work += static_cast<double>(num_crops) * image_work(config, crops.crop_side, grid.tp);
+  return static_cast<int64_t>(2 * work);
 }
 
 MemoryBytes step_memory(const Step37Config& config, const parallel::RankGrid& grid, const StepShape& shape,

@@ -7,6 +7,7 @@
 
 #include "parallel/rank_grid.h"
 #include "parallel/recording_backend.h"
+#include "step37/data/picture_pack.h"
 #include "step37/program/model_size.h"
 #include "step37/step37_model.h"
 
@@ -60,6 +61,10 @@ std::vector<Traffic> step_traffic(const Step37Config& config, const parallel::Ra
 /// positions counts S/2 keys a query, a window of W (below S/2) W keys. With MmEncoderTpMode::kWeights what isn't split
 /// of the tower counts once for each tensor-parallel rank.
 int64_t step_flops(const Step37Config& config, const parallel::RankGrid& grid, const StepShape& shape);
+
+/// The same of a pack with its own sub-sequences (the padding is one, and computed as the others are) and pictures.
+int64_t pack_flops(const Step37Config& config, const parallel::RankGrid& grid, const PicturePack& pack,
+                   const CropOptions& crops);
 
 /// Bytes on a rank at the peak of a step.
 struct MemoryBytes {

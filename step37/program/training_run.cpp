@@ -110,8 +110,14 @@ std::string model_text(const RunConfig& config) {
 }
 
 std::string to_text(const RunState& state) {
-  nlohmann::ordered_json json{{"sampler", {{"epoch", state.sampler.epoch}, {"position", state.sampler.position}}},
-                              {"optimizer_steps", state.optimizer_steps}};
+  auto data = nlohmann::ordered_json::object();
+  for (const auto& [name, where] : state.data) {
+    data[name] = {{"epoch", where.sampler.epoch},
+                  {"position", where.sampler.position},
+                  {"num_samples", where.sampler.num_samples},
+                  {"credit", where.credit}};
+  }
+  nlohmann::ordered_json json{{"data", std::move(data)}, {"optimizer_steps", state.optimizer_steps}};
   if (state.tokenizer) {
     json["tokenizer"] = {{"hash", state.tokenizer->hash}, {"vocabulary_size", state.tokenizer->vocabulary_size}};
   }
@@ -131,7 +137,16 @@ RunState run_state_from_text(const std::string& text, const std::string& where,
       }
     }
     state.config = run_config_from_settings(kept, PublishedForm::from_text(model, where));
-    state.sampler = {integer_at(json.at("sampler"), "epoch"), integer_at(json.at("sampler"), "position")};
+    if (const auto sampler = json.find("sampler"); sampler != json.end()) {
+      // Of a version whose passes had other orders: the next one begins.
+      state.data[kDirectoryDataSet].sampler = {integer_at(*sampler, "epoch") + 1, 0};
+    } else {
+      for (const auto& [name, position] : json.at("data").items()) {
+        state.data[name] = {
+            {integer_at(position, "epoch"), integer_at(position, "position"), integer_at(position, "num_samples")},
+            position.at("credit").get<double>()};
+      }
+    }
     state.optimizer_steps = integer_at(json, "optimizer_steps");
     if (const auto found = json.find("tokenizer"); found != json.end()) {
       state.tokenizer = {found->at("hash").get<std::string>(), integer_at(*found, "vocabulary_size")};
@@ -273,23 +288,24 @@ std::optional<PublishedCheckpoint> published_weights(const RunConfig& config) {
   return checkpoint;
 }
 
-CaptionLoader::Options loader_options(const RunConfig& config, const Tokenizer& tokenizer, int tensor_parallel_size) {
-  CaptionLoader::Options options;
-  options.folder = config.data.directory;
-  options.format = caption_format(tokenizer, crop_options(config));
+BatchLoaderOptions loader_options(const RunConfig& config, const Tokenizer& tokenizer, int tensor_parallel_size) {
+  BatchLoaderOptions options;
+  options.format = sample_format(tokenizer, crop_options(config));
   options.packing.max_length = config.training.sequence_length;
   options.packing.pad_to = padding_multiple(tensor_parallel_size);
   options.packing.pad_token = tokenizer.pad_id();
+  options.packing.oversize = config.data.oversize;
   options.global_batch_size = config.training.global_batch_size;
   options.micro_batch_size = config.training.micro_batch_size;
   options.seed = static_cast<uint64_t>(config.training.seed);
   options.mm_encoder_tp_mode = config.parallel.mm_encoder_tp_mode;
+  options.num_decoding_threads = config.data.decoding_threads;
   return options;
 }
 
 CaptionerOptions captioner_options(const Tokenizer& tokenizer, const CropOptions& crops) {
   CaptionerOptions options;
-  options.format = caption_format(tokenizer, crops);
+  options.format = sample_format(tokenizer, crops);
   options.pad_id = tokenizer.pad_id();
   options.end_ids = {options.format.end_id};
   const auto& ids = options.format.picture_ids;
@@ -298,10 +314,8 @@ CaptionerOptions captioner_options(const Tokenizer& tokenizer, const CropOptions
   return options;
 }
 
-CaptionerOptions captioner_options(const RunConfig& config, const Tokenizer& tokenizer,
-                                   const std::filesystem::path& folder, int tensor_parallel_size) {
+CaptionerOptions captioner_options(const RunConfig& config, const Tokenizer& tokenizer, int tensor_parallel_size) {
   auto options = captioner_options(tokenizer, crop_options(config));
-  options.folder = folder;
   options.pad_to = config.parallel.sequence_parallel ? tensor_parallel_size : 1;
   options.max_new_tokens = config.report.max_new_tokens;
   return options;

@@ -11,7 +11,7 @@
 #include "megatron_cpp/data/sampler.h"
 #include "megatron_cpp/parameters/parameter_shard.h"
 #include "parallel/process_groups.h"
-#include "step37/data/caption_batches.h"
+#include "step37/data/batch_loader.h"
 #include "step37/data/tokenizer.h"
 #include "step37/program/captioner.h"
 #include "step37/program/run_config.h"
@@ -31,6 +31,14 @@ struct RunFiles {
   /// PublishedForm::to_text() of the model that the run was started from, with model.from or model.config.
   std::filesystem::path published() const { return directory / "published.json"; }
   std::filesystem::path lock() const { return directory / "lock"; }
+  /// What the search of a picture folder found, for the next start: of data.directory (no name) or of a data set.
+  std::filesystem::path picture_index(const std::string& name) const {
+    return directory / (name.empty() ? "pictures.index" : "pictures-" + name + ".index");
+  }
+  /// The paths of that folder's pictures, in the order in which the run's samplers number them.
+  std::filesystem::path picture_order(const std::string& name) const {
+    return directory / (name.empty() ? "pictures.order" : "pictures-" + name + ".order");
+  }
 };
 
 /// All bytes of a file.
@@ -77,7 +85,7 @@ TokenizerMark mark_of(const std::filesystem::path& path, const Tokenizer& tokeni
 /// What a checkpoint contains besides tensors.
 struct RunState {
   RunConfig config;
-  SamplerState sampler;
+  MixState data;  ///< where the data sets are
   int64_t optimizer_steps = 0;
   std::optional<TokenizerMark> tokenizer = std::nullopt;  ///< nullopt in checkpoints of old versions
 };
@@ -135,13 +143,12 @@ int64_t padding_multiple(int tensor_parallel_size);
 /// @throws c10::ValueError as PublishedCheckpoint does.
 std::optional<PublishedCheckpoint> published_weights(const RunConfig& config);
 
-/// How the run's pictures are packed and loaded: what its configuration says.
-CaptionLoader::Options loader_options(const RunConfig& config, const Tokenizer& tokenizer, int tensor_parallel_size);
+/// How the run's samples are packed and loaded: what its configuration says.
+BatchLoaderOptions loader_options(const RunConfig& config, const Tokenizer& tokenizer, int tensor_parallel_size);
 
 /// How a model captions that was trained with `tokenizer`: until the end token, without picture symbols.
 CaptionerOptions captioner_options(const Tokenizer& tokenizer, const CropOptions& crops);
 /// The same with the settings of the run.
-CaptionerOptions captioner_options(const RunConfig& config, const Tokenizer& tokenizer,
-                                   const std::filesystem::path& folder, int tensor_parallel_size);
+CaptionerOptions captioner_options(const RunConfig& config, const Tokenizer& tokenizer, int tensor_parallel_size);
 
 }  // namespace megatron_cpp::step37

@@ -23,7 +23,7 @@
 #include "parallel/runtime.h"
 #include "step37/checkpoint_names.h"
 #include "step37/program/forward_batch.h"
-#include "step37/program/run_pictures.h"
+#include "step37/program/run_data.h"
 #include "step37/program/shell_text.h"
 #include "step37/program/training_run.h"
 
@@ -161,22 +161,18 @@ class Verification {
 
   void read_captions() {
     const RunFiles files{config_.run.directory};
-    auto pictures = find_pictures(runtime_, world_, config_, files.directory / kIndexFile);
+    auto data = open_data(runtime_, world_, config_);
     parallel::agree_on(
         [&] {
           const bool is_there = !config_.run.fresh && std::filesystem::exists(files.tokenizer());
-          const auto tokenizer =
-              is_there ? Tokenizer::load(files.tokenizer()) : first_tokenizer(config_, pictures.training_captions);
-          vocabulary_size_ = tokenizer.vocab_size();
-          for (const auto& caption : pictures.training_captions) {
-            pictures.training.captions.push_back(tokenizer.encode(caption));
-          }
-          loader_options_ = loader_options(config_, tokenizer, runtime_.size());
+          tokenizer_.emplace(is_there ? Tokenizer::load(files.tokenizer()) : first_tokenizer(config_, data));
+          vocabulary_size_ = tokenizer_->vocab_size();
+          loader_options_ = loader_options(config_, *tokenizer_, runtime_.size());
         },
         world_.world);
     auto groups = one_;
     groups.world = world_.world;  // whose rank 0 alone warns about pictures
-    auto step = CaptionLoader(loader_options_, std::move(pictures.training), groups, {}, faults_).next().step;
+    auto step = BatchLoader(loader_options_, std::move(data.training), groups, {}, faults_).next().packs;
     packs_ = std::move(step.micro_batches);
     num_loss_tokens_ = step.num_loss_tokens;
     int64_t ids = 0;
@@ -191,9 +187,9 @@ class Verification {
 
   Step37Batch micro_batch(size_t number, const Step37Model& model, const parallel::GroupPtr& tp) {
     if (given_) return given_->batch;
-    auto images = load_pictures(packs_[number], loader_options_.format, loader_options_.folder,
-                                model->config().mm_encoder_tp_mode, tp, faults_);
-    return to_model_batch(packs_[number], std::move(images), runtime_.device());
+    const auto& pack = packs_[number];
+    auto images = load_pictures(pack.pictures, loader_options_.format, model->config().mm_encoder_tp_mode, tp, faults_);
+    return to_model_batch(pack.packed, std::move(images), runtime_.device());
   }
 
   Step37Config shape_of(const RunConfig& config) const {
@@ -474,8 +470,9 @@ class Verification {
   parallel::ProcessGroups world_;  ///< tp 1, dp the rest
   parallel::ProcessGroups one_;    ///< every group is this rank alone
   PictureFaults faults_;
-  CaptionLoader::Options loader_options_;
-  std::vector<CaptionPack> packs_;
+  std::optional<Tokenizer> tokenizer_;
+  BatchLoaderOptions loader_options_;
+  std::vector<PicturePack> packs_;
   std::optional<SafetensorsFile> file_;  ///< of the gradients from elsewhere
   std::optional<ForwardBatch> given_;    ///< its batch, in place of packs_
   int64_t num_loss_tokens_ = 0;

@@ -36,10 +36,11 @@ void check_settings(const step37::RunConfig& config) {
   for (const auto& [key, value] : settings) overrides.push_back(key + "=" + value);
   FUZZ_CHECK(step37::settings(step37::run_config_from_settings(overrides, config.published_form)) == settings);
 
-  const auto text = to_text(step37::RunState{.config = config, .sampler = {3, 4}, .optimizer_steps = 5});
+  const auto text =
+      to_text(step37::RunState{.config = config, .data = {{"directory", {{3, 4, 9}, 0.25}}}, .optimizer_steps = 5});
   const auto state = step37::run_state_from_text(text, "here", settings, step37::model_text(config));
   FUZZ_CHECK(step37::settings(state.config) == settings);
-  FUZZ_CHECK(state.sampler == (SamplerState{3, 4}) && state.optimizer_steps == 5);
+  FUZZ_CHECK((state.data == MixState{{"directory", {{3, 4, 9}, 0.25}}}) && state.optimizer_steps == 5);
 }
 
 /// What validation lets through can be computed with.

@@ -72,6 +72,8 @@ TEST(BalancedAssignment, BreaksTiesByItemAndRank) {
 
 TEST(BalancedAssignment, MayLeaveRanksEmpty) {
   EXPECT_TRUE(balanced_assignment({}, 4).empty());
+  EXPECT_EQ(balanced_assignment({9, 1, 1, 1}, 2, 2), (std::vector<int>{0, 1, 1, 0}));
+  EXPECT_THROW(balanced_assignment({1, 1, 1, 1, 1}, 2, 2), c10::ValueError);
   EXPECT_EQ(balanced_assignment({8}, 4), (std::vector<int>{0}));
   EXPECT_EQ(balanced_assignment({3, 1, 4}, 1), (std::vector<int>{0, 0, 0}));
 }

@@ -829,12 +829,16 @@ TEST_F(Pretrain, CaptionsAlikeAtEveryTensorParallelSize) {
     Step37Model model(model_config(state.config, tokenizer.vocab_size()), groups(tp).tp);
     model->to(runtime().device());
     reader.load(sharded_tensors(parameter_shards(*model), published_name, groups(tp)), UnusedTensors::kAllow);
-    auto options = captioner_options(state.config, tokenizer, pictures(), tp);
+    auto options = captioner_options(state.config, tokenizer, tp);
     options.max_new_tokens = 6;
-    const auto reference = reference_to(pictures(), picture, state.config.vision.image_size);
-    const auto caption = caption_picture(model, tokenizer, reference, tokenizer.encode("The"), options, groups(tp).tp,
-                                         runtime().device());
-    EXPECT_EQ(caption + "\n", expected);
+    const auto reference = reference_to(pictures() / picture, state.config.vision.image_size);
+    auto prompt = prompt_tokens({reference}, options.format);
+    const auto begin = tokenizer.encode("The");
+    prompt.insert(prompt.end(), begin.begin(), begin.end());
+    const auto ids = caption_ids(model, prompt, {reference}, options, groups(tp).tp, runtime().device());
+    auto caption = begin;
+    caption.insert(caption.end(), ids.begin(), ids.end());
+    EXPECT_EQ(tokenizer.decode(caption) + "\n", expected);
   }
 }
 
@@ -855,13 +859,13 @@ TEST_F(Pretrain, CaptionsAreTextOnly) {
     weight.select(0, tokenizer.id_of("<im_start>")).fill_(1.0);
     weight.select(0, tokenizer.id_of("<patch_start>")).fill_(-1.0);
   }
-  auto options = captioner_options(state.config, tokenizer, pictures(), 1);
+  auto options = captioner_options(state.config, tokenizer, 1);
   options.max_new_tokens = 3;
-  const auto reference = reference_to(pictures(), "picture3.png", state.config.vision.image_size);
-  std::string caption;
-  EXPECT_NO_THROW(caption =
-                      caption_picture(model, tokenizer, reference, {}, options, groups(1).tp, runtime().device()));
-  EXPECT_EQ(caption, tokenizer.decode(std::vector<int64_t>(3, tokenizer.unk_id())));
+  const auto reference = reference_to(pictures() / "picture3.png", state.config.vision.image_size);
+  const auto prompt = prompt_tokens({reference}, options.format);
+  std::vector<int64_t> ids;
+  EXPECT_NO_THROW(ids = caption_ids(model, prompt, {reference}, options, groups(1).tp, runtime().device()));
+  EXPECT_EQ(ids, std::vector<int64_t>(3, tokenizer.unk_id()));
 }
 
 }  // namespace megatron_cpp::step37

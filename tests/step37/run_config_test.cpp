@@ -334,8 +334,48 @@ TEST_F(RunConfigTest, AnOverrideWithoutEqualsIsRefused) {
 }
 
 TEST_F(RunConfigTest, RequiredKeysAreNamed) {
-  EXPECT_EQ(load_error(""), "x.yaml lacks data.directory, which has no default");
-  EXPECT_EQ(load_error("# nothing\n", {"data.directory=d"}), "x.yaml lacks model.hidden_size, which has no default");
+  EXPECT_EQ(load_error(""), "x.yaml lacks model.hidden_size, which has no default");
+}
+
+TEST_F(RunConfigTest, DataSetsOfAFileAndAnOverride) {
+  std::string file(kSmallest);
+  file.replace(
+      0, file.find('\n') + 1,
+      "data:\n  sets:\n    stamps: {path: 'p: q', weight: 2}\n    ducks:\n      path: d\n      shuffle: false\n");
+  const auto config = load(file);
+  const DataSetSections expected{{"ducks", {.path = "d", .shuffle = false}}, {"stamps", {.path = "p: q", .weight = 2}}};
+  EXPECT_EQ(config.data.sets, expected);
+  EXPECT_EQ(to_text(config.data.sets),
+            "{ducks: {kind: captions, path: d, shuffle: false}, stamps: {kind: captions, path: \"p: q\", weight: 2}}");
+  EXPECT_EQ(data_sets_from_text(to_text(config.data.sets)), expected);
+  EXPECT_NO_THROW(validate(config, 1));
+  EXPECT_EQ(load(file, {"data.sets={a: {path: b}}"}).data.sets, (DataSetSections{{"a", {.path = "b"}}}));
+  EXPECT_TRUE(load(file, {"data.sets="}).data.sets.empty());
+}
+
+TEST_F(RunConfigTest, WrongDataSetsAreRefused) {
+  const auto error = [&](const std::string& sets) { return override_error("data.sets=" + sets); };
+  const auto expect = [&](const std::string& sets, const std::string& reason) {
+    const auto text = error(sets);
+    EXPECT_NE(text.find("data sets by name (" + reason), std::string::npos) << text;
+  };
+  expect("{a: {kind: captions}}", "the data set a lacks path");
+  expect("{a: {kind: caption, path: b}}", "the data set a: kind caption is not one of captions");
+  expect("{a: {path: b, wieght: 1}}", "the data set a has no key wieght");
+  expect("{a: {path: b, weight: -1}}", "the data set a: weight -1 is negative");
+  expect("{a: {path: b, weight: much}}", "the data set a: weight must be a number, got much");
+  expect("{a: {path: b, path: c}}", "the data set a: the key path is given twice");
+  expect("{a: {path: b}, a: {path: c}}", "the data set a is given twice");
+  expect("{a b: {path: b}}", "the name 'a b' of a data set has other characters");
+  expect("{a: b}", "the data set a must hold keys");
+  expect("b", "names are missing");
+  expect("{a: [", "not YAML");
+  EXPECT_EQ(validation_error({"data.sets={a: {path: b}}"}),
+            "data.directory and data.sets are both given: a run needs one of them");
+  EXPECT_EQ(validation_error({"data.directory=", "data.sets={a: {path: b, weight: 0}}"}),
+            "the weights of data.sets are all 0");
+  EXPECT_NE(validation_error({"data.directory=", "data.sets={a: {path: ~/b}}"}).find("the path of the data set a"),
+            std::string::npos);
 }
 
 TEST_F(RunConfigTest, FilesThatArentConfigurationsAreRefused) {
@@ -631,7 +671,8 @@ TEST_F(RunConfigTest, WhatDoesntFitIsRefusedWithTheNumbers) {
             "training.global_batch_size 6 is not divisible by training.micro_batch_size 4 x data-parallel size 1");
   EXPECT_EQ(validation_error({"training.micro_batch_size=0"}), "training.micro_batch_size 0 is below 1");
   EXPECT_EQ(validation_error({"data.held_out=1"}), "data.held_out 1 is not in [0, 1)");
-  EXPECT_EQ(validation_error({"data.directory="}), "data.directory is empty");
+  EXPECT_EQ(validation_error({"data.directory="}),
+            "data.directory and data.sets are both empty: a run needs one of them");
   EXPECT_EQ(validation_error({"training.steps=0"}), "training.steps 0 is below 1");
   EXPECT_EQ(validation_error({"checkpoint.keep=0"}), "checkpoint.keep 0 is below 1");
   EXPECT_EQ(validation_error({"validation.packs=0"}), "validation.packs 0 is below 1");

@@ -1,4 +1,4 @@
-#include "step37/program/run_pictures.h"
+#include "step37/program/run_data.h"
 
 #include <c10/util/Exception.h>
 #include <fmt/format.h>
@@ -9,6 +9,8 @@
 #include <cstdio>
 #include <fstream>
 #include <iterator>
+#include <map>
+#include <memory>
 #include <sstream>
 #include <system_error>
 #include <thread>
@@ -16,6 +18,7 @@
 
 #include "parallel/agree.h"
 #include "parallel/runtime.h"
+#include "step37/data/caption_data_set.h"
 #include "step37/data/captioned_pictures.h"
 #include "step37/data/picture.h"
 #include "step37/data/utf8.h"
@@ -25,7 +28,7 @@
 namespace megatron_cpp::step37 {
 namespace {
 
-/// The bytes of the index file; empty if there is none.
+/// The bytes of a file; empty if there is none.
 std::string read_index(const std::filesystem::path& path) {
   std::ifstream file(path, std::ios::binary);
   return {std::istreambuf_iterator<char>(file), {}};
@@ -57,18 +60,6 @@ int64_t check_found(const CaptionedPictures& found, double max_unreadable) {
   return std::min(allowed, total - 1) - unreadable;  // all of them never may
 }
 
-CaptionLoader::Source source_of(std::vector<CaptionedPicture> pictures, std::vector<std::string>& captions) {
-  CaptionLoader::Source source;
-  source.pictures.reserve(pictures.size());
-  captions.reserve(pictures.size());
-  for (auto& picture : pictures) {
-    source.pictures.push_back(
-        {std::move(picture.path), picture.width, picture.height, picture.bytes, picture.modified});
-    captions.push_back(std::move(picture.caption));
-  }
-  return source;
-}
-
 /// Names and file sizes of a few pictures, as text with a NUL after each, to compare the folders of different hosts.
 std::string samples_of(const std::vector<CaptionedPicture>& pictures) {
   constexpr size_t kSamples = 64;
@@ -95,6 +86,101 @@ void check_samples(const std::filesystem::path& folder, const std::string& sampl
   }
 }
 
+/// Gives the pictures the numbers that an earlier start of the run gave them, so that its samplers go on when pictures
+/// were added or removed: those of `order`, their paths with a NUL after each, in its order, then the others. A removed
+/// one keeps its place, without a caption.
+void keep_order(const std::string& order, std::vector<CaptionedPicture>& pictures) {
+  if (order.empty()) return;
+  std::map<std::string, CaptionedPicture> left;
+  for (auto& picture : pictures) left.emplace(picture.path, std::move(picture));
+  pictures.clear();
+  std::istringstream paths(order);
+  for (std::string path; std::getline(paths, path, '\0');) {
+    auto found = left.extract(path);
+    pictures.push_back(found.empty() ? CaptionedPicture{.path = path, .caption = {}} : std::move(found.mapped()));
+  }
+  for (auto& [path, picture] : left) pictures.push_back(std::move(picture));
+}
+
+std::string order_of(const std::vector<CaptionedPicture>& pictures) {
+  std::string order;
+  for (const auto& picture : pictures) order += picture.path + '\0';
+  return order;
+}
+
+/// The data sets of the configuration, by name.
+DataSetSections data_sets_of(const DataSection& data) {
+  if (data.directory.empty()) return data.sets;
+  return {{kDirectoryDataSet, {.kind = DataSetKind::kCaptions, .path = data.directory}}};
+}
+
+void open_captions(const parallel::Runtime& runtime, const parallel::ProcessGroups& groups, const RunConfig& config,
+                   const std::string& name, const DataSetSection& section, RunData& data) {
+  const std::filesystem::path folder = section.path;
+  const auto file_name = config.data.directory.empty() ? name : "";
+  const auto index_file = RunFiles{config.run.directory}.picture_index(file_name);
+  const auto order_file = RunFiles{config.run.directory}.picture_order(file_name);
+  const bool is_main = runtime.rank() == 0;
+  const bool packs = groups.tp->getRank() == 0;
+  CaptionedPictures found;
+  std::string index;
+  std::string order;
+  std::string samples;
+  int64_t max_unreadable = 0;
+  parallel::agree_on(
+      [&] {
+        const WaitForAll wait(runtime);
+        if (!is_main) return;
+        const auto on_disk = config.run.fresh ? "" : read_index(index_file);
+        auto searched = search(folder, index_from_bytes(on_disk).value_or(PictureIndex{}));
+        index = to_bytes(searched);
+        found = pictures_of(std::move(searched), folder);
+        max_unreadable = check_found(found, config.data.max_unreadable);
+        samples = samples_of(found.pictures);
+        if (index != on_disk) data.indices.emplace_back(index_file, index);
+        const auto order_on_disk = config.run.fresh ? "" : read_index(order_file);
+        keep_order(order_on_disk, found.pictures);
+        order = order_of(found.pictures);
+        if (order != order_on_disk) data.indices.emplace_back(order_file, order);
+      },
+      groups.world);
+  // All replicas pack from the list of rank 0, even if a folder on another host has more pictures.
+  if (packs && groups.dp->getSize() > 1) {
+    index = parallel::broadcast_text(index, 0, groups.dp);
+    order = parallel::broadcast_text(order, 0, groups.dp);
+    if (!is_main) {
+      found = pictures_of(index_from_bytes(index).value(), folder);
+      keep_order(order, found.pictures);
+    }
+  }
+  samples = parallel::broadcast_text(samples, 0, groups.world);
+  data.max_unreadable += std::stoll(parallel::broadcast_text(fmt::to_string(max_unreadable), 0, groups.world));
+  parallel::agree_on(
+      [&] {
+        check_samples(folder, samples);
+        if (!packs) return;
+        const auto total = found.pictures.size();
+        const auto without_caption = found.left_out.without_caption_file.count + found.left_out.empty_captions.count;
+        auto split = split_held_out(std::move(found.pictures), config.data.held_out);
+        const auto count = [](const std::vector<CaptionedPicture>& pictures) {
+          return std::ranges::count_if(pictures, [](const auto& picture) { return !picture.caption.empty(); });
+        };
+        TORCH_CHECK_VALUE(count(split.training) > 0, printable(folder.string()), ": all ", total,
+                          " captioned pictures are held out (data.held_out ", config.data.held_out, ")");
+        data.summary.push_back(fmt::format("{} pictures to train on, {} held out, {} without a caption in {}",
+                                           count(split.training), count(split.held_out), without_caption,
+                                           printable(folder.string())));
+        const auto order = section.shuffle ? SampleOrder::kShuffled : SampleOrder::kSequential;
+        const auto add = [&](std::vector<CaptionedPicture> pictures, std::vector<WeightedDataSet>& sets) {
+          auto samples_of_set = std::make_shared<const CaptionDataSet>(folder, std::move(pictures));
+          sets.push_back({name, std::move(samples_of_set), section.weight, order});
+        };
+        add(std::move(split.training), data.training);
+        if (!split.held_out.empty()) add(std::move(split.held_out), data.held_out);
+      },
+      groups.world);
+}
+
 }  // namespace
 
 WaitForAll::~WaitForAll() {
@@ -107,54 +193,35 @@ WaitForAll::~WaitForAll() {
   }
 }
 
-RunPictures find_pictures(const parallel::Runtime& runtime, const parallel::ProcessGroups& groups,
-                          const RunConfig& config, const std::filesystem::path& index_file) {
-  const std::filesystem::path folder = config.data.directory;
-  const bool is_main = runtime.rank() == 0;
-  const bool packs = groups.tp->getRank() == 0;
-  RunPictures result;
-  CaptionedPictures found;
-  std::string index;
-  std::string samples;
-  parallel::agree_on(
-      [&] {
-        const WaitForAll wait(runtime);
-        if (!is_main) return;
-        const auto on_disk = config.run.fresh ? "" : read_index(index_file);
-        auto searched = search(folder, index_from_bytes(on_disk).value_or(PictureIndex{}));
-        index = to_bytes(searched);
-        found = pictures_of(std::move(searched), folder);
-        result.max_unreadable = check_found(found, config.data.max_unreadable);
-        samples = samples_of(found.pictures);
-        if (index != on_disk) result.index = index;
-      },
-      groups.world);
-  // All replicas pack from the list of rank 0, even if a folder on another host has more pictures.
-  if (packs && groups.dp->getSize() > 1) {
-    index = parallel::broadcast_text(index, 0, groups.dp);
-    if (!is_main) found = pictures_of(index_from_bytes(index).value(), folder);
+RunData open_data(const parallel::Runtime& runtime, const parallel::ProcessGroups& groups, const RunConfig& config) {
+  RunData data;
+  for (const auto& [name, section] : data_sets_of(config.data)) {
+    open_captions(runtime, groups, config, name, section, data);
   }
-  samples = parallel::broadcast_text(samples, 0, groups.world);
-  result.max_unreadable = std::stoll(parallel::broadcast_text(fmt::to_string(result.max_unreadable), 0, groups.world));
-  parallel::agree_on(
-      [&] {
-        check_samples(folder, samples);
-        if (!packs) return;
-        const auto total = found.pictures.size();
-        result.num_without_caption = found.left_out.without_caption_file.count + found.left_out.empty_captions.count;
-        auto split = split_held_out(std::move(found.pictures), config.data.held_out);
-        result.training = source_of(std::move(split.training), result.training_captions);
-        result.held_out = source_of(std::move(split.held_out), result.held_out_captions);
-        TORCH_CHECK_VALUE(!result.training.pictures.empty(), printable(folder.string()), ": all ", total,
-                          " captioned pictures are held out (data.held_out ", config.data.held_out, ")");
-      },
-      groups.world);
-  return result;
+  return data;
 }
 
-Tokenizer train_tokenizer(const std::vector<std::string>& captions, int64_t vocabulary_size) {
-  auto tokenizer = Tokenizer::train(captions, vocabulary_size);
-  const auto needed = Tokenizer::needed(captions);
+std::vector<std::string> training_texts(const RunData& data) {
+  constexpr int64_t kMost = 1'000'000;
+  int64_t total = 0;
+  for (const auto& data_set : data.training) total += data_set.samples->num_samples();
+  const int64_t taken = std::min(total, kMost);
+  std::vector<std::string> texts;
+  int64_t before = 0;  // samples of the data sets before this one
+  int64_t number = 0;
+  for (const auto& data_set : data.training) {
+    const int64_t end = before + data_set.samples->num_samples();
+    for (; number < taken && number * total / taken < end; ++number) {
+      std::ranges::move(data_set.samples->texts(number * total / taken - before), std::back_inserter(texts));
+    }
+    before = end;
+  }
+  return texts;
+}
+
+Tokenizer train_tokenizer(const std::vector<std::string>& texts, int64_t vocabulary_size) {
+  auto tokenizer = Tokenizer::train(texts, vocabulary_size);
+  const auto needed = Tokenizer::needed(texts);
   if (needed.vocab_size > vocabulary_size) {
     const auto text = fmt::format(
         "warning: data.vocabulary_size {} is too small: the captions have {} different characters, so at least {}; "
@@ -165,12 +232,12 @@ Tokenizer train_tokenizer(const std::vector<std::string>& captions, int64_t voca
   return tokenizer;
 }
 
-Tokenizer first_tokenizer(const RunConfig& config, const std::vector<std::string>& captions) {
+Tokenizer first_tokenizer(const RunConfig& config, const RunData& data) {
   const std::filesystem::path from = config.model.from;
-  if (from.empty()) return train_tokenizer(captions, config.data.vocabulary_size);
+  if (from.empty()) return train_tokenizer(training_texts(data), config.data.vocabulary_size);
   const int64_t V = config.published->text.vocabulary_size;
   if (!PublishedCheckpoint::is_at(from)) {
-    return train_tokenizer(captions, std::min(config.data.vocabulary_size, V));
+    return train_tokenizer(training_texts(data), std::min(config.data.vocabulary_size, V));
   }
   const auto file = RunFiles{from}.tokenizer();
   TORCH_CHECK_VALUE(std::filesystem::exists(file), from.string(), " has no ", file.filename().string(),
@@ -181,11 +248,13 @@ Tokenizer first_tokenizer(const RunConfig& config, const std::vector<std::string
   return tokenizer;
 }
 
-int64_t num_too_long(const CaptionLoader::Source& source, const CaptionLoader::Options& options) {
+int64_t num_too_long(const std::vector<WeightedDataSet>& sets, const BatchLoaderOptions& options) {
   int64_t count = 0;
-  for (size_t i = 0; i < source.pictures.size(); ++i) {
-    const auto sample = caption_sample(source.pictures[i], source.captions[i], options.format);
-    if (static_cast<int64_t>(sample.tokens.size()) - 1 > options.packing.max_length) ++count;
+  for (const auto& data_set : sets) {
+    for (int64_t i = 0; i < data_set.samples->num_samples(); ++i) {
+      const auto num_tokens = static_cast<int64_t>(data_set.samples->sample(i, options.format).tokens.size());
+      if (num_tokens - 1 > options.packing.max_length) ++count;
+    }
   }
   return count;
 }
