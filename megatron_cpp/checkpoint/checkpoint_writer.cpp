@@ -4,7 +4,6 @@
 
 #include <cstring>
 #include <map>
-#include <set>
 #include <utility>
 
 #include "megatron_cpp/checkpoint/checkpoint_folder.h"
@@ -108,95 +107,7 @@ void publish(const fs::path& partial, const fs::path& folder, const CheckpointMa
   internal::point_latest(directory, folder.filename());
 }
 
-/// Whether this rank writes its elements of a parameter: of the ranks that hold the same ones only the first does.
-bool writes(const GradientDomain& domain, bool is_divided, const parallel::ProcessGroups& groups) {
-  const auto replicas = domain.replicated_over();
-  if (!is_divided) return groups.of(replicas)->getRank() == 0;
-  // Divided over the group that gradients are summed over. If the parameter has more replicas, these are over tp.
-  return domain.summed_over == replicas || groups.tp->getRank() == 0;
-}
-
-/// A box of a rank's tensor, and its values, in the shape of the box.
-struct LocalPart {
-  Box box;
-  at::Tensor values;
-};
-
-/// The part of a segment that the boxes of a rank's tensor hold; without elements if they hold none.
-void append_segment(std::vector<ShardedTensor>& result, const ParameterSegment& segment,
-                    const std::vector<LocalPart>& parts, const at::TensorOptions& options, const TensorId& id,
-                    bool is_written) {
-  bool is_empty = true;
-  for (const auto& [box, values] : parts) {
-    const auto held = intersection(box, {segment.local_begin, segment.box.length});
-    if (!held) continue;
-    is_empty = false;
-    Box global = *held;
-    for (size_t d = 0; d < global.begin.size(); ++d) {
-      global.begin[d] += segment.box.begin[d] - segment.local_begin[d];
-    }
-    result.push_back({id, view_of(values, box, *held), segment.global_shape, {std::move(global)}, is_written});
-  }
-  if (!is_empty) return;
-  Box nothing = segment.box;
-  nothing.length.front() = 0;
-  const auto values = at::empty(nothing.length, options);
-  result.push_back({id, values, segment.global_shape, {std::move(nothing)}, is_written});
-}
-
-/// `values` are those of the elements `range` of a tensor of this shape.
-std::vector<LocalPart> local_parts(const at::Tensor& values, at::IntArrayRef shape, parallel::Range range) {
-  std::vector<LocalPart> parts;
-  int64_t first = 0;
-  for (auto& box : boxes_of_range(Box::whole(shape.vec()), range)) {
-    const int64_t numel = box.numel();
-    auto part = values.narrow(0, first, numel).view(box.length);
-    parts.push_back({std::move(box), std::move(part)});
-    first += numel;
-  }
-  return parts;
-}
-
 }  // namespace
-
-std::vector<ShardedTensor> sharded_tensors(const std::vector<ParameterShard>& parameters,
-                                           const CheckpointName& published_name,
-                                           const parallel::ProcessGroups& groups) {
-  std::vector<ShardedTensor> result;
-  for (const auto& shard : parameters) {
-    const auto values = shard.parameter.detach();
-    for (const auto& segment : shard.segments) {
-      append_segment(result, segment, {{Box::whole(values.sizes().vec()), values}}, values.options(),
-                     {published_name(segment.name)}, writes(shard.domain, /*is_divided=*/false, groups));
-    }
-  }
-  return result;
-}
-
-std::vector<ShardedTensor> sharded_tensors(const std::vector<ParameterShard>& parameters, const AdamW& optimizer,
-                                           const CheckpointName& published_name,
-                                           const parallel::ProcessGroups& groups) {
-  std::set<std::string> updated;
-  for (const auto& slice : optimizer.slices()) updated.insert(slice.shard.name);
-  std::vector<ParameterShard> others;
-  for (const auto& shard : parameters) {
-    if (!updated.contains(shard.name)) others.push_back(shard);
-  }
-  auto result = sharded_tensors(others, published_name, groups);
-  for (const auto& slice : optimizer.slices()) {
-    const auto& shard = slice.shard;
-    const bool is_written = writes(shard.domain, slice.is_divided, groups);
-    for (const auto& [role, values] : {std::pair{TensorRole::kParameter, slice.main},
-                                       {TensorRole::kExpAvg, slice.exp_avg},
-                                       {TensorRole::kExpAvgSq, slice.exp_avg_sq}}) {
-      const auto parts = local_parts(values, shard.parameter.sizes(), slice.elements);
-      for (const auto& segment : shard.segments) {
-        append_segment(result, segment, parts, values.options(), {published_name(segment.name), role}, is_written);
-      }
-    }
-  }
-  return result;
-}
 
 fs::path save_checkpoint(const fs::path& directory, const CheckpointContents& contents, const parallel::GroupPtr& world,
                          const SaveCheckpointOptions& options) {

@@ -64,14 +64,16 @@ struct ShardedTensor {
 /// The name of a parameter or segment in this program -> its name in a checkpoint.
 using CheckpointName = std::function<std::string(const std::string&)>;
 
-/// The segments of all parameters, in their order. Of the ranks that hold the same part
-/// (GradientDomain::replicated_over) only the first writes. A segment without elements (a vocabulary shard that is all
-/// padding) gives an entry, too, so that every rank asks a checkpoint for the same tensors. Not collective.
+/// The segments of all parameters, in their order. The ranks that hold the same part (GradientDomain::replicated_over)
+/// share the writing out by bytes, to a row: each writes the tensors or rows (of dimension 0) of its share, and lists
+/// the others, too, for loading. A segment without elements (a vocabulary shard that is all padding) gives an entry, so
+/// that every rank asks a checkpoint for the same tensors. Not collective.
 std::vector<ShardedTensor> sharded_tensors(const std::vector<ParameterShard>& parameters,
                                            const CheckpointName& published_name, const parallel::ProcessGroups& groups);
 
 /// The same of the parameters and the optimizer's moments: of a parameter that the optimizer updates, this rank's
 /// elements in ParameterSlice::main and the moments, as few boxes as that takes; one without elements if it has none.
+/// What the optimizer divides over the ranks (ParameterSlice::is_divided) is written by its owner.
 /// After loading call Trainer::write_parameters(). (num_steps() is a number: it belongs in CheckpointContents::state.)
 /// Not collective.
 std::vector<ShardedTensor> sharded_tensors(const std::vector<ParameterShard>& parameters, const AdamW& optimizer,
