@@ -16,6 +16,7 @@
 
 #include "megatron_cpp/checkpoint/checkpoint_manifest.h"
 #include "megatron_cpp/checkpoint/complete_file.h"
+#include "megatron_cpp/checkpoint/save_points.h"
 #include "megatron_cpp/checkpoint/sharded_checkpoint.h"
 #include "parallel/agree.h"
 #include "parallel/errors.h"
@@ -147,6 +148,7 @@ void point_latest(const fs::path& directory, const fs::path& name) {
   std::error_code error;
   std::error_code ignored;
   fs::create_directory_symlink(name, link, error);
+  save_point("latest_moving");
   if (!error) fs::rename(link, latest, error);
   TORCH_CHECK(!internal::means_lost_data(error.value()), "cannot make the link ", latest.string(), ": ",
               error.message());
@@ -158,6 +160,7 @@ void point_latest(const fs::path& directory, const fs::path& name) {
     return;
   }
   flush_folder(directory);
+  save_point("latest_moved");
 }
 
 void remove_old(const fs::path& directory, int64_t step, int64_t keep_last) {
@@ -168,6 +171,7 @@ void remove_old(const fs::path& directory, int64_t step, int64_t keep_last) {
       const fs::path doomed = partial_of(folder);
       std::error_code error;
       fs::rename(folder, doomed, error);  // half removed, it must not be called step-N
+      save_point("old_removing");
       if (!error) fs::remove_all(doomed, error);
       if (error) {
         TORCH_WARN("cannot remove the old checkpoint ", folder.string(), ": ", error.message());

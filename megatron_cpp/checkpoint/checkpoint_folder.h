@@ -24,7 +24,7 @@ void move_into_place(const std::filesystem::path& partial, const std::filesystem
 void point_latest(const std::filesystem::path& directory, const std::filesystem::path& name);
 
 /// Removes checkpoints up to `step`, except the `keep_last` newest. Later ones belong to another run and stay. A
-/// failure is only a warning: the new checkpoint is complete, and the other ranks have gone on.
+/// failure is only a warning: the new checkpoint is complete.
 void remove_old(const std::filesystem::path& directory, int64_t step, int64_t keep_last);
 
 }  // namespace megatron_cpp::internal

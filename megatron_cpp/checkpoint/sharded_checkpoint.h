@@ -108,7 +108,8 @@ struct SaveCheckpointOptions {
 ///         don't cover every element of a tensor exactly once (naming it); `latest` and older checkpoints then stay as
 ///         they were.
 /// Collective over `world`: the lists of pieces (about 100 bytes per tensor and rank) in two all-gathers, sizes and
-/// checksums of files in three, and four calls of agree(); no values are sent.
+/// checksums of files in three, and four calls of agree(); no values are sent. CheckpointSaver does the same while
+/// training goes on.
 std::filesystem::path save_checkpoint(const std::filesystem::path& directory, const CheckpointContents& contents,
                                       const parallel::GroupPtr& world, const SaveCheckpointOptions& options = {});
 
