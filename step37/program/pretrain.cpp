@@ -14,7 +14,9 @@
 #include <utility>
 #include <vector>
 
+#include "megatron_cpp/checkpoint/checkpoint_saver.h"
 #include "megatron_cpp/checkpoint/complete_file.h"
+#include "megatron_cpp/checkpoint/sharded_checkpoint.h"
 #include "megatron_cpp/training/metrics_file.h"
 #include "megatron_cpp/training/trainer.h"
 #include "megatron_cpp/training/training_loop.h"
@@ -302,16 +304,14 @@ class PretrainRun {
     say(fmt::format("resuming after step {} from {}", state.optimizer_steps, resume_from_->string()));
   }
 
-  void save_checkpoint(int64_t step, const MixState& data) {
+  CheckpointContents contents(int64_t step, const MixState& data) const {
     const RunState state{config_, data, step, tokenizer_mark_};
-    const CheckpointContents contents{.step = step,
-                                      .state = to_text(state),
-                                      .tensors = tensors(),
-                                      .model = model_text(config_),
-                                      .tokenizer = tokenizer_mark_.hash,
-                                      .configuration = settings(config_)};
-    megatron_cpp::save_checkpoint(files_.checkpoints(), contents, groups_.world,
-                                  {.keep_last = config_.checkpoint.keep});
+    return {.step = step,
+            .state = to_text(state),
+            .tensors = tensors(),
+            .model = model_text(config_),
+            .tokenizer = tokenizer_mark_.hash,
+            .configuration = settings(config_)};
   }
 
   /// The signal that asked any rank to stop, equal on all ranks; 0: none. Collective: all-reduces a number on the CPU.
@@ -334,6 +334,8 @@ class PretrainRun {
     const StopSignals signals;  // before this there is nothing to save
     int signal = 0;
     MixState data;  // after the step
+    const SaveCheckpointOptions save_options{.keep_last = config_.checkpoint.keep};
+    CheckpointSaver saver(files_.checkpoints(), groups_.world, save_options);
     TrainingLoopCallbacks callbacks;
     callbacks.next_batch = [&] {
       auto loaded = std::make_shared<BatchLoader::LoadedStep>(loader.next());
@@ -346,9 +348,13 @@ class PretrainRun {
       metrics->write(line);
       progress.show(line);
     };
-    callbacks.save = [&](int64_t step) { save_checkpoint(step, data); };
+    callbacks.save = [&](int64_t step) {
+      if (config_.checkpoint.asynchronous) return saver.start(contents(step, data));
+      save_checkpoint(files_.checkpoints(), contents(step, data), groups_.world, save_options);
+    };
     // A signal may reach the ranks at different steps, or only one rank.
     callbacks.stops = [&] {
+      saver.poll();
       signal = agreed_stop_signal();
       return signal != 0;
     };
@@ -357,6 +363,7 @@ class PretrainRun {
     options.validation_interval = config_.validation.interval;
     options.checkpoint_interval = config_.checkpoint.interval;
     const int64_t last_step = run_training_loop(*trainer_, options, callbacks);
+    saver.finish();
     if (signal != 0) {
       say(fmt::format(
           "\nstopped by SIG{} after step {} of {}, which is saved: start the same command again, and it goes on",

@@ -170,8 +170,11 @@ struct ValidationSection {
 };
 
 struct CheckpointSection {
-  int64_t interval = 0;            ///< steps; 0: at the end only
-  int64_t keep = 2;                ///< number of newest checkpoints to keep
+  int64_t interval = 0;  ///< steps; 0: at the end only
+  int64_t keep = 2;      ///< number of newest checkpoints to keep
+  /// Write while training goes on (CheckpointSaver). The files are the same; it takes a copy of a rank's file in host
+  /// memory.
+  bool asynchronous = true;
   bool pass_over_damaged = false;  ///< resume from an older checkpoint if files of the newest are damaged
   std::string export_to;  ///< written as `export`: folder for the last step in the published layout, relative to
                           ///< run.directory; empty: none
