@@ -170,10 +170,10 @@ void open_captions(const parallel::Runtime& runtime, const parallel::ProcessGrou
         data.summary.push_back(fmt::format("{} pictures to train on, {} held out, {} without a caption in {}",
                                            count(split.training), count(split.held_out), without_caption,
                                            printable(folder.string())));
-        const auto order = section.shuffle ? SampleOrder::kShuffled : SampleOrder::kSequential;
+        const auto draws = section.shuffle ? SampleOrder::kShuffled : SampleOrder::kSequential;
         const auto add = [&](std::vector<CaptionedPicture> pictures, std::vector<WeightedDataSet>& sets) {
           auto samples_of_set = std::make_shared<const CaptionDataSet>(folder, std::move(pictures));
-          sets.push_back({name, std::move(samples_of_set), section.weight, order});
+          sets.push_back({name, std::move(samples_of_set), section.weight, draws});
         };
         add(std::move(split.training), data.training);
         if (!split.held_out.empty()) add(std::move(split.held_out), data.held_out);

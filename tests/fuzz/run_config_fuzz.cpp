@@ -40,7 +40,7 @@ void check_settings(const step37::RunConfig& config) {
       to_text(step37::RunState{.config = config, .data = {{"directory", {{3, 4, 9}, 0.25}}}, .optimizer_steps = 5});
   const auto state = step37::run_state_from_text(text, "here", settings, step37::model_text(config));
   FUZZ_CHECK(step37::settings(state.config) == settings);
-  FUZZ_CHECK((state.data == MixState{{"directory", {{3, 4, 9}, 0.25}}}) && state.optimizer_steps == 5);
+  FUZZ_CHECK((state.data == step37::MixState{{"directory", {{3, 4, 9}, 0.25}}}) && state.optimizer_steps == 5);
 }
 
 /// What validation lets through can be computed with.

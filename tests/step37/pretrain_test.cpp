@@ -624,7 +624,7 @@ TEST_F(Pretrain, RefusesReplicasWithOtherPictures) {
   EXPECT_TRUE(contains(text, "rank 1 of "));
 }
 
-TEST_F(Pretrain, SaysHowManyPicturesFitIntoNoPack) {
+TEST_F(Pretrain, SaysHowManySamplesFitIntoNoPack) {
   on_main([&] {
     std::string caption;
     for (int i = 0; i < 200; ++i) caption += "red ball ";
@@ -633,7 +633,9 @@ TEST_F(Pretrain, SaysHowManyPicturesFitIntoNoPack) {
   if (runtime().rank() == 0) testing::internal::CaptureStdout();
   pretrain("run", runtime().size(), {"training.steps=1"});
   if (runtime().rank() != 0) return;
-  EXPECT_TRUE(contains(testing::internal::GetCapturedStdout(), "with their captions: 1\n"));
+  EXPECT_TRUE(
+      contains(testing::internal::GetCapturedStdout(),
+               "samples left out because they take more than the 128 positions of training.sequence_length: 1\n"));
 }
 
 /// Leaves a picture's header and takes the rest.
