@@ -83,8 +83,8 @@ class MixedSampler {
 
   /// Where a data set of the mix is.
   struct State {
-    SamplerState sampler = {};
-    double credit = 0.0;  ///< draws that it is behind its share, in (-1, n) for n data sets; 0 at the beginning
+    SamplerState sampler = {};  ///< of the data set alone
+    double credit = 0.0;        ///< draws that it is behind its share, in (-1, n) for n data sets; 0 at the beginning
 
     bool operator==(const State&) const = default;
   };
