@@ -215,7 +215,9 @@ class FormatVersion1(FieldTest):
             shutil.copytree(CASES / "checkpoint_v1/run", self.folder / "run")
             self.assertSucceeds(self.pretrain(f"parallel.tensor={ranks}", "training.steps=4", ranks=ranks))
             lines = (self.folder / "run/metrics.jsonl").read_text().splitlines()
-            self.assertEqual([json.loads(line)["loss"] for line in lines[2:]], [5.482266664505005, 5.454863548278809])
+            # The passes of that version had other orders: the four samples of a step are added up in another one.
+        for line, loss in zip(lines[2:], [5.482266664505005, 5.454863548278809], strict=True):
+            self.assertAlmostEqual(json.loads(line)["loss"], loss, delta=1e-6)
             for step, version in ((2, 1), (4, 3)):
                 manifest = json.loads((self.folder / f"run/checkpoints/step-{step:08}/manifest.json").read_text())
                 self.assertEqual(manifest["format_version"], version)
