@@ -143,11 +143,6 @@ PicturePack joined(std::vector<PicturePack> packs) {
 /// The seed of a data set: equal for the data sets of one name, so that a checkpoint's state goes on.
 uint64_t seed_of(uint64_t seed, const std::string& name) { return parallel::stable_hash(name) ^ seed; }
 
-void add_sample(PictureSample& sample, std::string name, PicturePack& pack) {
-  std::ranges::move(sample.pictures, std::back_inserter(pack.pictures));
-  pack.samples.push_back(std::move(name));
-}
-
 }  // namespace
 
 PictureSample broadcast_sample(const PictureSample& sample, const parallel::GroupPtr& tp) {
@@ -212,14 +207,11 @@ StepPacks BatchLoader::make_step() {
     const auto before = sampler_->state();
     const auto draw = sampler_->next();
     const auto& samples = *mix_[static_cast<size_t>(draw.data_set)].samples;
-    auto sample = samples.sample(draw.sample, options_.format);
-    const auto result = sample.tokens.empty() ? SamplePacker::Result::kDropped : packer_.add(sample);
+    const auto result = packer_.add(samples.sample(draw.sample, options_.format), samples.name(draw.sample));
     if (result == SamplePacker::Result::kAdded) {
-      add_sample(sample, samples.name(draw.sample), open_);
       passed_over = 0;
     } else if (result == SamplePacker::Result::kFull) {
-      open_.packed = packer_.finish();
-      packs.push_back(std::exchange(open_, {}));
+      packs.push_back(packer_.finish());
       count_pack(packs.back(), step);
       sampler_->restore(before);  // the sample goes into the next pack, which may be in the next step
     } else {
@@ -228,20 +220,8 @@ StepPacks BatchLoader::make_step() {
                         " positions");
     }
   }
-  const int replicas = groups_.dp->getSize();
-  std::vector<int64_t> costs(packs.size(), 0);  // equal costs give no reason to move a pack
-  if (options_.pack_cost) std::ranges::transform(packs, costs.begin(), options_.pack_cost);
-  std::vector<size_t> own;
-  if (options_.pack_cost && replicas > 1) {
-    own = balanced_packs(costs, replicas)[static_cast<size_t>(groups_.dp->getRank())];
-  } else {
-    const auto range = parallel::even_shard(options_.global_batch_size, replicas, groups_.dp->getRank(),
-                                            "global batch size", "data-parallel");
-    own.resize(static_cast<size_t>(range.length()));
-    std::iota(own.begin(), own.end(), static_cast<size_t>(range.begin));
-  }
   std::vector<PicturePack> micro_batch;
-  for (const size_t i : own) {
+  for (const size_t i : own_packs(packs)) {
     micro_batch.push_back(std::move(packs[i]));
     if (static_cast<int64_t>(micro_batch.size()) < options_.micro_batch_size) continue;
     step.micro_batches.push_back(joined(std::exchange(micro_batch, {})));
@@ -249,6 +229,22 @@ StepPacks BatchLoader::make_step() {
   const auto states = sampler_->state();
   for (size_t i = 0; i < mix_.size(); ++i) step.next[mix_[i].name] = states[i];
   return step;
+}
+
+/// This data-parallel rank's, by index.
+std::vector<size_t> BatchLoader::own_packs(const std::vector<PicturePack>& packs) const {
+  const int replicas = groups_.dp->getSize();
+  const int rank = groups_.dp->getRank();
+  if (options_.pack_cost && replicas > 1) {
+    std::vector<int64_t> costs;
+    std::ranges::transform(packs, std::back_inserter(costs), options_.pack_cost);
+    return balanced_packs(costs, replicas)[static_cast<size_t>(rank)];
+  }
+  const auto range =
+      parallel::even_shard(options_.global_batch_size, replicas, rank, "global batch size", "data-parallel");
+  std::vector<size_t> own(static_cast<size_t>(range.length()));
+  std::iota(own.begin(), own.end(), static_cast<size_t>(range.begin));
+  return own;
 }
 
 /// Returns the seconds for which it waited.
@@ -303,25 +299,17 @@ StepPacks pack_once(const std::vector<WeightedDataSet>& sets, const std::optiona
   if (groups.tp->getRank() == 0) {
     std::vector<PicturePack> packs;
     const auto most = static_cast<size_t>(max_packs.value_or(std::numeric_limits<int64_t>::max()));
-    SamplePacker packer(options.packing);
-    PicturePack open;
-    const auto finish = [&] {
-      open.packed = packer.finish();
-      packs.push_back(std::exchange(open, {}));
-    };
+    PicturePacker packer(options.packing);
     for (const auto& data_set : sets) {
       for (int64_t i = 0; i < data_set.samples->num_samples() && packs.size() < most; ++i) {
-        auto sample = data_set.samples->sample(i, options.format);
-        if (sample.tokens.empty()) continue;
-        auto result = packer.add(sample);
-        if (result == SamplePacker::Result::kFull) {
-          finish();
-          result = packer.add(sample);
-        }
-        if (result == SamplePacker::Result::kAdded) add_sample(sample, data_set.samples->name(i), open);
+        const auto sample = data_set.samples->sample(i, options.format);
+        const auto name = data_set.samples->name(i);
+        if (packer.add(sample, name) != SamplePacker::Result::kFull) continue;
+        packs.push_back(packer.finish());
+        packer.add(sample, name);
       }
     }
-    if (!packer.empty() && packs.size() < most) finish();
+    if (!packer.empty() && packs.size() < most) packs.push_back(packer.finish());
     const auto replicas = static_cast<size_t>(groups.dp->getSize());
     for (size_t i = 0; i < packs.size(); ++i) {
       count_pack(packs[i], step);

@@ -106,13 +106,13 @@ class BatchLoader {
  private:
   double load_ahead();
   StepPacks make_step();
+  std::vector<size_t> own_packs(const std::vector<PicturePack>& packs) const;
 
   Options options_;
   std::vector<WeightedDataSet> mix_;
   parallel::ProcessGroups groups_;
-  std::optional<MixedSampler> sampler_;  ///< on tensor-parallel rank 0, as the next two
-  SamplePacker packer_;
-  PicturePack open_;  ///< pictures and names of the samples in packer_
+  std::optional<MixedSampler> sampler_;  ///< on tensor-parallel rank 0
+  PicturePacker packer_;
   PictureFaults& faults_;
   // The destructors of these two wait for their threads, before anything else is gone.
   std::future<StepPacks> packed_;   ///< the step after the one that is decoded

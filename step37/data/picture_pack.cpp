@@ -69,6 +69,20 @@ ImageForInsert group_of(int64_t token, int64_t side, const std::vector<at::Tenso
 
 }  // namespace
 
+SamplePacker::Result PicturePacker::add(const PictureSample& sample, const std::string& name) {
+  const auto result = sample.tokens.empty() ? SamplePacker::Result::kDropped : packer_.add(sample);
+  if (result == SamplePacker::Result::kAdded) {
+    open_.pictures.insert(open_.pictures.end(), sample.pictures.begin(), sample.pictures.end());
+    open_.samples.push_back(name);
+  }
+  return result;
+}
+
+PicturePack PicturePacker::finish() {
+  open_.packed = packer_.finish();
+  return std::exchange(open_, {});
+}
+
 std::vector<int64_t> assign_pictures(const std::vector<PictureReference>& pictures, const CropOptions& crops, int t) {
   std::vector<int64_t> costs;
   costs.reserve(pictures.size());

@@ -24,6 +24,26 @@ struct PicturePack {
   std::vector<std::string> samples;  ///< DataSet::name of each
 };
 
+/// A SamplePacker that keeps the pictures and names of the samples beside their tokens.
+class PicturePacker {
+ public:
+  /// @throws c10::ValueError as PackingOptions::validate().
+  explicit PicturePacker(const PackingOptions& options) : packer_(options) {}
+
+  /// As SamplePacker::add. A sample without tokens is dropped.
+  SamplePacker::Result add(const PictureSample& sample, const std::string& name);
+
+  /// Whether no sample was added since the last finish().
+  bool empty() const { return packer_.empty(); }
+
+  /// As SamplePacker::finish.
+  PicturePack finish();
+
+ private:
+  SamplePacker packer_;
+  PicturePack open_;  ///< pictures and names of the samples in packer_
+};
+
 /// The tensor-parallel rank that decodes each picture and runs the tower on all its views: balanced by patches.
 std::vector<int64_t> assign_pictures(const std::vector<PictureReference>& pictures, const CropOptions& crops, int t);
 
