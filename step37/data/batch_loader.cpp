@@ -4,7 +4,6 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <chrono>
 #include <iterator>
 #include <nlohmann/json.hpp>
 #include <numeric>
@@ -19,9 +18,6 @@ namespace megatron_cpp::step37 {
 namespace {
 
 using Json = nlohmann::json;
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
 
 template <class Value>
 std::vector<Value> values_of(const at::Tensor& tensor) {
@@ -37,8 +33,8 @@ at::Tensor tensor_of(const Json& json, at::IntArrayRef shape, at::ScalarType dty
 
 Json to_json(const std::vector<PictureReference>& pictures) {
   auto json = Json::array();
-  for (const auto& [path, width, height, bytes, modified, offset] : pictures) {
-    json.push_back({path, width, height, bytes, modified, offset});
+  for (const auto& [path, width, height, bytes, modified] : pictures) {
+    json.push_back({path, width, height, bytes, modified});
   }
   return json;
 }
@@ -46,7 +42,7 @@ Json to_json(const std::vector<PictureReference>& pictures) {
 std::vector<PictureReference> pictures_from_json(const Json& json) {
   std::vector<PictureReference> pictures;
   for (const auto& picture : json) {
-    pictures.push_back({picture[0], picture[1], picture[2], picture[3], picture[4], picture[5]});
+    pictures.push_back({picture[0], picture[1], picture[2], picture[3], picture[4]});
   }
   return pictures;
 }
@@ -247,16 +243,12 @@ std::vector<size_t> BatchLoader::own_packs(const std::vector<PicturePack>& packs
   return own;
 }
 
-/// Returns the seconds for which it waited.
-double BatchLoader::load_ahead() {
-  const auto begin = Clock::now();
-  double waited = 0.0;
+void BatchLoader::load_ahead() {
   StepPacks step;
   parallel::agree_on(
       [&] {
         if (groups_.tp->getRank() != 0) return;
         step = packed_.get();
-        waited = seconds_since(begin);
         packed_ = std::async(std::launch::async, [this] { return make_step(); });
       },
       groups_.tp);
@@ -274,13 +266,10 @@ double BatchLoader::load_ahead() {
     loaded.packs = std::move(step);
     return loaded;
   });
-  return waited;
 }
 
 BatchLoader::LoadedStep BatchLoader::next() {
-  const auto begin = Clock::now();
   auto loaded = loaded_.get();
-  loaded.seconds_waited = seconds_since(begin);
   faults_.share(groups_.world);
   if (faults_.any_changed() && groups_.world->getRank() == 0) {
     std::error_code ignored;
@@ -289,7 +278,7 @@ BatchLoader::LoadedStep BatchLoader::next() {
   TORCH_CHECK_VALUE(faults_.num_unreadable() <= options_.max_unreadable, faults_.num_unreadable(),
                     " more pictures can't be read, which is more than data.max_unreadable allows (first: ",
                     faults_.first_unreadable(), ")");
-  loaded.seconds_waited += load_ahead();
+  load_ahead();
   return loaded;
 }
 

@@ -95,7 +95,6 @@ class BatchLoader {
   struct LoadedStep {
     StepPacks packs;
     std::vector<std::vector<ImageForInsert>> images;  ///< of each micro-batch
-    double seconds_waited = 0.0;                      ///< by next(), for packing and decoding on this rank
   };
   /// The next step. Collective over the world: shares the faults of pictures, and starts loading the step after it,
   /// which is broadcast over tp.
@@ -104,7 +103,7 @@ class BatchLoader {
   LoadedStep next();
 
  private:
-  double load_ahead();
+  void load_ahead();
   StepPacks make_step();
   std::vector<size_t> own_packs(const std::vector<PicturePack>& packs) const;
 

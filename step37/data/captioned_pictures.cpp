@@ -9,7 +9,6 @@
 #include <cerrno>
 #include <chrono>
 #include <fstream>
-#include <future>
 #include <map>
 #include <set>
 #include <span>

@@ -1,7 +1,5 @@
 #include "step37/data/data_set.h"
 
-#include <utility>
-
 #include "step37/data/picture.h"
 
 namespace megatron_cpp::step37 {
@@ -34,8 +32,5 @@ PictureReference reference_to(const std::string& path, int64_t side) {
   return header.ok() ? PictureReference{path, header.size.width, header.size.height}
                      : PictureReference{path, side, side};
 }
-
-DataSetPart::DataSetPart(std::shared_ptr<const DataSet> whole, std::vector<int64_t> indices)
-    : whole_(std::move(whole)), indices_(std::move(indices)) {}
 
 }  // namespace megatron_cpp::step37

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -20,7 +19,6 @@ struct PictureReference {
   int64_t height = 0;    ///< pixels, upright
   int64_t bytes = 0;     ///< of the picture; 0 if not known
   int64_t modified = 0;  ///< as CaptionedPicture::modified; 0 if changes aren't looked for
-  int64_t offset = 0;    ///< in the file, of the picture's first byte; above 0 only if `bytes` is known
 };
 
 /// A sample and its pictures, in the order of their tokens.
@@ -68,26 +66,6 @@ class DataSet {
   /// @throws c10::ValueError naming the sample if its file was changed or can't be read any more, or has an id that
   ///         isn't in the tokenizer's vocabulary.
   virtual PictureSample sample(int64_t index, const SampleFormat& format) const = 0;
-};
-
-/// A part of the samples of another data set.
-class DataSetPart : public DataSet {
- public:
-  /// @param indices  of samples of `whole`; sample i of the part is sample indices[i].
-  DataSetPart(std::shared_ptr<const DataSet> whole, std::vector<int64_t> indices);
-
-  int64_t num_samples() const override { return static_cast<int64_t>(indices_.size()); }
-  std::string name(int64_t index) const override { return whole_->name(indices_.at(static_cast<size_t>(index))); }
-  std::vector<std::string> texts(int64_t index) const override {
-    return whole_->texts(indices_.at(static_cast<size_t>(index)));
-  }
-  PictureSample sample(int64_t index, const SampleFormat& format) const override {
-    return whole_->sample(indices_.at(static_cast<size_t>(index)), format);
-  }
-
- private:
-  std::shared_ptr<const DataSet> whole_;
-  std::vector<int64_t> indices_;
 };
 
 }  // namespace megatron_cpp::step37

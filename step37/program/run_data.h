@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -24,8 +23,7 @@ struct RunData {
   std::vector<WeightedDataSet> training;  ///< those with a sample that isn't held out
   std::vector<WeightedDataSet> held_out;  ///< those with a sample that is
   int64_t max_unreadable = 0;             ///< pictures that may still turn out to be unreadable; on every rank
-  /// On world rank 0: files in run.directory that speed up the next start, and their new contents. The first is the
-  /// index of data.directory.
+  /// On world rank 0: files in run.directory that speed up the next start, and their new contents.
   std::vector<std::pair<std::filesystem::path, std::string>> indices;
   std::vector<std::string> summary;  ///< on world rank 0: a sentence about each data set
 };
