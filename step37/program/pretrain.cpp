@@ -45,14 +45,6 @@ std::string this_program() {
   return error ? "step37" : shell_quoted_path(std::filesystem::proximate(path, error));
 }
 
-/// At most `count` of `total` indices, spread evenly.
-std::vector<size_t> spread(size_t total, size_t count) {
-  std::vector<size_t> chosen;
-  const size_t taken = std::min(total, count);
-  for (size_t i = 0; i < taken; ++i) chosen.push_back(i * total / taken);
-  return chosen;
-}
-
 class PretrainRun {
  public:
   PretrainRun(parallel::Runtime& runtime, const parallel::ProcessGroups& groups, RunConfig config,
@@ -450,35 +442,28 @@ class PretrainRun {
     return names;
   }
 
-  /// About `count` of the samples with a picture, spread evenly, by data set and index. For ranks that pack.
-  std::vector<std::pair<const DataSet*, int64_t>> samples_to_show(const std::vector<WeightedDataSet>& sets,
-                                                                  size_t count) const {
-    std::vector<std::pair<const DataSet*, int64_t>> all;
-    for (const auto& data_set : sets) {
-      const auto* samples = data_set.samples.get();
-      for (int64_t i = 0; i < samples->num_samples(); ++i) all.emplace_back(samples, i);
-    }
-    std::vector<std::pair<const DataSet*, int64_t>> shown;
-    for (const size_t number : spread(all.size(), count)) {
-      const auto [samples, index] = all[number];
-      if (!samples->sample(index, loader_options_.format).pictures.empty()) shown.push_back(all[number]);
-    }
+  /// Of `count` samples, spread evenly, those with a picture. For ranks that pack.
+  std::vector<SampleReference> samples_to_show(const std::vector<WeightedDataSet>& sets, int64_t count) const {
+    auto shown = spread_samples(sets, count);
+    std::erase_if(shown, [&](const auto& chosen) {
+      return chosen.samples->sample(chosen.index, loader_options_.format).pictures.empty();
+    });
     return shown;
   }
 
   /// Generates the first answer of a few samples, from the tokens before it.
   std::vector<ReportPicture> caption_pictures() {
-    const auto half = static_cast<size_t>(config_.report.pictures / 2);
+    const int64_t half = config_.report.pictures / 2;
     std::vector<ReportPicture> shown;
     auto options = captioner_options(config_, *tokenizer_, groups_.grid.tp);
     options.faults = &faults_;
     for (const bool held_out : {false, true}) {
-      const auto count = held_out ? static_cast<size_t>(config_.report.pictures) - half : half;
+      const int64_t count = held_out ? config_.report.pictures - half : half;
       const auto chosen = samples_to_show(held_out ? data_.held_out : data_.training, count);
       const auto total = std::stoul(parallel::broadcast_text(fmt::to_string(chosen.size()), 0, groups_.world));
       for (size_t i = 0; i < total; ++i) {
         PictureSample sample;
-        if (packs()) sample = chosen[i].first->sample(chosen[i].second, loader_options_.format);
+        if (packs()) sample = chosen[i].samples->sample(chosen[i].index, loader_options_.format);
         sample = broadcast_sample(sample, groups_.tp);
         const auto answer = std::ranges::find(sample.loss_mask, 1) - sample.loss_mask.begin();
         const auto answer_end = std::find(sample.loss_mask.begin() + answer, sample.loss_mask.end(), 0);
@@ -487,7 +472,7 @@ class PretrainRun {
         sample.tokens.resize(static_cast<size_t>(answer));
         const auto ids = caption_ids(model_, sample.tokens, sample.pictures, options, groups_.tp, runtime_.device());
         if (is_main()) {
-          shown.push_back({chosen[i].first->name(chosen[i].second), held_out, tokenizer_->decode(truth),
+          shown.push_back({chosen[i].samples->name(chosen[i].index), held_out, tokenizer_->decode(truth),
                            tokenizer_->decode(ids), thumbnail_of(sample.pictures.front().path, options.format.crops)});
         }
       }

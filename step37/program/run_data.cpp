@@ -201,20 +201,25 @@ RunData open_data(const parallel::Runtime& runtime, const parallel::ProcessGroup
   return data;
 }
 
-std::vector<std::string> training_texts(const RunData& data) {
-  constexpr int64_t kMost = 1'000'000;
+std::vector<SampleReference> spread_samples(const std::vector<WeightedDataSet>& sets, int64_t count) {
   int64_t total = 0;
-  for (const auto& data_set : data.training) total += data_set.samples->num_samples();
-  const int64_t taken = std::min(total, kMost);
-  std::vector<std::string> texts;
+  for (const auto& data_set : sets) total += data_set.samples->num_samples();
+  const int64_t taken = std::min(total, count);
+  std::vector<SampleReference> chosen;
+  auto data_set = sets.begin();
   int64_t before = 0;  // samples of the data sets before this one
-  int64_t number = 0;
-  for (const auto& data_set : data.training) {
-    const int64_t end = before + data_set.samples->num_samples();
-    for (; number < taken && number * total / taken < end; ++number) {
-      std::ranges::move(data_set.samples->texts(number * total / taken - before), std::back_inserter(texts));
-    }
-    before = end;
+  for (int64_t i = 0; i < taken; ++i) {
+    const int64_t number = i * total / taken;
+    for (; number - before >= data_set->samples->num_samples(); ++data_set) before += data_set->samples->num_samples();
+    chosen.push_back({data_set->samples.get(), number - before});
+  }
+  return chosen;
+}
+
+std::vector<std::string> training_texts(const RunData& data) {
+  std::vector<std::string> texts;
+  for (const auto& [samples, index] : spread_samples(data.training, 1'000'000)) {
+    std::ranges::move(samples->texts(index), std::back_inserter(texts));
   }
   return texts;
 }

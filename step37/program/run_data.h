@@ -36,6 +36,15 @@ struct RunData {
 ///         rank 0 (the file sizes of a few pictures are compared).
 RunData open_data(const parallel::Runtime& runtime, const parallel::ProcessGroups& groups, const RunConfig& config);
 
+/// A sample of a data set, which outlives it.
+struct SampleReference {
+  const DataSet* samples = nullptr;
+  int64_t index = 0;
+};
+
+/// At most `count` samples of all of `sets`, spread evenly, in their order.
+std::vector<SampleReference> spread_samples(const std::vector<WeightedDataSet>& sets, int64_t count);
+
 /// The texts of the training samples, for a tokenizer; of more than a million samples as many, spread evenly.
 std::vector<std::string> training_texts(const RunData& data);
 
