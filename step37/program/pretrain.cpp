@@ -188,7 +188,7 @@ class PretrainRun {
         groups_.world);
     loader_options_ = loader_options(config_, *tokenizer_, groups_.grid.tp);
     for (const auto& data_set : data_.training) {
-      loader_options_.indices.push_back(files_.picture_index(config_.data.directory.empty() ? data_set.name : ""));
+      loader_options_.indices.push_back(files_.picture_index(data_set.name));
     }
     loader_options_.device = runtime_.device();
     loader_options_.max_unreadable = data_.max_unreadable;

@@ -29,7 +29,7 @@ namespace megatron_cpp::step37 {
 namespace {
 
 /// The bytes of a file; empty if there is none.
-std::string read_index(const std::filesystem::path& path) {
+std::string read_if_there(const std::filesystem::path& path) {
   std::ifstream file(path, std::ios::binary);
   return {std::istreambuf_iterator<char>(file), {}};
 }
@@ -117,9 +117,9 @@ DataSetSections data_sets_of(const DataSection& data) {
 void open_captions(const parallel::Runtime& runtime, const parallel::ProcessGroups& groups, const RunConfig& config,
                    const std::string& name, const DataSetSection& section, RunData& data) {
   const std::filesystem::path folder = section.path;
-  const auto file_name = config.data.directory.empty() ? name : "";
-  const auto index_file = RunFiles{config.run.directory}.picture_index(file_name);
-  const auto order_file = RunFiles{config.run.directory}.picture_order(file_name);
+  const RunFiles files{config.run.directory};
+  const auto index_file = files.picture_index(name);
+  const auto order_file = files.picture_order(name);
   const bool is_main = runtime.rank() == 0;
   const bool packs = groups.tp->getRank() == 0;
   CaptionedPictures found;
@@ -131,14 +131,14 @@ void open_captions(const parallel::Runtime& runtime, const parallel::ProcessGrou
       [&] {
         const WaitForAll wait(runtime);
         if (!is_main) return;
-        const auto on_disk = config.run.fresh ? "" : read_index(index_file);
+        const auto on_disk = config.run.fresh ? "" : read_if_there(index_file);
         auto searched = search(folder, index_from_bytes(on_disk).value_or(PictureIndex{}));
         index = to_bytes(searched);
         found = pictures_of(std::move(searched), folder);
         max_unreadable = check_found(found, config.data.max_unreadable);
         samples = samples_of(found.pictures);
         if (index != on_disk) data.indices.emplace_back(index_file, index);
-        const auto order_on_disk = config.run.fresh ? "" : read_index(order_file);
+        const auto order_on_disk = config.run.fresh ? "" : read_if_there(order_file);
         keep_order(order_on_disk, found.pictures);
         order = order_of(found.pictures);
         if (order != order_on_disk) data.indices.emplace_back(order_file, order);

@@ -31,13 +31,14 @@ struct RunFiles {
   /// PublishedForm::to_text() of the model that the run was started from, with model.from or model.config.
   std::filesystem::path published() const { return directory / "published.json"; }
   std::filesystem::path lock() const { return directory / "lock"; }
-  /// What the search of a picture folder found, for the next start: of data.directory (no name) or of a data set.
-  std::filesystem::path picture_index(const std::string& name) const {
-    return directory / (name.empty() ? "pictures.index" : "pictures-" + name + ".index");
-  }
+  /// What the search of a data set's picture folder found, for the next start.
+  std::filesystem::path picture_index(const std::string& data_set) const { return picture_file(data_set, ".index"); }
   /// The paths of that folder's pictures, in the order in which the run's samplers number them.
-  std::filesystem::path picture_order(const std::string& name) const {
-    return directory / (name.empty() ? "pictures.order" : "pictures-" + name + ".order");
+  std::filesystem::path picture_order(const std::string& data_set) const { return picture_file(data_set, ".order"); }
+
+ private:
+  std::filesystem::path picture_file(const std::string& data_set, const char* extension) const {
+    return directory / ((data_set == kDirectoryDataSet ? "pictures" : "pictures-" + data_set) + extension);
   }
 };
 
