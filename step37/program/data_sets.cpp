@@ -1,39 +1,21 @@
 #include "step37/program/data_sets.h"
 
 #include <c10/util/Exception.h>
-#include <fmt/format.h>
 #include <yaml-cpp/yaml.h>
 
-#include <algorithm>
-#include <cmath>
 #include <set>
-#include <utility>
-#include <vector>
+
+#include "step37/program/config_values.h"
 
 namespace megatron_cpp::step37 {
 namespace {
 
-const std::vector<std::pair<std::string, DataSetKind>>& kind_names() {
-  static const std::vector<std::pair<std::string, DataSetKind>> names{{"captions", DataSetKind::kCaptions}};
-  return names;
-}
-
-std::string kind_name(DataSetKind kind) {
-  return std::ranges::find(kind_names(), kind, [](const auto& entry) { return entry.second; })->first;
-}
-
-DataSetKind kind_from(const std::string& text, const std::string& where) {
-  const auto found = std::ranges::find(kind_names(), text, [](const auto& entry) { return entry.first; });
-  std::string names;
-  for (const auto& [name, kind] : kind_names()) names += (names.empty() ? "" : ", ") + name;
-  TORCH_CHECK_VALUE(found != kind_names().end(), where, ": kind ", text, " is not one of ", names);
-  return found->second;
-}
-
 template <class Value>
-void read(const YAML::Node& node, const std::string& where, const std::string& key, const char* what, Value& value) {
-  TORCH_CHECK_VALUE(node.IsScalar() && YAML::convert<Value>::decode(node, value), where, ": ", key, " must be ", what,
-                    ", got ", node.IsScalar() ? node.Scalar() : "a section or a list");
+void read(const YAML::Node& node, const std::string& where, const std::string& key, Value& value) {
+  // "\xff" isn't UTF-8, so no type accepts it.
+  const auto must_be = read_value(node.IsScalar() ? node.Scalar() : "\xff", value);
+  TORCH_CHECK_VALUE(must_be.empty(), where, ": ", key, " must be ", must_be, ", got ",
+                    node.IsScalar() ? node.Scalar() : "a section or a list");
 }
 
 DataSetSection section_of(const YAML::Node& node, const std::string& where) {
@@ -45,16 +27,16 @@ DataSetSection section_of(const YAML::Node& node, const std::string& where) {
     TORCH_CHECK_VALUE(given.insert(key).second, where, ": the key ", key, " is given twice");
     if (key == "kind") {
       std::string kind;
-      read(entry.second, where, key, "text", kind);
-      section.kind = kind_from(kind, where);
+      read(entry.second, where, key, kind);
+      const auto must_be = read_value(kind, section.kind);
+      TORCH_CHECK_VALUE(must_be.empty(), where, ": kind ", kind, " is not ", must_be);
     } else if (key == "path") {
-      read(entry.second, where, key, "text", section.path);
+      read(entry.second, where, key, section.path);
     } else if (key == "weight") {
-      read(entry.second, where, key, "a number", section.weight);
-      TORCH_CHECK_VALUE(std::isfinite(section.weight) && section.weight >= 0.0, where, ": weight ",
-                        entry.second.Scalar(), " is negative or not finite");
+      read(entry.second, where, key, section.weight);
+      TORCH_CHECK_VALUE(section.weight >= 0.0, where, ": weight ", entry.second.Scalar(), " is negative");
     } else if (key == "shuffle") {
-      read(entry.second, where, key, "true or false", section.shuffle);
+      read(entry.second, where, key, section.shuffle);
     } else {
       TORCH_CHECK_VALUE(false, where, " has no key ", key, ": there are kind, path, weight, shuffle");
     }
@@ -73,11 +55,11 @@ std::string to_text(const DataSetSections& sets) {
   out << YAML::BeginMap;
   for (const auto& [name, section] : sets) {
     out << YAML::Key << name << YAML::Value << YAML::BeginMap;
-    out << YAML::Key << "kind" << YAML::Value << kind_name(section.kind);
+    out << YAML::Key << "kind" << YAML::Value << write_value(section.kind);
     out << YAML::Key << "path" << YAML::Value << section.path;
-    if (section.weight != defaults.weight)
-      out << YAML::Key << "weight" << YAML::Value << fmt::to_string(section.weight);
-    if (section.shuffle != defaults.shuffle) out << YAML::Key << "shuffle" << YAML::Value << section.shuffle;
+    if (section.weight != defaults.weight) out << YAML::Key << "weight" << YAML::Value << write_value(section.weight);
+    if (section.shuffle != defaults.shuffle)
+      out << YAML::Key << "shuffle" << YAML::Value << write_value(section.shuffle);
     out << YAML::EndMap;
   }
   out << YAML::EndMap;

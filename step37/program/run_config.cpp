@@ -5,14 +5,10 @@
 #include <yaml-cpp/yaml.h>
 
 #include <algorithm>
-#include <array>
-#include <charconv>
-#include <cmath>
 #include <limits>
 #include <map>
 #include <numeric>
 #include <set>
-#include <sstream>
 #include <string_view>
 #include <type_traits>
 #include <utility>
@@ -20,6 +16,7 @@
 #include "megatron_cpp/tensor_parallel/linear_cross_entropy.h"
 #include "parallel/shard.h"
 #include "step37/data/utf8.h"
+#include "step37/program/config_values.h"
 #include "step37/program/shell_text.h"
 #include "step37/program/training_run.h"
 #include "step37/program/yaml_file.h"
@@ -135,152 +132,6 @@ std::vector<std::string> section_names() {
   for (auto& name : names) name.resize(name.find('.'));
   names.erase(std::unique(names.begin(), names.end()), names.end());
   return names;
-}
-
-// Values as text. Each type has write_value and read_value. read_value returns an empty string, or, if the text is
-// wrong, a description of what it has to be.
-
-template <class Value>
-using Names = std::vector<std::pair<std::string, Value>>;
-
-Names<EmbeddingSharding> names_of(EmbeddingSharding /*type*/) {
-  return {{"vocab", EmbeddingSharding::kVocab}, {"hidden", EmbeddingSharding::kHidden}};
-}
-Names<ProjectorSharding> names_of(ProjectorSharding /*type*/) {
-  using enum ProjectorSharding;
-  return {{"replicated", kReplicated}, {"column", kColumn}, {"row", kRow}};
-}
-Names<InsertExchange> names_of(InsertExchange /*type*/) {
-  return {{"fused", InsertExchange::kFused}, {"all-gather", InsertExchange::kAllGather}};
-}
-Names<MmEncoderTpMode> names_of(MmEncoderTpMode /*type*/) {
-  return {{"data", MmEncoderTpMode::kData}, {"weights", MmEncoderTpMode::kWeights}};
-}
-Names<LearningRateDecay> names_of(LearningRateDecay /*type*/) {
-  using enum LearningRateDecay;
-  return {{"cosine", kCosine}, {"linear", kLinear}, {"constant", kConstant}, {"wsd", kWsd}};
-}
-Names<OversizePolicy> names_of(OversizePolicy /*type*/) {
-  return {{"drop", OversizePolicy::kDrop}, {"extend", OversizePolicy::kExtend}};
-}
-Names<at::ScalarType> names_of(at::ScalarType /*type*/) {
-  return {{"float32", at::kFloat}, {"bfloat16", at::kBFloat16}};
-}
-/// All spellings of YAML 1.2's core schema; the first of each is written.
-Names<bool> names_of(bool /*type*/) {
-  return {{"true", true}, {"false", false}, {"True", true}, {"False", false}, {"TRUE", true}, {"FALSE", false}};
-}
-
-template <class Named>
-std::string write_value(Named value) {
-  const auto names = names_of(value);
-  return std::find_if(names.begin(), names.end(), [&](const auto& entry) { return entry.second == value; })->first;
-}
-std::string write_value(const std::string& value) { return value; }
-std::string write_value(int64_t value) { return fmt::to_string(value); }
-/// The shortest digits that read back as the same number.
-std::string write_value(double value) {
-  std::array<char, 32> digits{};
-  return {digits.data(), std::to_chars(digits.data(), digits.data() + digits.size(), value).ptr};
-}
-std::string write_value(const std::optional<int64_t>& value) { return value ? fmt::to_string(*value) : "all"; }
-std::string write_value(const LossChunk& value) { return value.positions ? fmt::to_string(*value.positions) : "auto"; }
-std::string write_value(const ParameterScales& value) {
-  std::string text;
-  for (const auto& [prefix, scale] : value) {
-    text += fmt::format("{}{}: {}", text.empty() ? "" : ", ", prefix, write_value(scale));
-  }
-  return text;
-}
-
-std::string write_value(const DataSetSections& value) { return to_text(value); }
-
-constexpr std::pair<std::string_view, bool Recompute::*> kRecomputedParts[] = {
-    {"core_attention", &Recompute::core_attention},
-    {"mlp", &Recompute::mlp},
-    {"experts", &Recompute::experts},
-    {"norms", &Recompute::norms},
-    {"tower", &Recompute::tower}};
-
-std::string write_value(const Recompute& value) {
-  if (value.full) return "full";
-  std::string text;
-  for (const auto& [name, part] : kRecomputedParts) {
-    if (value.*part) text.append(text.empty() ? "" : ", ").append(name);
-  }
-  return text.empty() ? "none" : text;
-}
-
-template <class Number>
-bool read_number(std::string_view text, Number& value) {
-  if (text.starts_with('+') && !text.starts_with("+-")) text.remove_prefix(1);
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  return error == std::errc() && end == text.data() + text.size();
-}
-
-template <class Named>
-std::string read_value(const std::string& text, Named& value) {
-  std::string names;
-  for (const auto& [name, named] : names_of(value)) {
-    if (text == name) return value = named, "";
-    names.append(names.empty() ? "one of " : ", ").append(name);
-  }
-  return names;
-}
-std::string read_value(const std::string& text, std::string& value) {
-  value = text;
-  return is_utf8(text) ? "" : "text in UTF-8";  // checkpoints keep settings as JSON
-}
-std::string read_value(const std::string& text, int64_t& value) { return read_number(text, value) ? "" : "an integer"; }
-std::string read_value(const std::string& text, double& value) {
-  return read_number(text, value) && std::isfinite(value) ? "" : "a number";
-}
-std::string read_value(const std::string& text, std::optional<int64_t>& value) {
-  if (text == "all") return value.reset(), "";
-  return read_number(text, value.emplace()) ? "" : "an integer or all";
-}
-std::string read_value(const std::string& text, LossChunk& value) {
-  if (text == "auto") return value.positions.reset(), "";
-  return read_number(text, value.positions.emplace()) ? "" : "an integer or auto";
-}
-std::string read_value(const std::string& text, ParameterScales& value) {
-  value.clear();
-  std::istringstream entries(text);
-  bool is_read = is_utf8(text);
-  for (std::string entry; is_read && std::getline(entries, entry, ',');) {
-    std::istringstream parts(entry);
-    std::string prefix;
-    std::string number;
-    double scale = 0.0;
-    is_read = std::getline(parts >> std::ws, prefix, ':') && parts >> number && (parts >> std::ws).eof() &&
-              read_value(number, scale).empty() && value.emplace(prefix, scale).second;
-  }
-  return is_read ? "" : "names with a factor each, as a: 0.1, b.c: 2";
-}
-
-std::string read_value(const std::string& text, Recompute& value) {
-  value = {.full = text == "full"};
-  if (text == "full" || text == "none") return "";
-  std::istringstream entries(text);
-  bool is_read = !text.empty() && !text.ends_with(',');
-  for (std::string entry; is_read && std::getline(entries, entry, ',');) {
-    std::istringstream words(entry);
-    std::string name;
-    words >> name >> std::ws;
-    const auto part = std::ranges::find(kRecomputedParts, name, [](const auto& known) { return known.first; });
-    is_read = words.eof() && part != std::end(kRecomputedParts) && !std::exchange(value.*part->second, true);
-  }
-  return is_read ? "" : "none, full, or some of core_attention, mlp, experts, norms, tower";
-}
-
-std::string read_value(const std::string& text, DataSetSections& value) {
-  if (!is_utf8(text)) return "data sets by name";
-  try {
-    value = data_sets_from_text(text);
-  } catch (const c10::ValueError& error) {
-    return fmt::format("data sets by name ({})", error.what_without_backtrace());
-  }
-  return "";
 }
 
 // Suggestions for misspelt names.

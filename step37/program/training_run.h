@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "megatron_cpp/checkpoint/sharded_checkpoint.h"
-#include "megatron_cpp/data/sampler.h"
 #include "megatron_cpp/parameters/parameter_shard.h"
 #include "parallel/process_groups.h"
 #include "step37/data/batch_loader.h"
