@@ -320,17 +320,24 @@ void check_part(const ShardedTensor& tensor) {
                     tensor.part.text(), " of shape ", tensor.local.sizes());
 }
 
-void check_size(const fs::path& file, int64_t expected) {
+namespace {
+
+void check_there(const fs::path& file) {
   std::error_code unknown;  // the name may be too long for the file system
   TORCH_CHECK_VALUE(fs::is_regular_file(file, unknown), file.string(), " is missing");
+}
+
+}  // namespace
+
+void check_size(const fs::path& file, int64_t expected) {
+  check_there(file);
   const auto found = static_cast<int64_t>(fs::file_size(file));
   TORCH_CHECK_VALUE(found == expected, file.string(), " has ", found, " bytes, the manifest says ", expected);
 }
 
 void check_contents(const fs::path& file, const FileDigest& expected) {
   if (expected.checksum.empty()) return check_size(file, expected.bytes);
-  std::error_code unknown;  // as above
-  TORCH_CHECK_VALUE(fs::is_regular_file(file, unknown), file.string(), " is missing");
+  check_there(file);
   const auto found = digest_of_file(file);
   TORCH_CHECK_VALUE(found == expected, file.string(), " is damaged: ", found.bytes, " bytes with the checksum ",
                     found.checksum, ", the manifest says ", expected.bytes, " bytes with the checksum ",

@@ -92,9 +92,7 @@ std::vector<NamedTensor> written_tensors(const std::vector<ShardedTensor>& tenso
 FileDigest write_own_file(const fs::path& file, const std::vector<NamedTensor>& tensors,
                           const std::map<std::string, std::string>& metadata, const std::atomic<bool>& is_abandoned) {
   if (tensors.empty()) return {};
-  std::vector<SafetensorsWriter::Entry> entries;
-  for (const auto& [name, tensor] : tensors) entries.push_back({name, tensor.scalar_type(), tensor.sizes().vec()});
-  SafetensorsWriter writer(file, std::move(entries), metadata);
+  SafetensorsWriter writer(file, SafetensorsWriter::entries_of(tensors), metadata);
   save_point("file_open");
   for (size_t i = 0; i < tensors.size(); ++i) {
     TORCH_CHECK(!is_abandoned, file.string(), " is abandoned");

@@ -204,6 +204,12 @@ at::Tensor SafetensorsFile::view(const std::string& name, const Box& box) const 
   return view_of(view(name), Box::whole(shape), box);
 }
 
+std::vector<SafetensorsWriter::Entry> SafetensorsWriter::entries_of(const std::vector<NamedTensor>& tensors) {
+  std::vector<Entry> entries;
+  for (const auto& [name, tensor] : tensors) entries.push_back({name, tensor.scalar_type(), tensor.sizes().vec()});
+  return entries;
+}
+
 SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vector<Entry> entries,
                                      const std::map<std::string, std::string>& metadata)
     : entries_(std::move(entries)) {
@@ -245,9 +251,7 @@ FileDigest SafetensorsWriter::commit() {
 
 FileDigest write_safetensors(const std::filesystem::path& path, const std::vector<NamedTensor>& tensors,
                              const std::map<std::string, std::string>& metadata) {
-  std::vector<SafetensorsWriter::Entry> entries;
-  for (const auto& [name, tensor] : tensors) entries.push_back({name, tensor.scalar_type(), tensor.sizes().vec()});
-  SafetensorsWriter writer(path, std::move(entries), metadata);
+  SafetensorsWriter writer(path, SafetensorsWriter::entries_of(tensors), metadata);
   for (const auto& [name, tensor] : tensors) writer.write(tensor);
   return writer.commit();
 }

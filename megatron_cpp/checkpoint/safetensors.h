@@ -95,6 +95,9 @@ class SafetensorsWriter {
     at::ScalarType dtype;        ///< of a kind that the format knows
     std::vector<int64_t> shape;  ///< of sizes that fit
   };
+  /// The entries of these tensors, in their order.
+  static std::vector<Entry> entries_of(const std::vector<NamedTensor>& tensors);
+
   /// Writes the header to a temporary file.
   /// @throws c10::ValueError naming the tensor (unsupported dtype, a name given twice); c10::Error as write_file.
   SafetensorsWriter(const std::filesystem::path& path, std::vector<Entry> entries,
