@@ -135,13 +135,9 @@ int main(int argc, char** argv) {
   CLI::App app("Times checkpoints that are saved while training goes on. Start with mpirun -np N.",
                "benchmark_checkpoint");
   Arguments arguments;
-  app.add_option("--megabytes", arguments.megabytes, "of all ranks together")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  app.add_option("--tensors", arguments.tensors, "they consist of")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--rounds", arguments.rounds, "timed saves of each kind")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+  benchmarks::add_size_option(app, "--megabytes", arguments.megabytes, "of all ranks together");
+  benchmarks::add_size_option(app, "--tensors", arguments.tensors, "they consist of");
+  benchmarks::add_size_option(app, "--rounds", arguments.rounds, "timed saves of each kind");
   app.add_option("--directory", arguments.directory, "on the disk to measure")->capture_default_str();
   benchmarks::add_device_option(app, arguments.device);
   return benchmarks::run_on_ranks(app, argc, argv, [&](parallel::Runtime& runtime) { return run(arguments, runtime); });

@@ -104,9 +104,7 @@ int main(int argc, char** argv) {
   CLI::App app("Times the collectives of the MPI backend. Start with mpirun -np N.", "benchmark_collectives");
   Arguments arguments;
   app.add_option("--bytes", arguments.bytes, "Sizes, in bytes per rank")->check(CLI::PositiveNumber);
-  app.add_option("--repetitions", arguments.repetitions, "Timed runs of each operation")
-      ->capture_default_str()
-      ->check(CLI::PositiveNumber);
+  benchmarks::add_size_option(app, "--repetitions", arguments.repetitions, "Timed runs of each operation");
   app.add_flag("--messages", arguments.messages, "Without shared memory: reductions by MPI's messages");
   return benchmarks::run_on_ranks(app, argc, argv,
                                   [&](parallel::Runtime& runtime) { return benchmark(runtime, arguments); });

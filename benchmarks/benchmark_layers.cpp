@@ -373,16 +373,14 @@ int main(int argc, char** argv) {
   parallel::keep_freed_host_memory();  // as a training program does
   CLI::App app("Times tensor-parallel layers beside dense LibTorch. Start with mpirun -np N.", "benchmark_layers");
   Arguments arguments;
-  const auto size = [&](const char* option, int64_t& value, const char* what) {
-    app.add_option(option, value, what)->check(CLI::PositiveNumber)->capture_default_str();
-  };
-  size("--sequence", arguments.sizes.sequence, "S, tokens of the one sequence");
-  size("--hidden", arguments.sizes.hidden, "H");
-  size("--ffn", arguments.sizes.ffn, "F, of the linears and the MLP");
-  size("--vocabulary", arguments.sizes.vocabulary, "V");
-  size("--loss-chunk", arguments.sizes.loss_chunk, "positions at a time in linear_cross_entropy");
-  size("--heads", arguments.sizes.heads, "query heads, of H over their number elements");
-  size("--groups", arguments.sizes.groups, "key/value heads");
+  benchmarks::add_size_option(app, "--sequence", arguments.sizes.sequence, "S, tokens of the one sequence");
+  benchmarks::add_size_option(app, "--hidden", arguments.sizes.hidden, "H");
+  benchmarks::add_size_option(app, "--ffn", arguments.sizes.ffn, "F, of the linears and the MLP");
+  benchmarks::add_size_option(app, "--vocabulary", arguments.sizes.vocabulary, "V");
+  benchmarks::add_size_option(app, "--loss-chunk", arguments.sizes.loss_chunk,
+                              "positions at a time in linear_cross_entropy");
+  benchmarks::add_size_option(app, "--heads", arguments.sizes.heads, "query heads, of H over their number elements");
+  benchmarks::add_size_option(app, "--groups", arguments.sizes.groups, "key/value heads");
   app.add_option("--dtype", arguments.dtypes, "float32, bfloat16 or both")
       ->check(CLI::IsMember({"float32", "bfloat16"}))
       ->capture_default_str();

@@ -181,9 +181,8 @@ int main(int argc, char** argv) {
                "benchmark_overlap");
   Arguments arguments;
   arguments.model.add_options(app);
-  app.add_option("--bucket-elements", arguments.bucket_elements, "elements that are reduced at a time")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+  benchmarks::add_size_option(app, "--bucket-elements", arguments.bucket_elements,
+                              "elements that are reduced at a time");
   benchmarks::add_device_option(app, arguments.device);
   app.add_option("--seconds", arguments.seconds, "steps go on for this long, five at least")->capture_default_str();
   app.add_option("--trace", arguments.trace, "file for rank 0's trace");

@@ -6,6 +6,7 @@
 #include <CLI/CLI.hpp>
 #include <cstdint>
 
+#include "benchmarks/support.h"
 #include "step37/step37_model.h"
 
 namespace megatron_cpp::benchmarks {
@@ -19,11 +20,9 @@ struct SmallStep37 {
   int64_t layers = 4;
 
   void add_options(CLI::App& app) {
-    app.add_option("--sequence", sequence, "tokens of a copy's batch")
-        ->check(CLI::PositiveNumber)
-        ->capture_default_str();
-    app.add_option("--hidden", hidden, "H")->check(CLI::PositiveNumber)->capture_default_str();
-    app.add_option("--layers", layers, "decoder layers")->check(CLI::PositiveNumber)->capture_default_str();
+    add_size_option(app, "--sequence", sequence, "tokens of a copy's batch");
+    add_size_option(app, "--hidden", hidden, "H");
+    add_size_option(app, "--layers", layers, "decoder layers");
   }
 
   step37::Step37Config config() const {

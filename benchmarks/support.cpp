@@ -26,6 +26,10 @@ int run_on_ranks(CLI::App& app, int argc, char** argv, const std::function<int(p
   });
 }
 
+void add_size_option(CLI::App& app, const std::string& option, int64_t& value, const std::string& what) {
+  app.add_option(option, value, what)->check(CLI::PositiveNumber)->capture_default_str();
+}
+
 void add_device_option(CLI::App& app, std::string& device) {
   app.add_option("--device", device, "cpu, or cuda: a GPU each, or a share of one")
       ->check(CLI::IsMember({"cpu", "cuda"}))

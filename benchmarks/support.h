@@ -25,6 +25,9 @@ namespace megatron_cpp::benchmarks {
 /// are printed on rank 0 only. Returns the exit status. Collective over the MPI world.
 int run_on_ranks(CLI::App& app, int argc, char** argv, const std::function<int(parallel::Runtime&)>& body);
 
+/// Adds an option for a number above 0 to `app`; `what` is its help.
+void add_size_option(CLI::App& app, const std::string& option, int64_t& value, const std::string& what);
+
 /// Adds --device, "cpu" or "cuda", to `app`.
 void add_device_option(CLI::App& app, std::string& device);
 
