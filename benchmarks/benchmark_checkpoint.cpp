@@ -7,6 +7,7 @@
 // until it is whole (`until_whole`).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -47,7 +48,7 @@ std::vector<ShardedTensor> state(const Arguments& arguments, const c10::Device& 
   std::vector<ShardedTensor> tensors;
   for (int64_t i = 0; i < arguments.tensors; ++i) {
     const std::vector<int64_t> shape{rows * size, kColumns};
-    tensors.push_back({{"tensor" + std::to_string(i)},
+    tensors.push_back({{fmt::format("tensor{}", i)},
                        at::randn({rows, kColumns}, at::TensorOptions(at::kFloat).device(device)),
                        shape,
                        {Box::rows(shape, 0, {begin, begin + rows})}});

@@ -577,9 +577,9 @@ int64_t step_flops(const Step37Config& config, const parallel::RankGrid& grid, c
 int64_t pack_flops(const Step37Config& config, const parallel::RankGrid& grid, const PicturePack& pack,
                    const CropOptions& crops) {
   double work = 0.0;
-  const auto& ends = pack.packed.cu_seqlens;
-  for (int64_t i = 1; i < ends.numel(); ++i) {
-    work += text_work(config, static_cast<double>((ends[i] - ends[i - 1]).item<int32_t>()));
+  const auto* ends = pack.packed.cu_seqlens.const_data_ptr<int32_t>();
+  for (int64_t i = 1; i < pack.packed.cu_seqlens.numel(); ++i) {
+    work += text_work(config, static_cast<double>(ends[i] - ends[i - 1]));
   }
   int64_t num_crops = 0;
   for (const auto& picture : pack.pictures) num_crops += plan_crops(picture.width, picture.height, crops).num_crops();

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 #include <netinet/in.h>
 #include <stdlib.h>  // setenv
@@ -55,10 +56,10 @@ int free_port() {
 /// The world of `job.ranks` processes of this host, as torchrun starts them.
 parallel::GroupPtr connect(const Job& job, int port, int rank) {
   const auto set = [](const char* name, const std::string& value) { setenv(name, value.c_str(), /*overwrite=*/1); };
-  set("RANK", std::to_string(rank));
-  set("WORLD_SIZE", std::to_string(job.ranks));
+  set("RANK", fmt::to_string(rank));
+  set("WORLD_SIZE", fmt::to_string(job.ranks));
   set("MASTER_ADDR", "127.0.0.1");
-  set("MASTER_PORT", std::to_string(port));
+  set("MASTER_PORT", fmt::to_string(port));
   const parallel::ProcessGroupsOptions options{.timeout = std::chrono::seconds(60)};
   return parallel::process_groups_from_environment({.dp = job.ranks}, options).world;
 }

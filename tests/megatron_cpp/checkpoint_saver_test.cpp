@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -117,7 +118,7 @@ class Saver : public testing::Test {
   }
 
   static fs::path step_in(const fs::path& directory, int64_t step) {
-    return directory / ("step-0000000" + std::to_string(step));
+    return directory / fmt::format("step-{:08}", step);
   }
   fs::path step(int64_t number) const { return step_in(directory(), number); }
 
