@@ -289,14 +289,14 @@ TEST_F(Saver, AStartWaitsForTheSaveBeforeAndSaysSoOnce) {
 TEST_F(Saver, AnExceptionAbandonsTheSave) {
   save_checkpoint(directory(), contents(1), world());
   HeldWriter writer("file_open");
-  try {
+  const auto failing_step = [&] {
     CheckpointSaver saver(directory(), world());
     saver.start(contents(2));
     EXPECT_TRUE(saver.poll());
     writer.release();
     throw std::runtime_error("a step failed");
-  } catch (const std::runtime_error&) {
-  }
+  };
+  EXPECT_THROW(failing_step(), std::runtime_error);
   EXPECT_EQ(names_in(directory()), (Names{"latest", "step-00000001", "step-00000002.partial"}));
   CheckpointSaver saver(directory(), world());
   saver.start(contents(3));
