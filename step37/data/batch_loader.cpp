@@ -33,8 +33,8 @@ at::Tensor tensor_of(const Json& json, at::IntArrayRef shape, at::ScalarType dty
 
 Json to_json(const std::vector<PictureReference>& pictures) {
   auto json = Json::array();
-  for (const auto& [path, width, height, bytes, modified] : pictures) {
-    json.push_back({path, width, height, bytes, modified});
+  for (const auto& [path, width, height, bytes, modified, place] : pictures) {
+    json.push_back({path, width, height, bytes, modified, place.offset, place.bytes});
   }
   return json;
 }
@@ -42,7 +42,7 @@ Json to_json(const std::vector<PictureReference>& pictures) {
 std::vector<PictureReference> pictures_from_json(const Json& json) {
   std::vector<PictureReference> pictures;
   for (const auto& picture : json) {
-    pictures.push_back({picture[0], picture[1], picture[2], picture[3], picture[4]});
+    pictures.push_back({picture[0], picture[1], picture[2], picture[3], picture[4], {picture[5], picture[6]}});
   }
   return pictures;
 }

@@ -2,6 +2,7 @@
 
 #include <utility>
 
+#include "step37/data/chat_sample.h"
 #include "step37/data/utf8.h"
 
 namespace megatron_cpp::step37 {
@@ -18,16 +19,8 @@ std::vector<std::string> CaptionDataSet::texts(int64_t index) const {
 
 PictureSample CaptionDataSet::sample(int64_t index, const SampleFormat& format) const {
   const auto& [path, caption, width, height, bytes, modified] = picture(index);
-  PictureSample sample;
-  if (caption.empty()) return sample;
-  sample.pictures = {{(folder_ / path).string(), width, height, bytes, modified}};
-  sample.tokens = prompt_tokens(sample.pictures, format);
-  sample.loss_mask.assign(sample.tokens.size(), 0);
-  const auto ids = format.tokenizer->encode(caption);
-  sample.tokens.insert(sample.tokens.end(), ids.begin(), ids.end());
-  sample.tokens.push_back(format.end_id);
-  sample.loss_mask.resize(sample.tokens.size(), 1);
-  return sample;
+  if (caption.empty()) return {};
+  return chat_sample(caption_parts(caption), {{(folder_ / path).string(), width, height, bytes, modified}}, format);
 }
 
 }  // namespace megatron_cpp::step37

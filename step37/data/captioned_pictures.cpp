@@ -41,12 +41,6 @@ bool is_one_of(std::string_view name, std::span<const std::string_view> names) {
   return std::find(names.begin(), names.end(), name) != names.end();
 }
 
-bool has_picture_extension(const fs::path& name) {
-  constexpr std::string_view kExtensions[] = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp",
-                                              ".gif", ".bmp", ".dib",  ".tif", ".tiff"};
-  return is_one_of(lower_case(name.extension().string()), kExtensions);
-}
-
 /// Files and folders of file managers, network drives and file systems, and all names that begin with a dot.
 bool is_hidden(const std::string& name) {
   constexpr std::string_view kSystemFolders[] = {"$recycle.bin",
@@ -448,6 +442,12 @@ void archive_index(Archive& archive, Index& index) {
 }
 
 }  // namespace
+
+bool has_picture_extension(const fs::path& name) {
+  constexpr std::string_view kExtensions[] = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp",
+                                              ".gif", ".bmp", ".dib",  ".tif", ".tiff"};
+  return is_one_of(lower_case(name.extension().string()), kExtensions);
+}
 
 std::string_view trim(std::string_view text) {
   constexpr std::string_view kBlanks = " \t\r\v\f";

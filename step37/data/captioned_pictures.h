@@ -130,6 +130,9 @@ struct Caption {
 /// blanks. Lines end in a line feed, a carriage return or both. Text without a UTF-16 or UTF-32 mark is read as UTF-8.
 Caption caption_from_text(std::string_view text);
 
+/// Whether `name` ends as the names of pictures do (see above), in any case.
+bool has_picture_extension(const std::filesystem::path& name);
+
 /// `text` without blanks (space, tab, \r, \v, \f) at its ends.
 std::string_view trim(std::string_view text);
 

@@ -1,7 +1,5 @@
 #include "step37/data/data_set.h"
 
-#include "step37/data/picture.h"
-
 namespace megatron_cpp::step37 {
 
 SampleFormat sample_format(const Tokenizer& tokenizer, const CropOptions& crops) {
@@ -27,10 +25,12 @@ std::vector<int64_t> prompt_tokens(const std::vector<PictureReference>& pictures
   return tokens;
 }
 
-PictureReference reference_to(const std::string& path, int64_t side) {
-  const auto header = read_picture_header(path);
-  return header.ok() ? PictureReference{path, header.size.width, header.size.height}
-                     : PictureReference{path, side, side};
+PictureReference reference_to(const std::filesystem::path& file, int64_t side, const PicturePlace& place) {
+  const auto header = read_picture_header(file, place);
+  return {.path = file.string(),
+          .width = header.ok() ? header.size.width : side,
+          .height = header.ok() ? header.size.height : side,
+          .place = place};
 }
 
 }  // namespace megatron_cpp::step37

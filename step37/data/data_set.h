@@ -2,23 +2,26 @@
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "megatron_cpp/data/packed_batch.h"
 #include "step37/data/crop_plan.h"
+#include "step37/data/picture.h"
 #include "step37/data/tokenizer.h"
 
 namespace megatron_cpp::step37 {
 
 /// Refers to a picture, with what is needed to compute its tokens without opening it.
 struct PictureReference {
-  std::string path;      ///< of a file that can be opened as it is: the picture, or an archive that has it
-  int64_t width = 0;     ///< pixels, upright
-  int64_t height = 0;    ///< pixels, upright
-  int64_t bytes = 0;     ///< of the picture; 0 if not known
-  int64_t modified = 0;  ///< as CaptionedPicture::modified; 0 if changes aren't looked for
+  std::string path;         ///< of the picture, or of an archive that has it
+  int64_t width = 0;        ///< pixels, upright
+  int64_t height = 0;       ///< pixels, upright
+  int64_t bytes = 0;        ///< of the file when it was found; 0 if changes aren't looked for
+  int64_t modified = 0;     ///< as CaptionedPicture::modified; 0 if changes aren't looked for
+  PicturePlace place = {};  ///< in the file
 };
 
 /// A sample and its pictures, in the order of their tokens.
@@ -42,9 +45,9 @@ SampleFormat sample_format(const Tokenizer& tokenizer, const CropOptions& crops)
 /// The begin token and the tokens of the pictures, one behind the other.
 std::vector<int64_t> prompt_tokens(const std::vector<PictureReference>& pictures, const SampleFormat& format);
 
-/// Refers to the picture file `path` by width and height of its header; by a square of `side` if it can't be read
-/// (decoding will then give a black picture of that size, with a warning).
-PictureReference reference_to(const std::string& path, int64_t side);
+/// Refers to a picture by width and height of its header; by a square of `side` if it can't be read (decoding will then
+/// give a black picture of that size, with a warning).
+PictureReference reference_to(const std::filesystem::path& file, int64_t side, const PicturePlace& place = {});
 
 /// Samples that can be read in any order. Reading a sample doesn't change the data set, so that several threads may do
 /// it. Not collective: each rank that needs one opens it by itself.
@@ -66,6 +69,9 @@ class DataSet {
   /// @throws c10::ValueError naming the sample if its file was changed or can't be read any more, or has an id that
   ///         isn't in the tokenizer's vocabulary.
   virtual PictureSample sample(int64_t index, const SampleFormat& format) const = 0;
+
+  /// What was left out when the data set was opened, as sentences: "2 of 40 lines are left out (first: ...)".
+  virtual std::vector<std::string> left_out() const { return {}; }
 };
 
 }  // namespace megatron_cpp::step37

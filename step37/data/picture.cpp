@@ -26,9 +26,9 @@ constexpr int64_t kWholeFile = std::numeric_limits<int64_t>::max();
 /// Limits memory: the header of a small file may claim gigabytes of pixels.
 constexpr int64_t kMaxPixels = 1 << 27;
 
-/// At most `limit` bytes from the file's beginning.
+/// At most `limit` bytes from the picture's beginning.
 /// @throws std::runtime_error with the reason if there are none.
-std::vector<uint8_t> read_bytes(const std::filesystem::path& path, int64_t limit) {
+std::vector<uint8_t> read_bytes(const std::filesystem::path& path, const PicturePlace& place, int64_t limit) {
   std::error_code error;
   const auto status = std::filesystem::status(path, error);
   if (status.type() == std::filesystem::file_type::not_found) throw std::runtime_error("it isn't there");
@@ -39,7 +39,10 @@ std::vector<uint8_t> read_bytes(const std::filesystem::path& path, int64_t limit
   if (!file) throw std::runtime_error(std::generic_category().message(errno));
   const auto size = static_cast<int64_t>(std::filesystem::file_size(path, error));
   if (error) throw std::runtime_error(error.message());
-  std::vector<uint8_t> bytes(static_cast<size_t>(std::min(limit, size)));
+  const int64_t rest = std::max<int64_t>(0, size - place.offset);
+  if (place.bytes > rest) throw std::runtime_error("its file is cut");
+  std::vector<uint8_t> bytes(static_cast<size_t>(std::min(limit, place.bytes > 0 ? place.bytes : rest)));
+  file.seekg(place.offset);
   file.read(reinterpret_cast<char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
   if (file.bad()) throw std::runtime_error("reading it failed");
   bytes.resize(static_cast<size_t>(file.gcount()));
@@ -92,10 +95,15 @@ void check_pictures(const at::Tensor& pictures, const char* function) {
 
 }  // namespace
 
-DecodedPicture decode_picture(const std::filesystem::path& path) {
-  const auto name = "picture " + printable(path.string());
+std::string picture_name(const std::filesystem::path& path, const PicturePlace& place) {
+  const auto file = printable(path.string());
+  return place.offset == 0 ? file : fmt::format("{}, byte {}", file, place.offset);
+}
+
+DecodedPicture decode_picture(const std::filesystem::path& path, const PicturePlace& place) {
+  const auto name = "picture " + picture_name(path, place);
   try {
-    const auto bytes = read_bytes(path, kWholeFile);
+    const auto bytes = read_bytes(path, place, kWholeFile);
     size_in_header(bytes);
     const auto picture = decode_picture_file(bytes, kMaxPixels);
     return {planes_over_white(picture), {}, picture.damage.empty() ? "" : name + " is damaged: " + picture.damage};
@@ -106,11 +114,11 @@ DecodedPicture decode_picture(const std::filesystem::path& path) {
   }
 }
 
-PictureHeader read_picture_header(const std::filesystem::path& path) {
+PictureHeader read_picture_header(const std::filesystem::path& path, const PicturePlace& place) {
   // A run reads the header of every picture, and few files have their size after the first 64 KiB.
   for (const int64_t limit : {int64_t{1} << 16, kWholeFile}) {
     try {
-      return {size_in_header(read_bytes(path, limit)), {}};
+      return {size_in_header(read_bytes(path, place, limit)), {}};
     } catch (const std::runtime_error& error) {
       if (limit == kWholeFile) return {{}, error.what()};
     }

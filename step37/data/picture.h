@@ -9,6 +9,15 @@
 
 namespace megatron_cpp::step37 {
 
+/// Where in a file a picture is. The default: it is the whole file.
+struct PicturePlace {
+  int64_t offset = 0;  ///< of its first byte
+  int64_t bytes = 0;   ///< 0: up to the end of the file
+};
+
+/// What messages call a picture: "a.png", or in an archive "a.tar, byte 512".
+std::string picture_name(const std::filesystem::path& path, const PicturePlace& place = {});
+
 /// A decoded picture, or the reason why there is none.
 struct DecodedPicture {
   at::Tensor pixels;   ///< [3, height, width] uint8 RGB on the CPU; undefined if decoding failed
@@ -24,7 +33,7 @@ struct DecodedPicture {
 /// call from several threads. A missing, empty or broken file sets `error` instead of throwing: a data set of millions
 /// has some, and training continues with black_picture and a warning. A truncated JPEG gives the pixels that are there,
 /// and sets `damage`.
-DecodedPicture decode_picture(const std::filesystem::path& path);
+DecodedPicture decode_picture(const std::filesystem::path& path, const PicturePlace& place = {});
 
 /// Sides of a picture in pixels.
 struct PictureSize {
@@ -41,7 +50,7 @@ struct PictureHeader {
 };
 
 /// The size that the beginning of a picture file gives, without decoding it.
-PictureHeader read_picture_header(const std::filesystem::path& path);
+PictureHeader read_picture_header(const std::filesystem::path& path, const PicturePlace& place = {});
 
 /// [3, height, width] uint8, all zero.
 /// @throws c10::ValueError if a side isn't positive.

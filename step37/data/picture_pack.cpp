@@ -36,19 +36,21 @@ bool has_changed(const PictureReference& reference, const std::filesystem::path&
 PictureViews views_of(const PictureReference& reference, const SampleFormat& format, PictureFaults& faults) {
   using Kind = PictureFaults::Kind;
   const std::filesystem::path file = reference.path;
-  const auto note = [&](Kind kind, const std::string& text) { faults.note(reference.path, kind, text); };
+  const auto note = [&](Kind kind, const std::string& text) {
+    faults.note(picture_name(reference.path, reference.place), kind, text);
+  };
   if (faults.watches_changes() && has_changed(reference, file)) {
     note(Kind::kChanged, fmt::format("picture {} or its caption has changed since the run looked for pictures, and "
                                      "others may have: the next start looks at all of them again",
                                      printable(file.string())));
   }
-  const auto decoded = decode_picture(file);
+  const auto decoded = decode_picture(file, reference.place);
   auto pixels = decoded.pixels;
   if (!decoded.ok()) {
     note(Kind::kUnreadable, decoded.error + ": a black picture takes its place");
   } else if (pixels.size(1) != reference.height || pixels.size(2) != reference.width) {
     note(Kind::kUnreadable, fmt::format("picture {} is not {} x {} as its header said: a black picture takes its place",
-                                        printable(file.string()), reference.width, reference.height));
+                                        picture_name(file, reference.place), reference.width, reference.height));
     pixels.reset();
   } else if (!decoded.damage.empty()) {
     note(Kind::kDamaged, decoded.damage + ": what is left of it is used");

@@ -8,12 +8,14 @@
 #include <algorithm>
 #include <fstream>
 #include <iterator>
+#include <set>
 #include <system_error>
 #include <unordered_map>
 #include <unordered_set>
 #include <utility>
 
 #include "megatron_cpp/checkpoint/complete_file.h"
+#include "step37/data/utf8.h"
 
 namespace megatron_cpp::step37 {
 namespace {
@@ -35,24 +37,37 @@ class CaptionIterator final : public sentencepiece::SentenceIterator {
   size_t next_ = 0;
 };
 
-std::string comma_separated_picture_symbols() {
+std::string control_symbols(const std::vector<std::string>& further) {
   std::string list;
   for (const auto symbol : kPictureSymbols) list.append(list.empty() ? "" : ",").append(symbol);
+  for (const auto& symbol : further) list.append(",").append(symbol);
   return list;
+}
+
+/// SentencePiece reads the list as comma-separated values.
+void check_symbols(const std::vector<std::string>& symbols) {
+  std::set<std::string_view> known = {"<unk>", "<s>", "</s>", "<pad>"};
+  known.insert(kPictureSymbols.begin(), kPictureSymbols.end());
+  for (const auto& symbol : symbols) {
+    TORCH_CHECK_VALUE(!symbol.empty() && symbol.find_first_of(" ,\"\t\r\n") == std::string::npos && is_utf8(symbol),
+                      "control symbol '", printable(symbol), "' is empty or has a blank, comma or quote");
+    TORCH_CHECK_VALUE(known.insert(symbol).second, "control symbol ", symbol, " is there twice");
+  }
 }
 
 // 4 special ids, the picture symbols and 256 bytes.
 constexpr int64_t kFixedPieces = 4 + static_cast<int64_t>(kPictureSymbols.size()) + 256;
 constexpr double kCoverage = 0.9995;  // SentencePiece's default character_coverage
 
-std::unordered_map<std::string, std::string> trainer_arguments(int64_t vocab_size) {
+std::unordered_map<std::string, std::string> trainer_arguments(int64_t vocab_size,
+                                                               const std::vector<std::string>& symbols) {
   return {
       {"model_type", "bpe"},
       {"vocab_size", fmt::to_string(vocab_size)},
       {"hard_vocab_limit", "false"},
       {"byte_fallback", "true"},
       {"character_coverage", fmt::to_string(kCoverage)},
-      {"control_symbols", comma_separated_picture_symbols()},
+      {"control_symbols", control_symbols(symbols)},
       {"unk_id", "0"},
       {"bos_id", "1"},
       {"eos_id", "2"},
@@ -149,20 +164,22 @@ Tokenizer::~Tokenizer() = default;
 Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
 Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
 
-Tokenizer Tokenizer::train(const std::vector<std::string>& captions, int64_t vocab_size) {
+Tokenizer Tokenizer::train(const std::vector<std::string>& captions, int64_t vocab_size,
+                           const std::vector<std::string>& symbols) {
   TORCH_CHECK_VALUE(!captions.empty(), "no captions to train a tokenizer on");
+  check_symbols(symbols);
   const auto frequent = frequent_characters(captions);
-  const auto room = vocab_size - kFixedPieces;
+  const auto fixed = kFixedPieces + static_cast<int64_t>(symbols.size());
+  const auto room = vocab_size - fixed;
   const auto wanted = static_cast<int64_t>(frequent.size());
-  TORCH_CHECK_VALUE(room > 1, "data.vocabulary_size ", vocab_size, " is too small: at least ", kFixedPieces + 2,
-                    " are needed for bytes and symbols, and ", kFixedPieces + wanted,
-                    " for the characters of the captions");
+  TORCH_CHECK_VALUE(room > 1, "data.vocabulary_size ", vocab_size, " is too small: at least ", fixed + 2,
+                    " are needed for bytes and symbols, and ", fixed + wanted, " for the characters of the captions");
   // room - 1, as one piece is the space that replaces rare characters.
   const auto known = room < wanted ? without_rare_characters(captions, frequent, room - 1) : captions;
   CaptionIterator iterator(known);
   std::string serialized;
   const auto trained =
-      sentencepiece::SentencePieceTrainer::Train(trainer_arguments(vocab_size), &iterator, &serialized);
+      sentencepiece::SentencePieceTrainer::Train(trainer_arguments(vocab_size, symbols), &iterator, &serialized);
   TORCH_CHECK_VALUE(trained.ok(), "can't train a tokenizer of ", vocab_size, " pieces on ", captions.size(),
                     " captions: ", trained.ToString());
 
@@ -173,9 +190,9 @@ Tokenizer Tokenizer::train(const std::vector<std::string>& captions, int64_t voc
   return Tokenizer(std::move(impl));
 }
 
-Tokenizer::Needed Tokenizer::needed(const std::vector<std::string>& captions) {
+Tokenizer::Needed Tokenizer::needed(const std::vector<std::string>& captions, const std::vector<std::string>& symbols) {
   const auto frequent = static_cast<int64_t>(frequent_characters(captions).size());
-  return {frequent, frequent + kFixedPieces};
+  return {frequent, frequent + kFixedPieces + static_cast<int64_t>(symbols.size())};
 }
 
 Tokenizer Tokenizer::load(const std::filesystem::path& path) {
@@ -219,11 +236,21 @@ std::string Tokenizer::decode(const std::vector<int64_t>& ids) const {
   return text;
 }
 
-int64_t Tokenizer::id_of(std::string_view symbol) const {
-  const int id = impl_->model.PieceToId(symbol);
+bool Tokenizer::has(std::string_view symbol) const {
   // PieceToId returns the unknown id for symbols that aren't there.
-  TORCH_CHECK_VALUE(id != impl_->model.unk_id() || symbol == impl_->model.IdToPiece(id), impl_->name, " has no symbol ",
-                    symbol);
+  const int id = impl_->model.PieceToId(symbol);
+  return id != impl_->model.unk_id() || symbol == impl_->model.IdToPiece(id);
+}
+
+int64_t Tokenizer::id_of(std::string_view symbol) const {
+  TORCH_CHECK_VALUE(has(symbol), impl_->name, " has no symbol ", symbol);
+  return impl_->model.PieceToId(symbol);
+}
+
+int64_t Tokenizer::control_id(std::string_view symbol) const {
+  const auto id = id_of(symbol);
+  TORCH_CHECK_VALUE(impl_->model.IsControl(static_cast<int>(id)), impl_->name, " has ", symbol,
+                    " as a piece of text, not as a control symbol: text could turn into it");
   return id;
 }
 

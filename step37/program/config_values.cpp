@@ -52,7 +52,14 @@ Names<LearningRateDecay> names_of(LearningRateDecay /*type*/) {
 Names<OversizePolicy> names_of(OversizePolicy /*type*/) {
   return {{"drop", OversizePolicy::kDrop}, {"extend", OversizePolicy::kExtend}};
 }
-Names<DataSetKind> names_of(DataSetKind /*type*/) { return {{"captions", DataSetKind::kCaptions}}; }
+Names<DataSetKind> names_of(DataSetKind /*type*/) {
+  return {{"captions", DataSetKind::kCaptions}, {"conversations", DataSetKind::kConversations},
+          {"tokens", DataSetKind::kTokens},     {"webdataset", DataSetKind::kWebDataset},
+          {"indexed", DataSetKind::kIndexed},   {"flickr8k", DataSetKind::kFlickr8k}};
+}
+Names<TrainedTurns> names_of(TrainedTurns /*type*/) {
+  return {{"last", TrainedTurns::kAfterLastUser}, {"all", TrainedTurns::kAll}};
+}
 Names<at::ScalarType> names_of(at::ScalarType /*type*/) {
   return {{"float32", at::kFloat}, {"bfloat16", at::kBFloat16}};
 }

@@ -26,6 +26,7 @@ Names<MmEncoderTpMode> names_of(MmEncoderTpMode type);
 Names<LearningRateDecay> names_of(LearningRateDecay type);
 Names<OversizePolicy> names_of(OversizePolicy type);
 Names<DataSetKind> names_of(DataSetKind type);
+Names<TrainedTurns> names_of(TrainedTurns type);
 Names<at::ScalarType> names_of(at::ScalarType type);
 /// All spellings of YAML 1.2's core schema.
 Names<bool> names_of(bool type);

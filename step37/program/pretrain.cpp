@@ -26,6 +26,7 @@
 #include "step37/checkpoint_names.h"
 #include "step37/data/utf8.h"
 #include "step37/program/convert.h"
+#include "step37/program/open_data_set.h"
 #include "step37/program/report.h"
 #include "step37/program/run_config.h"
 #include "step37/program/run_data.h"
@@ -152,11 +153,11 @@ class PretrainRun {
     for (const auto& sentence : data_.summary) say(sentence);
   }
 
-  /// A picture to train on; empty if there is none. For rank 0.
+  /// A picture file to train on; empty if none is found at once. For rank 0.
   std::filesystem::path first_picture() const {
     for (const auto& data_set : data_.training) {
       const auto sample = data_set.samples->sample(0, loader_options_.format);
-      if (!sample.pictures.empty()) return sample.pictures.front().path;
+      if (!sample.pictures.empty() && sample.pictures.front().place.bytes == 0) return sample.pictures.front().path;
     }
     return {};
   }
@@ -184,9 +185,10 @@ class PretrainRun {
           const auto path = files_.tokenizer();
           tokenizer_.emplace(resume_from_ ? load_tokenizer(path, state, *resume_from_) : Tokenizer::load(path));
           tokenizer_mark_ = mark_of(path, *tokenizer_);
+          check_chat_symbols(config_.data.sets, *tokenizer_);
+          loader_options_ = loader_options(config_, *tokenizer_, groups_.grid.tp);
         },
         groups_.world);
-    loader_options_ = loader_options(config_, *tokenizer_, groups_.grid.tp);
     for (const auto& data_set : data_.training) {
       loader_options_.indices.push_back(files_.picture_index(data_set.name));
     }
@@ -206,13 +208,19 @@ class PretrainRun {
           const WaitForAll wait(runtime_);
           if (!is_main()) return;
           if (config_.data.oversize == OversizePolicy::kExtend) return;
-          const int64_t left_out =
-              num_too_long(data_.training, loader_options_) + num_too_long(data_.held_out, loader_options_);
+          constexpr int64_t kSamples = 20'000;  // of millions, to look at all would take hours
+          int64_t num_samples = 0;
+          int64_t left_out = 0;
+          for (const auto* sets : {&data_.training, &data_.held_out}) {
+            const auto samples = spread_samples(*sets, kSamples);
+            num_samples += std::ssize(samples);
+            left_out += num_too_long(samples, loader_options_);
+          }
           if (left_out > 0) {
             say(
                 fmt::format("samples left out because they take more than the {} positions of "
-                            "training.sequence_length: {}",
-                            config_.training.sequence_length, left_out));
+                            "training.sequence_length: {} of the {} that were looked at",
+                            config_.training.sequence_length, left_out, num_samples));
           }
         },
         groups_.world);
@@ -473,7 +481,7 @@ class PretrainRun {
         const auto ids = caption_ids(model_, sample.tokens, sample.pictures, options, groups_.tp, runtime_.device());
         if (is_main()) {
           shown.push_back({chosen[i].samples->name(chosen[i].index), held_out, tokenizer_->decode(truth),
-                           tokenizer_->decode(ids), thumbnail_of(sample.pictures.front().path, options.format.crops)});
+                           tokenizer_->decode(ids), thumbnail_of(sample.pictures.front(), options.format.crops)});
         }
       }
     }

@@ -54,7 +54,7 @@ void visit_keys(Config& config, const Visit& visit) {
   each(kAtLeast0, KEY(parallel, etp));
   each(kAny, KEY(parallel, sequence_parallel), KEY(parallel, embedding_sharding), KEY(parallel, projector_sharding),
        KEY(parallel, exchange), KEY(parallel, mm_encoder_tp_mode));
-  each(kAny, KEY(data, directory), KEY(data, sets), KEY(data, oversize), KEY(data, balance));
+  each(kAny, KEY(data, directory), KEY(data, sets), KEY(data, tokenizer), KEY(data, oversize), KEY(data, balance));
   each(kAny, KEY(data, held_out), KEY(data, max_unreadable), KEY(data, crops), KEY(data, crop_side));
   each(kAtLeast1, KEY(data, max_side), KEY(data, vocabulary_size), KEY(data, decoding_threads));
   each(kAny, KEY(model, config), KEY(model, from), KEY(model, train_padding_row));

@@ -52,11 +52,14 @@ struct ParallelSection {
 
 /// Either `directory` or `sets` is required.
 struct DataSection {
-  std::string directory;           ///< one folder for scan_captioned_pictures
-  DataSetSections sets;            ///< several data sets and their weights: data_sets_from_text
-  double held_out = 0.05;          ///< fraction of the pictures that is never trained on, in [0, 1)
-  double max_unreadable = 0.5;     ///< fraction of the pictures that may be unreadable, in [0, 1]; never all of them
-  int64_t vocabulary_size = 1000;  ///< pieces of the tokenizer, trained on the captions
+  std::string directory;   ///< one folder for scan_captioned_pictures
+  DataSetSections sets;    ///< several data sets and their weights: data_sets_from_text
+  double held_out = 0.05;  ///< fraction of the samples that is never trained on, in [0, 1)
+  /// Fraction of the pictures that may be unreadable, in [0, 1]; never all of them. In data sets of other kinds than
+  /// captions, for each sample one picture is counted.
+  double max_unreadable = 0.5;
+  std::string tokenizer;           ///< a SentencePiece model; empty: that of model.from, or one is trained on the texts
+  int64_t vocabulary_size = 1000;  ///< pieces of the tokenizer that is trained
   bool crops = false;              ///< cut large pictures into crops besides the global view
   int64_t crop_side = 504;         ///< pixels; ignored without crops
   int64_t max_side = 3024;         ///< pixels; larger pictures are scaled down

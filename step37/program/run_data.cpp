@@ -20,8 +20,10 @@
 #include "parallel/runtime.h"
 #include "step37/data/caption_data_set.h"
 #include "step37/data/captioned_pictures.h"
+#include "step37/data/data_set_part.h"
 #include "step37/data/picture.h"
 #include "step37/data/utf8.h"
+#include "step37/program/open_data_set.h"
 #include "step37/program/training_run.h"
 #include "step37/published_checkpoint.h"
 
@@ -80,7 +82,7 @@ void check_samples(const std::filesystem::path& folder, const std::string& sampl
   while (std::getline(parts, path, '\0') && std::getline(parts, bytes, '\0')) {
     std::error_code error;
     const auto size = std::filesystem::file_size(folder / path, error);
-    TORCH_CHECK_VALUE(!error && fmt::to_string(size) == bytes, "data.directory ", printable(folder.string()),
+    TORCH_CHECK_VALUE(!error && fmt::to_string(size) == bytes, printable(folder.string()),
                       " isn't the same on all hosts: ", printable(path), " has ", bytes, " bytes on rank 0's, here ",
                       error ? fmt::format("it can't be read: {}", error.message()) : fmt::to_string(size));
   }
@@ -181,6 +183,57 @@ void open_captions(const parallel::Runtime& runtime, const parallel::ProcessGrou
       groups.world);
 }
 
+/// Opens a data set of another kind on every rank that packs.
+void open_other(const parallel::Runtime& runtime, const parallel::ProcessGroups& groups, const RunConfig& config,
+                const std::string& name, const DataSetSection& section, RunData& data) {
+  const bool is_main = runtime.rank() == 0;
+  const bool packs = groups.tp->getRank() == 0;
+  std::shared_ptr<const DataSet> samples;
+  std::string size;
+  parallel::agree_on(
+      [&] {
+        const WaitForAll wait(runtime);
+        if (!packs) return;
+        std::optional<Tokenizer> tokenizer;
+        SampleFormat format;
+        format.crops = crop_options(config);
+        if (holds_token_ids(section.kind)) {
+          const auto file = given_tokenizer(config);
+          TORCH_CHECK_VALUE(file, "the data set ", name, " holds token ids: data.tokenizer must name their tokenizer");
+          tokenizer = Tokenizer::load(*file);
+          format = sample_format(*tokenizer, format.crops);
+        }
+        samples = open_data_set(section, format, config.training.sequence_length);
+        size = fmt::to_string(samples->num_samples());
+      },
+      groups.world);
+  const auto size_on_main = parallel::broadcast_text(size, 0, groups.world);
+  const auto count = std::stoll(size_on_main);
+  // How many pictures it has isn't known before they are read.
+  data.max_unreadable += static_cast<int64_t>(config.data.max_unreadable * static_cast<double>(count));
+  parallel::agree_on(
+      [&] {
+        if (!packs) return;
+        TORCH_CHECK_VALUE(size == size_on_main, "the data set ", name, ", ", printable(section.path),
+                          ", isn't the same on all hosts: ", size_on_main, " samples on rank 0's, here ", size);
+        if (is_main) {
+          for (const auto& sentence : samples->left_out()) {
+            std::fputs(fmt::format("warning: {}: {}\n", printable(section.path), sentence).c_str(), stderr);
+          }
+        }
+        const auto split = split_held_out(samples, config.data.held_out);
+        const auto held_out = split.held_out->num_samples();
+        TORCH_CHECK_VALUE(held_out < count, printable(section.path), ": all ", count,
+                          " samples are held out (data.held_out ", config.data.held_out, ")");
+        data.summary.push_back(fmt::format("{} samples to train on, {} held out in {}", count - held_out, held_out,
+                                           printable(section.path)));
+        const auto draws = section.shuffle ? SampleOrder::kShuffled : SampleOrder::kSequential;
+        data.training.push_back({name, split.training, section.weight, draws});
+        if (held_out > 0) data.held_out.push_back({name, split.held_out, section.weight, draws});
+      },
+      groups.world);
+}
+
 }  // namespace
 
 WaitForAll::~WaitForAll() {
@@ -196,7 +249,8 @@ WaitForAll::~WaitForAll() {
 RunData open_data(const parallel::Runtime& runtime, const parallel::ProcessGroups& groups, const RunConfig& config) {
   RunData data;
   for (const auto& [name, section] : data_sets_of(config.data)) {
-    open_captions(runtime, groups, config, name, section, data);
+    const auto open = section.kind == DataSetKind::kCaptions ? open_captions : open_other;
+    open(runtime, groups, config, name, section, data);
   }
   return data;
 }
@@ -224,49 +278,55 @@ std::vector<std::string> training_texts(const RunData& data) {
   return texts;
 }
 
-Tokenizer train_tokenizer(const std::vector<std::string>& texts, int64_t vocabulary_size) {
-  auto tokenizer = Tokenizer::train(texts, vocabulary_size);
-  const auto needed = Tokenizer::needed(texts);
+Tokenizer train_tokenizer(const std::vector<std::string>& texts, int64_t vocabulary_size,
+                          const std::vector<std::string>& symbols) {
+  auto tokenizer = Tokenizer::train(texts, vocabulary_size, symbols);
+  const auto needed = Tokenizer::needed(texts, symbols);
   if (needed.vocab_size > vocabulary_size) {
     const auto text = fmt::format(
-        "warning: data.vocabulary_size {} is too small: the captions have {} different characters, so at least {}; "
-        "until then the rarest are spelled in bytes\n",
+        "warning: data.vocabulary_size {} is too small: the texts have {} different characters, so at least {}; until "
+        "then the rarest are spelled in bytes\n",
         vocabulary_size, needed.num_characters, needed.vocab_size);
     std::fputs(text.c_str(), stderr);
   }
   return tokenizer;
 }
 
-Tokenizer first_tokenizer(const RunConfig& config, const RunData& data) {
+std::optional<std::filesystem::path> given_tokenizer(const RunConfig& config) {
+  if (!config.data.tokenizer.empty()) return config.data.tokenizer;
   const std::filesystem::path from = config.model.from;
-  if (from.empty()) return train_tokenizer(training_texts(data), config.data.vocabulary_size);
-  const int64_t V = config.published->text.vocabulary_size;
-  if (!PublishedCheckpoint::is_at(from)) {
-    return train_tokenizer(training_texts(data), std::min(config.data.vocabulary_size, V));
-  }
+  if (from.empty() || !PublishedCheckpoint::is_at(from)) return std::nullopt;
   const auto file = RunFiles{from}.tokenizer();
   TORCH_CHECK_VALUE(std::filesystem::exists(file), from.string(), " has no ", file.filename().string(),
-                    ": without the tokenizer of its weights captions can't be turned into their ids");
-  auto tokenizer = Tokenizer::load(file);
-  TORCH_CHECK_VALUE(tokenizer.vocab_size() <= V, file.string(), " has ", tokenizer.vocab_size(),
-                    " pieces, the model a vocabulary of ", V);
+                    ": without the tokenizer of its weights texts can't be turned into their ids; data.tokenizer may "
+                    "name one");
+  return file;
+}
+
+Tokenizer first_tokenizer(const RunConfig& config, const RunData& data) {
+  auto size = config.data.vocabulary_size;
+  if (config.published) size = std::min(size, config.published->text.vocabulary_size);
+  const auto file = given_tokenizer(config);
+  if (!file) return train_tokenizer(training_texts(data), size, chat_symbols(config.data.sets));
+  auto tokenizer = Tokenizer::load(*file);
+  TORCH_CHECK_VALUE(!config.published || tokenizer.vocab_size() <= config.published->text.vocabulary_size,
+                    file->string(), " has ", tokenizer.vocab_size(), " pieces, the model a vocabulary of ",
+                    config.published->text.vocabulary_size);
+  sample_format(tokenizer, crop_options(config));
+  check_chat_symbols(config.data.sets, tokenizer);
   return tokenizer;
 }
 
-int64_t num_too_long(const std::vector<WeightedDataSet>& sets, const BatchLoaderOptions& options) {
-  int64_t count = 0;
-  for (const auto& data_set : sets) {
-    for (int64_t i = 0; i < data_set.samples->num_samples(); ++i) {
-      const auto num_tokens = static_cast<int64_t>(data_set.samples->sample(i, options.format).tokens.size());
-      if (num_tokens - 1 > options.packing.max_length) ++count;
-    }
-  }
-  return count;
+int64_t num_too_long(const std::vector<SampleReference>& samples, const BatchLoaderOptions& options) {
+  return std::ranges::count_if(samples, [&](const SampleReference& chosen) {
+    const auto num_tokens = static_cast<int64_t>(chosen.samples->sample(chosen.index, options.format).tokens.size());
+    return num_tokens - 1 > options.packing.max_length;
+  });
 }
 
-std::string thumbnail_of(const std::filesystem::path& file, const CropOptions& crops) {
+std::string thumbnail_of(const PictureReference& picture, const CropOptions& crops) {
   constexpr int64_t kMaxSide = 224;
-  const auto decoded = decode_picture(file);
+  const auto decoded = decode_picture(picture.path, picture.place);
   if (!decoded.ok()) return {};
   const auto plan = plan_crops(decoded.pixels.size(2), decoded.pixels.size(1), crops);
   return thumbnail(cut_views(decoded.pixels, plan, crops).global[0], kMaxSide);

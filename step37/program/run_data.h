@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -28,12 +29,14 @@ struct RunData {
   std::vector<std::string> summary;  ///< on world rank 0: a sentence about each data set
 };
 
-/// Opens the data sets of `config`: data.directory, or all of data.sets. World rank 0 searches folders of pictures,
-/// starting from the index files in run.directory unless run.fresh is set, and prints warnings about what is left out.
-/// The other ranks wait, even longer than run.timeout_seconds. Writes nothing. Collective over the world.
-/// @throws parallel::AgreedError on every rank: errors of scan_folder and pictures_of; more unreadable pictures than
-///         data.max_unreadable; a data set whose samples are all held out; a host whose folder differs from that of
-///         rank 0 (the file sizes of a few pictures are compared).
+/// Opens the data sets of `config`: data.directory, or all of data.sets. World rank 0 searches folders of captioned
+/// pictures, starting from the index files in run.directory unless run.fresh is set; every rank that packs opens the
+/// other kinds. Rank 0 prints warnings about what is left out. The other ranks wait, even longer than
+/// run.timeout_seconds. Writes nothing. Collective over the world.
+/// @throws parallel::AgreedError on every rank: errors of scan_folder, pictures_of and open_data_set; more unreadable
+///         pictures than data.max_unreadable; a data set whose samples are all held out, or that holds token ids
+///         without given_tokenizer; a host whose data set differs from that of rank 0 (the file sizes of a few
+///         pictures, or the number of samples, are compared).
 RunData open_data(const parallel::Runtime& runtime, const parallel::ProcessGroups& groups, const RunConfig& config);
 
 /// A sample of a data set, which outlives it.
@@ -62,17 +65,24 @@ class WaitForAll {
 };
 
 /// Tokenizer::train, with a warning if the vocabulary is too small for the texts' characters. Not collective.
-Tokenizer train_tokenizer(const std::vector<std::string>& texts, int64_t vocabulary_size);
+/// @param symbols  as Tokenizer::train
+Tokenizer train_tokenizer(const std::vector<std::string>& texts, int64_t vocabulary_size,
+                          const std::vector<std::string>& symbols);
 
-/// The tokenizer that training starts with: model.from's own, or one that is trained on the data if the weights are
-/// random. Not collective.
-/// @throws c10::ValueError as Tokenizer::train and load; if model.from lacks one, or it has more pieces than the model.
+/// The tokenizer file that a run is given: data.tokenizer, or that of the published checkpoint model.from; nullopt if
+/// it trains one. Not collective.
+/// @throws c10::ValueError if model.from has weights and no tokenizer.
+std::optional<std::filesystem::path> given_tokenizer(const RunConfig& config);
+
+/// The tokenizer that training starts with: the given one, or one that is trained on the data. Not collective.
+/// @throws c10::ValueError as given_tokenizer, Tokenizer::train and load; if it has more pieces than the model, or lacks a symbol of pictures
+///         or of a data set's chat template.
 Tokenizer first_tokenizer(const RunConfig& config, const RunData& data);
 
-/// The number of samples that are too long for a pack. Not collective.
-int64_t num_too_long(const std::vector<WeightedDataSet>& sets, const BatchLoaderOptions& options);
+/// How many of `samples` are too long for a pack. Not collective.
+int64_t num_too_long(const std::vector<SampleReference>& samples, const BatchLoaderOptions& options);
 
 /// The global view of a picture as a small PNG file; empty if the picture can't be read. Not collective.
-std::string thumbnail_of(const std::filesystem::path& file, const CropOptions& crops);
+std::string thumbnail_of(const PictureReference& picture, const CropOptions& crops);
 
 }  // namespace megatron_cpp::step37

@@ -175,7 +175,7 @@ void check_resumable(const RunConfig& began, const RunConfig& now, const std::st
                                                "model.moe_group_balance_groups",
                                                "model.moe_z_loss_coeff",
                                                "model.moe_router_bias_update_rate"};
-    if (key == "data.vocabulary_size" || key == "training.seed") return true;
+    if (key == "data.vocabulary_size" || key == "data.tokenizer" || key == "training.seed") return true;
     if (key == "model.mtp_loss_scaling_factor") return trained_mtp != trains_mtp;
     return (key.starts_with("model.") || key.starts_with("vision.")) && !free.contains(key);
   };
@@ -308,6 +308,8 @@ CaptionerOptions captioner_options(const Tokenizer& tokenizer, const CropOptions
   options.format = sample_format(tokenizer, crops);
   options.pad_id = tokenizer.pad_id();
   options.end_ids = {options.format.end_id};
+  constexpr std::string_view kEndOfTurn = "<|im_end|>";  // of chat templates
+  if (tokenizer.has(kEndOfTurn)) options.end_ids.push_back(tokenizer.id_of(kEndOfTurn));
   const auto& ids = options.format.picture_ids;
   options.not_text = {ids.im_start,  ids.im_patch,      ids.im_end,         ids.patch_start,
                       ids.patch_end, ids.patch_newline, tokenizer.bos_id(), tokenizer.pad_id()};

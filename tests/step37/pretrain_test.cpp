@@ -1,6 +1,4 @@
 // `step37 pretrain` on a small folder of pictures, called in this process on all ranks; and captions of what it leaves.
-#include "step37/program/pretrain.h"
-
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 #include <sys/stat.h>
@@ -30,8 +28,8 @@
 #include "step37/program/generate.h"
 #include "step37/program/training_run.h"
 #include "step37/step37_model.h"
+#include "tests/step37/pretrain_fixture.h"
 #include "tests/step37/small_pictures.h"
-#include "tests/step37/small_run.h"
 #include "tests/support/environment.h"
 #include "tests/support/errors.h"
 #include "tests/support/temporary_folder.h"
@@ -42,124 +40,8 @@ namespace {
 
 namespace fs = std::filesystem;
 using nlohmann::json;
-using small_run::Overrides;
-using small_run::with;
+using namespace small_run;
 using namespace test_support;
-using Tensors = std::map<std::string, at::Tensor>;
-
-/// A small run with pictures.
-class Pretrain : public small_run::SmallRun {
- protected:
-  void SetUp() override {
-    SmallRun::SetUp();
-    on_main([&] { small_run::write_pictures(pictures()); });
-  }
-
-  /// Trains; a failure if that doesn't end well.
-  void pretrain(const std::string& run, int tp, const Overrides& more = {}) const {
-    EXPECT_EQ(run_pretrain(run, tp, more), 0);
-    parallel::barrier(world_tp());
-  }
-
-  /// What all ranks throw; a failure if they differ.
-  static std::string agreed_error(const std::function<void()>& action) {
-    std::string mine = "nothing thrown";
-    try {
-      action();
-    } catch (const std::exception& error) {
-      mine = parallel::error_text(error);
-    }
-    EXPECT_EQ(mine, parallel::broadcast_text(mine, 0, world_tp()));
-    return mine;
-  }
-  std::string pretrain_error(const std::string& run, int tp, const Overrides& more = {}) const {
-    return agreed_error([&] { run_pretrain(run, tp, more); });
-  }
-
-  /// On a runtime of its own: a program chooses its device, and the tests keep theirs.
-  int run_pretrain(const std::string& run, int tp, const Overrides& more) const {
-    parallel::Runtime own;
-    return step37::pretrain(own, {config_file(), overrides_of(run, tp, more)});
-  }
-
-  /// Makes run `to` what run `from` would be if it had been killed after its checkpoint of step `step`, while it wrote
-  /// a line of metrics: later checkpoints are gone, later lines are there.
-  void copy_state(const std::string& from, const std::string& to, int64_t step) const {
-    on_main([&] {
-      const auto old_files = files(from);
-      const auto new_files = files(to);
-      const auto name = step_name(step);
-      fs::create_directories(new_files.checkpoints());
-      fs::copy(old_files.checkpoints() / name, new_files.checkpoints() / name, fs::copy_options::recursive);
-      fs::create_directory_symlink(name, new_files.checkpoints() / "latest");
-      fs::copy(old_files.tokenizer(), new_files.tokenizer());
-      write_file(new_files.metrics(), read_file(old_files.metrics()) + "{\"step\":5,\"lo");
-    });
-  }
-
-  static std::string step_name(int64_t step) { return "step-0000000" + std::to_string(step); }
-};
-
-/// The lines of a run's metrics, without what depends on the clock.
-std::vector<json> metrics_of(const RunFiles& files) {
-  std::ifstream stream(files.metrics());
-  std::vector<json> lines;
-  for (std::string line; std::getline(stream, line);) {
-    auto parsed = json::parse(line, nullptr, /*allow_exceptions=*/false);
-    EXPECT_TRUE(parsed.is_object()) << line;
-    if (!parsed.is_object()) continue;
-    parsed.erase("step_seconds");
-    parsed.erase("tokens_per_second");
-    lines.push_back(std::move(parsed));
-  }
-  return lines;
-}
-
-/// All tensors of a checkpoint, whole, by the text of their id.
-Tensors tensors_of(const fs::path& checkpoint) {
-  const CheckpointReader reader(checkpoint);
-  Tensors tensors;
-  std::vector<ShardedTensor> wanted;
-  for (const auto& id : reader.tensors()) {
-    const auto& shape = reader.global_shape(id);
-    tensors[id.text()] = at::zeros(shape);
-    wanted.push_back({id, tensors[id.text()], shape, {Box::whole(shape)}});
-  }
-  reader.load(wanted);
-  return tensors;
-}
-
-/// By how much two runs of the same commands may differ: not at all on the CPU. On a GPU some gradients are added up in
-/// any order.
-double rounding() { return runtime().device().is_cpu() ? 0.0 : 1e-4; }
-
-/// On rank 0: the same metrics and the same last checkpoint, to a relative tolerance, bit for bit if it is 0.
-void expect_same_run(const RunFiles& actual, const RunFiles& expected, double tolerance) {
-  if (runtime().rank() != 0) return;
-  const auto lines = metrics_of(actual);
-  const auto expected_lines = metrics_of(expected);
-  EXPECT_EQ(lines.size(), expected_lines.size());
-  for (size_t i = 0; i < std::min(lines.size(), expected_lines.size()); ++i) {
-    EXPECT_EQ(lines[i].size(), expected_lines[i].size()) << lines[i];
-    for (const auto& [key, value] : expected_lines[i].items()) {
-      const double want = value.get<double>();
-      EXPECT_NEAR(lines[i].value(key, -1.0), want, tolerance * std::abs(want)) << key << " of line " << i + 1;
-    }
-  }
-  const auto tensors = tensors_of(actual.checkpoints() / "latest");
-  const auto expected_tensors = tensors_of(expected.checkpoints() / "latest");
-  EXPECT_EQ(tensors.size(), expected_tensors.size());
-  for (const auto& [name, tensor] : expected_tensors) {
-    const auto found = tensors.find(name);
-    EXPECT_NE(found, tensors.end()) << name;
-    if (found == tensors.end()) continue;
-    if (tolerance == 0) {
-      EXPECT_TRUE(test_support::equal(found->second, tensor)) << name;
-    } else if (!name.starts_with("optimizer.")) {
-      EXPECT_TRUE(test_support::near(found->second, tensor, tolerance)) << name;
-    }
-  }
-}
 
 /// Every file below `folder` with its bytes and the time of its last change.
 std::map<std::string, std::pair<std::string, fs::file_time_type>> contents_of(const fs::path& folder) {
@@ -314,7 +196,7 @@ TEST_F(Pretrain, MultiTokenPredictionStaysBitForBitUnlessItIsTrained) {
   });
   const auto weights = [&](const std::string& run) {
     const SafetensorsFile file(files(run).directory / "exported" / "model.safetensors");
-    Tensors tensors;
+    std::map<std::string, at::Tensor> tensors;
     for (const auto& [name, entry] : file.entries()) tensors[name] = file.read(name);
     return tensors;
   };
@@ -363,7 +245,7 @@ TEST_F(Pretrain, GoesOnFromAPublishedCheckpoint) {
   go_on("second", no_steps);
   const auto weights = [](const fs::path& folder) {
     const SafetensorsFile file(folder / "model.safetensors");
-    Tensors tensors;
+    std::map<std::string, at::Tensor> tensors;
     for (const auto& [name, entry] : file.entries()) tensors[name] = file.read(name);
     return tensors;
   };
@@ -633,9 +515,9 @@ TEST_F(Pretrain, SaysHowManySamplesFitIntoNoPack) {
   if (runtime().rank() == 0) testing::internal::CaptureStdout();
   pretrain("run", runtime().size(), {"training.steps=1"});
   if (runtime().rank() != 0) return;
-  EXPECT_TRUE(
-      contains(testing::internal::GetCapturedStdout(),
-               "samples left out because they take more than the 128 positions of training.sequence_length: 1\n"));
+  EXPECT_TRUE(contains(testing::internal::GetCapturedStdout(),
+                       "samples left out because they take more than the 128 positions of training.sequence_length: 1 "
+                       "of the 12 that were looked at\n"));
 }
 
 /// Leaves a picture's header and takes the rest.
@@ -741,7 +623,7 @@ TEST_F(Pretrain, GoesBackBeyondADamagedCheckpointWhenAsked) {
   const int tp = runtime().size();
   const Overrides overrides = {"training.steps=2", "checkpoint.interval=1"};
   pretrain("run", tp, overrides);
-  const auto whole = runtime().rank() == 0 ? tensors_of(files("run").checkpoints() / step_name(2)) : Tensors();
+  const auto whole = runtime().rank() == 0 ? tensors_of(files("run").checkpoints() / step_name(2)) : std::map<std::string, at::Tensor>();
   const auto file = files("run").checkpoints() / step_name(2) /
                     ("rank-000" + std::to_string(tp - 1) + "-of-000" + std::to_string(tp) + ".safetensors");
   on_main([&] {

@@ -360,8 +360,11 @@ TEST_F(RunConfigTest, WrongDataSetsAreRefused) {
     EXPECT_NE(text.find("data sets by name (" + reason), std::string::npos) << text;
   };
   expect("{a: {kind: captions}}", "the data set a lacks path");
-  expect("{a: {kind: caption, path: b}}", "the data set a: kind caption is not one of captions");
-  expect("{a: {path: b, wieght: 1}}", "the data set a has no key wieght");
+  expect("{a: {kind: caption, path: b}}",
+         "the data set a: kind must be one of captions, conversations, tokens, webdataset, indexed, flickr8k, got "
+         "caption");
+  expect("{a: {path: b, wieght: 1}}",
+         "the data set a of kind captions has no key wieght: there are kind, path, weight, shuffle");
   expect("{a: {path: b, weight: -1}}", "the data set a: weight -1 is negative");
   expect("{a: {path: b, weight: much}}", "the data set a: weight must be a number, got much");
   expect("{a: {path: b, path: c}}", "the data set a: the key path is given twice");
