@@ -9,14 +9,14 @@
 
 namespace megatron_cpp::parallel {
 
-void agree(bool ok, const std::string& message, const GroupPtr& group) {
+void agree(bool ok, const std::string& message, const GroupPtr& group, int exit_status) {
   const int t = group->getSize();
-  const auto verdicts = all_gather(at::full({1}, ok ? 1 : 0, at::kInt), group);
-  const auto* rank_ok = verdicts.const_data_ptr<int>();
+  const auto verdicts = all_gather(at::full({1}, ok ? 0 : exit_status, at::kInt), group);
+  const auto* status = verdicts.const_data_ptr<int>();
   int first_failed = -1;
   int num_failed = 0;
   for (int rank = 0; rank < t; ++rank) {
-    if (rank_ok[rank] != 0) continue;
+    if (status[rank] == 0) continue;
     if (first_failed < 0) first_failed = rank;
     ++num_failed;
   }
@@ -26,7 +26,7 @@ void agree(bool ok, const std::string& message, const GroupPtr& group) {
     const auto more = num_failed > 1 ? fmt::format(", and {} more", num_failed - 1) : "";
     text += fmt::format(" (rank {} of {}{})", first_failed, t, more);
   }
-  throw AgreedError(text);
+  throw AgreedError(text, status[first_failed]);
 }
 
 void check_equal(const std::vector<NamedValue>& values, const GroupPtr& group) {
@@ -72,6 +72,20 @@ std::string broadcast_text(const std::string& text, int root, const GroupPtr& gr
   if (group->getRank() == root) std::memcpy(letters.mutable_data_ptr(), text.data(), text.size());
   letters = broadcast(letters, root, group);
   return {static_cast<const char*>(letters.const_data_ptr()), static_cast<size_t>(letters.numel())};
+}
+
+std::vector<std::string> gather_texts(const std::string& text, const GroupPtr& group) {
+  const auto lengths = all_gather(at::full({1}, static_cast<int64_t>(text.size()), at::kLong), group);
+  const auto longest = lengths.max().item<int64_t>();
+  auto letters = at::zeros({1, longest}, at::kByte);
+  std::memcpy(letters.mutable_data_ptr(), text.data(), text.size());
+  letters = all_gather(letters, group);
+  std::vector<std::string> texts;
+  for (int64_t rank = 0; rank < lengths.numel(); ++rank) {
+    const auto* begin = static_cast<const char*>(letters.const_data_ptr()) + rank * longest;
+    texts.emplace_back(begin, static_cast<size_t>(lengths[rank].item<int64_t>()));
+  }
+  return texts;
 }
 
 }  // namespace megatron_cpp::parallel

@@ -9,4 +9,9 @@ std::string error_text(const std::exception& error) {
   return torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
 }
 
+int exit_status(const std::exception& error) {
+  const auto* with_status = dynamic_cast<const ExitError*>(&error);
+  return with_status != nullptr ? with_status->exit_status() : kErrorStatus;
+}
+
 }  // namespace megatron_cpp::parallel

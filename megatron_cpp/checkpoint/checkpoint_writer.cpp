@@ -5,7 +5,6 @@
 
 #include <atomic>
 #include <chrono>
-#include <cstring>
 #include <future>
 #include <map>
 #include <optional>
@@ -30,24 +29,10 @@ using internal::CheckpointTensor;
 using internal::kManifestFile;
 using internal::partial_of;
 using internal::save_point;
+using parallel::gather_texts;
 
 std::string rank_file(int rank, int num_ranks) {
   return fmt::format("rank-{:04}-of-{:04}.safetensors", rank, num_ranks);
-}
-
-/// The text of every rank, on every rank. Collective: two all-gathers.
-std::vector<std::string> gather_texts(const std::string& text, const parallel::GroupPtr& group) {
-  const auto lengths = parallel::all_gather(at::full({1}, static_cast<int64_t>(text.size()), at::kLong), group);
-  const auto longest = lengths.max().item<int64_t>();
-  auto letters = at::zeros({1, longest}, at::kByte);
-  std::memcpy(letters.mutable_data_ptr(), text.data(), text.size());
-  letters = parallel::all_gather(letters, group);
-  std::vector<std::string> texts;
-  for (int64_t rank = 0; rank < lengths.numel(); ++rank) {
-    const auto* begin = static_cast<const char*>(letters.const_data_ptr()) + rank * longest;
-    texts.emplace_back(begin, static_cast<size_t>(lengths[rank].item<int64_t>()));
-  }
-  return texts;
 }
 
 bool is_written(const ShardedTensor& tensor) { return tensor.main_replica && tensor.part.numel() > 0; }

@@ -288,6 +288,7 @@ void GradientBuffer::completed(Bucket& bucket, size_t member) {
 
 void GradientBuffer::start_reduction(Bucket& bucket) {
   if (bucket.layout.numel == 0) return;
+  if (bucket.group->getSize() > 1) bucket.own_squares = squares_of_blocks({bucket.gradients});
   bucket.reduction = bucket.is_divided ? parallel::start_reduce_scatter_in_place(bucket.gradients, bucket.group)
                                        : parallel::start_all_reduce_in_place(bucket.gradients, bucket.group);
 }
@@ -336,12 +337,21 @@ at::Tensor GradientBuffer::squares_of(const Bucket& bucket) {
   return bucket.is_divided && bucket.layout.numel > 0 ? parallel::all_reduce(squares, bucket.group) : squares;
 }
 
-at::Tensor GradientBuffer::squared_norm() const {
+at::Tensor GradientBuffer::squares_before_reduction() const {
+  std::vector<at::Tensor> squares;
+  for (const auto& bucket : buckets_) {
+    squares.push_back(bucket.own_squares.defined() ? bucket.own_squares : squares_of_blocks({bucket.gradients}));
+  }
+  return at::cat(squares);
+}
+
+at::Tensor GradientBuffer::squared_norm(const at::Tensor& addend) const {
   // Rank 0 of tp counts replicated parameters; every rank counts its part of the sharded ones.
   auto squares = at::zeros({kNumNormClasses}, views_.front().options().dtype(at::kDouble));
   for (const auto& bucket : buckets_) squares = squares + squares_of(bucket);
   auto own = squares.narrow(0, kOverTp, 1);
   if (groups_.tp->getRank() == 0) own = own + squares.narrow(0, kOnce, 1);
+  if (addend.defined()) own = own + addend;
   auto sum = parallel::all_reduce(own, groups_.tp);
   const bool has_experts = std::any_of(parameters_.begin(), parameters_.end(),
                                        [](const auto& shard) { return norm_class(shard) == kOverExperts; });

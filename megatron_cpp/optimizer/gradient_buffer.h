@@ -88,7 +88,15 @@ class GradientBuffer {
 
   /// The square of norm(), [1] float64 on the parameters' device, without waiting for it: a training step reads it
   /// together with its loss. Comm: as norm().
-  at::Tensor squared_norm() const;
+  /// @param addend  [1] float64 on that device: added on each rank before the sum over tp. Undefined: nothing.
+  at::Tensor squared_norm(const at::Tensor& addend = {}) const;
+
+  /// What this rank's own backward passes left, before the last reduce(): the sum of the squares of each block of
+  /// kNormBlock elements of each bucket, [blocks] float64 on the parameters' device. Two equal passes give the same
+  /// bits. Those of buckets that are reduced over several ranks are computed just before, by reading the gradients once
+  /// (as Megatron-Core's check_for_nan_in_loss_and_grad does). Call it before the gradients are changed. Not
+  /// collective.
+  at::Tensor squares_before_reduction() const;
 
   /// Multiplies all complete gradients by `factor`. Not collective.
   void scale(double factor);
@@ -131,6 +139,7 @@ class GradientBuffer {
     std::set<size_t> incomplete;                       ///< members whose gradient backward hasn't completed yet
     std::optional<parallel::PendingTensor> reduction;  ///< on its way
     std::optional<parallel::PendingTensor> gather;     ///< on its way
+    at::Tensor own_squares;        ///< of the last reduction: squares_of_blocks before it; undefined in a group of one
     std::vector<at::Tensor> norm;  ///< views of what squared_norm() sums on this rank, without empty ones
     at::Tensor norm_places;        ///< for each of their blocks its index in [slices, classes, norm_columns]
     int64_t norm_columns = 0;      ///< blocks of a slice and class, at most

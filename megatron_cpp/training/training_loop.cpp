@@ -22,8 +22,10 @@ int64_t run_training_loop(Trainer& trainer, const TrainingLoopOptions& options,
     metrics.step = step;
     {
       const auto batch = callbacks.next_batch();
-      metrics.result = trainer.step(batch.loss_sum, batch.num_micro_batches, batch.num_loss_tokens);
+      metrics.result = trainer.step(batch.loss_sum, batch.num_micro_batches, batch.num_loss_tokens, batch.sample_names);
       metrics.counts = batch.counts;
+      metrics.counts.emplace_back("repeated_steps", trainer.step_counts().repeated);
+      metrics.counts.emplace_back("skipped_steps", trainer.step_counts().skipped);
     }
     metrics.seconds = std::chrono::duration<double>(Clock::now() - start).count();
     if (callbacks.validation_loss && options.is_due(step, options.validation_interval)) {

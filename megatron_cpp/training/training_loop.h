@@ -18,19 +18,22 @@ namespace megatron_cpp {
 struct StepBatch {
   int64_t num_micro_batches = 0;  ///< of this data-parallel rank, equal over tp
   int64_t num_loss_tokens = 0;    ///< of the global batch; equal on every rank
-  /// As Trainer::step takes it. Owns or refers to what it needs of the batch.
+  /// As Trainer::step takes it: may be called again for the same micro-batch. Owns or refers to what it needs of the
+  /// batch.
   std::function<LossSum(int64_t)> loss_sum;
   /// Numbers for the step's metrics, by name: tokens, images.
   std::vector<std::pair<std::string, int64_t>> counts = {};
+  SampleNames sample_names = {};  ///< for messages; may be empty
 };
 
 /// What a step did, and how long it took.
 struct StepMetrics {
-  int64_t step = 0;                                          ///< counted from 1 over the whole run
-  StepResult result = {};                                    ///< loss, gradient norm, learning rate
-  std::vector<std::pair<std::string, int64_t>> counts = {};  ///< StepBatch::counts
-  double seconds = 0.0;                                      ///< including loading the batch; differs between ranks
-  std::optional<double> validation_loss = std::nullopt;      ///< on steps that validate
+  int64_t step = 0;        ///< counted from 1 over the whole run
+  StepResult result = {};  ///< loss, gradient norm, learning rate
+  /// StepBatch::counts, then `repeated_steps` and `skipped_steps`: StepCounts of the run.
+  std::vector<std::pair<std::string, int64_t>> counts = {};
+  double seconds = 0.0;                                  ///< including loading the batch; differs between ranks
+  std::optional<double> validation_loss = std::nullopt;  ///< on steps that validate
 };
 
 /// Length of a run, and intervals of validation and checkpoints.

@@ -60,6 +60,9 @@ Names<DataSetKind> names_of(DataSetKind /*type*/) {
 Names<TrainedTurns> names_of(TrainedTurns /*type*/) {
   return {{"last", TrainedTurns::kAfterLastUser}, {"all", TrainedTurns::kAll}};
 }
+Names<NotFiniteAction> names_of(NotFiniteAction /*type*/) {
+  return {{"stop", NotFiniteAction::kStop}, {"skip", NotFiniteAction::kSkip}};
+}
 Names<at::ScalarType> names_of(at::ScalarType /*type*/) {
   return {{"float32", at::kFloat}, {"bfloat16", at::kBFloat16}};
 }

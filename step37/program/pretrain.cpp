@@ -243,6 +243,8 @@ class PretrainRun {
     TrainerOptions options;
     options.gradients = gradient_buffer_options(config_.training);
     options.check_replicas = config_.training.check_replicas;
+    options.not_finite = config_.training.not_finite;
+    options.max_skipped_steps = config_.training.max_skipped_steps;
     options.adamw = config_.training;
     options.learning_rate = learning_rate_schedule(config_);
     options.clip_grad_norm = config_.training.clip_grad_norm;
@@ -300,12 +302,13 @@ class PretrainRun {
     parallel::agree_on([&] { CheckpointReader(*resume_from_).load(tensors()); }, groups_.world);
     trainer_->write_parameters();
     trainer_->optimizer().set_num_steps(state.optimizer_steps);
+    trainer_->set_step_counts(state.step_counts);
     resumed_steps_ = state.optimizer_steps;
     say(fmt::format("resuming after step {} from {}", state.optimizer_steps, resume_from_->string()));
   }
 
   CheckpointContents contents(int64_t step, const MixState& data) const {
-    const RunState state{config_, data, step, tokenizer_mark_};
+    const RunState state{config_, data, step, tokenizer_mark_, trainer_->step_counts()};
     return {.step = step,
             .state = to_text(state),
             .tensors = tensors(),
@@ -379,12 +382,19 @@ class PretrainRun {
             .loss_sum =
                 [this, loaded](int64_t micro_batch) {
                   const auto i = static_cast<size_t>(micro_batch);
-                  auto images = std::move(loaded->images[i]);
                   return model_->loss_sum(
-                      to_model_batch(loaded->packs.micro_batches[i].packed, std::move(images), runtime_.device()),
+                      to_model_batch(loaded->packs.micro_batches[i].packed, loaded->images[i], runtime_.device()),
                       expert_balance_.get(), 1.0 / static_cast<double>(loaded->packs.num_loss_tokens));
                 },
-            .counts = {{"tokens", step.num_tokens}, {"images", step.num_pictures}}};
+            .counts = {{"tokens", step.num_tokens}, {"images", step.num_pictures}},
+            .sample_names =
+                [loaded](int64_t micro_batch) {
+                  std::vector<std::string> names;
+                  for (const auto& name : loaded->packs.micro_batches[static_cast<size_t>(micro_batch)].samples) {
+                    names.push_back(printable(name));
+                  }
+                  return names;
+                }};
   }
 
   /// Mean over the loss tokens of the held-out packs; nullopt if there are none.

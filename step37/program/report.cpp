@@ -48,16 +48,19 @@ Json parse_step(const std::string& line, const std::string& where) {
     TORCH_CHECK_VALUE(found->is_number(), where, ": ", name, " is ", found->dump(), ", expected a number");
     result[name] = *found;
   }
-  TORCH_CHECK_VALUE(result.contains("loss"), where, ": no number `loss`");
+  TORCH_CHECK_VALUE(object.contains("loss"), where, ": no number `loss`");
   return result;
 }
 
+/// The steps, without those that were skipped because their loss isn't finite, which JSON writes as null.
 std::vector<Json> read_metrics(const std::filesystem::path& path) {
   std::ifstream file(path, std::ios::binary);
   std::vector<Json> steps;
+  int64_t number = 0;
   for (std::string line; file && std::getline(file, line);) {
-    const auto where = fmt::format("{}:{}", path.string(), steps.size() + 1);
+    const auto where = fmt::format("{}:{}", path.string(), ++number);
     auto step = parse_step(line, where);
+    if (!step.contains("loss")) continue;
     TORCH_CHECK_VALUE(steps.empty() || step.at("step") > steps.back().at("step"), where, ": step ",
                       step.at("step").dump(), " after step ", steps.back().at("step").dump());
     steps.push_back(std::move(step));

@@ -88,9 +88,9 @@ void visit_keys(Config& config, const Visit& visit) {
        KEY(training, beta1), KEY(training, beta2), KEY(training, eps), KEY(training, clip_grad_norm),
        KEY(training, precision), KEY(training, main_gradients), KEY(training, exp_avg), KEY(training, exp_avg_sq),
        KEY(training, distributed_optimizer), KEY(training, overlap_gradient_reduction),
-       KEY(training, overlap_parameter_gather), KEY(training, recompute));
+       KEY(training, overlap_parameter_gather), KEY(training, recompute), KEY(training, not_finite));
   each(kAtLeast1, KEY(training, bucket_elements));
-  each(kAtLeast0, KEY(training, check_replicas), KEY(training, loss_chunk));
+  each(kAtLeast0, KEY(training, check_replicas), KEY(training, max_skipped_steps), KEY(training, loss_chunk));
   each(kAtLeast0, KEY(validation, interval));
   each(kAtLeast1, KEY(validation, packs));
   each(kAtLeast0, KEY(checkpoint, interval));

@@ -12,6 +12,7 @@
 #include "megatron_cpp/optimizer/adamw.h"
 #include "megatron_cpp/optimizer/gradient_buffer.h"
 #include "megatron_cpp/training/learning_rate.h"
+#include "megatron_cpp/training/trainer.h"
 #include "parallel/rank_grid.h"
 #include "step37/data/crop_plan.h"
 #include "step37/insert/image_insert_embedding.h"
@@ -163,8 +164,10 @@ struct TrainingSection : AdamWOptions {
   bool overlap_parameter_gather = true;    ///< GradientBufferOptions::overlap_gather
   int64_t bucket_elements = 40'000'000;    ///< GradientBufferOptions::bucket_elements
   int64_t check_replicas = 0;              ///< steps between two comparisons of the replicas' parameters; 0: none
-  Recompute recompute;                     ///< changes no bit of the results
-  LossChunk loss_chunk;                    ///< changes results by rounding only
+  NotFiniteAction not_finite = NotFiniteAction::kStop;  ///< stop or skip; TrainerOptions::not_finite
+  int64_t max_skipped_steps = 10;                       ///< in a row; one more ends the run
+  Recompute recompute;                                  ///< changes no bit of the results
+  LossChunk loss_chunk;                                 ///< changes results by rounding only
 };
 
 struct ValidationSection {

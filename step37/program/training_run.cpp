@@ -117,7 +117,10 @@ std::string to_text(const RunState& state) {
                   {"num_samples", where.sampler.num_samples},
                   {"credit", where.credit}};
   }
-  nlohmann::ordered_json json{{"data", std::move(data)}, {"optimizer_steps", state.optimizer_steps}};
+  nlohmann::ordered_json json{{"data", std::move(data)},
+                              {"optimizer_steps", state.optimizer_steps},
+                              {"repeated_steps", state.step_counts.repeated},
+                              {"skipped_steps", state.step_counts.skipped}};
   if (state.tokenizer) {
     json["tokenizer"] = {{"hash", state.tokenizer->hash}, {"vocabulary_size", state.tokenizer->vocabulary_size}};
   }
@@ -148,6 +151,9 @@ RunState run_state_from_text(const std::string& text, const std::string& where,
       }
     }
     state.optimizer_steps = integer_at(json, "optimizer_steps");
+    if (json.contains("skipped_steps")) {
+      state.step_counts = {integer_at(json, "repeated_steps"), integer_at(json, "skipped_steps")};
+    }
     if (const auto found = json.find("tokenizer"); found != json.end()) {
       state.tokenizer = {found->at("hash").get<std::string>(), integer_at(*found, "vocabulary_size")};
     }

@@ -9,6 +9,7 @@
 
 #include "megatron_cpp/checkpoint/sharded_checkpoint.h"
 #include "megatron_cpp/parameters/parameter_shard.h"
+#include "megatron_cpp/training/trainer.h"
 #include "parallel/process_groups.h"
 #include "step37/data/batch_loader.h"
 #include "step37/data/tokenizer.h"
@@ -88,6 +89,7 @@ struct RunState {
   MixState data;  ///< where the data sets are
   int64_t optimizer_steps = 0;
   std::optional<TokenizerMark> tokenizer = std::nullopt;  ///< nullopt in checkpoints of old versions
+  StepCounts step_counts = {};                            ///< 0 in checkpoints of old versions
 };
 /// For CheckpointContents::state; the configuration is no part of it.
 std::string to_text(const RunState& state);

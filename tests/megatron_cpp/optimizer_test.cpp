@@ -22,6 +22,7 @@
 #include "megatron_cpp/training/trainer.h"
 #include "parallel/collectives.h"
 #include "parallel/environment_groups.h"
+#include "parallel/errors.h"
 #include "parallel/recording_backend.h"
 #include "tests/support/errors.h"
 #include "tests/support/operator_watch.h"
@@ -785,8 +786,8 @@ TEST(Trainer, LossesThatAreNotFiniteChangeNothing) {
       const auto exp_avg = trainer.optimizer().slices()[0].exp_avg.clone();
       // On the last replica only; the error is everybody's.
       const double scale = group.dp->getRank() == group.dp->getSize() - 1 ? factor : 1.0;
-      const auto text =
-          value_error([&] { trainer.step([&](int64_t /*i*/) { return model.loss_sum(0, 1) * scale; }, 1, kTokens); });
+      const auto text = error_of<parallel::AgreedError>(
+          [&] { trainer.step([&](int64_t /*i*/) { return model.loss_sum(0, 1) * scale; }, 1, kTokens); });
       EXPECT_TRUE(contains(text, "step 2: loss "));
       EXPECT_TRUE(contains(text, "are not all finite"));
       EXPECT_TRUE(test_support::equal(model.weight, weight));
