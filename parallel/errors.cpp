@@ -2,6 +2,8 @@
 
 #include <c10/util/Exception.h>
 
+#include <filesystem>
+
 namespace megatron_cpp::parallel {
 
 std::string error_text(const std::exception& error) {
@@ -10,8 +12,8 @@ std::string error_text(const std::exception& error) {
 }
 
 int exit_status(const std::exception& error) {
-  const auto* with_status = dynamic_cast<const ExitError*>(&error);
-  return with_status != nullptr ? with_status->exit_status() : kErrorStatus;
+  if (const auto* with_status = dynamic_cast<const ExitError*>(&error)) return with_status->exit_status();
+  return dynamic_cast<const std::filesystem::filesystem_error*>(&error) != nullptr ? kCannotWriteStatus : kErrorStatus;
 }
 
 }  // namespace megatron_cpp::parallel

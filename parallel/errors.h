@@ -12,7 +12,8 @@ namespace megatron_cpp::parallel {
 inline constexpr int kErrorStatus = 1;           ///< an error that would occur again
 inline constexpr int kNotFiniteStatus = 65;      ///< data or model give NaN or infinity (EX_DATAERR)
 inline constexpr int kSuspectedHostStatus = 71;  ///< a host computes wrongly: try another one (EX_OSERR)
-inline constexpr int kCannotWriteStatus = 74;    ///< what must be kept can't be written (EX_IOERR)
+inline constexpr int kCannotWriteStatus = 74;    ///< files can't be written (EX_IOERR)
+inline constexpr int kInterruptedStatus = 75;    ///< what is done is saved, and the rest can follow later (EX_TEMPFAIL)
 
 /// An error with an exit status of its own.
 class ExitError : public std::runtime_error {
@@ -33,7 +34,7 @@ class AgreedError : public ExitError {
   using ExitError::ExitError;
 };
 
-/// ExitError::exit_status() of `error`, if it is one, else kErrorStatus.
+/// ExitError::exit_status() of `error`; of a std::filesystem::filesystem_error kCannotWriteStatus, else kErrorStatus.
 int exit_status(const std::exception& error);
 
 /// What `error` says, without LibTorch's stack trace.

@@ -154,12 +154,12 @@ bool Runtime::all_fail_alike(const std::string& message) const {
                      [&](uint64_t theirs) { return theirs == messages.mine; });
 }
 
-void Runtime::abort(const std::string& message) const {
+void Runtime::abort(const std::string& message, int exit_status) const {
   std::array<char, 256> host{};
   gethostname(host.data(), host.size() - 1);
   std::fputs(fmt::format("error: rank {} of {} on {}: {}\n", rank_, size_, host.data(), message).c_str(), stderr);
   std::fflush(stderr);
-  MPI_Abort(MPI_COMM_WORLD, 1);
+  MPI_Abort(MPI_COMM_WORLD, exit_status);
   std::abort();
 }
 
@@ -169,20 +169,22 @@ int Runtime::run(const std::function<int(Runtime&)>& body) {
     runtime = std::make_unique<Runtime>();
   } catch (const std::exception& error) {
     std::fputs(fmt::format("error: {}\n", error.what()).c_str(), stderr);
-    return 1;
+    return kErrorStatus;
   }
   std::string message;
+  int status = kErrorStatus;
   try {
     return body(*runtime);
   } catch (const std::exception& error) {
     message = error_text(error);
+    status = exit_status(error);
   } catch (...) {
     message = "an exception that is no std::exception";
   }
   std::fflush(stdout);
-  if (!runtime->all_fail_alike(message)) runtime->abort(message);
+  if (!runtime->all_fail_alike(message)) runtime->abort(message, status);
   if (runtime->rank() == 0) std::fputs(fmt::format("error: {}\n", message).c_str(), stderr);
-  return 1;
+  return status;
 }
 
 }  // namespace megatron_cpp::parallel

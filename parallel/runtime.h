@@ -52,14 +52,14 @@ class Runtime {
   void shut_down(const GroupPtr& group);
 
   /// Runs a program's body and returns its exit status. If every rank throws an exception with the same text, rank 0
-  /// prints it and the status is 1 on all ranks. Otherwise the ranks that throw print their exceptions, with rank and
-  /// host, and end the job with MPI_Abort, so that no peer waits for them forever.
+  /// prints it and the status is its exit_status() on all ranks. Otherwise the ranks that throw print their exceptions,
+  /// with rank and host, and end the job with MPI_Abort and this status, so that no peer waits for them forever.
   static int run(const std::function<int(Runtime&)>& body);
 
  private:
   /// True if every rank calls this with the same text. PeerPatience decides how long it waits for a rank that doesn't.
   bool all_fail_alike(const std::string& message) const;
-  [[noreturn]] void abort(const std::string& message) const;
+  [[noreturn]] void abort(const std::string& message, int exit_status) const;
 
   bool owns_mpi_ = false;
   std::unique_ptr<MpiCommunicator> world_;

@@ -150,8 +150,9 @@ void point_latest(const fs::path& directory, const fs::path& name) {
   fs::create_directory_symlink(name, link, error);
   save_point("latest_moving");
   if (!error) fs::rename(link, latest, error);
-  TORCH_CHECK(!internal::means_lost_data(error.value()), "cannot make the link ", latest.string(), ": ",
-              error.message());
+  if (internal::means_lost_data(error.value())) {
+    throw WriteError(fmt::format("cannot make the link {}: {}", latest.string(), error.message()));
+  }
   if (error) {
     fs::remove(link, ignored);
     fs::remove(latest, ignored);

@@ -28,6 +28,12 @@ constexpr size_t kLongestName = 255;
 
 std::string reason_text(int reason) { return std::strerror(reason); }
 
+/// @param parts  of the error's text.
+template <class... Parts>
+void check_written(bool ok, const Parts&... parts) {
+  if (!ok) throw WriteError(c10::str(parts...));
+}
+
 /// The folder that holds `path`.
 fs::path folder_of(const fs::path& path) { return path.has_parent_path() ? path.parent_path() : fs::path("."); }
 
@@ -67,15 +73,15 @@ class NoPipeSignal {
 
 /// Opens an existing file to write it in place.
 int open_stream(const fs::path& path, mode_t mode) {
-  TORCH_CHECK(!S_ISDIR(mode), "cannot write ", path.string(), ": it is a folder");
-  TORCH_CHECK(!S_ISBLK(mode), "cannot write ", path.string(), ": it is a disk");
+  check_written(!S_ISDIR(mode), "cannot write ", path.string(), ": it is a folder");
+  check_written(!S_ISBLK(mode), "cannot write ", path.string(), ": it is a disk");
   // O_NONBLOCK: doesn't wait for a reader that may never come.
   const int truncate = S_ISREG(mode) ? O_TRUNC : 0;
   const int descriptor = ::open(path.c_str(), O_WRONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK | truncate);
   const int reason = errno;
-  TORCH_CHECK(descriptor >= 0 || reason != ENXIO || !S_ISFIFO(mode), "cannot write ", path.string(),
-              ": it is a pipe that nobody reads");
-  TORCH_CHECK(descriptor >= 0, "cannot write ", path.string(), ": ", reason_text(reason));
+  check_written(descriptor >= 0 || reason != ENXIO || !S_ISFIFO(mode), "cannot write ", path.string(),
+                ": it is a pipe that nobody reads");
+  check_written(descriptor >= 0, "cannot write ", path.string(), ": ", reason_text(reason));
   ::fcntl(descriptor, F_SETFL, ::fcntl(descriptor, F_GETFL) & ~O_NONBLOCK);
   return descriptor;
 }
@@ -87,7 +93,7 @@ bool is_same(const struct stat& there, const fs::path& target) {
 }
 
 void check_flushed(int result, const std::string& name) {
-  TORCH_CHECK(result == 0 || !means_lost_data(errno), "cannot flush ", name, ": ", reason_text(errno));
+  check_written(result == 0 || !means_lost_data(errno), "cannot flush ", name, ": ", reason_text(errno));
 }
 
 }  // namespace
@@ -122,7 +128,7 @@ fs::path link_target(const fs::path& path) {
   auto target = path;
   std::error_code ignored;
   for (int links = 0; fs::is_symlink(target, ignored); ++links) {
-    TORCH_CHECK(links < kMaxLinks, "cannot write ", path.string(), ": ", reason_text(ELOOP));
+    check_written(links < kMaxLinks, "cannot write ", path.string(), ": ", reason_text(ELOOP));
     const auto next = fs::read_symlink(target);
     target = next.is_absolute() ? next : target.parent_path() / next;
   }
@@ -132,7 +138,7 @@ fs::path link_target(const fs::path& path) {
 void flush_folder(const fs::path& folder) {
   const FileDescriptor descriptor(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   const bool flushed = descriptor.get() >= 0 && ::fsync(descriptor.get()) == 0;
-  TORCH_CHECK(flushed || !means_lost_data(errno), "cannot flush folder ", folder.string(), ": ", reason_text(errno));
+  check_written(flushed || !means_lost_data(errno), "cannot flush folder ", folder.string(), ": ", reason_text(errno));
 }
 
 void write_all(int descriptor, const void* data, size_t bytes, const std::string& name) {
@@ -141,7 +147,7 @@ void write_all(int descriptor, const void* data, size_t bytes, const std::string
   while (bytes > 0) {
     const ssize_t written = ::write(descriptor, position, bytes);
     if (written < 0 && errno == EINTR) continue;
-    TORCH_CHECK(written > 0, "cannot write ", name, ": ", reason_text(errno));
+    check_written(written > 0, "cannot write ", name, ": ", reason_text(errno));
     position += written;
     bytes -= static_cast<size_t>(written);
   }
@@ -151,7 +157,7 @@ CompleteFile::CompleteFile(const fs::path& path)
     : name_(path.string()), file_(-1), checksum_(std::make_unique<Checksum>()) {
   struct stat there {};
   const bool exists = ::stat(path.c_str(), &there) == 0;
-  TORCH_CHECK(exists || errno == ENOENT, "cannot write ", name_, ": ", reason_text(errno));
+  check_written(exists || errno == ENOENT, "cannot write ", name_, ": ", reason_text(errno));
   target_ = link_target(path);
   if (target_ != path) name_ += fmt::format(" (a link to {})", target_.string());
   if (exists && !(S_ISREG(there.st_mode) && is_same(there, target_))) {
@@ -177,7 +183,7 @@ void CompleteFile::open_beside() {
     }
     if (errno != EEXIST) break;
   }
-  TORCH_CHECK(false, "cannot write ", name_, ": ", reason_text(errno));
+  throw WriteError(fmt::format("cannot write {}: {}", name_, reason_text(errno)));
 }
 
 void CompleteFile::write(const void* data, size_t bytes) {
@@ -207,15 +213,15 @@ void CompleteFile::replace_target() {
     return;
   }
   const int reason = errno;
-  TORCH_CHECK(may_write_in_place(reason), "cannot replace ", name_, ": ", reason_text(reason));
+  check_written(may_write_in_place(reason), "cannot replace ", name_, ": ", reason_text(reason));
   try {
     fs::copy_file(partial_, target_, fs::copy_options::overwrite_existing);
     const FileDescriptor copy(::open(target_.c_str(), O_RDONLY | O_CLOEXEC));
     check_flushed(::fsync(copy.get()), name_);
   } catch (const std::exception& error) {
     const auto whole = std::exchange(partial_, fs::path());  // the old file may be damaged, so the new one is kept
-    TORCH_CHECK(false, "cannot replace ", name_, ": ", reason_text(reason), ", nor write into it: ", error.what(),
-                "; it is in ", whole.string());
+    throw WriteError(fmt::format("cannot replace {}: {}, nor write into it: {}; it is in {}", name_,
+                                 reason_text(reason), error.what(), whole.string()));
   }
 }
 

@@ -9,13 +9,21 @@
 #include <string_view>
 
 #include "megatron_cpp/checkpoint/file_digest.h"
+#include "parallel/errors.h"
 
 namespace megatron_cpp {
+
+/// A file or folder can't be written. Its exit status is parallel::kCannotWriteStatus.
+class WriteError : public parallel::ExitError {
+ public:
+  /// @param text  names the file and the system's reason.
+  explicit WriteError(const std::string& text) : ExitError(text, parallel::kCannotWriteStatus) {}
+};
 
 /// Writes `text` as the file `path`, completely or not at all: writes a file in the same folder whose name ends in
 /// .partial, flushes it to disk and renames it. For a link this is the file that the link leads to. A device, a pipe,
 /// and a file that the file system can't replace are written in place.
-/// @throws c10::Error naming the file and the system's reason if it can't be written; a folder, a disk and a pipe that
+/// @throws WriteError naming the file and the system's reason if it can't be written; a folder, a disk and a pipe that
 ///         nobody reads are refused.
 void write_file(const std::filesystem::path& path, std::string_view text);
 
@@ -53,15 +61,15 @@ bool may_write_in_place(int reason);
 bool is_file_name(std::string_view name);
 
 /// Follows links at the end of `path`; the target may not exist.
-/// @throws c10::Error "cannot write `path`: ..." if the links go in a circle.
+/// @throws WriteError "cannot write `path`: ..." if the links go in a circle.
 std::filesystem::path link_target(const std::filesystem::path& path);
 
 /// fsync(2) of a folder: renames are on disk only once the folder that holds them is.
-/// @throws c10::Error naming the folder and the reason, if that means_lost_data.
+/// @throws WriteError naming the folder and the reason, if that means_lost_data.
 void flush_folder(const std::filesystem::path& folder);
 
 /// Writes all bytes, with as many calls of write(2) as needed.
-/// @throws c10::Error "cannot write `name`: " and the system's reason.
+/// @throws WriteError "cannot write `name`: " and the system's reason.
 void write_all(int descriptor, const void* data, size_t bytes, const std::string& name);
 
 /// Writes a temporary file in the same folder, flushes it and renames it: a reader sees the whole new file or the old
@@ -71,7 +79,7 @@ void write_all(int descriptor, const void* data, size_t bytes, const std::string
 /// a pipe is written in place. If the file system can't replace a file, commit() copies the complete new file over it.
 class CompleteFile {
  public:
-  /// @throws c10::Error "cannot write `path`: " and the reason: open(2)'s error; a folder; a disk (a block device); a
+  /// @throws WriteError "cannot write `path`: " and the reason: open(2)'s error; a folder; a disk (a block device); a
   ///         pipe that nobody reads.
   explicit CompleteFile(const std::filesystem::path& path);
   ~CompleteFile();
@@ -80,7 +88,7 @@ class CompleteFile {
 
   void write(const void* data, size_t bytes);  ///< throws as write_all
   /// Makes the file appear under its name. Returns what was written.
-  /// @throws c10::Error naming the file and the system's reason.
+  /// @throws WriteError naming the file and the system's reason.
   FileDigest commit();
 
  private:

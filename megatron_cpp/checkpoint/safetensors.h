@@ -99,7 +99,7 @@ class SafetensorsWriter {
   static std::vector<Entry> entries_of(const std::vector<NamedTensor>& tensors);
 
   /// Writes the header to a temporary file.
-  /// @throws c10::ValueError naming the tensor (unsupported dtype, a name given twice); c10::Error as write_file.
+  /// @throws c10::ValueError naming the tensor (unsupported dtype, a name given twice); WriteError as write_file.
   SafetensorsWriter(const std::filesystem::path& path, std::vector<Entry> entries,
                     const std::map<std::string, std::string>& metadata = {});
   ~SafetensorsWriter();
@@ -109,7 +109,7 @@ class SafetensorsWriter {
   /// Writes the next tensor, which has the dtype and shape of its entry; any device, any strides.
   void write(const at::Tensor& tensor);
   /// Makes the file appear under its name, after the last tensor. Returns what was written.
-  /// @throws c10::Error as write_file.
+  /// @throws WriteError as write_file.
   FileDigest commit();
 
  private:
@@ -119,7 +119,7 @@ class SafetensorsWriter {
 };
 
 /// Writes `tensors` (any device, any strides) in the order given, as write_file does. Returns what was written.
-/// @throws c10::ValueError naming the tensor (unsupported dtype, a name given twice); c10::Error as write_file.
+/// @throws c10::ValueError naming the tensor (unsupported dtype, a name given twice); WriteError as write_file.
 FileDigest write_safetensors(const std::filesystem::path& path, const std::vector<NamedTensor>& tensors,
                              const std::map<std::string, std::string>& metadata = {});
 

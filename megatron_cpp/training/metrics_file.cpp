@@ -32,7 +32,7 @@ std::string kept_lines(const std::filesystem::path& path, int64_t last_step) {
 MetricsFile::MetricsFile(const std::filesystem::path& path, int64_t last_step) : path_(path), file_(-1) {
   write_file(path, std::filesystem::exists(path) ? kept_lines(path, last_step) : "");
   file_.reset(::open(path.c_str(), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666));
-  TORCH_CHECK_VALUE(file_.get() >= 0, "cannot write ", path.string(), ": ", std::strerror(errno));
+  if (file_.get() < 0) throw WriteError(c10::str("cannot write ", path.string(), ": ", std::strerror(errno)));
 }
 
 void MetricsFile::write(const StepMetrics& metrics) {

@@ -16,11 +16,11 @@ class MetricsFile {
  public:
   /// Opens the file for a run that goes on after `last_step`. Lines of later steps, and a line cut short by a kill, are
   /// removed first, so that every step has exactly one line.
-  /// @throws c10::Error naming the file and the system's reason if it can't be read or written.
+  /// @throws c10::ValueError or WriteError naming the file and the system's reason if it can't be read or written.
   MetricsFile(const std::filesystem::path& path, int64_t last_step);
 
   /// Appends the line of a step.
-  /// @throws c10::Error naming the file and the system's reason.
+  /// @throws WriteError naming the file and the system's reason.
   void write(const StepMetrics& metrics);
 
  private:

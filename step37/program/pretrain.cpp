@@ -75,7 +75,7 @@ class PretrainRun {
     } else {
       check_export();
       keep_indices();
-      if (train(state) != 0) return kInterruptedStatus;
+      if (train(state) != 0) return parallel::kInterruptedStatus;
     }
     write_report();
     write_export(done);
@@ -125,7 +125,10 @@ class PretrainRun {
           check_run_files(files_);
           std::error_code error;
           std::filesystem::create_directories(files_.directory, error);
-          TORCH_CHECK_VALUE(!error, "run.directory ", files_.directory.string(), " cannot be made: ", error.message());
+          if (error) {
+            throw WriteError(
+                fmt::format("run.directory {} cannot be made: {}", files_.directory.string(), error.message()));
+          }
           lock_.emplace(files_.lock());
         },
         groups_.world);

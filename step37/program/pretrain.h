@@ -22,7 +22,7 @@ struct PretrainArguments {
 
 /// Trains, or resumes from the latest complete checkpoint in the run directory: with the same rank layout bit for bit
 /// as if it had not been interrupted. A finished run only says that it is finished. Writes metrics.jsonl, checkpoints/
-/// and report.html. Returns the exit status: 0, or kInterruptedStatus (stop_signals.h) if a signal asked one of the
+/// and report.html. Returns the exit status: 0, or parallel::kInterruptedStatus if a signal asked one of the
 /// ranks to stop: then all ranks have finished the step and saved a checkpoint, and there is no report yet.
 /// Collective over all ranks.
 /// @throws c10::ValueError or parallel::AgreedError on every rank: a configuration that doesn't fit, missing data.

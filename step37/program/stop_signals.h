@@ -7,10 +7,6 @@
 
 namespace megatron_cpp::step37 {
 
-/// The exit status of a run that was asked to stop and has saved a checkpoint, from which the next start resumes
-/// (EX_TEMPFAIL in sysexits.h).
-inline constexpr int kInterruptedStatus = 75;
-
 /// What a signal means.
 enum class SignalMeaning {
   kStop,   ///< the first signal: finish the step and save

@@ -88,7 +88,7 @@ void remove_earlier_run(const RunFiles& files) {
 
 RunLock::RunLock(const std::filesystem::path& path) : file_(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
   const auto reason = [] { return std::generic_category().message(errno); };
-  TORCH_CHECK_VALUE(file_ >= 0, "cannot open ", path.string(), ": ", reason());
+  if (file_ < 0) throw WriteError(fmt::format("cannot write {}: {}", path.string(), reason()));
   if (flock(file_, LOCK_EX | LOCK_NB) == 0) return;
   if (errno == EWOULDBLOCK) {
     close(file_);

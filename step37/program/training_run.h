@@ -51,7 +51,7 @@ std::string bytes_of_file(const std::filesystem::path& path);
 class RunLock {
  public:
   /// Warns if the file system has no locks.
-  /// @throws c10::ValueError naming the file if another process holds the lock, or it can't be created.
+  /// @throws c10::ValueError naming the file if another process holds the lock, WriteError if it can't be created.
   explicit RunLock(const std::filesystem::path& path);
   ~RunLock();
   RunLock(const RunLock&) = delete;

@@ -19,6 +19,8 @@ PROGRAM = os.environ.get("MCPP_PROGRAM", str(ROOT / "build/bin/step37"))
 MPIEXEC = shlex.split(os.environ.get("MCPP_MPIEXEC", "mpirun --oversubscribe --bind-to none -np"))
 # One thread a rank; and hwloc, which MPI asks for the machine, complains where a container has no /sys.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HWLOC_HIDE_ERRORS": "2"}
+# Exit statuses (docs/training.md).
+NOT_FINITE, SUSPECTED_HOST, CANNOT_WRITE, INTERRUPTED = 65, 71, 74, 75
 EMBED_CASE = CASES / "embed/34_template_small.safetensors"
 
 TINY = """\
@@ -85,3 +87,30 @@ class FieldTest(unittest.TestCase):
         self.assertNotEqual(outcome.returncode, 0, outcome.stdout)
         for text in texts:
             self.assertEqual(outcome.stdout.count(text), 1, f"{text!r} in:\n{outcome.stdout}")
+
+
+class Process:
+    """A command whose output is read while it runs. A test waits for a line of it, and never for a time."""
+
+    def __init__(self, test, *words, environment=None, **options):
+        self.output = ""
+        self.popen = subprocess.Popen([str(word) for word in words], cwd=test.folder, text=True, stdin=subprocess.DEVNULL,
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                      env={**os.environ, **ENVIRONMENT, **(environment or {})}, **options)
+        test.addCleanup(self.popen.stdout.close)
+        test.addCleanup(self.popen.kill)
+
+    def wait_for(self, text):
+        for line in self.popen.stdout:
+            self.output += line
+            if text in line:
+                return
+        raise AssertionError(f"no {text!r} in:\n{self.output}")
+
+    def finish(self):
+        self.output += self.popen.stdout.read()
+        return self.popen.wait(timeout=120)
+
+    def children(self):
+        pid = self.popen.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -7,11 +7,8 @@ import shutil
 import signal
 import subprocess
 import unittest
-from pathlib import Path
 
-from field import CASES, ENVIRONMENT, MPIEXEC, PROGRAM, ROOT, FieldTest
-
-INTERRUPTED = 75
+from field import CASES, INTERRUPTED, MPIEXEC, PROGRAM, ROOT, FieldTest, Process
 
 
 def open_mpi_version():
@@ -19,33 +16,6 @@ def open_mpi_version():
     said = subprocess.run([MPIEXEC[0], "--version"], capture_output=True, text=True).stdout
     found = re.search(r"Open MPI\) (\d+)", said)
     return int(found[1]) if found else 0
-
-
-class Process:
-    """A command whose output is read while it runs. A test waits for a line of it, and never for a time."""
-
-    def __init__(self, test, *words, environment=None, **options):
-        self.output = ""
-        self.popen = subprocess.Popen([str(word) for word in words], cwd=test.folder, text=True, stdin=subprocess.DEVNULL,
-                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                      env={**os.environ, **ENVIRONMENT, **(environment or {})}, **options)
-        test.addCleanup(self.popen.stdout.close)
-        test.addCleanup(self.popen.kill)
-
-    def wait_for(self, text):
-        for line in self.popen.stdout:
-            self.output += line
-            if text in line:
-                return
-        raise AssertionError(f"no {text!r} in:\n{self.output}")
-
-    def finish(self):
-        self.output += self.popen.stdout.read()
-        return self.popen.wait(timeout=120)
-
-    def children(self):
-        pid = self.popen.pid
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 class Signals(FieldTest):

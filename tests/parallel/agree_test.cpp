@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <filesystem>
 #include <stdexcept>
 #include <string>
 
@@ -46,6 +47,26 @@ TEST(Agree, OneRankThatFailsFailsAllWithItsWords) {
       EXPECT_EQ(text, broadcast_text(text, 0, tp)) << "another text than rank 0's";
     }
   }
+}
+
+TEST(Agree, AnErrorKeepsItsExitStatus) {
+  const auto& tp = test_support::world_tp();
+  const auto status_of = [&](const auto& action) {
+    try {
+      agree_on(action, tp);
+    } catch (const AgreedError& error) {
+      return error.exit_status();
+    }
+    return 0;
+  };
+  EXPECT_EQ(status_of([&] {
+              if (tp->getRank() == tp->getSize() - 1) throw ExitError("no room", kCannotWriteStatus);
+            }),
+            kCannotWriteStatus);
+  EXPECT_EQ(status_of([] { std::filesystem::create_directory("/dev/null/below"); }), kCannotWriteStatus);
+  EXPECT_EQ(status_of([] { throw std::runtime_error("any other"); }), kErrorStatus);
+  EXPECT_EQ(gather_texts(std::string(static_cast<size_t>(tp->getRank()), 'x'), tp).back(),
+            std::string(static_cast<size_t>(tp->getSize()) - 1, 'x'));
 }
 
 TEST(Agree, TheLowestOfSeveralSpeaks) {

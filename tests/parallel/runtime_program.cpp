@@ -8,6 +8,7 @@
 #include <string>
 
 #include "parallel/collectives.h"
+#include "parallel/errors.h"
 #include "parallel/process_groups.h"
 #include "parallel/runtime.h"
 
@@ -21,6 +22,10 @@ int body(parallel::Runtime& runtime, const std::string& mode) {
   const bool is_last = runtime.rank() == runtime.size() - 1;
   if (mode == "all_throw") {
     TORCH_CHECK_VALUE(false, "the same on every rank");
+  } else if (mode == "all_throw_a_status") {
+    throw parallel::AgreedError("the same status on every rank", 71);
+  } else if (mode == "one_throws_a_status") {
+    if (is_last) throw parallel::ExitError("a status here only", 74);
   } else if (mode == "one_throws") {
     TORCH_CHECK_VALUE(!is_last, "only here");
   } else if (mode == "each_throws_its_own") {

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <string>
+#include <utility>
 
 #include "tests/support/command.h"
 #include "tests/support/environment.h"
@@ -57,6 +58,14 @@ TEST(Runtime, HandsTheStatusOn) {
   const auto outcome = start("status");
   EXPECT_EQ(outcome.status, 3) << outcome.output;
   test_support::expect_no_process_left(mark_of("status"));
+}
+
+TEST(Runtime, EndsWithTheStatusOfAnError) {
+  for (const auto& [mode, status] : {std::pair{"all_throw_a_status", 71}, {"one_throws_a_status", 74}}) {
+    const auto outcome = start(mode);
+    EXPECT_EQ(outcome.status, status) << outcome.output;
+    test_support::expect_no_process_left(mark_of(mode));
+  }
 }
 
 TEST(Runtime, SaysOnceWhatEveryRankThrows) {
