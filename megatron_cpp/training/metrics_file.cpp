@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 #include <fcntl.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <cstring>
@@ -46,8 +47,20 @@ void MetricsFile::write(const StepMetrics& metrics) {
   if (json.contains("tokens")) json["tokens_per_second"] = json["tokens"].get<double>() / metrics.seconds;
   json["step_seconds"] = metrics.seconds;
   if (metrics.validation_loss) json["validation_loss"] = *metrics.validation_loss;
-  const auto line = json.dump() + "\n";
-  internal::write_all(file_.get(), line.data(), line.size(), path_.string());
+  pending_ += json.dump() + "\n";
+  flush();
+}
+
+void MetricsFile::flush() {
+  if (pending_.empty()) return;
+  const auto end = ::lseek(file_.get(), 0, SEEK_END);
+  try {
+    internal::write_all(file_.get(), pending_.data(), pending_.size(), path_.string());
+  } catch (const WriteError&) {
+    if (::ftruncate(file_.get(), end) != 0) pending_.clear();  // never a part twice
+    throw;
+  }
+  pending_.clear();
 }
 
 }  // namespace megatron_cpp

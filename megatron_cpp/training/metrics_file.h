@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <string>
 
 #include "megatron_cpp/checkpoint/complete_file.h"
 #include "megatron_cpp/training/training_loop.h"
@@ -19,13 +20,18 @@ class MetricsFile {
   /// @throws c10::ValueError or WriteError naming the file and the system's reason if it can't be read or written.
   MetricsFile(const std::filesystem::path& path, int64_t last_step);
 
-  /// Appends the line of a step.
-  /// @throws WriteError naming the file and the system's reason.
+  /// Appends the line of a step, behind those that could not be written before.
+  /// @throws WriteError naming the file and the system's reason. Then nothing of these lines is in the file, and the
+  ///         next write() or flush() tries again.
   void write(const StepMetrics& metrics);
+
+  /// Writes the lines that could not be written before, if there are some. Throws as write().
+  void flush();
 
  private:
   std::filesystem::path path_;
   internal::FileDescriptor file_;
+  std::string pending_;  ///< lines that are to be written
 };
 
 }  // namespace megatron_cpp

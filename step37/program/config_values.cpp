@@ -63,6 +63,9 @@ Names<TrainedTurns> names_of(TrainedTurns /*type*/) {
 Names<NotFiniteAction> names_of(NotFiniteAction /*type*/) {
   return {{"stop", NotFiniteAction::kStop}, {"skip", NotFiniteAction::kSkip}};
 }
+Names<WriteErrorAction> names_of(WriteErrorAction /*type*/) {
+  return {{"stop", WriteErrorAction::kStop}, {"continue", WriteErrorAction::kContinue}};
+}
 Names<at::ScalarType> names_of(at::ScalarType /*type*/) {
   return {{"float32", at::kFloat}, {"bfloat16", at::kBFloat16}};
 }

@@ -28,6 +28,7 @@ Names<OversizePolicy> names_of(OversizePolicy type);
 Names<DataSetKind> names_of(DataSetKind type);
 Names<TrainedTurns> names_of(TrainedTurns type);
 Names<NotFiniteAction> names_of(NotFiniteAction type);
+Names<WriteErrorAction> names_of(WriteErrorAction type);
 Names<at::ScalarType> names_of(at::ScalarType type);
 /// All spellings of YAML 1.2's core schema.
 Names<bool> names_of(bool type);

@@ -14,7 +14,6 @@
 #include <utility>
 #include <vector>
 
-#include "megatron_cpp/checkpoint/checkpoint_saver.h"
 #include "megatron_cpp/checkpoint/complete_file.h"
 #include "megatron_cpp/checkpoint/sharded_checkpoint.h"
 #include "megatron_cpp/training/metrics_file.h"
@@ -30,6 +29,7 @@
 #include "step37/program/report.h"
 #include "step37/program/run_config.h"
 #include "step37/program/run_data.h"
+#include "step37/program/run_saver.h"
 #include "step37/program/shell_text.h"
 #include "step37/program/step_cost.h"
 #include "step37/program/stop_signals.h"
@@ -320,6 +320,17 @@ class PretrainRun {
             .configuration = settings(config_)};
   }
 
+  /// On rank 0. Lines that can't be written are written with a later one, if the run may go on.
+  void write_metrics(MetricsFile& metrics, const StepMetrics& line) {
+    try {
+      metrics.write(line);
+      lacks_metrics_ = false;
+    } catch (const WriteError& error) {
+      if (config_.checkpoint.on_error == WriteErrorAction::kStop) throw;
+      if (!std::exchange(lacks_metrics_, true)) TORCH_WARN(error.what(), "; training goes on");
+    }
+  }
+
   /// The signal that asked any rank to stop, equal on all ranks; 0: none. Collective: all-reduces a number on the CPU.
   int agreed_stop_signal() const {
     const auto own = at::full({1}, StopSignals::received(), at::kInt);
@@ -340,8 +351,7 @@ class PretrainRun {
     const StopSignals signals;  // before this there is nothing to save
     int signal = 0;
     MixState data;  // after the step
-    const SaveCheckpointOptions save_options{.keep_last = config_.checkpoint.keep};
-    CheckpointSaver saver(files_.checkpoints(), groups_.world, save_options);
+    RunSaver saver(files_.checkpoints(), groups_.world, config_.checkpoint);
     TrainingLoopCallbacks callbacks;
     callbacks.next_batch = [&] {
       auto loaded = std::make_shared<BatchLoader::LoadedStep>(loader.next());
@@ -351,13 +361,10 @@ class PretrainRun {
     callbacks.validation_loss = [&] { return validation_loss(validation); };
     callbacks.report = [&](const StepMetrics& line) {
       if (!is_main()) return;
-      metrics->write(line);
+      write_metrics(*metrics, line);
       progress.show(line);
     };
-    callbacks.save = [&](int64_t step) {
-      if (config_.checkpoint.asynchronous) return saver.start(contents(step, data));
-      save_checkpoint(files_.checkpoints(), contents(step, data), groups_.world, save_options);
-    };
+    callbacks.save = [&](int64_t step) { saver.save(contents(step, data)); };
     // A signal may reach the ranks at different steps, or only one rank.
     callbacks.stops = [&] {
       saver.poll();
@@ -369,7 +376,12 @@ class PretrainRun {
     options.validation_interval = config_.validation.interval;
     options.checkpoint_interval = config_.checkpoint.interval;
     const int64_t last_step = run_training_loop(*trainer_, options, callbacks);
-    saver.finish();
+    saver.finish(contents(last_step, data));
+    parallel::agree_on(
+        [&] {
+          if (is_main()) metrics->flush();
+        },
+        groups_.world);
     if (signal != 0) {
       say(fmt::format(
           "\nstopped by SIG{} after step {} of {}, which is saved: start the same command again, and it goes on",
@@ -519,6 +531,7 @@ class PretrainRun {
   std::vector<ParameterShard> parameters_;
   std::shared_ptr<ExpertBalance> expert_balance_;  ///< null without experts
   std::unique_ptr<Trainer> trainer_;
+  bool lacks_metrics_ = false;  ///< on rank 0: the last line is still to be written
 };
 
 }  // namespace

@@ -25,7 +25,9 @@ struct PretrainArguments {
 /// and report.html. Returns the exit status: 0, or parallel::kInterruptedStatus if a signal asked one of the
 /// ranks to stop: then all ranks have finished the step and saved a checkpoint, and there is no report yet.
 /// Collective over all ranks.
-/// @throws c10::ValueError or parallel::AgreedError on every rank: a configuration that doesn't fit, missing data.
+/// @throws c10::ValueError or parallel::AgreedError on every rank: a configuration that doesn't fit, missing data, a
+/// file
+///         that can't be written; what Trainer::step throws.
 int pretrain(parallel::Runtime& runtime, const PretrainArguments& arguments);
 
 }  // namespace megatron_cpp::step37

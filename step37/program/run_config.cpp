@@ -95,8 +95,7 @@ void visit_keys(Config& config, const Visit& visit) {
   each(kAtLeast1, KEY(validation, packs));
   each(kAtLeast0, KEY(checkpoint, interval));
   each(kAtLeast1, KEY(checkpoint, keep));
-  each(kAny, KEY(checkpoint, asynchronous));
-  each(kAny, KEY(checkpoint, pass_over_damaged));
+  each(kAny, KEY(checkpoint, asynchronous), KEY(checkpoint, on_error), KEY(checkpoint, pass_over_damaged));
   // The key's name is a keyword of C++.
   each(kAny, std::pair<const char*, decltype((config.checkpoint.export_to))>("checkpoint.export",
                                                                              config.checkpoint.export_to));

@@ -166,13 +166,19 @@ struct TrainingSection : AdamWOptions {
   int64_t check_replicas = 0;              ///< steps between two comparisons of the replicas' parameters; 0: none
   NotFiniteAction not_finite = NotFiniteAction::kStop;  ///< stop or skip; TrainerOptions::not_finite
   int64_t max_skipped_steps = 10;                       ///< in a row; one more ends the run
-  Recompute recompute;                                  ///< changes no bit of the results
-  LossChunk loss_chunk;                                 ///< changes results by rounding only
+  Recompute recompute;       ///< changes no bit of the results
+  LossChunk loss_chunk;      ///< changes results by rounding only
 };
 
 struct ValidationSection {
   int64_t interval = 0;          ///< steps; 0: at the end only
   std::optional<int64_t> packs;  ///< number of packs of held-out pictures; nullopt, written `all`: all packs
+};
+
+/// What becomes of a run that can't write a checkpoint or its metrics.
+enum class WriteErrorAction {
+  kStop,      ///< it ends
+  kContinue,  ///< it goes on, after a warning, and tries again later; its last checkpoint must be written
 };
 
 struct CheckpointSection {
@@ -181,6 +187,7 @@ struct CheckpointSection {
   /// Write while training goes on (CheckpointSaver). The files are the same; it takes a copy of a rank's file in host
   /// memory.
   bool asynchronous = true;
+  WriteErrorAction on_error = WriteErrorAction::kStop;  ///< stop or continue; of metrics.jsonl, too
   bool pass_over_damaged = false;  ///< resume from an older checkpoint if files of the newest are damaged
   std::string export_to;  ///< written as `export`: folder for the last step in the published layout, relative to
                           ///< run.directory; empty: none

@@ -1,10 +1,13 @@
-"""What a run says, leaves and returns when numbers aren't finite or files can't be written."""
+"""What a run says, leaves and returns when numbers aren't finite or disks are full."""
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
 import unittest
 
-from field import CANNOT_WRITE, NOT_FINITE, FieldTest
+from field import CANNOT_WRITE, INTERRUPTED, MPIEXEC, NOT_FINITE, PROGRAM, FieldTest, Process
 
 # Numbers that overflow in the step after the first.
 DIVERGES = ("training.learning_rate=1e30", "training.warmup_steps=0", "report.pictures=0")
@@ -14,6 +17,10 @@ class Faults(FieldTest):
     def setUp(self):
         super().setUp()
         self.add_pictures()
+
+    def start(self, ranks, *settings):
+        return Process(self, *MPIEXEC, ranks, PROGRAM, "pretrain", "--config", "tiny.yaml", "report.pictures=0",
+                       "run.directory=r", *settings)
 
     def lines(self):
         """Of the metrics: whole lines only."""
@@ -58,6 +65,86 @@ class CannotWrite(FieldTest):
         self.add_pictures()
         for outcome in (self.pretrain("run.directory=tiny.yaml/r"), self.embed("tiny.yaml/o"), self.embed("/dev/full")):
             self.assertEqual(outcome.returncode, CANNOT_WRITE, outcome.stdout)
+
+
+class FullDisks(Faults):
+    def mount(self, size):
+        """A small disk at r/."""
+        (self.folder / "r").mkdir()
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", self.folder / "r"],
+                                 capture_output=True)
+        if mounted.returncode != 0:
+            self.skipTest("no file system can be mounted here")
+        self.addCleanup(subprocess.run, ["umount", "-l", self.folder / "r"])
+
+    def fill(self):
+        with (self.folder / "r/filler").open("ab", buffering=0) as filler:
+            try:
+                while True:
+                    filler.write(bytes(4096))
+            except OSError:
+                pass
+
+    def start(self, *settings):
+        """Old checkpoints stay, so that their end makes no room."""
+        return super().start(2, "checkpoint.on_error=continue", "checkpoint.interval=2", "checkpoint.keep=1000",
+                             "training.steps=100000", *settings)
+
+    def fill_until_it_says(self, run, text, times=1):
+        """A save that fails gives back what it has written."""
+        while run.output.count(text) < times:
+            self.fill()
+            run.wait_for("\n")
+
+    def checkpoints(self):
+        return sorted(p.name for p in (self.folder / "r/checkpoints").iterdir())
+
+    def goes_on_and_writes_all_when_there_is_room(self, *settings):
+        self.mount("32m")
+        run = self.start(*settings)
+        run.wait_for("step 3/")
+        self.fill_until_it_says(run, "cannot write r/metrics.jsonl: No space left on device; training goes on")
+        self.fill_until_it_says(run, "a checkpoint is left out: ", times=2)  # it tries again
+        latest = os.readlink(self.folder / "r/checkpoints/latest")
+        self.assertTrue((self.folder / "r/checkpoints" / latest / "manifest.json").exists(), self.checkpoints())
+        self.lines()
+        (self.folder / "r/filler").unlink()
+        os.kill(run.popen.pid, signal.SIGUSR1)
+        self.assertEqual(run.finish(), INTERRUPTED, run.output)
+        last = int(re.findall(r"after step (\d+) of", run.output)[0])
+        self.assertEqual([line["step"] for line in self.lines()], list(range(1, last + 1)))
+        self.assertEqual(os.readlink(self.folder / "r/checkpoints/latest"), f"step-{last:08}")
+        self.assertFalse([name for name in self.checkpoints() if "partial" in name], self.checkpoints())
+
+    def test_a_run_that_may_goes_on_and_writes_all_when_there_is_room(self):
+        self.goes_on_and_writes_all_when_there_is_room()
+
+    def test_so_does_one_that_saves_while_it_waits(self):
+        self.goes_on_and_writes_all_when_there_is_room("checkpoint.asynchronous=false")
+
+    def test_a_run_without_its_last_checkpoint_ends_badly(self):
+        self.mount("32m")
+        run = self.start()
+        run.wait_for("step 3/")
+        self.fill_until_it_says(run, "a checkpoint is left out: ")
+        self.fill()
+        os.kill(run.popen.pid, signal.SIGUSR1)
+        self.assertEqual(run.finish(), CANNOT_WRITE, run.output)
+        self.assertEqual(run.output.count("error: "), 1, run.output)
+        self.assertFalse([name for name in self.checkpoints() if "partial" in name], self.checkpoints())
+        (self.folder / "r/filler").unlink()
+        last = int(self.checkpoints()[-1].removeprefix("step-"))
+        again = self.pretrain("run.directory=r", f"training.steps={last + 1}", "report.pictures=0")
+        self.assertSucceeds(again)
+        self.assertIn(f"resuming after step {last} ", again.stdout)
+
+    def test_a_run_stops_at_the_first_failure_unless_told_otherwise(self):
+        self.mount("400k")  # less than a checkpoint
+        for setting in ("checkpoint.asynchronous=true", "checkpoint.asynchronous=false"):
+            outcome = self.pretrain("run.directory=r", setting, "training.steps=1")
+            self.assertEqual(outcome.returncode, CANNOT_WRITE, outcome.stdout)
+            self.assertIn("No space left on device", outcome.stdout)
+            self.assertEqual(self.checkpoints(), [])
 
 
 if __name__ == "__main__":

@@ -3,8 +3,12 @@
 
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
+#include <csignal>
+#include <filesystem>
 #include <fstream>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
@@ -141,6 +145,42 @@ TEST(MetricsFile, HasOneLineAStepWhateverWasThere) {
                        R"("tokens":20,"images":3,"tokens_per_second":10.0,"step_seconds":2.0})",
                        R"({"step":2,"loss":0.5,"grad_norm":0.25,"learning_rate":0.125,"step_seconds":2.0,)"
                        R"("validation_loss":0.75})"}));
+}
+
+TEST(MetricsFile, WritesWholeLinesOnlyAndThoseThatCouldNotBeWrittenLater) {
+  const test_support::TemporaryFolder folder;
+  const auto path = folder.path() / "metrics.jsonl";
+  const auto numbers = [&] {
+    std::ifstream written(path);
+    std::vector<int64_t> steps;
+    for (std::string line; std::getline(written, line);) steps.push_back(nlohmann::json::parse(line).at("step"));
+    return steps;
+  };
+  MetricsFile file(path, 0);
+  StepMetrics metrics;
+  const auto write = [&](int64_t step) {
+    metrics.step = step;
+    file.write(metrics);
+  };
+  write(1);
+  // A little of the next line has room.
+  rlimit before{};
+  ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &before), 0);
+  const rlimit full{std::filesystem::file_size(path) + 10, before.rlim_max};
+  auto* const handler = std::signal(SIGXFSZ, SIG_IGN);
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &full), 0);
+  for (const int64_t step : {2, 3}) {
+    EXPECT_TRUE(test_support::throws<WriteError>([&] { write(step); }, "cannot write " + path.string()));
+    EXPECT_EQ(std::filesystem::file_size(path), full.rlim_cur - 10);
+  }
+  EXPECT_TRUE(test_support::throws<WriteError>([&] { file.flush(); }, "cannot write "));
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &before), 0);
+  std::signal(SIGXFSZ, handler);
+  EXPECT_EQ(numbers(), (std::vector<int64_t>{1}));
+  write(4);
+  EXPECT_EQ(numbers(), (std::vector<int64_t>{1, 2, 3, 4}));
+  file.flush();
+  EXPECT_EQ(numbers(), (std::vector<int64_t>{1, 2, 3, 4}));
 }
 
 }  // namespace megatron_cpp

@@ -310,6 +310,10 @@ TEST_F(RunConfigTest, ValuesOfAnotherTypeAreRefused) {
       override_error("parallel.embedding_sharding=rows"),
       "parallel.embedding_sharding in the override parallel.embedding_sharding=rows must be one of vocab, hidden, got "
       "rows");
+  EXPECT_EQ(override_error("training.not_finite=ignore"),
+            "training.not_finite in the override training.not_finite=ignore must be one of stop, skip, got ignore");
+  EXPECT_EQ(override_error("checkpoint.on_error=skip"),
+            "checkpoint.on_error in the override checkpoint.on_error=skip must be one of stop, continue, got skip");
   EXPECT_EQ(override_error("training.learning_rate_decay=step"),
             "training.learning_rate_decay in the override training.learning_rate_decay=step must be one of cosine, "
             "linear, constant, wsd, got step");
@@ -681,6 +685,7 @@ TEST_F(RunConfigTest, WhatDoesntFitIsRefusedWithTheNumbers) {
   EXPECT_EQ(validation_error({"validation.packs=0"}), "validation.packs 0 is below 1");
   EXPECT_EQ(validation_error({"run.device=tpu"}), "run.device tpu is not one of auto, cpu, cuda");
   EXPECT_EQ(validation_error({"training.clip_grad_norm=-1"}), "training.clip_grad_norm -1 is negative");
+  EXPECT_EQ(validation_error({"training.max_skipped_steps=-1"}), "training.max_skipped_steps -1 is below 0");
   EXPECT_EQ(validation_error({"training.main_gradients=bfloat16"}),
             "training.main_gradients bfloat16 goes with training.precision bfloat16: gradients of float32 parameters "
             "are float32");
