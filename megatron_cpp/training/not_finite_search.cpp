@@ -53,7 +53,7 @@ std::string common_module(const std::string& a, const std::string& b) {
 }
 
 std::string listed(const std::vector<std::string>& names) {
-  constexpr size_t kMost = 16;
+  constexpr size_t kMost = 64;
   if (names.size() <= kMost) return fmt::format("{}", fmt::join(names, ", "));
   return fmt::format("{} and {} more", fmt::join(names.begin(), names.begin() + kMost, ", "), names.size() - kMost);
 }

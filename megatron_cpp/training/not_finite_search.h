@@ -68,7 +68,7 @@ class NotFiniteSearch {
 /// Of "a.b.weight" and "a.b.bias": "a.b".
 std::string common_module(const std::string& a, const std::string& b);
 
-/// "a, b and 3 more": at most 16 names.
+/// "a, b and 3 more": at most 64 names.
 std::string listed(const std::vector<std::string>& names);
 
 }  // namespace megatron_cpp::internal

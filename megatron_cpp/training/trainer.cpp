@@ -8,6 +8,7 @@
 #include <climits>
 #include <cmath>
 #include <map>
+#include <sstream>
 #include <string>
 
 #include "megatron_cpp/training/expert_balance.h"
@@ -68,7 +69,8 @@ Trainer::Trainer(const std::vector<ParameterShard>& parameters, const parallel::
       options_(options),
       parameters_(parameters),
       gradients_(parameters, groups, options.gradients),
-      optimizer_(gradients_.slices(options.adamw), options.adamw) {
+      optimizer_(gradients_.slices(options.adamw), options.adamw),
+      spikes_(options.loss_spike) {
   options_.learning_rate.validate();
   TORCH_CHECK_VALUE(options_.clip_grad_norm >= 0, "clip_grad_norm ", options_.clip_grad_norm, " is below 0");
   TORCH_CHECK_VALUE(options_.max_skipped_steps >= 0, "max_skipped_steps ", options_.max_skipped_steps, " is below 0");
@@ -177,6 +179,20 @@ Trainer::Pass Trainer::repeat(const Batch& batch, const Pass& first) {
   return again;
 }
 
+void Trainer::warn_of_spike(const std::string& what, const Batch& batch) const {
+  std::string own;
+  for (int64_t i = 0; batch.sample_names && i < batch.num_micro_batches; ++i) {
+    for (const auto& name : batch.sample_names(i)) own += name + "\n";
+  }
+  std::vector<std::string> names;
+  for (const auto& lines : parallel::gather_texts(own, groups_.dp)) {
+    std::istringstream stream(lines);
+    for (std::string name; std::getline(stream, name);) names.push_back(name);
+  }
+  if (groups_.dp->getRank() > 0 || groups_.tp->getRank() > 0) return;
+  TORCH_WARN("step ", optimizer_.num_steps() + 1, ": ", what, "; the samples of this step: ", internal::listed(names));
+}
+
 StepResult Trainer::step(const std::function<LossSum(int64_t)>& loss_sum, int64_t num_micro_batches,
                          int64_t num_loss_tokens, const SampleNames& sample_names) {
   TORCH_CHECK_VALUE(num_loss_tokens > 0, "the global batch has no loss token");
@@ -187,6 +203,8 @@ StepResult Trainer::step(const std::function<LossSum(int64_t)>& loss_sum, int64_
   const auto result = result_of(pass, step_number);
   if (pass.is_finite) {
     skipped_in_a_row_ = 0;
+    // All replicas have the same bits, which one all-reduce has given them.
+    if (const auto spike = spikes_.add(result.loss)) warn_of_spike(*spike, batch);
     if (options_.clip_grad_norm > 0 && result.grad_norm > options_.clip_grad_norm) {
       gradients_.scale(options_.clip_grad_norm / result.grad_norm);
     }

@@ -14,6 +14,7 @@
 #include "megatron_cpp/optimizer/gradient_buffer.h"
 #include "megatron_cpp/parameters/parameter_shard.h"
 #include "megatron_cpp/training/learning_rate.h"
+#include "megatron_cpp/training/loss_spike.h"
 #include "parallel/process_groups.h"
 
 namespace megatron_cpp {
@@ -44,6 +45,7 @@ struct TrainerOptions {
   int64_t check_replicas = 0;  ///< steps between two calls of megatron_cpp::check_replicas; 0: none
   NotFiniteAction not_finite = NotFiniteAction::kStop;  ///< of data and model; see Trainer::step
   int64_t max_skipped_steps = 10;                       ///< in a row; one more is an error all the same
+  double loss_spike = 0.0;                              ///< threshold of LossSpikes; 0: nobody looks
 };
 
 /// The names of the samples of a micro-batch of this data-parallel rank, for messages; equal over tp. May be empty.
@@ -112,6 +114,9 @@ class Trainer {
   ///    Both name the ranks and hosts.
   /// All ranks decide alike. Comm then: the same collectives once or twice more, and a few of texts over the world,
   /// which all ranks must be part of.
+  ///
+  /// A loss far above the last ones (TrainerOptions::loss_spike) is a warning on world rank 0, with the names of the
+  /// samples of the whole step. Comm then: two all-gathers of texts over dp.
   StepResult step(const std::function<LossSum(int64_t)>& loss_sum, int64_t num_micro_batches, int64_t num_loss_tokens,
                   const SampleNames& sample_names = {});
 
@@ -156,6 +161,7 @@ class Trainer {
   StepResult result_of(const Pass& pass, int64_t step_number) const;
   /// This rank's own numbers of the last pass, [n] float64 on the CPU.
   at::Tensor own_numbers(const Pass& pass) const;
+  void warn_of_spike(const std::string& what, const Batch& batch) const;
   /// After a pass that wasn't finite: repeats it, and finds out why. Returns a finite one, or one that is to be
   /// skipped.
   Pass repeat(const Batch& batch, const Pass& first);
@@ -165,6 +171,7 @@ class Trainer {
   std::vector<ParameterShard> parameters_;  ///< the frozen ones, too
   GradientBuffer gradients_;
   AdamW optimizer_;
+  LossSpikes spikes_;
   StepCounts step_counts_;
   int64_t skipped_in_a_row_ = 0;
 };

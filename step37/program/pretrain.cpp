@@ -248,6 +248,7 @@ class PretrainRun {
     options.check_replicas = config_.training.check_replicas;
     options.not_finite = config_.training.not_finite;
     options.max_skipped_steps = config_.training.max_skipped_steps;
+    options.loss_spike = config_.training.loss_spike;
     options.adamw = config_.training;
     options.learning_rate = learning_rate_schedule(config_);
     options.clip_grad_norm = config_.training.clip_grad_norm;

@@ -88,7 +88,8 @@ void visit_keys(Config& config, const Visit& visit) {
        KEY(training, beta1), KEY(training, beta2), KEY(training, eps), KEY(training, clip_grad_norm),
        KEY(training, precision), KEY(training, main_gradients), KEY(training, exp_avg), KEY(training, exp_avg_sq),
        KEY(training, distributed_optimizer), KEY(training, overlap_gradient_reduction),
-       KEY(training, overlap_parameter_gather), KEY(training, recompute), KEY(training, not_finite));
+       KEY(training, overlap_parameter_gather), KEY(training, recompute), KEY(training, not_finite),
+       KEY(training, loss_spike));
   each(kAtLeast1, KEY(training, bucket_elements));
   each(kAtLeast0, KEY(training, check_replicas), KEY(training, max_skipped_steps), KEY(training, loss_chunk));
   each(kAtLeast0, KEY(validation, interval));
@@ -484,6 +485,7 @@ void validate(const RunConfig& config, int num_ranks) {
   learning_rate_schedule(config).validate();
   TORCH_CHECK_VALUE(training.clip_grad_norm >= 0.0, "training.clip_grad_norm ", training.clip_grad_norm,
                     " is negative");
+  TORCH_CHECK_VALUE(training.loss_spike >= 0.0, "training.loss_spike ", training.loss_spike, " is negative");
   TORCH_CHECK_VALUE(training.global_batch_size % (training.micro_batch_size * grid.dp) == 0,
                     "training.global_batch_size ", training.global_batch_size,
                     " is not divisible by training.micro_batch_size ", training.micro_batch_size,

@@ -166,6 +166,7 @@ struct TrainingSection : AdamWOptions {
   int64_t check_replicas = 0;              ///< steps between two comparisons of the replicas' parameters; 0: none
   NotFiniteAction not_finite = NotFiniteAction::kStop;  ///< stop or skip; TrainerOptions::not_finite
   int64_t max_skipped_steps = 10;                       ///< in a row; one more ends the run
+  double loss_spike = 10.0;  ///< deviations above the last losses from which a loss is reported (LossSpikes); 0: never
   Recompute recompute;       ///< changes no bit of the results
   LossChunk loss_chunk;      ///< changes results by rounding only
 };

@@ -685,6 +685,7 @@ TEST_F(RunConfigTest, WhatDoesntFitIsRefusedWithTheNumbers) {
   EXPECT_EQ(validation_error({"validation.packs=0"}), "validation.packs 0 is below 1");
   EXPECT_EQ(validation_error({"run.device=tpu"}), "run.device tpu is not one of auto, cpu, cuda");
   EXPECT_EQ(validation_error({"training.clip_grad_norm=-1"}), "training.clip_grad_norm -1 is negative");
+  EXPECT_EQ(validation_error({"training.loss_spike=-1"}), "training.loss_spike -1 is negative");
   EXPECT_EQ(validation_error({"training.max_skipped_steps=-1"}), "training.max_skipped_steps -1 is below 0");
   EXPECT_EQ(validation_error({"training.main_gradients=bfloat16"}),
             "training.main_gradients bfloat16 goes with training.precision bfloat16: gradients of float32 parameters "
