@@ -7,7 +7,8 @@
 #   sbatch --ntasks 2 --time 02:00:00 scripts/slurm_pretrain.sh run.directory=runs/mine
 #
 # Near its time limit the job finishes the step, saves a checkpoint and requeues itself; after the failure of a node Slurm
-# requeues it. It then resumes from the latest checkpoint, whatever run.fresh says.
+# requeues it. It then resumes from the latest checkpoint, whatever run.fresh says. If hosts compute wrongly, it requeues
+# itself without them. Any other error ends it.
 #SBATCH --job-name=step37
 #SBATCH --output=step37-%j.log
 #SBATCH --open-mode=append
@@ -45,6 +46,26 @@ if [[ $(srun --mpi=list 2>&1) != *pmix* ]]; then
   launch=("${launcher[@]}")
 fi
 
+# After status 71: starts again without the hosts that the messages name ("the numbers of rank 3 on node7, ... changed,
+# which points to a fault of that machine"), and without those that were left out before.
+requeue_elsewhere() {
+  wait "$reader" || true  # has written all messages then
+  local hosts before
+  hosts=$(grep 'points to a fault of that machine' "$messages" | grep -o 'rank [0-9]* on [^ ,.]*' | awk '{ print $4 }' |
+    sort -u | paste -sd,) || return 0
+  before=$(scontrol show job "$SLURM_JOB_ID" | grep -o 'ExcNodeList=[^ (]*') || true
+  before=${before#ExcNodeList=}
+  trap '' TERM  # Slurm ends this script after a requeue; only then, while it waits, a job can be changed
+  run scontrol requeue "$SLURM_JOB_ID"
+  run scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${before:+$before,}$hosts"
+}
+
+# Ends with the status of the ranks (docs/training.md).
+end() {
+  [[ $1 -ne 71 ]] || requeue_elsewhere
+  exit "$1"
+}
+
 # srun and mpirun pass SIGUSR1 on to the ranks, which finish the step, save a checkpoint and end with status 75. Ranks that
 # take longer than 90 seconds are killed when the job is requeued, and lose the steps after the last checkpoint.
 at_time_limit() {
@@ -56,15 +77,22 @@ at_time_limit() {
   done
   if ! kill -0 "$launched" 2>/dev/null; then
     wait "$launched" || status=$?
-    [[ $status -gt 1 ]] || exit "$status"  # 0: all steps are done; 1: an error, which would occur again
+    case $status in 0 | 1 | 65 | 71 | 74) end "$status" ;; esac  # all is done, or it would end so again
   fi
   run scontrol requeue "$SLURM_JOB_ID"
 }
 
 launch+=(build/bin/step37 pretrain --config "$config" --progress plain "${overrides[@]}")
 show "${launch[@]}"
-"${launch[@]}" &
+messages=$(mktemp)
+trap 'rm -f "$messages"' EXIT
+exec {errors}> >(tee "$messages" >&2)
+reader=$!
+"${launch[@]}" 2>&"$errors" &
 launched=$!
+exec {errors}>&-
 trap at_time_limit USR1  # bash handles a signal between commands, or in `wait`
 while kill -0 "$launched" 2>/dev/null; do wait "$launched" || true; done
-wait "$launched"
+status=0
+wait "$launched" || status=$?
+end "$status"

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import unittest
 
-from field import CASES, INTERRUPTED, MPIEXEC, PROGRAM, ROOT, FieldTest, Process
+from field import (CANNOT_WRITE, CASES, INTERRUPTED, MPIEXEC, NOT_FINITE, PROGRAM, ROOT, SUSPECTED_HOST, FieldTest,
+                   Process)
 
 
 def open_mpi_version():
@@ -264,6 +265,26 @@ class Scripts(FieldTest):
                 self.assertEqual(job.finish(), status, job.output)
                 self.assertEqual(job.output.count("signal USR1"), 1, job.output)
                 self.assertEqual(job.output.count("scontrol requeue 7"), 2 if queued else 0, job.output)  # + its echo
+
+    def test_suspected_hosts_are_left_out_and_other_errors_end_the_job(self):
+        said = ("error: step 9: loss nan and gradient norm 1 are not all finite, and repeated with the same batch they are loss "
+                "inf and gradient norm 1: the numbers of rank 1 on node7, rank 2 on node7, rank 4 on node12.cluster changed, "
+                "which points to a fault of that machine")
+        srun = '[[ $* == *--mpi=list* ]] && {{ echo pmix; exit; }}; echo "{said}" >&2; exit {status}'
+        for excluded, hosts in (("(null)", "node12,node7"), ("node[2-3]", "node[2-3],node12,node7")):
+            self.fake("fake/scontrol", f'[[ $1 != show ]] || {{ echo "   ExcNodeList={excluded}"; exit; }}; echo "scontrol $*"')
+            for status in (SUSPECTED_HOST, NOT_FINITE, CANNOT_WRITE, INTERRUPTED, 1):
+                self.fake("fake/srun", srun.format(said=said, status=status))
+                outcome = self.command("scripts/slurm_pretrain.sh", "--config", "f.yaml", environment=self.environment)
+                self.assertEqual(outcome.returncode, status, outcome.stdout)
+                self.assertEqual(outcome.stdout.count(said), 1, outcome.stdout)
+                for command in ("scontrol requeue 7", f"scontrol update JobId=7 ExcNodeList={hosts}"):
+                    self.assertEqual(outcome.stdout.count(f"\n{command}\n"), 1 if status == SUSPECTED_HOST else 0,
+                                     outcome.stdout)
+        self.fake("fake/srun", srun.format(said="", status=SUSPECTED_HOST))
+        outcome = self.command("scripts/slurm_pretrain.sh", "--config", "f.yaml", environment=self.environment)
+        self.assertEqual(outcome.returncode, SUSPECTED_HOST, outcome.stdout)
+        self.assertNotIn("requeue", outcome.stdout)  # it would start on the same hosts
 
     def test_pretrain_sh_turns_signals_into_one_that_mpirun_passes_on(self):
         self.fake("fake/mpirun", self.WAITS.format(status=INTERRUPTED))
