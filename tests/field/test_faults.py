@@ -1,10 +1,11 @@
-"""What a run says, leaves and returns when numbers aren't finite or disks are full."""
+"""What a run says, leaves and returns when numbers aren't finite, disks are full or ranks are killed."""
 import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import time
 import unittest
 
 from field import CANNOT_WRITE, INTERRUPTED, MPIEXEC, NOT_FINITE, PROGRAM, FieldTest, Process
@@ -145,6 +146,37 @@ class FullDisks(Faults):
             self.assertEqual(outcome.returncode, CANNOT_WRITE, outcome.stdout)
             self.assertIn("No space left on device", outcome.stdout)
             self.assertEqual(self.checkpoints(), [])
+
+
+class KilledRanks(Faults):
+    """One of the ranks is killed with SIGKILL, and all end."""
+
+    def assertEnded(self, run, ranks):
+        begin = time.monotonic()
+        self.assertGreater(run.finish(), 0, run.output)
+        self.assertLess(time.monotonic() - begin, 30, run.output)  # below 10 on a machine that isn't busy
+        said = " ".join(run.output.split())  # Open MPI breaks the line
+        self.assertRegex(said, rf"process rank {ranks - 1} .* exited on signal 9")
+
+    def test_while_it_starts_or_trains(self):
+        for ranks in (2, 4):
+            for line in ("pictures to train on", "step 2/"):
+                with self.subTest(ranks=ranks, line=line):
+                    run = self.start(ranks, f"training.global_batch_size={ranks}", "training.steps=100000", "run.fresh=true")
+                    run.wait_for(line)
+                    os.kill(run.children()[-1], signal.SIGKILL)
+                    self.assertEnded(run, ranks)
+
+    def test_while_it_saves(self):
+        for ranks in (2, 4):
+            for point in ("copied", "half_written", "file_renamed"):
+                with self.subTest(ranks=ranks, point=point):
+                    words = [PROGRAM, "pretrain", "--config", "tiny.yaml", "run.directory=r", "run.fresh=true",
+                             f"training.global_batch_size={ranks}", "training.steps=100000"]
+                    run = Process(self, *MPIEXEC, ranks - 1, *words, ":", MPIEXEC[-1], 1, "-x",
+                                  f"MCPP_KILL_AT_SAVE_POINT={point}", *words)
+                    run.wait_for("step 1/")
+                    self.assertEnded(run, ranks)
 
 
 if __name__ == "__main__":
