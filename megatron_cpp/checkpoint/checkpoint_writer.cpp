@@ -27,7 +27,6 @@ namespace fs = std::filesystem;
 using internal::CheckpointManifest;
 using internal::CheckpointTensor;
 using internal::kManifestFile;
-using internal::partial_of;
 using internal::save_point;
 using parallel::gather_texts;
 

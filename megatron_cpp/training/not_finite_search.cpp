@@ -130,7 +130,7 @@ void NotFiniteSearch::end_operator(const at::RecordFunction& function, at::Obser
   ++search->num_operators_;
   const at::DisableRecordFunctionGuard not_itself;
   const at::NoGradGuard no_grad;
-  const auto outputs = function.outputs();
+  const auto& outputs = function.outputs();
   for (size_t i = 0; i < outputs.size(); ++i) {
     if (!outputs[i].isTensor()) continue;
     const auto& output = outputs[i].toTensor();

@@ -164,7 +164,9 @@ Trainer::Pass Trainer::repeat(const Batch& batch, const Pass& first) {
                                   " changed, which points to a fault of that machine");
     if (!again.is_finite) throw parallel::AgreedError(message, parallel::kSuspectedHostStatus);
     ++step_counts_.repeated;
-    if (is_first) TORCH_WARN(message, "; going on with these");
+    if (is_first) {
+      TORCH_WARN(message, "; going on with these");
+    }
     return again;
   }
   const auto message =
@@ -175,7 +177,9 @@ Trainer::Pass Trainer::repeat(const Batch& batch, const Pass& first) {
     throw parallel::AgreedError(c10::str(message, "; ", skipped_in_a_row_, " steps in a row were skipped before it"),
                                 parallel::kNotFiniteStatus);
   }
-  if (is_first) TORCH_WARN(message, "; the batch is left out");
+  if (is_first) {
+    TORCH_WARN(message, "; the batch is left out");
+  }
   return again;
 }
 

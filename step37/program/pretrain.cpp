@@ -328,7 +328,9 @@ class PretrainRun {
       lacks_metrics_ = false;
     } catch (const WriteError& error) {
       if (config_.checkpoint.on_error == WriteErrorAction::kStop) throw;
-      if (!std::exchange(lacks_metrics_, true)) TORCH_WARN(error.what(), "; training goes on");
+      if (!std::exchange(lacks_metrics_, true)) {
+        TORCH_WARN(error.what(), "; training goes on");
+      }
     }
   }
 

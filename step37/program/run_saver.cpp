@@ -41,7 +41,9 @@ void RunSaver::try_to(const std::function<void()>& action) {
     const bool may_fail = section_.on_error == WriteErrorAction::kContinue;
     if (!may_fail || error.exit_status() != parallel::kCannotWriteStatus) throw;
     saved_ = -1;
-    if (world_->getRank() == 0) TORCH_WARN("a checkpoint is left out: ", error.what(), "; training goes on");
+    if (world_->getRank() == 0) {
+      TORCH_WARN("a checkpoint is left out: ", error.what(), "; training goes on");
+    }
   }
 }
 
