@@ -181,7 +181,7 @@ class DataTest(FieldTest):
                      "".join(chr(0x4e00 + 10 * i + k) for k in range(10)))
         outcome = self.train("data.vocabulary_size=300")
         self.assertPictures(outcome, 64)
-        self.assertIn("data.vocabulary_size 300 is too small: the captions have ", outcome.stdout)
+        self.assertIn("data.vocabulary_size 300 is too small: the texts have ", outcome.stdout)
         self.assertFails(self.pretrain("run.directory=s", "data.vocabulary_size=200", ranks=1),
                          "data.vocabulary_size 200 is too small: at least ")
 

@@ -501,7 +501,7 @@ TEST_F(Pretrain, RefusesReplicasWithOtherPictures) {
   on_main([&] { write_file(folder_.path() / "other/pictures/picture3.png", "another picture"); });
   const auto text = pretrain_error("run", 1, overrides);
   fs::current_path(here);
-  EXPECT_TRUE(contains(text, "data.directory pictures isn't the same on all hosts: picture3.png has "));
+  EXPECT_TRUE(contains(text, "pictures isn't the same on all hosts: picture3.png has "));
   EXPECT_TRUE(contains(text, " bytes on rank 0's, here 15"));
   EXPECT_TRUE(contains(text, "rank 1 of "));
 }
