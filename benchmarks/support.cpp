@@ -11,7 +11,7 @@
 #include <fstream>
 #include <utility>
 
-#include "megatron_cpp/tensor_parallel/matrix_product.h"
+#include "megatron_cpp/training/product_rate.h"
 
 namespace megatron_cpp::benchmarks {
 
@@ -107,23 +107,7 @@ nlohmann::ordered_json machine(int ranks, const c10::Device& device) {
 }
 
 double gemm_gigaflops(at::ScalarType dtype, const parallel::GroupPtr& group, const c10::Device& device) {
-  constexpr int64_t kRows = 512;
-  constexpr int64_t kColumns = 1024;
-  constexpr int64_t kInner = 4096;
-  const auto options = at::TensorOptions(dtype).device(device);
-  const auto a = at::ones({kRows, kInner}, options);
-  const auto b = at::ones({kColumns, kInner}, options);
-  std::vector<double> times;
-  for (int i = 0; i < 6; ++i) {
-    wait_for(device);
-    parallel::barrier(group);
-    const auto start = Clock::now();
-    megatron_cpp::internal::linear_product(a, b, {});
-    wait_for(device);
-    times.push_back(milliseconds_since(start));
-  }
-  const double best = *std::min_element(times.begin() + 1, times.end());
-  return over_ranks(2.0 * kRows * kColumns * kInner / best / 1e6, parallel::Reduction::kMin, group);
+  return product_rate(dtype, {.rows = 512, .columns = 1024, .inner = 4096}, group, device) / 1e9;
 }
 
 std::string name_of(at::ScalarType dtype) { return dtype == at::kFloat ? "float32" : "bfloat16"; }

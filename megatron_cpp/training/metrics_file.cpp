@@ -37,16 +37,9 @@ MetricsFile::MetricsFile(const std::filesystem::path& path, int64_t last_step) :
 }
 
 void MetricsFile::write(const StepMetrics& metrics) {
-  nlohmann::ordered_json json{{"step", metrics.step},
-                              {"loss", metrics.result.loss},
-                              {"grad_norm", metrics.result.grad_norm},
-                              {"learning_rate", metrics.result.learning_rate}};
-  for (const auto& [name, loss] : metrics.result.auxiliary_losses) json[name] = loss;
-  for (const auto& [name, value] : metrics.result.metrics) json[name] = value;
-  for (const auto& [name, count] : metrics.counts) json[name] = count;
-  if (json.contains("tokens")) json["tokens_per_second"] = json["tokens"].get<double>() / metrics.seconds;
-  json["step_seconds"] = metrics.seconds;
-  if (metrics.validation_loss) json["validation_loss"] = *metrics.validation_loss;
+  nlohmann::ordered_json json{{"step", metrics.step}};
+  for (const auto& [name, value] : metrics.numbers()) json[name] = value;
+  for (const auto& [name, count] : metrics.counts) json[name] = count;  // as integers
   pending_ += json.dump() + "\n";
   flush();
 }

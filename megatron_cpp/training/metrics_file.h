@@ -10,9 +10,8 @@
 
 namespace megatron_cpp {
 
-/// Appends one JSON object per optimizer step, without buffering: step, loss, grad_norm, learning_rate, the auxiliary
-/// losses, StepResult::metrics and the counts by their names, tokens_per_second if "tokens" is among them,
-/// step_seconds, and validation_loss on steps that validate. One rank of a run writes it.
+/// Appends one JSON object per optimizer step, without buffering: step, and StepMetrics::numbers. One rank of a run
+/// writes it.
 class MetricsFile {
  public:
   /// Opens the file for a run that goes on after `last_step`. Lines of later steps, and a line cut short by a kill, are

@@ -23,7 +23,8 @@ struct StepBatch {
   std::function<LossSum(int64_t)> loss_sum;
   /// Numbers for the step's metrics, by name: tokens, images.
   std::vector<std::pair<std::string, int64_t>> counts = {};
-  SampleNames sample_names = {};  ///< for messages; may be empty
+  std::vector<std::pair<std::string, double>> values = {};  ///< more of them: padding_share
+  SampleNames sample_names = {};                            ///< for messages; may be empty
 };
 
 /// What a step did, and how long it took.
@@ -32,8 +33,14 @@ struct StepMetrics {
   StepResult result = {};  ///< loss, gradient norm, learning rate
   /// StepBatch::counts, then `repeated_steps` and `skipped_steps`: StepCounts of the run.
   std::vector<std::pair<std::string, int64_t>> counts = {};
-  double seconds = 0.0;                                  ///< including loading the batch; differs between ranks
-  std::optional<double> validation_loss = std::nullopt;  ///< on steps that validate
+  std::vector<std::pair<std::string, double>> values = {};  ///< StepBatch::values
+  double seconds = 0.0;                                     ///< including loading the batch; differs between ranks
+  std::optional<double> validation_loss = std::nullopt;     ///< on steps that validate
+
+  /// All numbers by the names that files have them under: loss, grad_norm, learning_rate, the auxiliary losses,
+  /// StepResult::metrics, counts and values by their names, tokens_per_second if "tokens" is among them, step_seconds,
+  /// and validation_loss on steps that validate.
+  std::vector<std::pair<std::string, double>> numbers() const;
 };
 
 /// Length of a run, and intervals of validation and checkpoints.

@@ -84,10 +84,11 @@ StepPacks broadcast_step(const StepPacks& step, const parallel::GroupPtr& tp) {
     for (const auto& [name, state] : step.next) {
       next[name] = {state.sampler.epoch, state.sampler.position, state.sampler.num_samples, state.credit};
     }
-    const Json json{
-        {"packs", std::move(packs)},
-        {"counts", {step.num_loss_tokens, step.num_tokens, step.num_positions, step.num_samples, step.num_pictures}},
-        {"next", std::move(next)}};
+    const Json json{{"packs", std::move(packs)},
+                    {"counts",
+                     {step.num_loss_tokens, step.num_tokens, step.num_positions, step.num_samples, step.num_pictures,
+                      step.cost, step.largest_cost}},
+                    {"next", std::move(next)}};
     Json::to_cbor(json, bytes);
   }
   bytes = parallel::broadcast_text(bytes, 0, tp);
@@ -100,6 +101,8 @@ StepPacks broadcast_step(const StepPacks& step, const parallel::GroupPtr& tp) {
   result.num_positions = counts[2];
   result.num_samples = counts[3];
   result.num_pictures = counts[4];
+  result.cost = counts[5];
+  result.largest_cost = counts[6];
   for (const auto& [name, state] : json.at("next").items()) {
     result.next[name] = {{state[0], state[1], state[2]}, state[3]};
   }
@@ -217,7 +220,16 @@ StepPacks BatchLoader::make_step() {
     }
   }
   std::vector<PicturePack> micro_batch;
-  for (const size_t i : own_packs(packs)) {
+  std::vector<int64_t> costs(packs.size(), 0);
+  if (options_.pack_cost) std::ranges::transform(packs, costs.begin(), options_.pack_cost);
+  const auto shares = share_out(costs);
+  for (const auto& share : shares) {
+    int64_t cost = 0;
+    for (const size_t i : share) cost += costs[i];
+    step.cost += cost;
+    step.largest_cost = std::max(step.largest_cost, cost);
+  }
+  for (const size_t i : shares[static_cast<size_t>(groups_.dp->getRank())]) {
     micro_batch.push_back(std::move(packs[i]));
     if (static_cast<int64_t>(micro_batch.size()) < options_.micro_batch_size) continue;
     step.micro_batches.push_back(joined(std::exchange(micro_batch, {})));
@@ -227,20 +239,19 @@ StepPacks BatchLoader::make_step() {
   return step;
 }
 
-/// This data-parallel rank's, by index.
-std::vector<size_t> BatchLoader::own_packs(const std::vector<PicturePack>& packs) const {
+/// The packs of each data-parallel rank, by index.
+std::vector<std::vector<size_t>> BatchLoader::share_out(const std::vector<int64_t>& costs) const {
   const int replicas = groups_.dp->getSize();
-  const int rank = groups_.dp->getRank();
-  if (options_.pack_cost && replicas > 1) {
-    std::vector<int64_t> costs;
-    std::ranges::transform(packs, std::back_inserter(costs), options_.pack_cost);
-    return balanced_packs(costs, replicas)[static_cast<size_t>(rank)];
+  if (options_.pack_cost && options_.balance && replicas > 1) return balanced_packs(costs, replicas);
+  std::vector<std::vector<size_t>> packs(static_cast<size_t>(replicas));
+  for (int rank = 0; rank < replicas; ++rank) {
+    const auto range =
+        parallel::even_shard(options_.global_batch_size, replicas, rank, "global batch size", "data-parallel");
+    auto& own = packs[static_cast<size_t>(rank)];
+    own.resize(static_cast<size_t>(range.length()));
+    std::iota(own.begin(), own.end(), static_cast<size_t>(range.begin));
   }
-  const auto range =
-      parallel::even_shard(options_.global_batch_size, replicas, rank, "global batch size", "data-parallel");
-  std::vector<size_t> own(static_cast<size_t>(range.length()));
-  std::iota(own.begin(), own.end(), static_cast<size_t>(range.begin));
-  return own;
+  return packs;
 }
 
 void BatchLoader::load_ahead() {

@@ -43,6 +43,8 @@ struct StepPacks {
   int64_t num_positions = 0;    ///< of the global batch, with padding
   int64_t num_samples = 0;      ///< of the global batch
   int64_t num_pictures = 0;     ///< of the global batch
+  int64_t cost = 0;             ///< BatchLoaderOptions::pack_cost of the global batch
+  int64_t largest_cost = 0;     ///< and of the data-parallel rank with the most
   MixState next;                ///< of the data sets after the step
 };
 
@@ -56,10 +58,12 @@ struct BatchLoaderOptions {
   MmEncoderTpMode mm_encoder_tp_mode = MmEncoderTpMode::kData;  ///< which pictures a rank decodes
   c10::Device device = c10::Device(c10::kCPU);  ///< that the model runs on; for a GPU pixels are in pinned memory
   int64_t num_decoding_threads = 1;             ///< of a rank
-  /// What a pack costs, such as its floating-point operations. If it is given, the packs of a step are shared out so
-  /// that the sums of the data-parallel ranks are balanced, since all wait for the slowest; else each gets a run of
-  /// packs. Called on tensor-parallel rank 0, by a thread of the loader.
+  /// What a pack costs, such as its floating-point operations; empty: not known. Called on tensor-parallel rank 0, by a
+  /// thread of the loader.
   std::function<int64_t(const PicturePack&)> pack_cost = {};
+  /// Whether the packs of a step are shared out so that the sums of pack_cost on the data-parallel ranks are balanced,
+  /// since all wait for the slowest; else each rank gets a run of packs.
+  bool balance = true;
   /// The number of pictures that may be unreadable; one more ends the run.
   int64_t max_unreadable = std::numeric_limits<int64_t>::max();
   /// Files that are removed if a picture has changed: indices of picture folders.
@@ -105,7 +109,7 @@ class BatchLoader {
  private:
   void load_ahead();
   StepPacks make_step();
-  std::vector<size_t> own_packs(const std::vector<PicturePack>& packs) const;
+  std::vector<std::vector<size_t>> share_out(const std::vector<int64_t>& costs) const;
 
   Options options_;
   std::vector<WeightedDataSet> mix_;

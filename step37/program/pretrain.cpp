@@ -17,6 +17,8 @@
 #include "megatron_cpp/checkpoint/complete_file.h"
 #include "megatron_cpp/checkpoint/sharded_checkpoint.h"
 #include "megatron_cpp/training/metrics_file.h"
+#include "megatron_cpp/training/product_rate.h"
+#include "megatron_cpp/training/tensorboard_file.h"
 #include "megatron_cpp/training/trainer.h"
 #include "megatron_cpp/training/training_loop.h"
 #include "parallel/agree.h"
@@ -29,6 +31,7 @@
 #include "step37/program/report.h"
 #include "step37/program/run_config.h"
 #include "step37/program/run_data.h"
+#include "step37/program/run_metrics.h"
 #include "step37/program/run_saver.h"
 #include "step37/program/shell_text.h"
 #include "step37/program/step_cost.h"
@@ -197,12 +200,11 @@ class PretrainRun {
     }
     loader_options_.device = runtime_.device();
     loader_options_.max_unreadable = data_.max_unreadable;
-    if (config_.data.balance) {
-      loader_options_.pack_cost = [model = model_config(config_, tokenizer_->vocab_size()), grid = groups_.grid,
-                                   crops = crop_options(config_)](const PicturePack& pack) {
-        return pack_flops(model, grid, pack, crops);
-      };
-    }
+    loader_options_.balance = config_.data.balance;
+    loader_options_.pack_cost = [model = model_config(config_, tokenizer_->vocab_size()), grid = groups_.grid,
+                                 crops = crop_options(config_)](const PicturePack& pack) {
+      return pack_flops(model, grid, pack, crops);
+    };
   }
 
   void say_what_is_left_out() {
@@ -312,7 +314,7 @@ class PretrainRun {
   }
 
   CheckpointContents contents(int64_t step, const MixState& data) const {
-    const RunState state{config_, data, step, tokenizer_mark_, trainer_->step_counts()};
+    const RunState state{config_, data, step, tokenizer_mark_, trainer_->step_counts(), consumed_};
     return {.step = step,
             .state = to_text(state),
             .tensors = tensors(),
@@ -322,9 +324,10 @@ class PretrainRun {
   }
 
   /// On rank 0. Lines that can't be written are written with a later one, if the run may go on.
-  void write_metrics(MetricsFile& metrics, const StepMetrics& line) {
+  void write_metrics(MetricsFile& metrics, std::optional<TensorBoardFile>& tensorboard, const StepMetrics& line) {
     try {
       metrics.write(line);
+      if (tensorboard) tensorboard->write(line);
       lacks_metrics_ = false;
     } catch (const WriteError& error) {
       if (config_.checkpoint.on_error == WriteErrorAction::kStop) throw;
@@ -340,31 +343,55 @@ class PretrainRun {
     return parallel::all_reduce(own, groups_.world, parallel::Reduction::kMax).item<int>();
   }
 
+  /// Floating-point operations a second that a rank could do. Collective.
+  double peak_rate() const {
+    const auto& device = runtime_.device();
+    // On a CPU a small product, so that a run starts at once: it comes within some 20 % of a large one.
+    const ProductShape shape = device.is_cpu() ? ProductShape{.rows = 256, .columns = 512, .inner = 1024}
+                                               : ProductShape{.rows = 8192, .columns = 8192, .inner = 8192};
+    return product_rate(config_.training.precision, shape, groups_.world, device);
+  }
+
   /// Trains the remaining steps. Returns the signal that stopped it, after saving a checkpoint; 0: all steps are done.
   int train(const RunState& state) {
     std::optional<MetricsFile> metrics;
+    std::optional<TensorBoardFile> tensorboard;
     parallel::agree_on(
         [&] {
-          if (is_main()) metrics.emplace(files_.metrics(), state.optimizer_steps);
+          if (!is_main()) return;
+          metrics.emplace(files_.metrics(), state.optimizer_steps);
+          if (config_.report.tensorboard) tensorboard.emplace(files_.tensorboard(), state.optimizer_steps);
         },
         groups_.world);
+    const double peak = peak_rate();
+    consumed_ = state.consumed;
     const auto validation = pack_once(data_.held_out, config_.validation.packs, loader_options_, groups_);
     BatchLoader loader(loader_options_, data_.training, groups_, state.data, faults_);
     Progress progress(state.optimizer_steps + 1, config_.training.steps, progress_style_);
     const StopSignals signals;  // before this there is nothing to save
     int signal = 0;
     MixState data;  // after the step
+    int64_t flops = 0;
     RunSaver saver(files_.checkpoints(), groups_.world, config_.checkpoint);
     TrainingLoopCallbacks callbacks;
     callbacks.next_batch = [&] {
+      const auto start = std::chrono::steady_clock::now();
       auto loaded = std::make_shared<BatchLoader::LoadedStep>(loader.next());
+      const double waited = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
       data = loaded->packs.next;
-      return step_batch(loaded);
+      flops = loaded->packs.cost;
+      consumed_.tokens += loaded->packs.num_tokens;
+      consumed_.samples += loaded->packs.num_samples;
+      auto batch = step_batch(loaded);
+      batch.values = data_values(loaded->packs, groups_.grid.dp, waited);
+      return batch;
     };
     callbacks.validation_loss = [&] { return validation_loss(validation); };
-    callbacks.report = [&](const StepMetrics& line) {
+    callbacks.report = [&](StepMetrics line) {
       if (!is_main()) return;
-      write_metrics(*metrics, line);
+      const auto speed = speed_values(flops, line.seconds, runtime_.size(), peak, runtime_.device());
+      line.values.insert(line.values.end(), speed.begin(), speed.end());
+      write_metrics(*metrics, tensorboard, line);
       progress.show(line);
     };
     callbacks.save = [&](int64_t step) { saver.save(contents(step, data)); };
@@ -404,7 +431,7 @@ class PretrainRun {
                       to_model_batch(loaded->packs.micro_batches[i].packed, loaded->images[i], runtime_.device()),
                       expert_balance_.get(), 1.0 / static_cast<double>(loaded->packs.num_loss_tokens));
                 },
-            .counts = {{"tokens", step.num_tokens}, {"images", step.num_pictures}},
+            .counts = data_counts(step, consumed_),
             .sample_names =
                 [loaded](int64_t micro_batch) {
                   std::vector<std::string> names;
@@ -534,6 +561,7 @@ class PretrainRun {
   std::vector<ParameterShard> parameters_;
   std::shared_ptr<ExpertBalance> expert_balance_;  ///< null without experts
   std::unique_ptr<Trainer> trainer_;
+  ConsumedData consumed_;
   bool lacks_metrics_ = false;  ///< on rank 0: the last line is still to be written
 };
 

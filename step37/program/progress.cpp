@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <cstdio>
+#include <map>
 #include <string>
 #include <string_view>
 
@@ -22,6 +23,13 @@ std::string time_text(double seconds) {
                        : fmt::format("{}m{:02}s", whole / 60, whole % 60);
 }
 
+/// "  0.031 TFLOP/s (38 %)"; nothing if it isn't known.
+std::string speed_text(const StepMetrics& metrics) {
+  std::map<std::string, double> values(metrics.values.begin(), metrics.values.end());
+  if (!values.contains("tflops_per_rank")) return "";
+  return fmt::format("  {:.3g} TFLOP/s ({:.0f} %)", values["tflops_per_rank"], 100 * values["peak_share"]);
+}
+
 }  // namespace
 
 Progress::Progress(int64_t first_step, int64_t total_steps, ProgressStyle style)
@@ -33,11 +41,11 @@ void Progress::show(const StepMetrics& metrics) {
   if (style_ == ProgressStyle::kPlain && !worth_a_line && !metrics.validation_loss) return;
   const double elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
   const double rest = elapsed / static_cast<double>(done) * static_cast<double>(total_steps_ - metrics.step);
-  auto line =
-      fmt::format("step {}/{}  loss {:.4f}  grad norm {:.3f}  rate {:.2e}  {:.0f} tokens/s  {:.1f} pictures/s  ETA {}",
-                  metrics.step, total_steps_, metrics.result.loss, metrics.result.grad_norm,
-                  metrics.result.learning_rate, static_cast<double>(count_of(metrics, "tokens")) / metrics.seconds,
-                  static_cast<double>(count_of(metrics, "images")) / metrics.seconds, time_text(rest));
+  auto line = fmt::format(
+      "step {}/{}  loss {:.4f}  grad norm {:.3f}  rate {:.2e}  {:.0f} tokens/s  {:.1f} pictures/s{}  ETA {}",
+      metrics.step, total_steps_, metrics.result.loss, metrics.result.grad_norm, metrics.result.learning_rate,
+      static_cast<double>(count_of(metrics, "tokens")) / metrics.seconds,
+      static_cast<double>(count_of(metrics, "images")) / metrics.seconds, speed_text(metrics), time_text(rest));
   if (metrics.validation_loss) line += fmt::format("  validation loss {:.4f}", *metrics.validation_loss);
   if (style_ == ProgressStyle::kPlain) {
     std::puts(line.c_str());

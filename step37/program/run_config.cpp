@@ -101,6 +101,7 @@ void visit_keys(Config& config, const Visit& visit) {
   each(kAny, std::pair<const char*, decltype((config.checkpoint.export_to))>("checkpoint.export",
                                                                              config.checkpoint.export_to));
   each(kAtLeast0, KEY(report, pictures));
+  each(kAny, KEY(report, tensorboard));
   each(kAtLeast1, KEY(report, max_new_tokens));
 }
 #undef KEY

@@ -197,6 +197,7 @@ struct CheckpointSection {
 struct ReportSection {
   int64_t pictures = 12;  ///< shown in report.html with their captions
   int64_t max_new_tokens = 32;
+  bool tensorboard = true;  ///< metrics as TensorBoard event files, too
 };
 
 struct RunConfig {

@@ -75,7 +75,8 @@ Tokenizer train_tokenizer(const std::vector<std::string>& texts, int64_t vocabul
 std::optional<std::filesystem::path> given_tokenizer(const RunConfig& config);
 
 /// The tokenizer that training starts with: the given one, or one that is trained on the data. Not collective.
-/// @throws c10::ValueError as given_tokenizer, Tokenizer::train and load; if it has more pieces than the model, or lacks a symbol of pictures
+/// @throws c10::ValueError as given_tokenizer, Tokenizer::train and load; if it has more pieces than the model, or
+/// lacks a symbol of pictures
 ///         or of a data set's chat template.
 Tokenizer first_tokenizer(const RunConfig& config, const RunData& data);
 

@@ -79,10 +79,14 @@ void check_run_files(const RunFiles& files) {
 
 void remove_earlier_run(const RunFiles& files) {
   remove_checkpoints(files.checkpoints());
+  std::error_code not_a_folder;
   for (const auto& path : {files.metrics(), files.report(), files.tokenizer(), files.published()}) {
     const auto target = megatron_cpp::internal::link_target(path);
     std::error_code not_there;
     if (is_regular_file(target, not_there)) std::filesystem::remove(target);
+  }
+  for (const auto& file : std::filesystem::directory_iterator(files.tensorboard(), not_a_folder)) {
+    if (file.path().filename().string().starts_with("events.out.tfevents.")) std::filesystem::remove(file.path());
   }
 }
 
@@ -120,7 +124,9 @@ std::string to_text(const RunState& state) {
   nlohmann::ordered_json json{{"data", std::move(data)},
                               {"optimizer_steps", state.optimizer_steps},
                               {"repeated_steps", state.step_counts.repeated},
-                              {"skipped_steps", state.step_counts.skipped}};
+                              {"skipped_steps", state.step_counts.skipped},
+                              {"consumed_tokens", state.consumed.tokens},
+                              {"consumed_samples", state.consumed.samples}};
   if (state.tokenizer) {
     json["tokenizer"] = {{"hash", state.tokenizer->hash}, {"vocabulary_size", state.tokenizer->vocabulary_size}};
   }
@@ -153,6 +159,9 @@ RunState run_state_from_text(const std::string& text, const std::string& where,
     state.optimizer_steps = integer_at(json, "optimizer_steps");
     if (json.contains("skipped_steps")) {
       state.step_counts = {integer_at(json, "repeated_steps"), integer_at(json, "skipped_steps")};
+    }
+    if (json.contains("consumed_tokens")) {
+      state.consumed = {integer_at(json, "consumed_tokens"), integer_at(json, "consumed_samples")};
     }
     if (const auto found = json.find("tokenizer"); found != json.end()) {
       state.tokenizer = {found->at("hash").get<std::string>(), integer_at(*found, "vocabulary_size")};

@@ -15,6 +15,7 @@
 #include "step37/data/tokenizer.h"
 #include "step37/program/captioner.h"
 #include "step37/program/run_config.h"
+#include "step37/program/run_metrics.h"
 #include "step37/published_checkpoint.h"
 #include "step37/published_config.h"
 #include "step37/step37_model.h"
@@ -26,6 +27,7 @@ struct RunFiles {
   std::filesystem::path directory;
   std::filesystem::path checkpoints() const { return directory / "checkpoints"; }
   std::filesystem::path metrics() const { return directory / "metrics.jsonl"; }
+  std::filesystem::path tensorboard() const { return directory / "tensorboard"; }
   std::filesystem::path report() const { return directory / "report.html"; }
   std::filesystem::path tokenizer() const { return directory / "tokenizer.model"; }
   /// PublishedForm::to_text() of the model that the run was started from, with model.from or model.config.
@@ -90,6 +92,7 @@ struct RunState {
   int64_t optimizer_steps = 0;
   std::optional<TokenizerMark> tokenizer = std::nullopt;  ///< nullopt in checkpoints of old versions
   StepCounts step_counts = {};                            ///< 0 in checkpoints of old versions
+  ConsumedData consumed = {};                             ///< counted from 0 in checkpoints of old versions
 };
 /// For CheckpointContents::state; the configuration is no part of it.
 std::string to_text(const RunState& state);

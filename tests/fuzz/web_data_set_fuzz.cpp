@@ -43,7 +43,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const auto sample = set->sample(i, format);
     FUZZ_CHECK(sample.tokens.size() >= 2 && sample.tokens.size() == sample.loss_mask.size());
     for (const auto& picture : sample.pictures) {
-      FUZZ_CHECK(picture.bytes > 0 && picture.offset + picture.bytes <= static_cast<int64_t>(size));
+      FUZZ_CHECK(picture.place.bytes > 0 && picture.place.offset + picture.place.bytes <= static_cast<int64_t>(size));
     }
     FUZZ_CHECK(step37::is_utf8(set->name(i)));
   }

@@ -30,10 +30,11 @@ class MixedData : public Pretrain {
       std::string pairs;
       std::string texts;
       for (int i = 0; i < 12; ++i) {
-        pairs += fmt::format(R"({{"messages": [{{"role": "user", "content": "<image> or <image>?"}}, {{"role": "assistant",)"
-                             R"( "content": "The {} one."}}], "images": ["picture{}.png", "picture{}.png"]}})"
-                             "\n",
-                             i % 2 == 0 ? "first" : "other", i, (i + 5) % 12);
+        pairs +=
+            fmt::format(R"({{"messages": [{{"role": "user", "content": "<image> or <image>?"}}, {{"role": "assistant",)"
+                        R"( "content": "The {} one."}}], "images": ["picture{}.png", "picture{}.png"]}})"
+                        "\n",
+                        i % 2 == 0 ? "first" : "other", i, (i + 5) % 12);
         texts += fmt::format(R"({{"messages": [{{"role": "user", "content": "What is {}?"}}, {{"role": "assistant",)"
                              R"( "content": "A number."}}]}})"
                              "\n",

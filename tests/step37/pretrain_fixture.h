@@ -84,7 +84,7 @@ class Pretrain : public SmallRun {
   static std::string step_name(int64_t step) { return "step-0000000" + std::to_string(step); }
 };
 
-/// The lines of a run's metrics, without what depends on the clock.
+/// The lines of a run's metrics, without what depends on the clock or the layout.
 inline std::vector<nlohmann::json> metrics_of(const step37::RunFiles& files) {
   std::ifstream stream(files.metrics());
   std::vector<nlohmann::json> lines;
@@ -92,8 +92,10 @@ inline std::vector<nlohmann::json> metrics_of(const step37::RunFiles& files) {
     auto parsed = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
     EXPECT_TRUE(parsed.is_object()) << line;
     if (!parsed.is_object()) continue;
-    parsed.erase("step_seconds");
-    parsed.erase("tokens_per_second");
+    for (const char* name : {"step_seconds", "tokens_per_second", "data_seconds", "tflops_per_rank", "peak_share",
+                             "peak_memory_bytes", "wait_share"}) {
+      parsed.erase(name);
+    }
     lines.push_back(std::move(parsed));
   }
   return lines;

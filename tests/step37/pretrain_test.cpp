@@ -623,7 +623,8 @@ TEST_F(Pretrain, GoesBackBeyondADamagedCheckpointWhenAsked) {
   const int tp = runtime().size();
   const Overrides overrides = {"training.steps=2", "checkpoint.interval=1"};
   pretrain("run", tp, overrides);
-  const auto whole = runtime().rank() == 0 ? tensors_of(files("run").checkpoints() / step_name(2)) : std::map<std::string, at::Tensor>();
+  const auto whole = runtime().rank() == 0 ? tensors_of(files("run").checkpoints() / step_name(2))
+                                           : std::map<std::string, at::Tensor>();
   const auto file = files("run").checkpoints() / step_name(2) /
                     ("rank-000" + std::to_string(tp - 1) + "-of-000" + std::to_string(tp) + ".safetensors");
   on_main([&] {
