@@ -6,9 +6,11 @@
 #include <algorithm>
 #include <functional>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <utility>
 
+#include "parallel/activity.h"
 #include "parallel/c10d_calls.h"
 #include "parallel/errors.h"
 #include "parallel/shard.h"
@@ -28,10 +30,18 @@ c10d::ReduceOp reduce_op(Reduction reduction) {
   TORCH_INTERNAL_ASSERT(false);
 }
 
-/// Runs a collective and names it in exceptions, except in those that backends make themselves, which name it already.
+using internal::Sizes;
+
+/// Runs a collective, records it (activity.h) and names it in exceptions, except in those that backends make
+/// themselves, which name it already.
 /// @param tensor  undefined for a barrier.
+/// @param number  of the collective in its group; nothing: it is the next one, and its number is written here.
 template <class Call>
-auto named(const char* operation, const at::Tensor& tensor, const GroupPtr& group, const Call& call) {
+auto named(const char* operation, const at::Tensor& tensor, const GroupPtr& group, const Call& call, Sizes sizes,
+           std::optional<int64_t>& number) {
+  const internal::InCollective record(group->getGroupName(), operation, tensor.defined() ? tensor.numel() : 0, sizes,
+                                      number);
+  number = record.number();
   try {
     return call();
   } catch (const c10::DistBackendError&) {
@@ -45,6 +55,13 @@ auto named(const char* operation, const at::Tensor& tensor, const GroupPtr& grou
   }
 }
 
+template <class Call>
+auto named(const char* operation, const at::Tensor& tensor, const GroupPtr& group, const Call& call,
+           Sizes sizes = Sizes::kEqual) {
+  std::optional<int64_t> number;
+  return named(operation, tensor, group, call, sizes, number);
+}
+
 /// Where asyncOp is false NCCL runs the collective on the current stream and returns no Work; MPI returns one.
 void wait_for(const c10::intrusive_ptr<c10d::Work>& work) {
   if (work) work->wait();
@@ -53,10 +70,13 @@ void wait_for(const c10::intrusive_ptr<c10d::Work>& work) {
 /// Starts the collective that `call` issues; the result holds its Work until it is waited for.
 template <class Call>
 PendingTensor pending(const char* operation, at::Tensor output, at::Tensor input, GroupPtr group, const Call& call) {
-  auto work = named(operation, input, group, call);
+  std::optional<int64_t> number;
+  auto work = named(operation, input, group, call, Sizes::kEqual, number);
   // Held with the Work, since the input must outlive the collective on its stream.
-  return {std::move(output), [operation, work = std::move(work), input = std::move(input), group = std::move(group)] {
-            named(operation, input, group, [&] { wait_for(work); });
+  return {std::move(output),
+          [operation, number, work = std::move(work), input = std::move(input), group = std::move(group)]() mutable {
+            named(
+                operation, input, group, [&] { wait_for(work); }, Sizes::kEqual, number);
           }};
 }
 
@@ -189,7 +209,8 @@ at::Tensor all_gather_uneven(const at::Tensor& input, const std::vector<int64_t>
   std::vector<at::Tensor> inputs{contiguous};
   c10d::AllgatherOptions options;
   options.asyncOp = false;
-  named("all_gather", input, group, [&] { wait_for(group->allgather(outputs, inputs, options)); });
+  named(
+      "all_gather", input, group, [&] { wait_for(group->allgather(outputs, inputs, options)); }, Sizes::kMayDiffer);
   return output;
 }
 
@@ -257,8 +278,9 @@ at::Tensor all_to_all(const at::Tensor& input, const std::vector<int64_t>& outpu
   auto send = input_splits;
   c10d::AllToAllOptions options;
   options.asyncOp = false;
-  named("all_to_all", input, group,
-        [&] { wait_for(all_to_all_single(*group, output, contiguous, receive, send, options)); });
+  named(
+      "all_to_all", input, group,
+      [&] { wait_for(all_to_all_single(*group, output, contiguous, receive, send, options)); }, Sizes::kMayDiffer);
   return output;
 }
 

@@ -18,6 +18,7 @@
 #include "parallel/collectives.h"
 #include "parallel/make_groups.h"
 #include "parallel/mpi/mpi_backend.h"
+#include "parallel/mpi/stall_watch.h"
 #include "parallel/nccl/nccl_groups.h"
 #include "parallel/runtime.h"
 
@@ -128,9 +129,13 @@ ProcessGroups make_process_groups(Runtime& runtime, const RankGrid& grid, const 
       grid, runtime.rank(), runtime.size(), [&](const char* kind, int index, const std::vector<int>& /*world_ranks*/) {
         return make_group(runtime, index, kind, options);
       });
+  if (const auto watch = StallWatch::existing()) watch->watch(options.timeout);
   if (runtime.device().is_cuda()) {
-    add_gpu_backends(groups, open_store(runtime, groups.world, options),
-                     {.device = runtime.device(), .shares_gpus = runtime.shares_gpus(), .timeout = options.timeout});
+    // NCCL ends the process when its time is over: the report must come first.
+    constexpr auto kReport = std::chrono::seconds(10);
+    add_gpu_backends(
+        groups, open_store(runtime, groups.world, options),
+        {.device = runtime.device(), .shares_gpus = runtime.shares_gpus(), .timeout = options.timeout + kReport});
   }
   return groups;
 }

@@ -15,12 +15,14 @@
 #include <thread>
 #include <utility>
 
+#include "parallel/activity.h"
 #include "parallel/errors.h"
 #include "parallel/gpu.h"
 #include "parallel/hash.h"
 #include "parallel/mpi/launcher.h"
 #include "parallel/mpi/mpi_check.h"
 #include "parallel/mpi/peer_process.h"
+#include "parallel/mpi/stall_watch.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 // MPI_Finalize unloads MPI's modules before leaks are searched for. Leaks in them would then have no symbol names, and
@@ -54,7 +56,10 @@ Runtime::Runtime() {
   int length = 0;
   MCPP_MPI_CHECK(MPI_Get_library_version(library.data(), &length));
   const auto obstacle = launcher_obstacle(environment, size_, library.data());
-  if (obstacle.empty()) return;
+  if (obstacle.empty()) {
+    if (size_ > 1) stall_watch_ = StallWatch::of_process(*world_);
+    return;
+  }
   errors_.reset();
   world_.reset();
   if (owns_mpi_) MCPP_MPI_CHECK_LOG(MPI_Finalize());
@@ -100,6 +105,7 @@ Runtime::~Runtime() {
     }
     groups_.pop_back();
   }
+  stall_watch_.reset();
   errors_.reset();
   world_.reset();
   if (owns_mpi_) MCPP_MPI_CHECK_LOG(MPI_Finalize());
@@ -113,6 +119,7 @@ void Runtime::shut_down(const GroupPtr& group) {
 }
 
 bool Runtime::all_fail_alike(const std::string& message) const {
+  const Phase phase("waiting for the other ranks after an error");
   // One message per rank, so that missing ranks are known. Never freed: MPI may use these while the job aborts.
   struct Messages {
     uint64_t mine;

@@ -14,10 +14,12 @@
 
 namespace megatron_cpp::parallel {
 
+class StallWatch;
 struct PeerProcess;
 
 /// MPI_Init_thread(MPI_THREAD_MULTIPLE) and MPI_Finalize as an object. Create one first in main; everything that
-/// communicates must live within its scope. Without mpirun there is one rank.
+/// communicates must live within its scope. Without mpirun there is one rank. Of several ranks each has a thread that
+/// tells the others what the process is doing (activity.h) once a collective has waited too long.
 class Runtime {
  public:
   /// Starts MPI, unless the program has started it already (then the program also finalizes it). The device is the CPU
@@ -65,6 +67,7 @@ class Runtime {
   std::unique_ptr<MpiCommunicator> world_;
   std::unique_ptr<MpiCommunicator> errors_;  ///< separate, as messages in `world_` may be unmatched
   std::vector<PeerProcess> processes_;       ///< of each rank
+  std::shared_ptr<StallWatch> stall_watch_;  ///< null with one rank
   int rank_ = 0;
   int size_ = 1;
   int local_rank_ = 0;

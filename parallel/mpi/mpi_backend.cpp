@@ -13,7 +13,6 @@
 #include "parallel/mpi/collective_call.h"
 #include "parallel/mpi/mpi_check.h"
 #include "parallel/mpi/rank_order_reduction.h"
-#include "parallel/mpi/roll_call.h"
 #include "parallel/mpi/shared_window.h"
 #include "parallel/mpi/window_reduction.h"
 
@@ -89,15 +88,18 @@ struct MpiBackend::InFlight {
 MpiBackend::MpiBackend(MpiCommunicator communicator, const std::string& name, const MpiBackendOptions& options)
     : c10d::Backend(communicator.rank(), communicator.size()),
       communicator_(std::move(communicator)),
-      roll_call_(std::make_unique<RollCall>(communicator_)),
+      name_(name),
       where_(fmt::format("group {}, rank {} of {}", name, rank_, size_)),
-      options_(options) {}
+      options_(options) {
+  internal::know_group(name_, world_rank(0, communicator_.get()));
+}
 
 MpiBackend::~MpiBackend() = default;
 
-CollectiveCall MpiBackend::call(const char* operation, int64_t elements, Milliseconds requested_timeout) {
+CollectiveCall MpiBackend::call(const char* operation, int64_t elements, Milliseconds requested_timeout,
+                                internal::Sizes sizes) {
   const auto timeout = requested_timeout == c10d::kUnsetTimeout ? options_.timeout : requested_timeout;
-  return {operation, elements, timeout, where_, communicator_.get(), num_calls_++, roll_call_.get()};
+  return {operation, elements, timeout, where_, communicator_.get(), {name_, operation, elements, sizes}};
 }
 
 void MpiBackend::finish(MPI_Request request, const CollectiveCall& call, InFlight in_flight) {
@@ -110,7 +112,7 @@ void MpiBackend::finish(MPI_Request request, const CollectiveCall& call, InFligh
   // Never freed, but reachable for leak checkers.
   static auto& kept = *new std::vector<InFlight>;
   kept.push_back(std::move(in_flight));
-  throw_timed_out(call, call.roll_call->reason(call));
+  throw_timed_out(call);
 }
 
 void MpiBackend::exchange(const at::Tensor& output, const std::vector<int64_t>& output_counts, const at::Tensor& input,
@@ -241,7 +243,7 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::allgather(std::vector<std::vector<at:
                       counts[static_cast<size_t>(rank_)], " elements, its input ", inputs[i].numel(), " (", where_,
                       ")");
     const auto input = inputs[i].contiguous().view({-1});
-    const auto this_call = call("all_gather", input.numel(), options.timeout);
+    const auto this_call = call("all_gather", input.numel(), options.timeout, internal::Sizes::kMayDiffer);
     InFlight in_flight{{}, std::vector<int>(2 * counts.size())};
     int* receive_counts = in_flight.counts.data();
     int* receive_begins = receive_counts + counts.size();
@@ -334,7 +336,8 @@ c10::intrusive_ptr<c10d::Work> MpiBackend::alltoall_base(at::Tensor& output, at:
   const auto output_counts = element_counts(output, output_split_sizes, "output");
   const auto input_counts = element_counts(input, input_split_sizes, "input");
   const auto buffer = contiguous_or_new(output);
-  exchange(buffer, output_counts, input.contiguous(), input_counts, call("all_to_all", input.numel(), options.timeout));
+  exchange(buffer, output_counts, input.contiguous(), input_counts,
+           call("all_to_all", input.numel(), options.timeout, internal::Sizes::kMayDiffer));
   copy_back(output, buffer);
   return finished_work({output});
 }

@@ -9,11 +9,11 @@
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <vector>
 
+#include "parallel/activity.h"
 #include "parallel/mpi/mpi_communicator.h"
 
 namespace megatron_cpp::parallel {
 
-class RollCall;
 class SharedWindow;
 struct CollectiveCall;
 
@@ -41,7 +41,7 @@ struct MpiBackendOptions {
 /// becomes an error after `timeout`, not a hang.
 ///
 /// Collective over the communicator's ranks, same operations in the same order. Throws c10::DistBackendError naming
-/// operation, group, sizes and the ranks that are silent on a timeout; c10::ValueError before anything is sent for a
+/// operation, group, sizes and the ranks that haven't come on a timeout; c10::ValueError before anything is sent for a
 /// tensor that isn't on the CPU, has another dtype, or whose size doesn't fit the group, and for a reduction that isn't
 /// SUM, AVG (of floating-point numbers), PRODUCT, MIN or MAX. MPI's limit is 2^31 - 1 elements per rank, and in total
 /// for all-to-all and uneven all-gather; beyond it the ranks concerned throw c10::ValueError.
@@ -88,8 +88,9 @@ class MpiBackend final : public c10d::Backend {
 
  private:
   struct InFlight;
-  /// Describes this group's next collective.
-  CollectiveCall call(const char* operation, int64_t elements, std::chrono::milliseconds requested_timeout);
+  /// Describes and records this group's next collective.
+  CollectiveCall call(const char* operation, int64_t elements, std::chrono::milliseconds requested_timeout,
+                      internal::Sizes sizes = internal::Sizes::kEqual);
   /// Polls `request` until it is complete; throws after the timeout, and then never frees `in_flight`, because MPI may
   /// still use it.
   void finish(MPI_Request request, const CollectiveCall& call, InFlight in_flight);
@@ -106,10 +107,9 @@ class MpiBackend final : public c10d::Backend {
   SharedWindow* window_for(const at::Tensor& input, const CollectiveCall& call);
 
   MpiCommunicator communicator_;
-  std::unique_ptr<RollCall> roll_call_;
+  std::string name_;
   std::string where_;  ///< "group tp, rank 0 of 2"
   MpiBackendOptions options_;
-  int64_t num_calls_ = 0;  ///< so far: the same on every rank
   enum class WindowState { kNotTried, kBeingMade, kKnown };
   WindowState window_state_ = WindowState::kNotTried;
   std::unique_ptr<SharedWindow> window_;

@@ -34,6 +34,8 @@ std::optional<ProcessLook> look_at(int64_t pid, int64_t start) {
   return look && look->start == start ? look : std::nullopt;
 }
 
+bool is_one_of(std::string_view states, char state) { return states.find(state) != std::string_view::npos; }
+
 }  // namespace
 
 PeerProcess own_process() {
@@ -78,20 +80,22 @@ PeerPatience::PeerPatience(const PeerProcess& peer, Clock::time_point begin) : p
 bool PeerPatience::is_over(Clock::time_point now) {
   const auto waited = std::chrono::duration_cast<milliseconds>(now - begin_);
   if (!is_here_) return waited >= std::chrono::seconds(10);
-  if (!first_) return true;
   const auto look = look_at(peer_.pid, peer_.start);
-  always_asleep_ = always_asleep_ && look && look->state == 'S';
-  return is_over(*first_, look, waited, always_asleep_);
+  seen_ = !look || is_one_of("ZX", look->state) ? "gone" : is_one_of("Tt", look->state) ? "stopped" : "";
+  if (!first_) return true;
+  ++num_looks_;
+  if (look && look->state == 'S') ++num_asleep_;
+  return is_over(*first_, look, waited, 10 * num_asleep_ >= 9 * num_looks_);
 }
 
 bool PeerPatience::is_over(const ProcessLook& first, const std::optional<ProcessLook>& now, milliseconds waited,
-                           bool always_asleep) {
-  if (!now || std::string("TtZX").find(now->state) != std::string::npos) return true;
+                           bool mostly_asleep) {
+  if (!now || is_one_of("TtZX", now->state)) return true;
   // Several threads together use a second of CPU time early, so two seconds must have passed as well.
   if (waited < std::chrono::seconds(2)) return false;
   const auto used = now->cpu_time - first.cpu_time;
   // A rank that waits for its peers polls: it uses CPU time, even if the process's main thread sleeps.
-  return used >= std::chrono::seconds(1) || (always_asleep && used < milliseconds(50)) ||
+  return used >= std::chrono::seconds(1) || (mostly_asleep && used < milliseconds(50)) ||
          waited >= std::chrono::seconds(60);
 }
 

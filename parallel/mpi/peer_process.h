@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "parallel/mpi/mpi_communicator.h"
@@ -47,23 +48,28 @@ class PeerPatience {
   PeerPatience(const PeerProcess& peer, Clock::time_point begin);
 
   /// Looks at the process. True if waiting should stop: the process is stopped or gone; or, after two seconds, it has
-  /// used a second of CPU time or has slept all the time; or 60 seconds have passed. A process that can't be seen from
-  /// here (another host or container) is given ten seconds.
+  /// used a second of CPU time or has slept nearly all the time; or 60 seconds have passed. A process that can't be
+  /// seen from here (another host or container) is given ten seconds.
   bool is_over(Clock::time_point now);
+
+  /// "stopped" or "gone" if the last is_over() has seen that; otherwise "".
+  std::string_view seen() const { return seen_; }
 
   /// The decision alone. Pure.
   /// @param first           what was seen when it was asked to answer.
   /// @param now             what is seen now; nothing if it is gone.
-  /// @param always_asleep   whether every look so far has found it asleep.
+  /// @param mostly_asleep   whether nine of ten looks so far have found it asleep.
   static bool is_over(const ProcessLook& first, const std::optional<ProcessLook>& now, std::chrono::milliseconds waited,
-                      bool always_asleep);
+                      bool mostly_asleep);
 
  private:
   PeerProcess peer_;
   Clock::time_point begin_;
   bool is_here_;  ///< whether the process can be seen from here
   std::optional<ProcessLook> first_;
-  bool always_asleep_ = true;
+  std::string_view seen_;
+  int64_t num_looks_ = 0;
+  int64_t num_asleep_ = 0;  ///< of these looks
 };
 
 }  // namespace megatron_cpp::parallel

@@ -20,7 +20,6 @@
 #include <utility>
 
 #include "parallel/mpi/mpi_check.h"
-#include "parallel/mpi/roll_call.h"
 
 namespace megatron_cpp::parallel {
 namespace {
@@ -174,7 +173,7 @@ void SharedWindow::wait_for_all(Stage stage, int64_t step, const CollectiveCall&
     const auto& reached = counter(peer, stage).value;
     PeerWait wait(call, /*spins=*/1000);
     while (reached.load(std::memory_order_acquire) <= step) {
-      if (!wait.go_on()) throw_timed_out(call, call.roll_call->reason(call));
+      if (!wait.go_on()) throw_timed_out(call);
       if (!wait.is_long()) continue;
       int arrived = 0;
       MCPP_MPI_CHECK(MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, call.communicator, &arrived, MPI_STATUS_IGNORE));

@@ -37,7 +37,8 @@ parallel::GroupPtr staged(const parallel::GroupPtr& group) {
   return result;
 }
 
-/// `group`, or one of the same ranks over the backend that TEST_BACKEND names.
+}  // namespace
+
 parallel::GroupPtr over_test_backend(const parallel::GroupPtr& group) {
   const char* value = std::getenv("TEST_BACKEND");
   const std::string name = value != nullptr ? value : "";
@@ -46,8 +47,6 @@ parallel::GroupPtr over_test_backend(const parallel::GroupPtr& group) {
   TORCH_CHECK_VALUE(name == "staged", "TEST_BACKEND=", name, " is neither like_nccl nor staged");
   return staged(group);
 }
-
-}  // namespace
 
 parallel::Runtime& runtime() {
   if (!world().runtime) {

@@ -23,10 +23,13 @@ parallel::Runtime& runtime();
 /// The device of the tests: that of the runtime, or the CPU if ranks come from environment variables.
 c10::Device device();
 
+/// `group`, or one of the same ranks over the backend that TEST_BACKEND names: like_nccl (nccl_like_backend.h) or
+/// staged (parallel/nccl/staged_backend.h).
+parallel::GroupPtr over_test_backend(const parallel::GroupPtr& group);
+
 /// Groups with tensor-parallel size `tp`, which must divide the world, and data-parallel size world/tp, over MPI or, if
-/// ranks come from environment variables, over Gloo. Collective over the world on the first call for each size. The
-/// environment variable TEST_BACKEND puts another backend between the groups (except the world) and MPI: like_nccl
-/// (nccl_like_backend.h) or staged (parallel/nccl/staged_backend.h).
+/// ranks come from environment variables, over Gloo; all but the world over_test_backend(). Collective over the world
+/// on the first call for each size.
 const parallel::ProcessGroups& groups(int tp);
 
 /// The same for any grid of the world's size.

@@ -16,8 +16,8 @@ using std::chrono::seconds;
 
 ProcessLook look(char state, milliseconds cpu_time) { return {.state = state, .cpu_time = cpu_time, .start = 1}; }
 
-bool is_over(const std::optional<ProcessLook>& now, milliseconds waited, bool always_asleep = false) {
-  return PeerPatience::is_over(look('R', milliseconds(0)), now, waited, always_asleep);
+bool is_over(const std::optional<ProcessLook>& now, milliseconds waited, bool mostly_asleep = false) {
+  return PeerPatience::is_over(look('R', milliseconds(0)), now, waited, mostly_asleep);
 }
 
 }  // namespace
