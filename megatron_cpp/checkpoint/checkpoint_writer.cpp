@@ -17,6 +17,7 @@
 #include "megatron_cpp/checkpoint/safetensors.h"
 #include "megatron_cpp/checkpoint/save_points.h"
 #include "megatron_cpp/checkpoint/sharded_checkpoint.h"
+#include "parallel/activity.h"
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
 
@@ -76,6 +77,7 @@ std::vector<NamedTensor> written_tensors(const std::vector<ShardedTensor>& tenso
 FileDigest write_own_file(const fs::path& file, const std::vector<NamedTensor>& tensors,
                           const std::map<std::string, std::string>& metadata, const std::atomic<bool>& is_abandoned) {
   if (tensors.empty()) return {};
+  const parallel::Phase phase("writing a checkpoint's file");
   SafetensorsWriter writer(file, SafetensorsWriter::entries_of(tensors), metadata);
   save_point("file_open");
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -103,6 +105,7 @@ std::map<std::string, FileDigest> gather_digests(const FileDigest& own, const pa
 
 /// Rank 0, when all files are written: completes the folder and makes it the latest.
 void publish(const fs::path& partial, const fs::path& folder, const CheckpointManifest& manifest) {
+  const parallel::Phase phase("publishing a checkpoint");
   save_point("files_written");
   for (const auto& [name, digest] : manifest.files) {
     const auto file = partial / name;
@@ -171,6 +174,7 @@ class CheckpointSave {
         options_(options),
         // Where no thread can be started, advance() writes.
         policy_(copy == nullptr ? std::launch::deferred : std::launch::async | std::launch::deferred) {
+    const parallel::Phase phase("saving");
     const auto own_file = rank_file(world->getRank(), world->getSize());
     CheckpointManifest own_part;
     std::vector<NamedTensor> tensors;
@@ -215,6 +219,7 @@ class CheckpointSave {
   /// Waits for the ranks' files, and begins to publish them; or waits until that is done. Collective.
   /// @throws parallel::AgreedError
   void advance() {
+    const parallel::Phase phase("saving");
     undone_if_it_fails([&] { written_.valid() ? collect_files() : finish(); });
   }
 

@@ -12,9 +12,9 @@ namespace megatron_cpp {
 
 /// Sizes of a product [rows, inner] x [columns, inner]^T.
 struct ProductShape {
-  int64_t rows = 0;
-  int64_t columns = 0;
-  int64_t inner = 0;
+  int64_t rows = 0;     ///< of the result
+  int64_t columns = 0;  ///< of the result
+  int64_t inner = 0;    ///< that are summed over
 };
 
 /// Floating-point operations a second of one rank in a matrix product, an addition and a multiplication counted as two:

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <chrono>
 
+#include "parallel/activity.h"
+
 namespace megatron_cpp {
 
 std::vector<std::pair<std::string, double>> StepMetrics::numbers() const {
@@ -32,6 +34,7 @@ int64_t run_training_loop(Trainer& trainer, const TrainingLoopOptions& options,
   int64_t step = trainer.optimizer().num_steps();
   while (step < options.steps) {
     ++step;
+    parallel::set_step(step);
     const auto start = Clock::now();
     StepMetrics metrics;
     metrics.step = step;

@@ -10,6 +10,7 @@
 #include <system_error>
 #include <utility>
 
+#include "parallel/activity.h"
 #include "parallel/agree.h"
 #include "parallel/hash.h"
 #include "parallel/shard.h"
@@ -197,6 +198,7 @@ BatchLoader::BatchLoader(Options options, std::vector<WeightedDataSet> mix, cons
 }
 
 StepPacks BatchLoader::make_step() {
+  const parallel::Phase phase("packing samples");
   std::vector<PicturePack> packs;
   StepPacks step;
   int64_t passed_over = 0;  // one behind the other
@@ -259,12 +261,13 @@ void BatchLoader::load_ahead() {
   parallel::agree_on(
       [&] {
         if (groups_.tp->getRank() != 0) return;
-        step = packed_.get();
+        step = parallel::in_phase("waiting for samples", [&] { return packed_.get(); });
         packed_ = std::async(std::launch::async, [this] { return make_step(); });
       },
       groups_.tp);
   step = broadcast_step(step, groups_.tp);
   loaded_ = std::async(std::launch::async, [step = std::move(step), this]() mutable {
+    const parallel::Phase phase("decoding pictures");
     LoadedStep loaded;
     for (const auto& pack : step.micro_batches) {
       auto images = load_pictures(pack.pictures, options_.format, options_.mm_encoder_tp_mode, groups_.tp, faults_,
@@ -280,7 +283,7 @@ void BatchLoader::load_ahead() {
 }
 
 BatchLoader::LoadedStep BatchLoader::next() {
-  auto loaded = loaded_.get();
+  auto loaded = parallel::in_phase("waiting for pictures", [&] { return loaded_.get(); });
   faults_.share(groups_.world);
   if (faults_.any_changed() && groups_.world->getRank() == 0) {
     std::error_code ignored;

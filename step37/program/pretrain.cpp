@@ -21,6 +21,7 @@
 #include "megatron_cpp/training/tensorboard_file.h"
 #include "megatron_cpp/training/trainer.h"
 #include "megatron_cpp/training/training_loop.h"
+#include "parallel/activity.h"
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
 #include "parallel/runtime.h"
@@ -155,6 +156,7 @@ class PretrainRun {
   }
 
   void open_data() {
+    const parallel::Phase phase("opening the data sets");
     data_ = step37::open_data(runtime_, groups_, config_);
     for (const auto& sentence : data_.summary) say(sentence);
   }
@@ -169,6 +171,7 @@ class PretrainRun {
   }
 
   void prepare_tokenizer(const RunState& state) {
+    const parallel::Phase phase("preparing the tokenizer");
     parallel::agree_on(
         [&] {
           const WaitForAll wait(runtime_);
@@ -208,6 +211,7 @@ class PretrainRun {
   }
 
   void say_what_is_left_out() {
+    const parallel::Phase phase("measuring the samples");
     parallel::agree_on(
         [&] {
           const WaitForAll wait(runtime_);
@@ -242,6 +246,7 @@ class PretrainRun {
   }
 
   void build_model() {
+    const parallel::Phase phase("building the model");
     model_ = Step37Model(model_config(config_, tokenizer_->vocab_size()), groups_);
     model_->to(runtime_.device(), config_.training.precision);
     parameters_ = parameter_shards(*model_);
@@ -305,6 +310,7 @@ class PretrainRun {
   }
 
   void load_checkpoint(const RunState& state) {
+    const parallel::Phase phase("loading the checkpoint");
     parallel::agree_on([&] { CheckpointReader(*resume_from_).load(tensors()); }, groups_.world);
     trainer_->write_parameters();
     trainer_->optimizer().set_num_steps(state.optimizer_steps);
@@ -445,6 +451,7 @@ class PretrainRun {
   /// Mean over the loss tokens of the held-out packs; nullopt if there are none.
   std::optional<double> validation_loss(const StepPacks& validation) {
     if (validation.num_loss_tokens == 0) return std::nullopt;
+    const parallel::Phase phase("validating");
     const at::NoGradGuard no_grad;
     auto sum = at::zeros({1}, at::TensorOptions().device(runtime_.device()).dtype(at::kDouble));
     for (const auto& pack : validation.micro_batches) {
@@ -472,6 +479,7 @@ class PretrainRun {
     if (config_.checkpoint.export_to.empty()) return;
     const bool is_done = steps_before >= config_.training.steps;
     if (main_says(is_main() && is_done && PublishedCheckpoint::is_at(export_folder()))) return;
+    const parallel::Phase phase("exporting the model");
     export_checkpoint(files_.checkpoints(), export_folder(), groups_.world);
     say(fmt::format("The model in the published layout is in {}.", export_folder().string()));
   }
@@ -479,6 +487,7 @@ class PretrainRun {
   /// Captions a few pictures and writes the report, unless a finished run has written it. Every data-parallel replica
   /// captions the same pictures, so that all ranks stay together.
   void write_report() {
+    const parallel::Phase phase("captioning for the report");
     const bool exists = main_says(is_main() && std::filesystem::exists(files_.report()));
     if (exists && trainer_->optimizer().num_steps() == resumed_steps_) return;
     auto shown = caption_pictures();
@@ -569,7 +578,8 @@ class PretrainRun {
 
 int pretrain(parallel::Runtime& runtime, const PretrainArguments& arguments) {
   check_no_tilde("--config", arguments.config);
-  const auto config = load_run_config(arguments.config, arguments.overrides);
+  const auto config = parallel::in_phase("reading the configuration",
+                                         [&] { return load_run_config(arguments.config, arguments.overrides); });
   for (const auto& warning : config.warnings) {
     if (runtime.rank() == 0) std::fputs(fmt::format("warning: {}\n", warning).c_str(), stderr);
   }
