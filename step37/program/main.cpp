@@ -67,6 +67,7 @@ void add_convert(CLI::App& app, Command& command) {
   convert->add_option("--from", arguments->from, "Checkpoint to read: a published one, a run or one of its steps")
       ->required();
   convert->add_option("--to", arguments->to, "Folder to write; must not exist, or be empty")->required();
+  convert->add_option("--config", arguments->config, "Configuration of the run that a training result is to begin");
   convert->add_option("--layout", arguments->layout, "published or training [the other one than --from has]");
   convert->add_option("--dtype", arguments->dtype, "float32 or bfloat16 [as config.json says]");
   convert->add_option("--max-shard-size", arguments->max_shard_size, "Largest file of a published checkpoint [5GB]")
