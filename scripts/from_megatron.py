@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """Turns a checkpoint that Megatron-Bridge's Step3.7 model saved (Megatron's torch_dist format) into a published folder.
 
-  from_megatron.py ITERATION_FOLDER CONFIG.json MODEL_DIR [--tokenizer tokenizer.model] [--weights-only] [--first-gate-rows]
+  from_megatron.py ITERATION_FOLDER CONFIG.json MODEL_DIR [--tokenizer tokenizer.model] [--weights-only]
+                   [--first-gate-rows]
 
-ITERATION_FOLDER has .metadata, common.pt and *.distcp (iter_0000100), CONFIG.json is config.json of the published model in the hub form.
-MODEL_DIR gets config.json, model.safetensors (of the main parameters, in float32) and optimizer.safetensors (AdamW's moments and step), which
+ITERATION_FOLDER (iter_0000100) has .metadata, common.pt and *.distcp; CONFIG.json is config.json of the published model
+in the hub form. MODEL_DIR gets config.json, model.safetensors (the main parameters, in float32) and
+optimizer.safetensors (AdamW's moments and step), of which
 
   step37 convert --from MODEL_DIR --to RUN_DIRECTORY --config RUN.yaml
 
-makes a training checkpoint of, to go on from. Needs torch; Megatron isn't needed.
+makes a training checkpoint, to go on from. Needs torch; Megatron isn't needed.
 """
 
 import argparse
@@ -71,6 +73,9 @@ class Model:
             self.vision_mlp_width = int(vision["width"] * vision["mlp_ratio"])
             self.patch_size = vision["patch_size"]
             self.patches = (vision["image_size"] // vision["patch_size"]) ** 2
+            named = len(self.layer_types)
+            if named < self.num_layers + self.num_mtp_layers:
+                raise Refused(f"config.json has {named} layer_types, fewer than layers")
         except KeyError as error:
             raise Refused(f"config.json has no {error.args[0]}: it has to be in the hub form, as released") from None
 
@@ -104,9 +109,9 @@ class Source:
 
 
 def split_qkv(tensor, heads, groups, head_dim, first_gate_rows):
-    """Queries, keys, values and gates of a fused matrix. For each group it has the rows of its queries, key and value, and
-    behind all groups a row for each head's gate; or, with elementwise gates, a head's gate head_dim times behind the
-    group's queries."""
+    """Queries, keys, values and gates of a fused matrix. For each group it has the rows of its queries, key and value,
+    and behind all groups a row for each head's gate; or, with elementwise gates, a head's gate head_dim times behind
+    the group's queries."""
     of_group = heads // groups
     is_elementwise = len(tensor) == 2 * (heads + groups) * head_dim
     if is_elementwise:
@@ -120,8 +125,8 @@ def split_qkv(tensor, heads, groups, head_dim, first_gate_rows):
         rows = elementwise[0].reshape(heads, head_dim, -1)
         if not first_gate_rows and not torch.equal(rows, rows[:, :1].expand_as(rows)):
             raise Refused(
-                "has a gate for each element (attention_output_gate) that differs between elements of a head, which the published "
-                "model can't have: --first-gate-rows takes each head's first row, as Megatron-Bridge's export does"
+                "has a gate for each element (attention_output_gate) that differs between elements of a head, which the "
+                "published model can't have: --first-gate-rows takes each head's first row, as Megatron-Bridge's export does"
             )
         gates = rows[:, 0]
     return [part.reshape(-1, tensor.shape[-1]) for part in (queries, key, value, gates)]
@@ -239,7 +244,7 @@ class Unknown:
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Makes containers, numbers and tensors; the settings of a run have classes of Megatron, too, which may not be there."""
+    """Makes containers, numbers and tensors. The settings of a run have classes of Megatron, too."""
 
     KNOWN = {
         ("collections", "OrderedDict"): collections.OrderedDict,
@@ -277,35 +282,42 @@ class Checkpoint:
     def read(self, key):
         entry = self.entries[key]
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        dcp.load({key: tensor}, storage_reader=self.reader, no_dist=True)
+        try:
+            dcp.load({key: tensor}, storage_reader=self.reader, no_dist=True)
+        except Exception as error:  # torch's own, of many kinds
+            raise Refused(f"{self.folder}: {key} can't be read: {error}") from None
         return tensor
 
+    def values_of(self, key):
+        """All values of this key in the optimizer's part of common.pt."""
+
+        def search(value):
+            if isinstance(value, dict):
+                if key in value:
+                    yield value[key]
+                value = list(value.values())
+            if isinstance(value, (list, tuple)):
+                for part in value:
+                    yield from search(part)
+
+        return list(search(self.common.get("optimizer")))
+
     def check_optimizer(self):
-        """Refuses layouts that can't be read without the ranks that wrote them."""
-        divided = [key for key in [*self.entries, *self.objects] if "optimizer.distributed.dp_group_idx" in key]
-        if divided:
+        """Refuses layouts that are those of the ranks which wrote them."""
+        layouts = [key for key in [*self.entries, *self.objects] if "optimizer.distributed.dp_group_idx" in key]
+        layouts += [kind for kind in self.values_of("param_state_sharding_type") if kind != "fully_reshardable"]
+        if layouts:
             raise Refused(
-                f"{self.folder} has its optimizer in a layout of the ranks that saved it ({divided[0]}): load it with Megatron and "
-                "save with --dist-ckpt-optim-fully-reshardable, or take --weights-only"
+                f"{self.folder} has its optimizer in a layout of the ranks that saved it ({layouts[0]}): load it with "
+                "Megatron and save with --dist-ckpt-optim-fully-reshardable, or take --weights-only"
             )
 
     def step(self):
         """How many steps the optimizer has made."""
-        found = set()
-
-        def search(value):
-            if isinstance(value, dict):
-                if isinstance(value.get("step"), (int, float, torch.Tensor)):
-                    found.add(int(value["step"]))
-                value = list(value.values())
-            if isinstance(value, (list, tuple)):
-                for part in value:
-                    search(part)
-
-        search(self.common.get("optimizer"))
+        found = sorted({int(step) for key in ("step", "common_step") for step in self.values_of(key)})
         if len(found) != 1:
-            raise Refused(f"{self.folder / 'common.pt'} has {sorted(found) or 'no'} steps of the optimizer, not one number")
-        return found.pop()
+            raise Refused(f"{self.folder / 'common.pt'} has {found or 'no'} steps of the optimizer, not one number")
+        return found[0]
 
 
 @dataclasses.dataclass
@@ -324,11 +336,13 @@ def canonical(name):
     return name.replace(".mtp_model_layer.", ".transformer_layer.")
 
 
-def stored_tensors(checkpoint):
+def stored_tensors(checkpoint, with_optimizer):
     """{role: {name: Stored}}; the role of the model's own tensors is "model"."""
     result = {role: {} for role in ("model", *ROLES.values())}
     for key, entry in checkpoint.entries.items():
         name, role = re.sub(r"^chained_\d+\.", "", key), "model"
+        if name.startswith("optimizer.") and not with_optimizer:
+            continue
         if found := re.match(r"optimizer\.state\.(\w+)\.(.*)", name):
             if found[1] not in ROLES:
                 raise Refused(f"{checkpoint.folder}: {key} is no state of AdamW: {', '.join(ROLES)} can be read")
@@ -350,8 +364,8 @@ def refuse_faults(folder, faults):
 
 
 def plan(checkpoint, model, with_optimizer, first_gate_rows):
-    """Checks all names and shapes. Returns Megatron's name -> Source, and {role: {name: Stored}} of what is to be read."""
-    stored = stored_tensors(checkpoint)
+    """Checks names and shapes. Returns Megatron's name -> Source, and {role: {name: Stored}} of what is to be read."""
+    stored = stored_tensors(checkpoint, with_optimizer)
     has_qk_norms = any(name.endswith("self_attention.q_layernorm.weight") for name in stored["model"])
     expected = sources(model, first_gate_rows, has_qk_norms)
     faults = [f"missing: {name}" for name in expected if name not in stored["model"]]
@@ -369,8 +383,10 @@ def plan(checkpoint, model, with_optimizer, first_gate_rows):
         trained = set(stored["exp_avg"]) | set(stored["exp_avg_sq"])
         for name in sorted(trained):
             faults += [f"missing: {role} of {name}" for role in MOMENTS if name not in stored[role]]
-            dtype = checkpoint.entries[reads["parameter"][name].key].properties.dtype if name in stored["model"] else None
-            if dtype not in (None, torch.float32):
+            if name not in reads["parameter"]:
+                continue  # it is missing
+            dtype = checkpoint.entries[reads["parameter"][name].key].properties.dtype
+            if dtype != torch.float32:
                 faults.append(f"missing: the float32 main parameter of {name}, which is in {dtype}")
         if not trained:
             faults.append("missing: the moments of the optimizer (--weights-only goes without)")
@@ -405,7 +421,10 @@ class SafetensorsWriter:
 
 
 def convert(arguments):
-    config = json.loads(arguments.config.read_text())
+    try:
+        config = json.loads(arguments.config.read_text())
+    except (OSError, ValueError) as error:
+        raise Refused(f"{arguments.config} can't be read: {error}") from None
     model = Model(config)
     checkpoint = Checkpoint(arguments.iteration)
     with_optimizer = not arguments.weights_only
@@ -465,7 +484,7 @@ def convert(arguments):
         print(f"The optimizer's {step} steps count, not Megatron's iteration {checkpoint.common['iteration']}.")
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("iteration", type=pathlib.Path, metavar="ITERATION_FOLDER")
     parser.add_argument("config", type=pathlib.Path, metavar="CONFIG.json")
@@ -474,7 +493,7 @@ def main():
     parser.add_argument("--weights-only", action="store_true", help="without the optimizer, in any layout of it")
     parser.add_argument("--first-gate-rows", action="store_true", help="of elementwise gates, as Megatron-Bridge exports")
     try:
-        convert(parser.parse_args())
+        convert(parser.parse_args(arguments))
     except Refused as error:
         raise SystemExit(f"from_megatron.py: {error}")
 

@@ -3,11 +3,11 @@
 
   megatron_case.py CONFIG.json FOLDER
 
-CONFIG.json is config.json of the published model that the checkpoint is of. Weights and moments are drawn in the published
-layout, laid out as Megatron-Bridge lays them out (facts in models/stepfun), and put into a model with a GPTModel,
-DistributedDataParallel and DistributedOptimizer, which write them. FOLDER gets a checkpoint with a gate for each head, one with
-a gate for each element, the first one's files but the values with the optimizer in the layout dp_reshardable, and
-expected.json: the SHA-256 of each published tensor in float32.
+CONFIG.json is config.json of the published model that the checkpoint is of. Weights and moments are drawn in the
+published layout, laid out as Megatron-Bridge lays them out, and put into a model with a GPTModel and into a
+DistributedOptimizer, which write them. FOLDER gets a checkpoint with a gate for each head, one with a gate for each
+element, all files but the values of one with the optimizer in the layout dp_reshardable, and expected.json: the SHA-256
+of each published tensor in float32.
 
 Needs torch, numpy, psutil and megatron-core, in an environment of their own.
 """
@@ -57,7 +57,7 @@ def drawn(name, shape, role):
 
 
 def fused_qkv(q, k, v, g, groups, elementwise_gate):
-    """Per group: the rows of its queries, (in the elementwise layout) their gates, its key, its value; gates at the end."""
+    """For each group the rows of its queries, elementwise gates, key and value; else the gates are at the end."""
     rows = []
     per_head = g.repeat_interleave(q.shape[0] // g.shape[0], 0)
     for query, gate, key, value in zip(*(tensor.chunk(groups) for tensor in (q, per_head, k, v))):

@@ -40,8 +40,8 @@ Box own_part(const std::vector<int64_t>& shape, const parallel::GroupPtr& world)
   return Box::rows(shape, static_cast<int64_t>(dim), {shape[dim] * rank / size, shape[dim] * (rank + 1) / size});
 }
 
-/// optimizer.safetensors in a published folder: AdamW's moments, "exp_avg/NAME" and "exp_avg_sq/NAME" by published names,
-/// and in its metadata "step", how many steps it has made. scripts/from_megatron.py writes it.
+/// optimizer.safetensors in a published folder: AdamW's moments, "exp_avg/NAME" and "exp_avg_sq/NAME" by published
+/// names, and in its metadata "step", how many steps it has made. scripts/from_megatron.py writes it.
 class OptimizerFile {
  public:
   /// @throws c10::ValueError naming the file, and a tensor that isn't a moment of one of `weights`, in its shape.
@@ -123,8 +123,7 @@ void import_checkpoint(const fs::path& from, const fs::path& to, const fs::path&
           // float64 doesn't occur in published checkpoints; it would lose bits.
           contents.tensors.push_back({name, values.to(at::kFloat), shape, {part}});
         }
-        auto state =
-            config.empty() ? imported_state(from, source.config().vision) : begun_state(config, to, source);
+        auto state = config.empty() ? imported_state(from, source.config().vision) : begun_state(config, to, source);
         if (OptimizerFile::is_in(from)) {
           const OptimizerFile optimizer(from, source.tensors());
           for (const auto& [id, key] : optimizer.moments()) {

@@ -27,14 +27,26 @@ import torch  # noqa: E402
 
 def run(*command, succeeds=True):
     print("+", *command, flush=True)
-    result = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    words = [str(word) for word in command]
+    result = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(result.stdout, flush=True)
     assert (result.returncode == 0) == succeeds, result.returncode
     return result.stdout
 
 
-def convert(*arguments, succeeds=True):
-    return run(sys.executable, "-B", SCRIPT, *arguments, succeeds=succeeds)
+def convert(*arguments):
+    """The script, in this process: torch takes seconds to load."""
+    print("+ from_megatron.py", *arguments, flush=True)
+    from_megatron.main([str(argument) for argument in arguments])
+
+
+def refusal(*arguments):
+    try:
+        convert(*arguments)
+    except SystemExit as stopped:
+        print(stopped, flush=True)
+        return str(stopped)
+    raise AssertionError("nothing was refused")
 
 
 def hashes(file):
@@ -61,8 +73,21 @@ def hashes_of_checkpoint(folder):
 def test_values(scratch, expected):
     for name in ("head_gates", "element_gates"):
         convert(scratch / name / f"iter_{STEP:07}", CASES / "config.json", scratch / f"model_{name}")
-        actual = {f"parameter/{key}": value for key, value in hashes(scratch / f"model_{name}/model.safetensors").items()}
-        assert actual | hashes(scratch / f"model_{name}/optimizer.safetensors") == expected, name
+        weights = hashes(scratch / f"model_{name}/model.safetensors")
+        moments = hashes(scratch / f"model_{name}/optimizer.safetensors")
+        assert {f"parameter/{key}": value for key, value in weights.items()} | moments == expected, name
+
+
+def test_weights_only(scratch):
+    out = scratch / "weights_only"
+    convert(scratch / "head_gates" / f"iter_{STEP:07}", CASES / "config.json", out, "--weights-only")
+    assert sorted(file.name for file in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert hashes(out / "model.safetensors").keys() == hashes(scratch / "model_head_gates/model.safetensors").keys()
+    # Its values aren't in the case; that they can be read is seen before.
+    divided = from_megatron.Checkpoint(scratch / "dp_reshardable" / f"iter_{STEP:07}")
+    model = from_megatron.Model(json.loads((CASES / "config.json").read_text()))
+    reads = from_megatron.plan(divided, model, False, False)[1]
+    assert list(reads) == ["parameter"] and len(reads["parameter"]) > 50
 
 
 def test_gates():
@@ -81,14 +106,15 @@ def test_gates():
 def test_refused(scratch):
     good = scratch / "head_gates" / f"iter_{STEP:07}"
     out = scratch / "refused"
-    text = convert(scratch / "dp_reshardable" / f"iter_{STEP:07}", CASES / "config.json", out, succeeds=False)
+    text = refusal(scratch / "dp_reshardable" / f"iter_{STEP:07}", CASES / "config.json", out)
     assert "save with --dist-ckpt-optim-fully-reshardable" in text
 
     def with_config(change):
         config = json.loads((CASES / "config.json").read_text())
         change(config)
         (scratch / "config.json").write_text(json.dumps(config))
-        return convert(good, scratch / "config.json", out, succeeds=False)
+        assert not out.exists()
+        return refusal(good, scratch / "config.json", out)
 
     text = with_config(lambda config: config["text_config"].update(intermediate_size=32))
     assert "language_model.decoder.layers.1.mlp.linear_fc1.weight has shape [48, 16], expected [64, 16]" in text
@@ -98,9 +124,17 @@ def test_refused(scratch):
     assert "missing: vision_model.transformer.resblocks.1.ln_1.weight" in text
     text = with_config(lambda config: config["text_config"].pop("head_dim"))
     assert "config.json has no head_dim" in text
-    assert "has no .metadata" in convert(scratch, CASES / "config.json", out, succeeds=False)
+    text = with_config(lambda config: config["text_config"].update(layer_types=["full_attention"]))
+    assert "config.json has 1 layer_types, fewer than layers" in text
+    assert "can't be read" in refusal(good, scratch / "none.json", out)
+    damaged = scratch / "damaged"
+    shutil.copytree(good, damaged)
+    for file in damaged.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:1000])
+    assert "can't be read" in refusal(damaged, CASES / "config.json", out)
+    assert "has no .metadata" in refusal(scratch, CASES / "config.json", out)
     assert not out.exists()
-    text = convert(good, CASES / "config.json", scratch / "model_head_gates", succeeds=False)
+    text = refusal(good, CASES / "config.json", scratch / "model_head_gates")
     assert "is not an empty folder" in text
 
 
@@ -132,9 +166,8 @@ report: {{pictures: 0}}
 run: {{device: cpu}}
 """)
     # A run's first step gives a tokenizer.
-    shutil.copytree(scratch / "model_head_gates", model)
-    run(step37, "pretrain", "--config", config, f"run.directory={scratch}/first", "training.steps=1")
-    shutil.rmtree(model)
+    run(step37, "pretrain", "--config", config, f"run.directory={scratch}/first", "training.steps=1",
+        "model.from=", f"model.config={CASES}/config.json")
     tokenizer = scratch / "first" / "tokenizer.model"
     convert(scratch / "head_gates" / f"iter_{STEP:07}", CASES / "config.json", model, "--tokenizer", tokenizer)
 
@@ -165,6 +198,7 @@ def main():
     expected = json.loads((CASES / "expected.json").read_text())
     assert len(expected) > 200
     test_values(scratch, expected)
+    test_weights_only(scratch)
     test_gates()
     test_refused(scratch)
     test_going_on(step37, scratch, expected)
