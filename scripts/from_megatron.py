@@ -32,6 +32,7 @@ for message in ("Failed to initialize NumPy", "torch.distributed is disabled"): 
     warnings.filterwarnings("ignore", message=message)
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 MOST_LISTED = 20
@@ -270,7 +271,13 @@ class Checkpoint:
         if backend != "torch_dist":
             raise Refused(f"{folder} is in the format {backend}: save with --ckpt-format torch_dist")
         reader = dcp.FileSystemReader(folder)
-        metadata = reader.read_metadata()
+        try:
+            metadata = reader.read_metadata()
+        except Exception as error:  # of many kinds: it is a pickle
+            raise Refused(
+                f"{folder}/.metadata can't be read by torch {torch.__version__}: {error!r}; it takes the torch that "
+                "saved it, or a newer one"
+            ) from None
         reader.read_metadata = lambda *args, **kwargs: metadata  # once, not for each tensor
         self.reader = reader
         entries = metadata.state_dict_metadata
@@ -284,8 +291,9 @@ class Checkpoint:
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
         try:
             dcp.load({key: tensor}, storage_reader=self.reader, no_dist=True)
-        except Exception as error:  # torch's own, of many kinds
-            raise Refused(f"{self.folder}: {key} can't be read: {error}") from None
+        except CheckpointException as error:
+            reason = next(iter(error.failures.values()))[0]
+            raise Refused(f"{self.folder}: {key} can't be read: {reason!r}") from None
         return tensor
 
     def values_of(self, key):

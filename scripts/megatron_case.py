@@ -9,7 +9,8 @@ DistributedOptimizer, which write them. FOLDER gets a checkpoint with a gate for
 element, all files but the values of one with the optimizer in the layout dp_reshardable, and expected.json: the SHA-256
 of each published tensor in float32.
 
-Needs torch, numpy, psutil and megatron-core, in an environment of their own.
+Needs torch (the oldest that the project supports: an older one can't read what a newer one saves), numpy, psutil and
+megatron-core, in an environment of their own.
 """
 
 import argparse
