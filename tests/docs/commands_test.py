@@ -160,6 +160,8 @@ def syntax_only(command, _):
 
 # Pattern -> what is run in place of the command, and why the command itself is not.
 TREATMENTS = [
+    (r"mpirun .*step37 \w+ .*--config run\.yaml", options_are_known, "a checkpoint of Megatron's, see from_megatron_test"),
+    (r"\S+/python scripts/from_megatron\.py ", options_are_in_the_source, "needs a Python with PyTorch"),
     (r"mpirun .*--host(file)? .*step37 pretrain ", on_this_host, "there is one host: its ranks stand for those of several"),
     (r"scripts/pretrain\.sh(?! --help)", as_small_run, "hundreds of steps, and pictures out of the network"),
     (r"mpirun .*step37 verify (?!.*--against)", on_small_pictures, "pictures out of the network"),
