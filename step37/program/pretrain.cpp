@@ -334,6 +334,7 @@ class PretrainRun {
     try {
       metrics.write(line);
       if (tensorboard) tensorboard->write(line);
+      write_report_so_far();
       lacks_metrics_ = false;
     } catch (const WriteError& error) {
       if (config_.checkpoint.on_error == WriteErrorAction::kStop) throw;
@@ -400,7 +401,10 @@ class PretrainRun {
       write_metrics(*metrics, tensorboard, line);
       progress.show(line);
     };
-    callbacks.save = [&](int64_t step) { saver.save(contents(step, data)); };
+    callbacks.save = [&](int64_t step) {
+      if (is_main() && step == config_.training.steps) remove_report_so_far();
+      saver.save(contents(step, data));
+    };
     // A signal may reach the ranks at different steps, or only one rank.
     callbacks.stops = [&] {
       saver.poll();
@@ -494,16 +498,39 @@ class PretrainRun {
     parallel::agree_on(
         [&] {
           if (!is_main()) return;
-          ReportInput input;
-          input.title = "Step3.7 on " + data_title();
-          input.settings = settings(config_);
-          input.metrics = files_.metrics();
+          auto input = report_input();
           input.pictures = std::move(shown);
-          input.num_parameters = num_parameters();
-          input.num_ranks = runtime_.size();
           write_file(files_.report(), render_report(input));
         },
         groups_.world);
+  }
+
+  /// On rank 0, after a step: the report so far, without pictures, now and then. To read the metrics of a long run
+  /// takes a while, of which this makes at most a fiftieth of the run's time.
+  void write_report_so_far() {
+    using Clock = std::chrono::steady_clock;
+    const auto start = Clock::now();
+    if (start < next_report_) return;
+    auto input = report_input();
+    input.total_steps = config_.training.steps;
+    write_file(files_.report(), render_report(input));
+    next_report_ = start + std::max<Clock::duration>(std::chrono::seconds(10), 50 * (Clock::now() - start));
+  }
+
+  /// Before the last checkpoint, so that a run which is killed after it still gets its report.
+  void remove_report_so_far() const {
+    std::error_code not_there;
+    std::filesystem::remove(megatron_cpp::internal::link_target(files_.report()), not_there);
+  }
+
+  ReportInput report_input() const {
+    ReportInput input;
+    input.title = "Step3.7 on " + data_title();
+    input.settings = settings(config_);
+    input.metrics = files_.metrics();
+    input.num_parameters = num_parameters();
+    input.num_ranks = runtime_.size();
+    return input;
   }
 
   /// "data/tuxpaint", or the names of data.sets.
@@ -571,6 +598,7 @@ class PretrainRun {
   std::shared_ptr<ExpertBalance> expert_balance_;  ///< null without experts
   std::unique_ptr<Trainer> trainer_;
   ConsumedData consumed_;
+  std::chrono::steady_clock::time_point next_report_;
   bool lacks_metrics_ = false;  ///< on rank 0: the last line is still to be written
 };
 

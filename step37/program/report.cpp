@@ -32,8 +32,9 @@ std::string base64(std::string_view bytes) {
   return result;
 }
 
-constexpr const char* kNumbers[] = {"loss",   "grad_norm",         "learning_rate",  "tokens",
-                                    "images", "tokens_per_second", "validation_loss"};
+constexpr const char* kNumbers[] = {"loss",           "grad_norm",         "learning_rate",   "tokens",
+                                    "images",         "tokens_per_second", "tflops_per_rank", "peak_share",
+                                    "validation_loss"};
 
 /// Reads `step` and those of kNumbers that are there from a line of metrics.jsonl.
 Json parse_step(const std::string& line, const std::string& where) {
@@ -78,18 +79,20 @@ std::vector<double> values_of(const std::vector<Json>& steps, const char* name) 
   return values;
 }
 
-/// Sums over all steps, and the median speed; values that were never measured are left out.
+/// Sums over all steps, and medians of the speed; values that were never measured are left out.
 Json totals_of(const std::vector<Json>& steps) {
   Json totals = Json::object();
   for (const char* name : {"tokens", "images"}) {
     const auto values = values_of(steps, name);
     if (!values.empty()) totals[name] = std::accumulate(values.begin(), values.end(), 0.0);
   }
-  auto speeds = values_of(steps, "tokens_per_second");
-  if (speeds.empty()) return totals;
-  const auto middle = speeds.begin() + static_cast<std::ptrdiff_t>(speeds.size() / 2);
-  std::nth_element(speeds.begin(), middle, speeds.end());
-  totals["tokens_per_second"] = *middle;
+  for (const char* name : {"tokens_per_second", "tflops_per_rank", "peak_share"}) {
+    auto values = values_of(steps, name);
+    if (values.empty()) continue;
+    const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+    std::nth_element(values.begin(), middle, values.end());
+    totals[name] = *middle;
+  }
   return totals;
 }
 
@@ -147,7 +150,8 @@ std::string render_report(const ReportInput& input) {
   auto steps = read_metrics(input.metrics);
   Json run{{"title", input.title},       {"settings", input.settings},
            {"totals", totals_of(steps)}, {"parameters", input.num_parameters},
-           {"ranks", input.num_ranks},   {"pictures", Json::array()}};
+           {"ranks", input.num_ranks},   {"total_steps", input.total_steps},
+           {"pictures", Json::array()}};
   add_mean_loss(steps);
   run["steps"] = thinned(std::move(steps));
   for (const auto& picture : input.pictures) {

@@ -25,6 +25,7 @@ struct ReportInput {
   std::vector<ReportPicture> pictures;
   int64_t num_parameters = 0;  ///< of the whole model; 0: not shown
   int64_t num_ranks = 0;       ///< 0: not shown
+  int64_t total_steps = 0;  ///< of a run that goes on: the page says how far it is, and reloads itself; 0: it has ended
 };
 
 /// The page: headline numbers, curves of loss, learning rate and gradient norm, pictures with true and generated

@@ -21,6 +21,9 @@ MPIEXEC = shlex.split(os.environ.get("MCPP_MPIEXEC", "mpirun --oversubscribe --b
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HWLOC_HIDE_ERRORS": "2"}
 # Exit statuses (docs/training.md).
 NOT_FINITE, SUSPECTED_HOST, CANNOT_WRITE, INTERRUPTED = 65, 71, 74, 75
+# What the clock and the machine say in metrics.jsonl: all else is the same in a run that was interrupted.
+OF_THE_CLOCK = {"step_seconds", "tokens_per_second", "data_seconds", "tflops_per_rank", "peak_share",
+                "peak_memory_bytes"}
 EMBED_CASE = CASES / "embed/34_template_small.safetensors"
 
 TINY = """\

@@ -73,6 +73,9 @@ TEST_F(ReportTest, HoldsTheRun) {
   EXPECT_EQ(run.at("title"), "a run");
   EXPECT_EQ(run.at("parameters"), 1234567);
   EXPECT_EQ(run.at("ranks"), 2);
+  EXPECT_EQ(run.at("total_steps"), 0);
+  input.total_steps = 9;
+  EXPECT_EQ(data_of(render_report(input)).at("total_steps"), 9);
   EXPECT_EQ(run.at("totals"), (json{{"tokens", 3500.0}, {"images", 123.0}, {"tokens_per_second", 600.0}}));
   EXPECT_EQ(run.at("settings"), json::parse(R"([["data.directory", "p"], ["no_section", "1"]])"));
   ASSERT_EQ(run.at("steps").size(), 3U);
