@@ -127,7 +127,7 @@ def split_qkv(tensor, heads, groups, head_dim, first_gate_rows):
         if not first_gate_rows and not torch.equal(rows, rows[:, :1].expand_as(rows)):
             raise Refused(
                 "has a gate for each element (attention_output_gate) that differs between elements of a head, which the "
-                "published model can't have: --first-gate-rows takes each head's first row, as Megatron-Bridge's export does"
+                "published model can't have: --first-gate-rows takes each head's first row, as Megatron-Bridge exports"
             )
         gates = rows[:, 0]
     return [part.reshape(-1, tensor.shape[-1]) for part in (queries, key, value, gates)]
@@ -232,7 +232,7 @@ def published_shapes(model):
 
 
 class Unknown:
-    """In place of an object of a class that isn't made: nothing that a checkpoint names is run."""
+    """In place of an object of a class that isn't made: nothing that common.pt names is run."""
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -499,7 +499,7 @@ def main(arguments=None):
     parser.add_argument("model", type=pathlib.Path, metavar="MODEL_DIR")
     parser.add_argument("--tokenizer", type=pathlib.Path, help="tokenizer.model, copied into MODEL_DIR")
     parser.add_argument("--weights-only", action="store_true", help="without the optimizer, in any layout of it")
-    parser.add_argument("--first-gate-rows", action="store_true", help="of elementwise gates, as Megatron-Bridge exports")
+    parser.add_argument("--first-gate-rows", action="store_true", help="of elementwise gates, as Megatron-Bridge does")
     try:
         convert(parser.parse_args(arguments))
     except Refused as error:
