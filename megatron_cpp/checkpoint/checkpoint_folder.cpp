@@ -111,6 +111,20 @@ std::optional<int64_t> step_of_latest(const fs::path& latest) {
   return step_inside(latest);
 }
 
+/// Whether `path` is what a killed save has left.
+bool is_unfinished(const fs::path& path) {
+  const auto name = path.filename().string();
+  return (name.starts_with(kStepPrefix) || name.starts_with(kLatest)) && name.ends_with(kPartial);
+}
+
+void remove_unfinished(const fs::path& directory) {
+  std::vector<fs::path> unfinished;
+  for (const auto& entry : fs::directory_iterator(directory)) {
+    if (is_unfinished(entry.path())) unfinished.push_back(entry.path());
+  }
+  for (const auto& path : unfinished) fs::remove_all(path);
+}
+
 }  // namespace
 
 std::string step_name(int64_t step) { return fmt::format("{}{:08}", kStepPrefix, step); }
@@ -119,12 +133,7 @@ fs::path partial_of(const fs::path& folder) { return folder.string() + std::stri
 
 void prepare_folder(const fs::path& directory, const fs::path& partial) {
   fs::create_directories(directory);
-  for (const auto& entry : fs::directory_iterator(directory)) {
-    const auto name = entry.path().filename().string();
-    if ((name.starts_with(kStepPrefix) || name.starts_with(kLatest)) && name.ends_with(kPartial)) {
-      fs::remove_all(entry.path());
-    }
-  }
+  remove_unfinished(directory);
   fs::create_directory(partial);
 }
 
@@ -162,6 +171,13 @@ void point_latest(const fs::path& directory, const fs::path& name) {
   }
   flush_folder(directory);
   save_point("latest_moved");
+}
+
+void finish_killed_save(const fs::path& folder) {
+  const auto directory = folder.parent_path();
+  remove_unfinished(directory);
+  std::error_code not_there;
+  if (!fs::equivalent(directory / kLatest, folder, not_there)) point_latest(directory, folder.filename());
 }
 
 void remove_old(const fs::path& directory, int64_t step, int64_t keep_last) {
@@ -216,9 +232,8 @@ void remove_checkpoints(const fs::path& directory) {
   std::vector<fs::path> ours;
   for (const auto& entry : fs::directory_iterator(directory)) {
     const auto name = entry.path().filename().string();
-    const bool is_partial =
-        (name.starts_with(internal::kStepPrefix) || name.starts_with(kLatest)) && name.ends_with(internal::kPartial);
-    if (internal::step_of(entry.path()) || name == kLatest || is_partial) ours.push_back(entry.path());
+    const bool is_ours = internal::step_of(entry.path()) || name == kLatest || internal::is_unfinished(entry.path());
+    if (is_ours) ours.push_back(entry.path());
   }
   for (const auto& path : ours) fs::remove_all(path);
 }

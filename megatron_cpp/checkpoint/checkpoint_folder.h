@@ -23,6 +23,12 @@ void move_into_place(const std::filesystem::path& partial, const std::filesystem
 /// and warns once.
 void point_latest(const std::filesystem::path& directory, const std::filesystem::path& name);
 
+/// Does what a process that was killed after `folder` had got its name left undone: removes unfinished checkpoints
+/// beside it, and points `latest` at it. Nothing is written if `latest` leads there, or is `folder` itself (a copied
+/// link).
+/// @throws WriteError
+void finish_killed_save(const std::filesystem::path& folder);
+
 /// Removes checkpoints up to `step`, except the `keep_last` newest. Later ones belong to another run and stay. A
 /// failure is only a warning: the new checkpoint is complete.
 void remove_old(const std::filesystem::path& directory, int64_t step, int64_t keep_last);

@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "megatron_cpp/checkpoint/checkpoint_folder.h"
 #include "megatron_cpp/checkpoint/complete_file.h"
 #include "megatron_cpp/checkpoint/sharded_checkpoint.h"
 #include "megatron_cpp/training/metrics_file.h"
@@ -76,6 +77,12 @@ class PretrainRun {
     if (done >= config_.training.steps) {
       say(fmt::format("this run has finished: step {} of {} is in {}; run.fresh=true starts over", done,
                       config_.training.steps, files_.checkpoints().string()));
+      // Otherwise the next save does.
+      parallel::agree_on(
+          [&] {
+            if (is_main()) megatron_cpp::internal::finish_killed_save(*resume_from_);
+          },
+          groups_.world);
     } else {
       check_export();
       keep_indices();

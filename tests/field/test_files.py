@@ -227,6 +227,19 @@ class Runs(FieldTest):
         self.assertEqual(os.readlink(checkpoints / "latest"), "step-00000002")
         self.assertTrue((checkpoints / "step-00000001/manifest.json").exists())
 
+    def test_latest_of_a_run_that_was_killed_before_it_moved(self):
+        self.assertSucceeds(self.pretrain("run.directory=r", ranks=1))
+        latest = self.folder / "r/checkpoints/latest"
+        latest.unlink()
+        latest.symlink_to("step-00000002")
+        (latest.parent / "latest.partial").symlink_to("step-00000003")
+        (latest.parent / "step-00000001.partial").mkdir()
+        outcome = self.pretrain("run.directory=r")
+        self.assertSucceeds(outcome)
+        self.assertIn("this run has finished", outcome.stdout)
+        self.assertEqual(os.readlink(latest), "step-00000003")
+        self.assertEqual(list(latest.parent.glob("*.partial")), [])
+
     def test_checkpoints_on_another_disk(self):
         (self.folder / "scratch/ck").mkdir(parents=True)
         (self.folder / "r").mkdir()
