@@ -13,6 +13,7 @@
 #   mpich     a build with MPICH and the two-rank tests under it
 #   layouts   the distributed optimizer beside plain data parallelism, in every layout of 1 to 4 ranks
 #   faults    200 ranks killed, stopped or throwing in the middle of a training step
+#   torture   200 killed runs, 200 damaged checkpoints, and other faults of docs/reliability.md
 #   precision 150 steps of training in bfloat16 beside float32
 #   fuzz      a million inputs for every reader of outside data
 #   coverage  the line coverage of the unit, one- and two-rank tests
@@ -20,7 +21,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 [[ ${1:-} != --help ]] || { usage; exit 0; }
 gates=("$@")
-[[ $# -gt 0 ]] || gates=(tidy sanitize headers consumers oldest shared mpich layouts faults precision fuzz coverage)
+[[ $# -gt 0 ]] || gates=(tidy sanitize headers consumers oldest shared mpich layouts faults torture precision fuzz coverage)
 
 cd "$root"
 for gate in "${gates[@]}"; do
@@ -50,6 +51,7 @@ for gate in "${gates[@]}"; do
       done
       ;;
     faults) scripts/faults.sh 200 ;;
+    torture) scripts/torture.sh --kills 200 --damaged 200 --full-disks 20 --sigterms 50 --stops 20 --broken-data 60 ;;
     precision) scripts/precision.sh ;;
     fuzz) scripts/fuzz.sh --runs 1000000 ;;
     coverage)

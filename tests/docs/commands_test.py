@@ -176,7 +176,7 @@ TREATMENTS = [
     (r"python3 docs/figures/\w+\.py$", lambda c, _: c + " --check", "writes into the sources"),
     (r"python3 tests/docs/commands_test\.py ", options_are_in_the_source, "would run itself"),
     (r"mpirun .*xterm -e gdb ", without_debugger, "needs a display"),
-    (r"scripts/(coverage|gates|faults|fuzz|bench|sanitize|tidy)\.sh", lambda c, _: c.split()[0] + " --help", "minutes to hours"),
+    (r"scripts/(coverage|gates|faults|fuzz|bench|sanitize|tidy|torture)\.sh", lambda c, _: c.split()[0] + " --help", "minutes to hours"),
     (r"scripts/gpu_check\.sh (build|run)", lambda c, _: c.split()[0] + " --help", "a build against another LibTorch"),
     (r"git config core\.hooksPath ", lambda c, _: f"test -x {c.split()[-1]}/pre-commit", "would change the clone"),
     (r"(sudo )?apt-get install ", syntax_only, "needs root and the network"),

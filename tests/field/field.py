@@ -5,6 +5,7 @@ Each test_*.py here holds situations of one kind that users' machines, files and
 
     MCPP_PROGRAM=$PWD/build/bin/step37 python3 -B -m unittest discover -s tests/field -p 'test_files.py' -k link
 """
+import json
 import os
 import shlex
 import shutil
@@ -38,6 +39,17 @@ checkpoint: {interval: 1}
 report: {pictures: 2, max_new_tokens: 4}
 """
 CAPTIONS = {"a": "a red duck", "b": "a blue boat", "c": "a green tree", "d": "a small house"}
+
+
+def curve(run):
+    """The lines of a run's metrics without OF_THE_CLOCK."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in OF_THE_CLOCK} for line in lines]
+
+
+def tensors(checkpoint):
+    """The bytes of a checkpoint's files with tensors, by name."""
+    return {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")}
 
 
 class FieldTest(unittest.TestCase):
