@@ -77,6 +77,7 @@ std::string broadcast_text(const std::string& text, int root, const GroupPtr& gr
 std::vector<std::string> gather_texts(const std::string& text, const GroupPtr& group) {
   const auto lengths = all_gather(at::full({1}, static_cast<int64_t>(text.size()), at::kLong), group);
   const auto longest = lengths.max().item<int64_t>();
+  if (longest == 0) return std::vector<std::string>(static_cast<size_t>(lengths.numel()));
   auto letters = at::zeros({1, longest}, at::kByte);
   std::memcpy(letters.mutable_data_ptr(), text.data(), text.size());
   letters = all_gather(letters, group);
