@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "parallel/host_name.h"
+
 namespace megatron_cpp::parallel {
 namespace {
 
@@ -140,7 +142,7 @@ InCollective::~InCollective() {
 
 Activity own_activity() {
   Activity result;
-  gethostname(result.host.data(), result.host.size() - 1);
+  copy_text(host_name(), result.host);
   auto& all = record();
   const std::scoped_lock lock(all.mutex);
   result.step = all.step;

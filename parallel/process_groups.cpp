@@ -6,7 +6,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <cerrno>
 #include <cstring>
 #include <numeric>
@@ -16,6 +15,7 @@
 
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
+#include "parallel/host_name.h"
 #include "parallel/make_groups.h"
 #include "parallel/mpi/mpi_backend.h"
 #include "parallel/mpi/stall_watch.h"
@@ -41,9 +41,9 @@ std::string own_address(const Runtime& runtime, const ProcessGroupsOptions& opti
   if (!options.master_address.empty()) return options.master_address;
   // A container may not be able to resolve its own host name.
   if (runtime.local_size() == runtime.size()) return "127.0.0.1";
-  std::array<char, 256> name{};
-  TORCH_CHECK(gethostname(name.data(), name.size() - 1) == 0, "gethostname failed: ", std::strerror(errno));
-  return name.data();
+  const auto name = host_name();
+  TORCH_CHECK(!name.empty(), "gethostname failed: ", std::strerror(errno));
+  return name;
 }
 
 /// World rank 0 opens the store on a free port; all ranks connect to the address that it broadcasts.

@@ -19,6 +19,7 @@
 #include "parallel/errors.h"
 #include "parallel/gpu.h"
 #include "parallel/hash.h"
+#include "parallel/host_name.h"
 #include "parallel/mpi/launcher.h"
 #include "parallel/mpi/mpi_check.h"
 #include "parallel/mpi/peer_process.h"
@@ -162,9 +163,7 @@ bool Runtime::all_fail_alike(const std::string& message) const {
 }
 
 void Runtime::abort(const std::string& message, int exit_status) const {
-  std::array<char, 256> host{};
-  gethostname(host.data(), host.size() - 1);
-  std::fputs(fmt::format("error: rank {} of {} on {}: {}\n", rank_, size_, host.data(), message).c_str(), stderr);
+  std::fputs(fmt::format("error: rank {} of {} on {}: {}\n", rank_, size_, host_name(), message).c_str(), stderr);
   std::fflush(stderr);
   MPI_Abort(MPI_COMM_WORLD, exit_status);
   std::abort();

@@ -2,10 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
-#include <unistd.h>
 
-#include <array>
-#include <climits>
 #include <cmath>
 #include <map>
 #include <sstream>
@@ -17,6 +14,7 @@
 #include "megatron_cpp/training/schedule.h"
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
+#include "parallel/host_name.h"
 
 namespace megatron_cpp {
 namespace {
@@ -46,9 +44,7 @@ std::string ranks_that_differ(const RankNumbers& first, const RankNumbers& secon
                               const parallel::GroupPtr& world) {
   const bool own_differ = !is_same(first.own, second.own, is_exact);
   const bool sums_differ = !is_same(first.of_all, second.of_all, is_exact);
-  std::array<char, HOST_NAME_MAX + 1> host{};
-  gethostname(host.data(), host.size() - 1);
-  const auto name = c10::str("rank ", world->getRank(), " on ", host.data());
+  const auto name = c10::str("rank ", world->getRank(), " on ", parallel::host_name());
   const auto own = parallel::gather_texts(own_differ ? name : "", world);
   const auto sums = parallel::gather_texts(sums_differ ? name : "", world);
   std::vector<std::string> names;

@@ -8,17 +8,16 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <cerrno>
 #include <cstdio>
 #include <functional>
 #include <new>
 #include <random>
-#include <string_view>
 #include <system_error>
 #include <utility>
 
+#include "parallel/host_name.h"
 #include "parallel/mpi/mpi_check.h"
 
 namespace megatron_cpp::parallel {
@@ -39,11 +38,7 @@ int64_t header_bytes(int size) {
   return ((1 + size * kStages) * kCacheLine + kPage - 1) / kPage * kPage;
 }
 
-int64_t hash_of_host() {
-  std::array<char, 256> host{};
-  gethostname(host.data(), host.size() - 1);
-  return static_cast<int64_t>(std::hash<std::string_view>{}(host.data()));
-}
+int64_t hash_of_host() { return static_cast<int64_t>(std::hash<std::string>{}(host_name())); }
 
 /// A name that no other window on the host has: `tag` comes from rank 0.
 std::string segment_name(int64_t tag) { return fmt::format("/megatron_cpp-{:016x}", static_cast<uint64_t>(tag)); }

@@ -1,12 +1,10 @@
 // Steps whose numbers aren't finite: repeated in place, told apart by whether the numbers change, left out or refused,
 // and named; in every layout.
 #include <ATen/ATen.h>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <array>
-#include <climits>
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -22,6 +20,7 @@
 #include "megatron_cpp/transformer/gpt_model.h"
 #include "megatron_cpp/transformer/moe/router_statistics.h"
 #include "parallel/errors.h"
+#include "parallel/host_name.h"
 #include "tests/megatron_cpp/transformer_fixture.h"
 #include "tests/support/errors.h"
 #include "tests/support/test_world.h"
@@ -90,7 +89,7 @@ struct SmallTraining {
     };
     ++steps;
     return trainer->step(loss_sum, own, kS * kMicroBatchesOfAll,
-                         [&](int64_t i) { return std::vector<std::string>{"sample " + std::to_string(number(i))}; });
+                         [&](int64_t i) { return std::vector<std::string>{fmt::format("sample {}", number(i))}; });
   }
 
   /// Parameters, moments and correction biases, copied.
@@ -125,12 +124,6 @@ void expect_same_result(const StepResult& actual, const StepResult& expected) {
   EXPECT_EQ(actual.loss, expected.loss);
   EXPECT_EQ(actual.grad_norm, expected.grad_norm);
   EXPECT_EQ(actual.metrics, expected.metrics);
-}
-
-std::string host() {
-  std::array<char, HOST_NAME_MAX + 1> name{};
-  gethostname(name.data(), name.size() - 1);
-  return name.data();
 }
 
 /// The text and the exit status of the AgreedError that `action` throws.
@@ -187,7 +180,7 @@ TEST_F(NotFinite, OnceIsAFaultOfTheRanksWhoseNumbersChange) {
       for (const auto& text : warnings.texts) {
         EXPECT_TRUE(contains(text, "step 2: loss "));
         EXPECT_TRUE(contains(text, "going on"));
-        EXPECT_TRUE(contains(text, "rank " + std::to_string(last_rank()) + " on " + host()));
+        EXPECT_TRUE(contains(text, fmt::format("rank {} on {}", last_rank(), parallel::host_name())));
         if (is_alone && last_rank() > 0) {
           EXPECT_FALSE(contains(text, "rank 0 on"));
         }
@@ -208,7 +201,7 @@ TEST_F(NotFinite, OtherNumbersThatAreNotFiniteEitherStopTheRun) {
       });
     });
     EXPECT_EQ(refusal.status, parallel::kSuspectedHostStatus);
-    EXPECT_TRUE(contains(refusal.text, "rank " + std::to_string(last_rank()) + " on " + host()));
+    EXPECT_TRUE(contains(refusal.text, fmt::format("rank {} on {}", last_rank(), parallel::host_name())));
     EXPECT_TRUE(contains(refusal.text, "points to a fault of that machine"));
     expect_same_state(training.state(), before);
   }
@@ -267,7 +260,7 @@ TEST_F(NotFinite, AlwaysIsDataOrModelAndIsNamed) {
       }
     });
     EXPECT_TRUE(
-        contains(of_parameter, "parameter decoder.final_layernorm.weight (rank " + std::to_string(last_rank())));
+        contains(of_parameter, "parameter decoder.final_layernorm.weight (rank " + fmt::to_string(last_rank())));
   }
 }
 

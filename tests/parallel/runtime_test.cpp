@@ -5,10 +5,10 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
-#include <array>
 #include <string>
 #include <utility>
 
+#include "parallel/host_name.h"
 #include "tests/support/command.h"
 #include "tests/support/environment.h"
 
@@ -27,12 +27,6 @@ std::string program(const std::string& mode) {
 
 Outcome start(const std::string& mode) {
   return test_support::run_command(test_support::mpiexec(2) + " " + program(mode));
-}
-
-std::string host_name() {
-  std::array<char, 256> host{};
-  gethostname(host.data(), host.size() - 1);
-  return host.data();
 }
 
 }  // namespace
