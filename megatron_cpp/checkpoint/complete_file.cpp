@@ -153,6 +153,22 @@ void write_all(int descriptor, const void* data, size_t bytes, const std::string
   }
 }
 
+AppendedFile::AppendedFile(const fs::path& path)
+    : name_(path.string()), file_(::open(path.c_str(), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666)) {
+  check_written(file_.get() >= 0, "cannot write ", name_, ": ", reason_text(errno));
+}
+
+void AppendedFile::append(std::string_view bytes) {
+  const auto end = ::lseek(file_.get(), 0, SEEK_END);
+  try {
+    write_all(file_.get(), bytes.data(), bytes.size(), name_);
+  } catch (const WriteError&) {
+    is_cut_short_ = ::ftruncate(file_.get(), end) != 0;
+    if (is_cut_short_) TORCH_WARN("cannot shorten ", name_, ": ", reason_text(errno));
+    throw;
+  }
+}
+
 CompleteFile::CompleteFile(const fs::path& path)
     : name_(path.string()), file_(-1), checksum_(std::make_unique<Checksum>()) {
   struct stat there {};

@@ -72,6 +72,25 @@ void flush_folder(const std::filesystem::path& folder);
 /// @throws WriteError "cannot write `name`: " and the system's reason.
 void write_all(int descriptor, const void* data, size_t bytes, const std::string& name);
 
+/// A file that grows by whole records, without buffering; created if it isn't there.
+class AppendedFile {
+ public:
+  /// @throws WriteError "cannot write `path`: " and the system's reason.
+  explicit AppendedFile(const std::filesystem::path& path);
+
+  /// @throws WriteError as write_all. What was written of `bytes` is removed then, for a reader would stop at it; that
+  ///         this failed, too, is said by is_cut_short().
+  void append(std::string_view bytes);
+
+  /// Whether the file ends in a part of a record.
+  bool is_cut_short() const { return is_cut_short_; }
+
+ private:
+  std::string name_;
+  FileDescriptor file_;
+  bool is_cut_short_ = false;
+};
+
 /// Writes a temporary file in the same folder, flushes it and renames it: a reader sees the whole new file or the old
 /// one, and a writer that fails or is destroyed without commit() leaves the old one. The temporary name is unique.
 ///

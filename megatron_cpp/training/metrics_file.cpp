@@ -1,8 +1,6 @@
 #include "megatron_cpp/training/metrics_file.h"
 
 #include <c10/util/Exception.h>
-#include <fcntl.h>
-#include <unistd.h>
 
 #include <cerrno>
 #include <cstring>
@@ -28,13 +26,15 @@ std::string kept_lines(const std::filesystem::path& path, int64_t last_step) {
   return kept;
 }
 
+/// Leaves those lines in the file, which is created if it isn't there. Returns its path.
+std::filesystem::path cut_back(const std::filesystem::path& path, int64_t last_step) {
+  write_file(path, std::filesystem::exists(path) ? kept_lines(path, last_step) : "");
+  return path;
+}
+
 }  // namespace
 
-MetricsFile::MetricsFile(const std::filesystem::path& path, int64_t last_step) : path_(path), file_(-1) {
-  write_file(path, std::filesystem::exists(path) ? kept_lines(path, last_step) : "");
-  file_.reset(::open(path.c_str(), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666));
-  if (file_.get() < 0) throw WriteError(c10::str("cannot write ", path.string(), ": ", std::strerror(errno)));
-}
+MetricsFile::MetricsFile(const std::filesystem::path& path, int64_t last_step) : file_(cut_back(path, last_step)) {}
 
 void MetricsFile::write(const StepMetrics& metrics) {
   nlohmann::ordered_json json{{"step", metrics.step}};
@@ -46,11 +46,10 @@ void MetricsFile::write(const StepMetrics& metrics) {
 
 void MetricsFile::flush() {
   if (pending_.empty()) return;
-  const auto end = ::lseek(file_.get(), 0, SEEK_END);
   try {
-    internal::write_all(file_.get(), pending_.data(), pending_.size(), path_.string());
+    file_.append(pending_);
   } catch (const WriteError&) {
-    if (::ftruncate(file_.get(), end) != 0) pending_.clear();  // never a part twice
+    if (file_.is_cut_short()) pending_.clear();  // never a part twice
     throw;
   }
   pending_.clear();

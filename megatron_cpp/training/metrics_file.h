@@ -28,8 +28,7 @@ class MetricsFile {
   void flush();
 
  private:
-  std::filesystem::path path_;
-  internal::FileDescriptor file_;
+  internal::AppendedFile file_;
   std::string pending_;  ///< lines that are to be written
 };
 

@@ -1,15 +1,15 @@
 #include "megatron_cpp/training/tensorboard_file.h"
 
-#include <c10/util/Exception.h>
-#include <fcntl.h>
 #include <fmt/format.h>
 #include <unistd.h>
 
 #include <array>
-#include <cerrno>
+#include <bit>
 #include <chrono>
 #include <cstring>
 #include <system_error>
+
+#include "parallel/host_name.h"
 
 namespace megatron_cpp {
 namespace {
@@ -33,7 +33,7 @@ uint32_t crc32c(std::string_view bytes) {
 /// TFRecord's: a file that holds checksums would else have the same one for different data.
 uint32_t masked_crc(std::string_view bytes) {
   const uint32_t crc = crc32c(bytes);
-  return ((crc >> 15U) | (crc << 17U)) + 0xa282ead8U;
+  return std::rotr(crc, 15) + 0xa282ead8U;
 }
 
 /// Little-endian, as the machines that this library runs on are.
@@ -61,7 +61,7 @@ class Message {
     return bytes + static_cast<char>(value);
   }
   Message& raw(int field, int wire_type, const std::string& value) {
-    bytes_ += varint(static_cast<uint64_t>(field * 8 + wire_type)) + value;
+    bytes_ += varint(static_cast<uint64_t>(field) * 8 + static_cast<uint64_t>(wire_type)) + value;
     return *this;
   }
 
@@ -70,21 +70,17 @@ class Message {
 
 double now() { return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count(); }
 
-std::filesystem::path file_in(const std::filesystem::path& folder) {
-  std::array<char, 256> host{};
-  if (::gethostname(host.data(), host.size() - 1) != 0) std::strcpy(host.data(), "host");
-  return folder / fmt::format("events.out.tfevents.{:010}.{}.{}", static_cast<int64_t>(now()), host.data(), ::getpid());
+std::filesystem::path new_file_in(const std::filesystem::path& folder) {
+  std::error_code ignored;  // opening the file says it
+  std::filesystem::create_directories(folder, ignored);
+  return folder / fmt::format("events.out.tfevents.{:010}.{}.{}", static_cast<int64_t>(now()), parallel::host_name(),
+                              ::getpid());
 }
 
 }  // namespace
 
 // Fields of Event: 1 wall_time, 2 step, 3 file_version, 5 summary, 7 session_log.
-TensorBoardFile::TensorBoardFile(const std::filesystem::path& folder, int64_t last_step)
-    : path_(file_in(folder)), file_(-1) {
-  std::error_code error;
-  std::filesystem::create_directories(folder, error);
-  file_.reset(::open(path_.c_str(), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666));
-  if (file_.get() < 0) throw WriteError(c10::str("cannot write ", path_.string(), ": ", std::strerror(errno)));
+TensorBoardFile::TensorBoardFile(const std::filesystem::path& folder, int64_t last_step) : file_(new_file_in(folder)) {
   write_event(Message().add(1, now()).add(3, std::string_view("brain.Event:2")).bytes());
   const int64_t start = 1;  // SessionLog.START
   write_event(Message().add(1, now()).add(2, last_step + 1).add(7, Message().add(1, start).bytes()).bytes());
@@ -100,15 +96,7 @@ void TensorBoardFile::write(const StepMetrics& metrics) {
 
 void TensorBoardFile::write_event(std::string_view event) {
   const auto length = bytes_of(static_cast<uint64_t>(event.size()));
-  const auto record = length + bytes_of(masked_crc(length)) + std::string(event) + bytes_of(masked_crc(event));
-  const auto end = ::lseek(file_.get(), 0, SEEK_END);
-  try {
-    internal::write_all(file_.get(), record.data(), record.size(), path_.string());
-  } catch (const WriteError&) {
-    // A reader would stop at a record that is cut short.
-    if (::ftruncate(file_.get(), end) != 0) TORCH_WARN("cannot shorten ", path_.string());
-    throw;
-  }
+  file_.append(length + bytes_of(masked_crc(length)) + std::string(event) + bytes_of(masked_crc(event)));
 }
 
 }  // namespace megatron_cpp

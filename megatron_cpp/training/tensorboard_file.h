@@ -31,8 +31,7 @@ class TensorBoardFile {
  private:
   void write_event(std::string_view event);
 
-  std::filesystem::path path_;
-  internal::FileDescriptor file_;
+  internal::AppendedFile file_;
 };
 
 }  // namespace megatron_cpp
