@@ -9,15 +9,14 @@
 namespace megatron_cpp::step37 {
 
 ConversationDataSet::ConversationDataSet(std::filesystem::path file, ConversationOptions options)
-    : options_(std::move(options)), lines_(std::move(file), [this](const auto& json) {
-        options_.chat_template.render(conversation_in(json), options_.trained);
-      }) {
-  if (options_.picture_folder.empty()) options_.picture_folder = lines_.file().parent_path();
-}
+    : JsonLinesDataSet(
+          std::move(file), options.picture_folder,
+          [&options](const auto& json) { options.chat_template.render(conversation_in(json), options.trained); }),
+      options_(std::move(options)) {}
 
 std::vector<std::string> ConversationDataSet::texts(int64_t index) const {
   std::vector<std::string> result;
-  lines_.with(index, [&](const auto& json) {
+  lines().with(index, [&](const auto& json) {
     result = texts_of(options_.chat_template.render(conversation_in(json), options_.trained));
   });
   return result;
@@ -25,13 +24,11 @@ std::vector<std::string> ConversationDataSet::texts(int64_t index) const {
 
 PictureSample ConversationDataSet::sample(int64_t index, const SampleFormat& format) const {
   PictureSample result;
-  lines_.with(index, [&](const auto& json) {
+  lines().with(index, [&](const auto& json) {
     const auto conversation = conversation_in(json);
     const auto parts = options_.chat_template.render(conversation, options_.trained);
     std::vector<PictureReference> pictures;
-    for (const auto& path : conversation.pictures) {
-      pictures.push_back(reference_to(options_.picture_folder / path, format.crops.global_side));
-    }
+    for (const auto& path : conversation.pictures) pictures.push_back(picture(path, format));
     result = chat_sample(parts, std::move(pictures), format);
   });
   return result;

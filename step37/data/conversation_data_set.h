@@ -7,8 +7,7 @@
 #include <vector>
 
 #include "step37/data/chat_template.h"
-#include "step37/data/data_set.h"
-#include "step37/data/json_lines.h"
+#include "step37/data/json_lines_data_set.h"
 
 namespace megatron_cpp::step37 {
 
@@ -20,23 +19,19 @@ struct ConversationOptions {
 };
 
 /// One conversation a line (conversation.h). Lines at fault are left out.
-class ConversationDataSet final : public DataSet {
+class ConversationDataSet final : public JsonLinesDataSet {
  public:
   /// Reads and renders every conversation once; no picture is opened.
   /// @throws c10::ValueError as JsonLines.
   ConversationDataSet(std::filesystem::path file, ConversationOptions options);
 
-  int64_t num_samples() const override { return lines_.size(); }
-  std::string name(int64_t index) const override { return lines_.name(index); }
   /// The texts that the template writes, those of the roles included.
   std::vector<std::string> texts(int64_t index) const override;
   /// @throws also if the tokenizer lacks a symbol of the template, naming both.
   PictureSample sample(int64_t index, const SampleFormat& format) const override;
-  std::vector<std::string> left_out() const override { return lines_.left_out(); }
 
  private:
   ConversationOptions options_;
-  JsonLines lines_;
 };
 
 }  // namespace megatron_cpp::step37

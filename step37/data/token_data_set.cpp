@@ -2,7 +2,6 @@
 
 #include <c10/util/Exception.h>
 
-#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <utility>
 
@@ -122,24 +121,24 @@ TokenLine line_in(const nlohmann::ordered_json& json, const TokenOptions& option
 }  // namespace
 
 TokenDataSet::TokenDataSet(std::filesystem::path file, TokenOptions options)
-    : options_(std::move(options)), lines_(std::move(file), [this](const auto& json) { line_in(json, options_); }) {
-  if (options_.picture_folder.empty()) options_.picture_folder = lines_.file().parent_path();
-}
+    : JsonLinesDataSet(std::move(file), options.picture_folder,
+                       [&options](const auto& json) { line_in(json, options); }),
+      options_(std::move(options)) {}
 
 std::vector<std::string> TokenDataSet::texts(int64_t /*index*/) const { return {}; }
 
 PictureSample TokenDataSet::sample(int64_t index, const SampleFormat& format) const {
   PictureSample result;
-  lines_.with(index, [&](const auto& json) {
+  lines().with(index, [&](const auto& json) {
     auto line = line_in(json, options_);
     static_cast<Sample&>(result) = std::move(line.sample);
     for (size_t i = 0; i < line.images.size(); ++i) {
-      auto picture = reference_to(options_.picture_folder / line.images[i], format.crops.global_side);
-      const auto plan = plan_crops(picture.width, picture.height, format.crops);
+      auto reference = picture(line.images[i], format);
+      const auto plan = plan_crops(reference.width, reference.height, format.crops);
       TORCH_CHECK_VALUE(line.pictures[i] == picture_tokens(plan, format.crops, format.picture_ids), "the tokens of ",
-                        line.images[i], " are not those of a picture of ", picture.width, " x ", picture.height,
+                        line.images[i], " are not those of a picture of ", reference.width, " x ", reference.height,
                         " pixels, which has ", plan.num_crops(), " crops");
-      result.pictures.push_back(std::move(picture));
+      result.pictures.push_back(std::move(reference));
     }
   });
   return result;

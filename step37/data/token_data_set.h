@@ -7,8 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "step37/data/data_set.h"
-#include "step37/data/json_lines.h"
+#include "step37/data/json_lines_data_set.h"
 
 namespace megatron_cpp::step37 {
 
@@ -24,7 +23,7 @@ struct TokenOptions {
 /// scripts/tokenize_conversations.py writes it. Without "loss_mask" all but the first token count; "images" may be left
 /// out. The tokens of each picture stand in "tokens", in the order of the images: what picture_tokens gives. No begin
 /// and end token is added.
-class TokenDataSet final : public DataSet {
+class TokenDataSet final : public JsonLinesDataSet {
  public:
   /// Reads every line once; no picture is opened. Left out are lines whose ids are outside of the vocabulary, whose
   /// mask has another length or other values than 0 and 1, or whose pictures' tokens aren't as many and as long as the
@@ -32,16 +31,12 @@ class TokenDataSet final : public DataSet {
   /// @throws c10::ValueError as JsonLines.
   TokenDataSet(std::filesystem::path file, TokenOptions options);
 
-  int64_t num_samples() const override { return lines_.size(); }
-  std::string name(int64_t index) const override { return lines_.name(index); }
   std::vector<std::string> texts(int64_t index) const override;
   /// @throws also if the crops in the tokens aren't those of the picture, whose header is read.
   PictureSample sample(int64_t index, const SampleFormat& format) const override;
-  std::vector<std::string> left_out() const override { return lines_.left_out(); }
 
  private:
   TokenOptions options_;
-  JsonLines lines_;
 };
 
 }  // namespace megatron_cpp::step37
