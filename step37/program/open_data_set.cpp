@@ -12,6 +12,22 @@
 #include "step37/data/web_data_set.h"
 
 namespace megatron_cpp::step37 {
+namespace {
+
+/// Calls action(template) for each data set that has one, and puts the data set's name before the text of its errors,
+/// and `hint` behind.
+template <class Action>
+void for_each_template(const DataSetSections& sets, const char* hint, const Action& action) {
+  for (const auto& [name, section] : sets) {
+    try {
+      if (const auto chat_template = chat_template_of(section)) action(*chat_template);
+    } catch (const c10::ValueError& error) {
+      TORCH_CHECK_VALUE(false, "the data set ", name, ": ", error.what_without_backtrace(), hint);
+    }
+  }
+}
+
+}  // namespace
 
 bool holds_token_ids(DataSetKind kind) { return kind == DataSetKind::kTokens || kind == DataSetKind::kIndexed; }
 
@@ -23,29 +39,17 @@ std::optional<ChatTemplate> chat_template_of(const DataSetSection& section) {
 
 std::vector<std::string> chat_symbols(const DataSetSections& sets) {
   std::vector<std::string> symbols;
-  for (const auto& [name, section] : sets) {
-    try {
-      const auto chat_template = chat_template_of(section);
-      if (!chat_template) continue;
-      for (const auto& symbol : chat_template->symbols()) {
-        if (symbol != kEndSymbol && std::ranges::find(symbols, symbol) == symbols.end()) symbols.push_back(symbol);
-      }
-    } catch (const c10::ValueError& error) {
-      TORCH_CHECK_VALUE(false, "the data set ", name, ": ", error.what_without_backtrace());
+  for_each_template(sets, "", [&](const ChatTemplate& chat_template) {
+    for (const auto& symbol : chat_template.symbols()) {
+      if (symbol != kEndSymbol && std::ranges::find(symbols, symbol) == symbols.end()) symbols.push_back(symbol);
     }
-  }
+  });
   return symbols;
 }
 
 void check_chat_symbols(const DataSetSections& sets, const Tokenizer& tokenizer) {
-  for (const auto& [name, section] : sets) {
-    try {
-      if (const auto chat_template = chat_template_of(section)) chat_template->check(tokenizer);
-    } catch (const c10::ValueError& error) {
-      TORCH_CHECK_VALUE(false, "the data set ", name, ": ", error.what_without_backtrace(),
-                        "; its chat_template needs it");
-    }
-  }
+  for_each_template(sets, "; its chat_template needs it",
+                    [&](const ChatTemplate& chat_template) { chat_template.check(tokenizer); });
 }
 
 std::shared_ptr<const DataSet> open_data_set(const DataSetSection& section, const SampleFormat& format,

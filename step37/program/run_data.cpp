@@ -116,6 +116,13 @@ DataSetSections data_sets_of(const DataSection& data) {
   return {{kDirectoryDataSet, {.kind = DataSetKind::kCaptions, .path = data.directory}}};
 }
 
+/// Adds the two parts of a data set to `data`.
+void add(const std::string& name, const DataSetSection& section, const DataSetSplit& split, RunData& data) {
+  const auto draws = section.shuffle ? SampleOrder::kShuffled : SampleOrder::kSequential;
+  data.training.push_back({name, split.training, section.weight, draws});
+  if (split.held_out->num_samples() > 0) data.held_out.push_back({name, split.held_out, section.weight, draws});
+}
+
 void open_captions(const parallel::Runtime& runtime, const parallel::ProcessGroups& groups, const RunConfig& config,
                    const std::string& name, const DataSetSection& section, RunData& data) {
   const std::filesystem::path folder = section.path;
@@ -172,13 +179,10 @@ void open_captions(const parallel::Runtime& runtime, const parallel::ProcessGrou
         data.summary.push_back(fmt::format("{} pictures to train on, {} held out, {} without a caption in {}",
                                            count(split.training), count(split.held_out), without_caption,
                                            printable(folder.string())));
-        const auto draws = section.shuffle ? SampleOrder::kShuffled : SampleOrder::kSequential;
-        const auto add = [&](std::vector<CaptionedPicture> pictures, std::vector<WeightedDataSet>& sets) {
-          auto samples_of_set = std::make_shared<const CaptionDataSet>(folder, std::move(pictures));
-          sets.push_back({name, std::move(samples_of_set), section.weight, draws});
-        };
-        add(std::move(split.training), data.training);
-        if (!split.held_out.empty()) add(std::move(split.held_out), data.held_out);
+        add(name, section,
+            {std::make_shared<const CaptionDataSet>(folder, std::move(split.training)),
+             std::make_shared<const CaptionDataSet>(folder, std::move(split.held_out))},
+            data);
       },
       groups.world);
 }
@@ -227,9 +231,7 @@ void open_other(const parallel::Runtime& runtime, const parallel::ProcessGroups&
                           " samples are held out (data.held_out ", config.data.held_out, ")");
         data.summary.push_back(fmt::format("{} samples to train on, {} held out in {}", count - held_out, held_out,
                                            printable(section.path)));
-        const auto draws = section.shuffle ? SampleOrder::kShuffled : SampleOrder::kSequential;
-        data.training.push_back({name, split.training, section.weight, draws});
-        if (held_out > 0) data.held_out.push_back({name, split.held_out, section.weight, draws});
+        add(name, section, split, data);
       },
       groups.world);
 }
