@@ -17,9 +17,7 @@
 #include "megatron_cpp/checkpoint/checkpoint_folder.h"
 #include "megatron_cpp/checkpoint/complete_file.h"
 #include "megatron_cpp/checkpoint/sharded_checkpoint.h"
-#include "megatron_cpp/training/metrics_file.h"
 #include "megatron_cpp/training/product_rate.h"
-#include "megatron_cpp/training/tensorboard_file.h"
 #include "megatron_cpp/training/trainer.h"
 #include "megatron_cpp/training/training_loop.h"
 #include "parallel/activity.h"
@@ -31,9 +29,11 @@
 #include "step37/program/convert.h"
 #include "step37/program/open_data_set.h"
 #include "step37/program/report.h"
+#include "step37/program/report_pictures.h"
 #include "step37/program/run_config.h"
 #include "step37/program/run_data.h"
 #include "step37/program/run_metrics.h"
+#include "step37/program/run_records.h"
 #include "step37/program/run_saver.h"
 #include "step37/program/shell_text.h"
 #include "step37/program/step_cost.h"
@@ -336,21 +336,6 @@ class PretrainRun {
             .configuration = settings(config_)};
   }
 
-  /// On rank 0. Lines that can't be written are written with a later one, if the run may go on.
-  void write_metrics(MetricsFile& metrics, std::optional<TensorBoardFile>& tensorboard, const StepMetrics& line) {
-    try {
-      metrics.write(line);
-      if (tensorboard) tensorboard->write(line);
-      write_report_so_far();
-      lacks_metrics_ = false;
-    } catch (const WriteError& error) {
-      if (config_.checkpoint.on_error == WriteErrorAction::kStop) throw;
-      if (!std::exchange(lacks_metrics_, true)) {
-        TORCH_WARN(error.what(), "; training goes on");
-      }
-    }
-  }
-
   /// The signal that asked any rank to stop, equal on all ranks; 0: none. Collective: all-reduces a number on the CPU.
   int agreed_stop_signal() const {
     const auto own = at::full({1}, StopSignals::received(), at::kInt);
@@ -368,13 +353,13 @@ class PretrainRun {
 
   /// Trains the remaining steps. Returns the signal that stopped it, after saving a checkpoint; 0: all steps are done.
   int train(const RunState& state) {
-    std::optional<MetricsFile> metrics;
-    std::optional<TensorBoardFile> tensorboard;
+    std::optional<RunRecords> records;  // on rank 0
     parallel::agree_on(
         [&] {
           if (!is_main()) return;
-          metrics.emplace(files_.metrics(), state.optimizer_steps);
-          if (config_.report.tensorboard) tensorboard.emplace(files_.tensorboard(), state.optimizer_steps);
+          auto report = report_input();
+          report.total_steps = config_.training.steps;
+          records.emplace(files_, config_, std::move(report), state.optimizer_steps);
         },
         groups_.world);
     const double peak = peak_rate();
@@ -405,11 +390,11 @@ class PretrainRun {
       if (!is_main()) return;
       const auto speed = speed_values(flops, line.seconds, runtime_.size(), peak, runtime_.device());
       line.values.insert(line.values.end(), speed.begin(), speed.end());
-      write_metrics(*metrics, tensorboard, line);
+      records->write(line);
       progress.show(line);
     };
     callbacks.save = [&](int64_t step) {
-      if (is_main() && step == config_.training.steps) remove_report_so_far();
+      if (is_main() && step == config_.training.steps) records->remove_report();
       saver.save(contents(step, data));
     };
     // A signal may reach the ranks at different steps, or only one rank.
@@ -426,7 +411,7 @@ class PretrainRun {
     saver.finish(contents(last_step, data));
     parallel::agree_on(
         [&] {
-          if (is_main()) metrics->flush();
+          if (is_main()) records->flush();
         },
         groups_.world);
     if (signal != 0) {
@@ -451,11 +436,7 @@ class PretrainRun {
             .counts = data_counts(step, consumed_),
             .sample_names =
                 [loaded](int64_t micro_batch) {
-                  std::vector<std::string> names;
-                  for (const auto& name : loaded->packs.micro_batches[static_cast<size_t>(micro_batch)].samples) {
-                    names.push_back(printable(name));
-                  }
-                  return names;
+                  return loaded->packs.micro_batches[static_cast<size_t>(micro_batch)].samples;
                 }};
   }
 
@@ -495,13 +476,12 @@ class PretrainRun {
     say(fmt::format("The model in the published layout is in {}.", export_folder().string()));
   }
 
-  /// Captions a few pictures and writes the report, unless a finished run has written it. Every data-parallel replica
-  /// captions the same pictures, so that all ranks stay together.
+  /// Captions a few pictures and writes the report, unless a finished run has written it.
   void write_report() {
     const parallel::Phase phase("captioning for the report");
     const bool exists = main_says(is_main() && std::filesystem::exists(files_.report()));
     if (exists && trainer_->optimizer().num_steps() == resumed_steps_) return;
-    auto shown = caption_pictures();
+    auto shown = report_pictures(model_, config_, *tokenizer_, data_, groups_, runtime_.device(), faults_);
     parallel::agree_on(
         [&] {
           if (!is_main()) return;
@@ -510,24 +490,6 @@ class PretrainRun {
           write_file(files_.report(), render_report(input));
         },
         groups_.world);
-  }
-
-  /// On rank 0, after a step: the report so far, without pictures, now and then. To read the metrics of a long run
-  /// takes a while, of which this makes at most a fiftieth of the run's time.
-  void write_report_so_far() {
-    using Clock = std::chrono::steady_clock;
-    const auto start = Clock::now();
-    if (start < next_report_) return;
-    auto input = report_input();
-    input.total_steps = config_.training.steps;
-    write_file(files_.report(), render_report(input));
-    next_report_ = start + std::max<Clock::duration>(std::chrono::seconds(10), 50 * (Clock::now() - start));
-  }
-
-  /// Before the last checkpoint, so that a run which is killed after it still gets its report.
-  void remove_report_so_far() const {
-    std::error_code not_there;
-    std::filesystem::remove(megatron_cpp::internal::link_target(files_.report()), not_there);
   }
 
   ReportInput report_input() const {
@@ -548,45 +510,6 @@ class PretrainRun {
     return names;
   }
 
-  /// Of `count` samples, spread evenly, those with a picture. For ranks that pack.
-  std::vector<SampleReference> samples_to_show(const std::vector<WeightedDataSet>& sets, int64_t count) const {
-    auto shown = spread_samples(sets, count);
-    std::erase_if(shown, [&](const auto& chosen) {
-      return chosen.samples->sample(chosen.index, loader_options_.format).pictures.empty();
-    });
-    return shown;
-  }
-
-  /// Generates the first answer of a few samples, from the tokens before it.
-  std::vector<ReportPicture> caption_pictures() {
-    const int64_t half = config_.report.pictures / 2;
-    std::vector<ReportPicture> shown;
-    auto options = captioner_options(config_, *tokenizer_, groups_.grid.tp);
-    options.faults = &faults_;
-    for (const bool held_out : {false, true}) {
-      const int64_t count = held_out ? config_.report.pictures - half : half;
-      const auto chosen = samples_to_show(held_out ? data_.held_out : data_.training, count);
-      const auto total = std::stoul(parallel::broadcast_text(fmt::to_string(chosen.size()), 0, groups_.world));
-      for (size_t i = 0; i < total; ++i) {
-        PictureSample sample;
-        if (packs()) sample = chosen[i].samples->sample(chosen[i].index, loader_options_.format);
-        sample = broadcast_sample(sample, groups_.tp);
-        const auto answer = std::ranges::find(sample.loss_mask, 1) - sample.loss_mask.begin();
-        const auto answer_end = std::find(sample.loss_mask.begin() + answer, sample.loss_mask.end(), 0);
-        const std::vector<int64_t> truth(sample.tokens.begin() + answer,
-                                         sample.tokens.begin() + (answer_end - sample.loss_mask.begin()));
-        sample.tokens.resize(static_cast<size_t>(answer));
-        const auto ids = caption_ids(model_, sample.tokens, sample.pictures, options, groups_.tp, runtime_.device());
-        if (is_main()) {
-          shown.push_back({chosen[i].samples->name(chosen[i].index), held_out, tokenizer_->decode(truth),
-                           tokenizer_->decode(ids), thumbnail_of(sample.pictures.front(), options.format.crops)});
-        }
-      }
-    }
-    faults_.share(groups_.world);
-    return shown;
-  }
-
   parallel::Runtime& runtime_;
   parallel::ProcessGroups groups_;
   RunConfig config_;
@@ -605,8 +528,6 @@ class PretrainRun {
   std::shared_ptr<ExpertBalance> expert_balance_;  ///< null without experts
   std::unique_ptr<Trainer> trainer_;
   ConsumedData consumed_;
-  std::chrono::steady_clock::time_point next_report_;
-  bool lacks_metrics_ = false;  ///< on rank 0: the last line is still to be written
 };
 
 }  // namespace

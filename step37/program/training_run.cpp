@@ -77,13 +77,17 @@ void check_run_files(const RunFiles& files) {
   }
 }
 
+void remove_run_file(const std::filesystem::path& path) {
+  const auto target = megatron_cpp::internal::link_target(path);
+  std::error_code not_there;
+  if (is_regular_file(target, not_there)) std::filesystem::remove(target);
+}
+
 void remove_earlier_run(const RunFiles& files) {
   remove_checkpoints(files.checkpoints());
   std::error_code not_a_folder;
   for (const auto& path : {files.metrics(), files.report(), files.tokenizer(), files.published()}) {
-    const auto target = megatron_cpp::internal::link_target(path);
-    std::error_code not_there;
-    if (is_regular_file(target, not_there)) std::filesystem::remove(target);
+    remove_run_file(path);
   }
   for (const auto& file : std::filesystem::directory_iterator(files.tensorboard(), not_a_folder)) {
     if (file.path().filename().string().starts_with("events.out.tfevents.")) std::filesystem::remove(file.path());

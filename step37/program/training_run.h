@@ -69,6 +69,11 @@ class RunLock {
 /// @throws c10::ValueError naming the path, and the target of a link.
 void check_run_files(const RunFiles& files);
 
+/// Removes a file of a run. A link stays; what it leads to is removed if it is a regular file, so no device and no
+/// pipe.
+/// @throws std::filesystem::filesystem_error
+void remove_run_file(const std::filesystem::path& path);
+
 /// Removes the files of an earlier run. Links stay; their targets are emptied or removed.
 /// @throws std::filesystem::filesystem_error
 void remove_earlier_run(const RunFiles& files);

@@ -8,7 +8,7 @@ import struct
 import subprocess
 import unittest
 
-from field import CASES, EMBED_CASE, ENVIRONMENT, PROGRAM, FieldTest
+from field import CASES, EMBED_CASE, ENVIRONMENT, PROGRAM, FieldTest, Process
 
 NO_LINKS = """
 #include <errno.h>
@@ -282,6 +282,15 @@ class Runs(FieldTest):
         (self.folder / "r2").mkdir()
         os.mkfifo(self.folder / "r2/metrics.jsonl")
         self.assertFails(self.pretrain("run.directory=r2", ranks=1), "r2/metrics.jsonl is no regular file")
+
+    def test_a_report_into_a_pipe_leaves_the_pipe(self):
+        (self.folder / "r").mkdir()
+        os.mkfifo(self.folder / "r/report.html")
+        reader = os.open(self.folder / "r/report.html", os.O_RDWR)  # so that there is one from now on
+        self.addCleanup(os.close, reader)
+        Process(self, "sh", "-c", "exec cat <> r/report.html > /dev/null")
+        self.assertSucceeds(self.pretrain("run.directory=r", ranks=1))
+        self.assertTrue((self.folder / "r/report.html").is_fifo())
 
     def test_file_systems_without_links_or_flushed_folders(self):
         outcome = self.pretrain("run.directory=r", preload=self.shim(NO_LINKS))
