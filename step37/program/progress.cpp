@@ -2,19 +2,21 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstdio>
-#include <map>
 #include <string>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 namespace megatron_cpp::step37 {
 namespace {
 
-int64_t count_of(const StepMetrics& metrics, std::string_view name) {
-  for (const auto& [counted, count] : metrics.counts) {
-    if (counted == name) return count;
-  }
-  return 0;
+/// The number of this name; 0 if there is none.
+template <class Number>
+double number_of(const std::vector<std::pair<std::string, Number>>& numbers, std::string_view name) {
+  const auto found = std::ranges::find(numbers, name, [](const auto& number) { return number.first; });
+  return found == numbers.end() ? 0.0 : static_cast<double>(found->second);
 }
 
 std::string time_text(double seconds) {
@@ -25,9 +27,9 @@ std::string time_text(double seconds) {
 
 /// "  0.031 TFLOP/s (38 %)"; nothing if it isn't known.
 std::string speed_text(const StepMetrics& metrics) {
-  std::map<std::string, double> values(metrics.values.begin(), metrics.values.end());
-  if (!values.contains("tflops_per_rank")) return "";
-  return fmt::format("  {:.3g} TFLOP/s ({:.0f} %)", values["tflops_per_rank"], 100 * values["peak_share"]);
+  const double rate = number_of(metrics.values, "tflops_per_rank");
+  return rate == 0 ? ""
+                   : fmt::format("  {:.3g} TFLOP/s ({:.0f} %)", rate, 100 * number_of(metrics.values, "peak_share"));
 }
 
 }  // namespace
@@ -44,8 +46,8 @@ void Progress::show(const StepMetrics& metrics) {
   auto line = fmt::format(
       "step {}/{}  loss {:.4f}  grad norm {:.3f}  rate {:.2e}  {:.0f} tokens/s  {:.1f} pictures/s{}  ETA {}",
       metrics.step, total_steps_, metrics.result.loss, metrics.result.grad_norm, metrics.result.learning_rate,
-      static_cast<double>(count_of(metrics, "tokens")) / metrics.seconds,
-      static_cast<double>(count_of(metrics, "images")) / metrics.seconds, speed_text(metrics), time_text(rest));
+      number_of(metrics.counts, "tokens") / metrics.seconds, number_of(metrics.counts, "images") / metrics.seconds,
+      speed_text(metrics), time_text(rest));
   if (metrics.validation_loss) line += fmt::format("  validation loss {:.4f}", *metrics.validation_loss);
   if (style_ == ProgressStyle::kPlain) {
     std::puts(line.c_str());

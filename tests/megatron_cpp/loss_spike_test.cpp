@@ -2,6 +2,7 @@
 #include "megatron_cpp/training/loss_spike.h"
 
 #include <ATen/ATen.h>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -74,9 +75,7 @@ TEST(LossSpikes, AStepWithOneNamesItsSamplesAndGoesOn) {
       // Only the last replica has a second micro-batch.
       const int64_t own = rank == layout.dp->getSize() - 1 ? 2 : 1;
       return trainer.step([&](int64_t /*i*/) { return (w * w * factor).sum(); }, own, layout.dp->getSize() + 1,
-                          [&](int64_t i) {
-                            return std::vector<std::string>{"sample " + std::to_string(rank) + "." + std::to_string(i)};
-                          });
+                          [&](int64_t i) { return std::vector<std::string>{fmt::format("sample {}.{}", rank, i)}; });
     };
     Warnings warnings;
     for (int64_t i = 0; i < LossSpikes::kLeast; ++i) step(1.0);
@@ -85,8 +84,8 @@ TEST(LossSpikes, AStepWithOneNamesItsSamplesAndGoesOn) {
     EXPECT_EQ(trainer.optimizer().num_steps(), LossSpikes::kLeast + 1);
     ASSERT_EQ(warnings.texts.size(), runtime().rank() == 0 ? 1 : 0);
     std::string samples = "the samples of this step: sample 0.0";
-    for (int rank = 1; rank < layout.dp->getSize(); ++rank) samples += ", sample " + std::to_string(rank) + ".0";
-    samples += ", sample " + std::to_string(layout.dp->getSize() - 1) + ".1";
+    for (int rank = 1; rank < layout.dp->getSize(); ++rank) samples += fmt::format(", sample {}.0", rank);
+    samples += fmt::format(", sample {}.1", layout.dp->getSize() - 1);
     for (const auto& text : warnings.texts) {
       EXPECT_TRUE(contains(text, "step 21: loss 2.8"));
       EXPECT_TRUE(contains(text, samples));

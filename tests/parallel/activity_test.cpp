@@ -2,6 +2,7 @@
 #include "parallel/activity.h"
 
 #include <ATen/ATen.h>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -93,11 +94,11 @@ TEST(Activity, KnowsTheCollectivesOfTheLibrary) {
   const auto& group = test_support::world_tp();
   barrier(group);
   const auto before = own_activity().latest.front().number;
-  EXPECT_EQ(to_text(own_activity().latest.front()), "barrier number " + std::to_string(before) + " of tp");
+  EXPECT_EQ(to_text(own_activity().latest.front()), "barrier number " + fmt::to_string(before) + " of tp");
   auto pending = start_all_gather(at::ones({3}), group);
   all_reduce(at::ones({5}), group);
   EXPECT_EQ(to_text(own_activity().latest.front()),
-            "all_reduce number " + std::to_string(before + 2) + " of tp, 5 elements");
+            "all_reduce number " + fmt::to_string(before + 2) + " of tp, 5 elements");
   pending.wait();
   EXPECT_EQ(own_activity().latest.front().number, before + 2);
   EXPECT_EQ(own_activity().latest.front().first_rank, 0);

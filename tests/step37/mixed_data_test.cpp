@@ -67,7 +67,7 @@ TEST_F(MixedData, TrainsAlikeInEveryLayout) {
   const int n = runtime().size();
   pretrain("reference", 1, mix({"report.pictures=2"}));
   for (int tp = 2; tp <= n; tp *= 2) {
-    const auto run = "tp" + std::to_string(tp);
+    const auto run = "tp" + fmt::to_string(tp);
     pretrain(run, tp, mix());
     expect_same_run(files(run), files("reference"), 1e-3);
   }

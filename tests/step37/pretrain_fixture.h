@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -81,7 +82,7 @@ class Pretrain : public SmallRun {
     });
   }
 
-  static std::string step_name(int64_t step) { return "step-0000000" + std::to_string(step); }
+  static std::string step_name(int64_t step) { return fmt::format("step-{:08}", step); }
 };
 
 /// The lines of a run's metrics, without what depends on the clock or the layout.

@@ -1,6 +1,7 @@
 // Tar archives, put together here by the published layout, and the samples in them.
 #include "step37/data/web_data_set.h"
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <cstdio>
@@ -60,8 +61,8 @@ TEST(Tar, NamesAndPlaces) {
   const std::string long_name = "folder/" + std::string(120, 'n') + ".txt";
   const std::string deep_name = std::string(90, 'd') + "/" + std::string(60, 'e') + ".txt";
   const std::string record = "path=" + long_name + "\n";
-  const std::string pax = std::to_string(record.size() + 4) + " " + record + "12 size=700\n";
-  ASSERT_EQ(std::to_string(record.size() + 4).size(), 3U);
+  const std::string pax = fmt::to_string(record.size() + 4) + " " + record + "12 size=700\n";
+  ASSERT_EQ(fmt::to_string(record.size() + 4).size(), 3U);
   const std::string large(700, 'x');
   const auto file = folder.write(
       "a.tar", member("pax_global", "22 comment=of an author\n", 'g') + member("folder/", "", '5') +

@@ -1,5 +1,6 @@
 // A job in which one rank is stuck ends with one report that says what every rank is doing, with mpirun on two and four
 // ranks and over the backends of the tests.
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -16,14 +17,14 @@ namespace {
 using namespace test_support;
 
 /// Which no other process has among its arguments.
-std::string mark() { return "stall-test-" + std::to_string(getpid()); }
+std::string mark() { return "stall-test-" + fmt::to_string(getpid()); }
 
 /// Rank `rank` is stuck in the way that `kind` names (stall_program.cpp).
 std::string output_of(const std::string& kind, int ranks, int rank, const std::string& backend) {
   setenv("TEST_BACKEND", backend.c_str(), 1);
   auto command = "timeout -s KILL 120 " + mpiexec(ranks);
   command.append(" ").append(quoted(setting("MCPP_TEST_PROGRAM"))).append(" ").append(kind);
-  command.append(" ").append(std::to_string(rank)).append(" 1000 ").append(mark());
+  command.append(" ").append(fmt::to_string(rank)).append(" 1000 ").append(mark());
   const auto outcome = run_command(command);
   EXPECT_GT(outcome.status, 0) << outcome.output;
   expect_no_process_left(mark());
@@ -39,13 +40,13 @@ void expect_once(const std::string& output, const std::string& pattern) {
 /// One report, with one line of each rank.
 void expect_one_report(const std::string& output, int ranks) {
   expect_once(output, "What every rank is doing:\n");
-  for (int rank = 0; rank < ranks; ++rank) expect_once(output, "\n  rank " + std::to_string(rank) + "[ :][^\n]*\n");
+  for (int rank = 0; rank < ranks; ++rank) expect_once(output, "\n  rank " + fmt::to_string(rank) + "[ :][^\n]*\n");
 }
 
 const char kSeconds[] = "[0-9.]+ s";
 
 std::string line(int rank, const std::string& rest) {
-  return "\n  rank " + std::to_string(rank) + " \\(host [^ )]+\\): " + rest + "\n";
+  return "\n  rank " + fmt::to_string(rank) + " \\(host [^ )]+\\): " + rest + "\n";
 }
 
 const std::string kWaits =

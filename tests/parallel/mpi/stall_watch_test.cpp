@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <string>
@@ -145,7 +146,7 @@ TEST(TimedOut, TellsWhatTheMissingRankDoes) {
   const auto message = error_of_rank_0("counting sheep", [](MpiBackend& backend) { backend.barrier({}); });
   if (runtime().rank() > 0) return;
   EXPECT_EQ(message.find("barrier of 0 elements timed out after 300 ms (group lonely, rank 0 of " +
-                         std::to_string(runtime().size()) + "): rank 1 isn't there: in barrier number "),
+                         fmt::to_string(runtime().size()) + "): rank 1 isn't there: in barrier number "),
             0U)
       << message;
   EXPECT_NE(message.find(", counting sheep"), std::string::npos) << message;
@@ -155,7 +156,7 @@ TEST(SilentRanks, AreNamedByTheirNumbersInTheWorldToo) {
   const int rank = runtime().rank();
   const auto alone = runtime().world().split(rank);
   EXPECT_EQ(silent_ranks({0}, alone.get()),
-            rank == 0 ? "rank 0 is silent" : "rank 0 (of the world: " + std::to_string(rank) + ") is silent");
+            rank == 0 ? "rank 0 is silent" : "rank 0 (of the world: " + fmt::to_string(rank) + ") is silent");
   if (runtime().size() < 4) return;
   EXPECT_EQ(silent_ranks({1, 3}, runtime().world().get()), "ranks 1 and 3 are silent");
 }
