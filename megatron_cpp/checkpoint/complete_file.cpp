@@ -164,7 +164,9 @@ void AppendedFile::append(std::string_view bytes) {
     write_all(file_.get(), bytes.data(), bytes.size(), name_);
   } catch (const WriteError&) {
     is_cut_short_ = ::ftruncate(file_.get(), end) != 0;
-    if (is_cut_short_) TORCH_WARN("cannot shorten ", name_, ": ", reason_text(errno));
+    if (is_cut_short_) {
+      TORCH_WARN("cannot shorten ", name_, ": ", reason_text(errno));
+    }
     throw;
   }
 }

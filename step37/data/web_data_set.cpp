@@ -41,6 +41,15 @@ bool is_conversation(const nlohmann::ordered_json& json) {
   return json.contains("messages") || json.contains("conversations");
 }
 
+/// Whether a member is JSON with a conversation: beside a caption, .json may be anything.
+bool has_conversation(const std::filesystem::path& shard, const TarMember& member) {
+  try {
+    return is_conversation(json_object_in(text_in(shard, member)));
+  } catch (const c10::ValueError&) {
+    return false;
+  }
+}
+
 std::string caption_in(const std::string& text) {
   auto [caption, fault] = caption_from_text(text);
   TORCH_CHECK_VALUE(fault != Caption::Fault::kEmpty, "its caption is empty");
@@ -72,11 +81,11 @@ void WebDataSet::add_shard(size_t shard) {
     const auto key = key_of(members[begin]);
     std::vector<TarMember> group;
     for (; begin < members.size() && key_of(members[begin]) == key; ++begin) group.push_back(std::move(members[begin]));
-    add_group(shard, key, std::move(group));
+    add_group(shard, key, group);
   }
 }
 
-void WebDataSet::add_group(size_t shard, const std::string& key, std::vector<TarMember> members) {
+void WebDataSet::add_group(size_t shard, const std::string& key, const std::vector<TarMember>& members) {
   Entry entry{shard, key, {}, {}};
   const TarMember* text = nullptr;
   const TarMember* json = nullptr;
@@ -90,14 +99,7 @@ void WebDataSet::add_group(size_t shard, const std::string& key, std::vector<Tar
   try {
     TORCH_CHECK_VALUE(text != nullptr || json != nullptr, "it has neither .txt nor .json");
     for (const auto& picture : entry.pictures) TORCH_CHECK_VALUE(picture.bytes > 0, picture.name, " is empty");
-    // Beside a caption, .json may be anything.
-    bool prefers_json = text == nullptr;
-    if (text != nullptr && json != nullptr) {
-      try {
-        prefers_json = is_conversation(json_object_in(text_in(shards_[shard], *json)));
-      } catch (const c10::ValueError&) {
-      }
-    }
+    const bool prefers_json = text == nullptr || (json != nullptr && has_conversation(shards_[shard], *json));
     entry.text = prefers_json ? *json : *text;
     content_of(entry);
     entry.text.name = file_name(entry.text);

@@ -51,7 +51,7 @@ class WebDataSet final : public DataSet {
   struct Content;
 
   void add_shard(size_t shard);
-  void add_group(size_t shard, const std::string& key, std::vector<TarMember> members);
+  void add_group(size_t shard, const std::string& key, const std::vector<TarMember>& members);
   std::string name_of(const Entry& entry) const;
   Content content_of(const Entry& entry) const;
   Content content_at(int64_t index) const;

@@ -298,7 +298,7 @@ std::optional<std::filesystem::path> given_tokenizer(const RunConfig& config) {
   if (!config.data.tokenizer.empty()) return config.data.tokenizer;
   const std::filesystem::path from = config.model.from;
   if (from.empty() || !PublishedCheckpoint::is_at(from)) return std::nullopt;
-  const auto file = RunFiles{from}.tokenizer();
+  auto file = RunFiles{from}.tokenizer();
   TORCH_CHECK_VALUE(std::filesystem::exists(file), from.string(), " has no ", file.filename().string(),
                     ": without the tokenizer of its weights texts can't be turned into their ids; data.tokenizer may "
                     "name one");
