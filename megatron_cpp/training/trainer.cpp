@@ -155,9 +155,11 @@ Trainer::Pass Trainer::repeat(const Batch& batch, const Pass& first) {
   const bool is_first = groups_.world->getRank() == 0;
   if (!suspects.empty()) {
     const auto repeated = numbers_text(result_of(again, step_number));
-    const auto message = c10::str("step ", step_number, ": ", text, " are not all finite, and repeated with the same ",
-                                  "batch they are ", repeated, ": the numbers of ", suspects,
-                                  " changed, which points to a fault of that machine");
+    const auto message =
+        c10::str("step ", step_number, ": ", text,
+                 " are not all finite, and repeated with the same "
+                 "batch they are ",
+                 repeated, ": the numbers of ", suspects, " changed, which points to a fault of that machine");
     if (!again.is_finite) throw parallel::AgreedError(message, parallel::kSuspectedHostStatus);
     ++step_counts_.repeated;
     if (is_first) {
@@ -167,7 +169,7 @@ Trainer::Pass Trainer::repeat(const Batch& batch, const Pass& first) {
   }
   const auto message =
       c10::str("step ", step_number, ": ", text,
-               " are not all finite, the same ones when repeated: ", "data or model are the reason; ", finding);
+               " are not all finite, the same ones when repeated: data or model are the reason; ", finding);
   if (options_.not_finite == NotFiniteAction::kStop) throw parallel::AgreedError(message, parallel::kNotFiniteStatus);
   if (skipped_in_a_row_ == options_.max_skipped_steps) {
     throw parallel::AgreedError(c10::str(message, "; ", skipped_in_a_row_, " steps in a row were skipped before it"),
