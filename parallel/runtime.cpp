@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <optional>
 #include <thread>
 #include <utility>
 
@@ -24,6 +25,7 @@
 #include "parallel/mpi/mpi_check.h"
 #include "parallel/mpi/peer_process.h"
 #include "parallel/mpi/stall_watch.h"
+#include "parallel/mpi/stopped_peer_watch.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 // MPI_Finalize unloads MPI's modules before leaks are searched for. Leaks in them would then have no symbol names, and
@@ -98,6 +100,8 @@ void Runtime::choose_device(const DeviceOptions& options) {
 }
 
 Runtime::~Runtime() {
+  std::optional<StoppedPeerWatch> watch;
+  if (owns_mpi_ && size_ > 1) watch.emplace(processes_, rank_);
   while (!groups_.empty()) {
     try {
       groups_.back()->shutdown();

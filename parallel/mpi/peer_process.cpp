@@ -34,6 +34,11 @@ std::optional<ProcessLook> look_at(int64_t pid, int64_t start) {
   return look && look->start == start ? look : std::nullopt;
 }
 
+bool can_be_seen(const PeerProcess& peer) {
+  static const auto own = own_process();
+  return own.place != 0 && own.place == peer.place;
+}
+
 bool is_one_of(std::string_view states, char state) { return states.find(state) != std::string_view::npos; }
 
 }  // namespace
@@ -71,9 +76,14 @@ std::optional<ProcessLook> parse_process_stat(const std::string& text, int64_t t
   return look;
 }
 
-PeerPatience::PeerPatience(const PeerProcess& peer, Clock::time_point begin) : peer_(peer), begin_(begin) {
-  static const auto own = own_process();
-  is_here_ = own.place != 0 && own.place == peer.place;
+std::optional<char> state_of(const PeerProcess& peer) {
+  if (!can_be_seen(peer)) return std::nullopt;
+  const auto look = look_at(peer.pid, peer.start);
+  return look ? look->state : 'X';
+}
+
+PeerPatience::PeerPatience(const PeerProcess& peer, Clock::time_point begin)
+    : peer_(peer), begin_(begin), is_here_(can_be_seen(peer)) {
   if (is_here_) first_ = look_at(peer_.pid, peer_.start);
 }
 

@@ -36,6 +36,10 @@ struct ProcessLook {
 /// @param ticks_per_second  what sysconf(_SC_CLK_TCK) says.
 std::optional<ProcessLook> parse_process_stat(const std::string& text, int64_t ticks_per_second);
 
+/// ProcessLook::state of a process now, 'X' if there is no such process any more; nothing if it can't be seen from
+/// here.
+std::optional<char> state_of(const PeerProcess& peer);
+
 /// Decides when to stop waiting for a rank that should answer. The time until the answer depends on how busy the
 /// machine is, so on one host the state of the process counts, too: one that waits for its peers is runnable, and
 /// answers within milliseconds of CPU time.

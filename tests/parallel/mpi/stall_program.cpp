@@ -4,8 +4,8 @@
 //
 // KIND says what rank RANK does instead of the all-reduce that the others come to: phase (works on the host for ever),
 // stop (is stopped), gather (an all-gather), or size (a larger all-reduce). watched: none comes to a collective after
-// that all-reduce, and the program ends when it has seen the report. TEST_BACKEND: the groups' backend, as in
-// tests/support/test_world.h.
+// that all-reduce, and the program ends when it has seen the report. end: the rank is stopped when all work is done and
+// the others end MPI. TEST_BACKEND: the groups' backend, as in tests/support/test_world.h.
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 #include <mpi.h>
@@ -66,6 +66,7 @@ int body(parallel::Runtime& runtime, const std::vector<std::string>& arguments) 
     MPI_Abort(MPI_COMM_WORLD, 1);
   }
   parallel::barrier(group);
+  if (is_stuck && kind == "end") raise(SIGSTOP);
   return 0;
 }
 

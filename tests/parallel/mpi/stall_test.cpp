@@ -81,6 +81,14 @@ TEST(Stall, OfTheRankThatWouldCollect) {
   expect_once(output, "\n  rank 0: silent \\(stopped\\)\n");
 }
 
+TEST(Stall, StoppedWhenTheOthersEndMpi) {
+  for (const int rank : {0, 2}) {
+    const auto output = output_of("end", 3, rank, "");
+    expect_once(output, fmt::format("error: rank {} of 3 on [^ ]+: rank {} is stopped by a signal, and MPI can't end",
+                                    rank == 0 ? 1 : 0, rank));
+  }
+}
+
 TEST_P(StallOverBackend, InAnotherCollective) {
   const auto output = output_of("gather", 2, 0, GetParam());
   expect_one_report(output, 2);
