@@ -1,10 +1,13 @@
 // Saves checkpoints while training goes on.
 //
 //   CheckpointSaver saver(directory, groups.world, {.keep_last = 2});
+//   trainer_options.before_update = [&] { saver.synchronize_staging(); };
 //   for (...) {
 //     trainer.step(...);
 //     saver.poll();
-//     if (step % interval == 0) saver.start({.step = step, .state = state, .tensors = sharded_tensors(...)});
+//     if (step % interval == 0) {
+//       saver.start({.step = step, .state = state, .tensors = sharded_tensors(...)}, Staging::kInBackground);
+//     }
 //   }
 //   saver.finish();
 #pragma once
@@ -22,8 +25,16 @@ class CheckpointSave;
 class HostCopy;
 }  // namespace internal
 
-/// Writes what save_checkpoint writes, in the same order, on a thread of its own, which sends nothing: start() copies
-/// the values to host memory and returns, poll() and finish() take the save on when all ranks are there. step-N gets
+/// When CheckpointSaver copies the values of a checkpoint to host memory, which PyTorch's asynchronous saves call
+/// staging.
+enum class Staging {
+  kBeforeReturn,  ///< in start(): the tensors may change as soon as it has returned
+  kInBackground,  ///< after start(), beside the next step's forward and backward pass, which only read parameters and
+                  ///< optimizer state: the tensors must not change before synchronize_staging() has returned
+};
+
+/// Writes what save_checkpoint writes, in the same order, on threads of its own, which send nothing: they copy the
+/// values to host memory and write them, poll() and finish() take the save on when all ranks are there. step-N gets
 /// its name, and `latest` moves, when every rank's file is on disk. One save at a time. At any moment a process may be
 /// killed: step-N is whole or isn't there, and older checkpoints are removed last.
 ///
@@ -44,13 +55,17 @@ class CheckpointSaver {
   CheckpointSaver(const CheckpointSaver&) = delete;
   CheckpointSaver& operator=(const CheckpointSaver&) = delete;
 
-  /// Begins to save: checks what save_checkpoint checks, copies the values of the tensors that this rank writes, and
-  /// returns; these may then change. If the save before is still being written it is finished first; the first time,
-  /// rank 0 warns how long that took, since training stood still.
+  /// Begins to save: checks what save_checkpoint checks, begins to copy the values of the tensors that this rank
+  /// writes, and returns. If the save before is still being written it is finished first; the first time, rank 0 warns
+  /// how long that took, since training stood still.
   /// @throws parallel::AgreedError on every rank as save_checkpoint, or as poll() for the save before; no save is then
   ///         pending.
   /// Collective over the world: the first two all-gathers of save_checkpoint, two calls of agree(), and finish().
-  void start(const CheckpointContents& contents);
+  void start(const CheckpointContents& contents, Staging staging = Staging::kBeforeReturn);
+
+  /// Returns when the values of a pending save are copied, after which the tensors may change; TrainerOptions has a
+  /// place for it. At once if there is none. A copy that fails is an error of poll() and finish(). Not collective.
+  void synchronize_staging();
 
   /// Takes a pending save on if every rank has come so far; call it after each step. It never waits for a disk.
   /// @return whether a save is pending afterwards; equal on every rank.
@@ -59,6 +74,11 @@ class CheckpointSaver {
   /// Collective over the world, at the same step on every rank; while a save is pending an all-reduce of one number,
   /// twice in a save the rest of what save_checkpoint sends; otherwise nothing is sent.
   bool poll();
+  /// The same for a training loop that has an all-reduce in each step anyway: takes the save on if `all_are_ready`, the
+  /// minimum of is_ready() over the world.
+  bool poll(bool all_are_ready);
+  /// Whether this rank has come so far that a pending save can be taken on; true if there is none. Not collective.
+  bool is_ready() const;
 
   /// Waits until the pending save is whole; returns at once if there is none. Throws as poll(). Collective over the
   /// world.

@@ -1,10 +1,13 @@
 #include <ATen/ATen.h>
+#include <c10/core/Event.h>
+#include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
 #include <fmt/format.h>
 
 #include <atomic>
 #include <chrono>
+#include <cstring>
 #include <future>
 #include <map>
 #include <optional>
@@ -129,14 +132,21 @@ namespace internal {
 /// Host memory for the values of a save, kept from save to save.
 class HostCopy {
  public:
-  /// Copies of `tensors`, which stay as they are until the next call.
-  std::vector<NamedTensor> of(const std::vector<NamedTensor>& tensors) {
+  /// Copies of `tensors`, which stay as they are until the next call. Any thread may call it.
+  /// @param queued  for tensors on a GPU: comes after the work that gives them their values.
+  std::vector<NamedTensor> of(const std::vector<NamedTensor>& tensors, const std::optional<c10::Event>& queued) {
+    const parallel::Phase phase("copying a checkpoint's values");
     constexpr int64_t kAlignment = 64;
     int64_t bytes = 0;
-    std::optional<c10::Device> gpu;
     for (const auto& [name, tensor] : tensors) {
       bytes += (static_cast<int64_t>(tensor.nbytes()) + kAlignment - 1) / kAlignment * kAlignment;
-      if (!tensor.is_cpu()) gpu = tensor.device();
+    }
+    const auto gpu = gpu_of(tensors);
+    // Beside the work of the training step, which has the current stream of its own thread.
+    std::optional<c10::StreamGuard> beside;
+    if (gpu) {
+      beside.emplace(c10::impl::VirtualGuardImpl(gpu->type()).getStreamFromGlobalPool(*gpu));
+      queued->block(beside->current_stream());
     }
     if (!memory_.defined() || memory_.numel() < bytes || memory_.is_pinned() != gpu.has_value()) {
       memory_.reset();  // before there is other memory
@@ -147,15 +157,36 @@ class HostCopy {
     for (const auto& [name, tensor] : tensors) {
       const auto size = static_cast<int64_t>(tensor.nbytes());
       auto copy = memory_.narrow(0, begin, size).view(tensor.scalar_type()).view(tensor.sizes());
-      copy.copy_(tensor.detach(), /*non_blocking=*/true);
+      if (tensor.is_cpu() && tensor.is_contiguous()) {
+        // copy_ would share a large tensor out over as many new threads as the training step has.
+        if (size > 0) std::memcpy(copy.mutable_data_ptr(), tensor.const_data_ptr(), static_cast<size_t>(size));
+      } else {
+        copy.copy_(tensor.detach(), /*non_blocking=*/true);
+      }
       copies.push_back({name, std::move(copy)});
       begin += (size + kAlignment - 1) / kAlignment * kAlignment;
     }
-    if (gpu) c10::impl::VirtualGuardImpl(gpu->type()).getStream(*gpu).synchronize();
+    if (beside) beside->current_stream().synchronize();
     return copies;
   }
 
+  /// What of() waits for: the end of the work on `tensors` that is queued now.
+  static std::optional<c10::Event> queued_work(const std::vector<NamedTensor>& tensors) {
+    const auto gpu = gpu_of(tensors);
+    if (!gpu) return std::nullopt;
+    std::optional<c10::Event> event(gpu->type());
+    event->record(c10::impl::VirtualGuardImpl(gpu->type()).getStream(*gpu));
+    return event;
+  }
+
  private:
+  static std::optional<c10::Device> gpu_of(const std::vector<NamedTensor>& tensors) {
+    for (const auto& [name, tensor] : tensors) {
+      if (!tensor.is_cpu()) return tensor.device();
+    }
+    return std::nullopt;
+  }
+
   at::Tensor memory_;
 };
 
@@ -164,7 +195,7 @@ class CheckpointSave {
  public:
   /// Begins. Collective.
   /// @param copy  null: the calling thread writes in advance(), from the tensors themselves. Otherwise other threads
-  ///              write, from copies.
+  ///              copy and write.
   CheckpointSave(const fs::path& directory, const CheckpointContents& contents, const parallel::GroupPtr& world,
                  const SaveCheckpointOptions& options, HostCopy* copy)
       : folder_(directory / step_name(contents.step)),
@@ -181,7 +212,6 @@ class CheckpointSave {
     const auto take = [&] {
       own_part = manifest_part(contents, own_file);
       tensors = written_tensors(contents.tensors);
-      if (copy != nullptr) tensors = copy->of(tensors);
     };
     parallel::agree_on(take, world);
     const auto parts = gather_texts(to_text(own_part), world);
@@ -191,12 +221,15 @@ class CheckpointSave {
       prepare_folder(directory, partial_);
     };
     undone_if_it_fails([&] { parallel::agree_on(prepare, world); });
-    save_point("copied");
-    const auto write = [this, file = partial_ / own_file, tensors = std::move(tensors),
-                        metadata = file_metadata(own_part)] {
-      return write_own_file(file, tensors, metadata, is_abandoned_);
-    };
-    written_ = std::async(policy_, write);
+    auto queued = copy != nullptr ? HostCopy::queued_work(tensors) : std::nullopt;
+    staged_ = std::async(policy_, [copy, tensors = std::move(tensors), queued = std::move(queued)] {
+      auto values = copy != nullptr ? copy->of(tensors, queued) : tensors;
+      save_point("copied");
+      return values;
+    });
+    written_ = std::async(policy_, [this, file = partial_ / own_file, metadata = file_metadata(own_part)] {
+      return write_own_file(file, staged_.get(), metadata, is_abandoned_);
+    });
   }
 
   /// Waits for this rank's threads, if there are some.
@@ -207,6 +240,12 @@ class CheckpointSave {
   bool is_done() const { return is_done_; }
   int64_t step() const { return step_; }
   const fs::path& folder() const { return folder_; }
+
+  /// Waits for the copies. Not collective.
+  void synchronize_staging() const {
+    const parallel::Phase phase("waiting for the copies of a checkpoint's values");
+    staged_.wait();
+  }
 
   /// Whether advance() has nothing to wait for on this rank. Not collective.
   bool is_ready() const {
@@ -267,6 +306,7 @@ class CheckpointSave {
   std::atomic<bool> is_abandoned_{false};
   bool is_done_ = false;
   // Their destructors wait, before the members above are gone.
+  std::shared_future<std::vector<NamedTensor>> staged_;
   std::future<FileDigest> written_;
   std::future<void> published_;
 };
@@ -288,7 +328,7 @@ CheckpointSaver::CheckpointSaver(fs::path directory, parallel::GroupPtr world, c
 
 CheckpointSaver::~CheckpointSaver() = default;
 
-void CheckpointSaver::start(const CheckpointContents& contents) {
+void CheckpointSaver::start(const CheckpointContents& contents, Staging staging) {
   if (is_pending() && !all_are_ready()) {
     const auto begin = std::chrono::steady_clock::now();
     const auto step = save_->step();
@@ -302,10 +342,19 @@ void CheckpointSaver::start(const CheckpointContents& contents) {
   }
   finish();
   save_ = std::make_unique<internal::CheckpointSave>(directory_, contents, world_, options_, host_copy_.get());
+  if (staging == Staging::kBeforeReturn) synchronize_staging();
 }
 
-bool CheckpointSaver::poll() {
-  if (is_pending() && all_are_ready()) advance();
+void CheckpointSaver::synchronize_staging() {
+  if (is_pending()) save_->synchronize_staging();
+}
+
+bool CheckpointSaver::is_ready() const { return !is_pending() || save_->is_ready(); }
+
+bool CheckpointSaver::poll() { return poll(is_pending() && all_are_ready()); }
+
+bool CheckpointSaver::poll(bool all_are_ready) {
+  if (is_pending() && all_are_ready) advance();
   return is_pending();
 }
 
@@ -314,7 +363,7 @@ void CheckpointSaver::finish() {
 }
 
 bool CheckpointSaver::all_are_ready() const {
-  const auto own = at::full({1}, save_->is_ready() ? 1 : 0, at::kInt);
+  const auto own = at::full({1}, is_ready() ? 1 : 0, at::kInt);
   return parallel::all_reduce(own, world_, parallel::Reduction::kMin).item<int>() == 1;
 }
 

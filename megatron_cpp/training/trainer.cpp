@@ -210,6 +210,7 @@ StepResult Trainer::step(const std::function<LossSum(int64_t)>& loss_sum, int64_
     if (options_.clip_grad_norm > 0 && result.grad_norm > options_.clip_grad_norm) {
       gradients_.scale(options_.clip_grad_norm / result.grad_norm);
     }
+    if (options_.before_update) options_.before_update();
     optimizer_.step(result.learning_rate);
     gradients_.gather_parameters();
     if (options_.expert_balance) options_.expert_balance->update_biases();

@@ -42,6 +42,9 @@ struct TrainerOptions {
   std::vector<std::string> auxiliary_losses = {};
   /// Of a model with experts, or null: each step begins it, reports its numbers, and ends with its bias rule.
   std::shared_ptr<ExpertBalance> expert_balance = nullptr;
+  /// Called in each step before parameters, optimizer state or correction biases change; empty: nothing. See
+  /// CheckpointSaver::synchronize_staging.
+  std::function<void()> before_update = {};
   int64_t check_replicas = 0;  ///< steps between two calls of megatron_cpp::check_replicas; 0: none
   NotFiniteAction not_finite = NotFiniteAction::kStop;  ///< of data and model; see Trainer::step
   int64_t max_skipped_steps = 10;                       ///< in a row; one more is an error all the same

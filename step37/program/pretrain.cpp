@@ -60,7 +60,8 @@ class PretrainRun {
         config_(std::move(config)),
         files_{config_.run.directory},
         progress_style_(progress),
-        faults_(/*watch_changes=*/groups_.dp->getRank() == 0) {}
+        faults_(/*watch_changes=*/groups_.dp->getRank() == 0),
+        saver_(files_.checkpoints(), groups_.world, config_.checkpoint) {}
 
   int run() {
     check_scales();
@@ -270,6 +271,7 @@ class PretrainRun {
     const auto moe_layers = model_->language_model->decoder->moe_layers();
     if (!moe_layers.empty()) expert_balance_ = std::make_shared<ExpertBalance>(moe_layers, groups_);
     options.expert_balance = expert_balance_;
+    options.before_update = [this] { saver_.synchronize_staging(); };
     trainer_ = std::make_unique<Trainer>(parameters_, groups_, options);
     parallel::agree_on(
         [&] {
@@ -336,10 +338,13 @@ class PretrainRun {
             .configuration = settings(config_)};
   }
 
-  /// The signal that asked any rank to stop, equal on all ranks; 0: none. Collective: all-reduces a number on the CPU.
-  int agreed_stop_signal() const {
-    const auto own = at::full({1}, StopSignals::received(), at::kInt);
-    return parallel::all_reduce(own, groups_.world, parallel::Reduction::kMax).item<int>();
+  /// After each step: takes a checkpoint that is being written on. Returns the signal that asked any rank to stop,
+  /// equal on all ranks; 0: none. Collective: all-reduces two numbers on the CPU.
+  int poll_saver_and_signals() {
+    const auto own = at::tensor({saver_.is_ready() ? 0 : 1, StopSignals::received()}, at::kInt);
+    const auto all = parallel::all_reduce(own, groups_.world, parallel::Reduction::kMax);
+    saver_.poll(/*all_are_ready=*/all[0].item<int>() == 0);
+    return all[1].item<int>();
   }
 
   /// Floating-point operations a second that a rank could do. Collective.
@@ -371,7 +376,6 @@ class PretrainRun {
     int signal = 0;
     MixState data;  // after the step
     int64_t flops = 0;
-    RunSaver saver(files_.checkpoints(), groups_.world, config_.checkpoint);
     TrainingLoopCallbacks callbacks;
     callbacks.next_batch = [&] {
       const auto start = std::chrono::steady_clock::now();
@@ -395,12 +399,11 @@ class PretrainRun {
     };
     callbacks.save = [&](int64_t step) {
       if (is_main() && step == config_.training.steps) records->remove_report();
-      saver.save(contents(step, data));
+      saver_.save(contents(step, data));
     };
     // A signal may reach the ranks at different steps, or only one rank.
     callbacks.stops = [&] {
-      saver.poll();
-      signal = agreed_stop_signal();
+      signal = poll_saver_and_signals();
       return signal != 0;
     };
     TrainingLoopOptions options;
@@ -408,7 +411,7 @@ class PretrainRun {
     options.validation_interval = config_.validation.interval;
     options.checkpoint_interval = config_.checkpoint.interval;
     const int64_t last_step = run_training_loop(*trainer_, options, callbacks);
-    saver.finish(contents(last_step, data));
+    saver_.finish(contents(last_step, data));
     parallel::agree_on(
         [&] {
           if (is_main()) records->flush();
@@ -520,6 +523,7 @@ class PretrainRun {
   int64_t resumed_steps_ = -1;
   RunData data_;
   PictureFaults faults_;
+  RunSaver saver_;
   std::optional<Tokenizer> tokenizer_;
   TokenizerMark tokenizer_mark_;
   BatchLoaderOptions loader_options_;

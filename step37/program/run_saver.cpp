@@ -17,7 +17,7 @@ RunSaver::RunSaver(const std::filesystem::path& directory, const parallel::Group
 void RunSaver::save(const CheckpointContents& contents) {
   try_to([&] {
     if (section_.asynchronous) {
-      saver_.start(contents);
+      saver_.start(contents, Staging::kInBackground);
     } else {
       save_checkpoint(directory_, contents, world_, options_);
     }
@@ -25,8 +25,8 @@ void RunSaver::save(const CheckpointContents& contents) {
   });
 }
 
-void RunSaver::poll() {
-  try_to([&] { saver_.poll(); });
+void RunSaver::poll(bool all_are_ready) {
+  try_to([&] { saver_.poll(all_are_ready); });
 }
 
 void RunSaver::finish(const CheckpointContents& contents) {

@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <chrono>
 #include <filesystem>
 #include <future>
 #include <optional>
@@ -142,6 +143,39 @@ TEST_F(Saver, WritesTheValuesOfTheStep) {
     EXPECT_TRUE(holds(this->step(step), step));
   }
   EXPECT_EQ(names_in(directory()), (Names{"latest", "step-00000001", "step-00000002"}));
+}
+
+TEST_F(Saver, CopiesInTheBackgroundUntilTheValuesAreToChange) {
+  CheckpointSaver saver(directory(), world());
+  saver.synchronize_staging();
+  for (const int64_t step : {1, 2}) {
+    auto now = contents(step);
+    HeldWriter writer("copied");
+    saver.start(now, Staging::kInBackground);
+    auto synchronized = std::async(std::launch::async, [&] { saver.synchronize_staging(); });
+    if (world_rank() == world_size() - 1) {
+      EXPECT_FALSE(saver.is_ready());
+      EXPECT_EQ(synchronized.wait_for(std::chrono::seconds(0)), std::future_status::timeout);
+    }
+    writer.release();
+    synchronized.get();
+    for (const auto& tensor : now.tensors) tensor.local.fill_(-5);
+    saver.finish();
+    EXPECT_TRUE(saver.is_ready());
+    EXPECT_TRUE(holds(this->step(step), step));
+  }
+}
+
+TEST_F(Saver, ACopyThatFailsIsAnErrorOfAll) {
+  CheckpointSaver saver(directory(), world());
+  const SavePointHook hook([&](std::string_view name) {
+    TORCH_CHECK(name != "copied" || world_rank() < world_size() - 1, "no memory left");
+  });
+  saver.start(contents(1), Staging::kInBackground);
+  saver.synchronize_staging();
+  EXPECT_NE(agreed_error([&] { saver.finish(); }).find("no memory left"), std::string::npos);
+  EXPECT_FALSE(saver.is_pending());
+  EXPECT_TRUE(names_in(directory()).empty());
 }
 
 TEST_F(Saver, WritesTheBytesOfASynchronousSave) {
