@@ -7,7 +7,8 @@
 #   scripts/torture.sh --kills 200 --damaged 200 --full-disks 20 --sigterms 50 --stops 20 --broken-data 60
 #   scripts/torture.sh --seed S --only kills:3   repeats a case alone
 #
-# Counts are numbers of faults. --ranks 2: no runs of four ranks. --seconds: in which a job must end after a fault (10).
+# Counts are numbers of faults. --pictures data/tuxpaint: train on a mix of conversations about two of these pictures, text
+# without pictures, and the captioned pictures, 2 : 1 : 1; no broken data then. --ranks 2: no runs of four ranks. --seconds: in which a job must end after a fault (10).
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 [[ ${1:-} != --help ]] || { usage; exit 0; }

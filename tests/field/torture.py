@@ -121,6 +121,37 @@ def make_data(folder):
                     archive.addfile(member, io.BytesIO(data))
 
 
+MIX = """  sets:
+    chats: {kind: conversations, path: data/chats.jsonl, chat_template: step37, weight: 2}
+    texts: {kind: conversations, path: data/texts.jsonl, chat_template: step37, weight: 1}
+    stamps: {path: data/pictures, weight: 1}
+"""
+
+
+def make_mix(folder, pictures):
+    """Samples of MIX: conversations about two captioned pictures of a folder, others without one, and the folder."""
+    draw = random.Random("mix")
+    (folder / "data").mkdir()
+    (folder / "data/pictures").symlink_to(pictures.resolve(strict=True))
+    captions = {str(path.relative_to(pictures)): path.with_suffix(".txt").read_text(errors="replace").splitlines()[0]
+                for path in sorted(pictures.rglob("*.png")) if path.with_suffix(".txt").exists()}
+
+    def sample(question, answer, images=()):
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return {"messages": messages, **({"images": [f"pictures/{image}" for image in images]} if images else {})}
+
+    pairs = [draw.sample(sorted(captions), 2) for _ in range(60)]
+    chats = [sample("<image><image>\nwhat is on them?", " ".join(captions[name] for name in pair), pair)
+             for pair in pairs]
+    texts = [sample(f"spell backwards: {captions[a]}", captions[a][::-1]) for a, _ in pairs[:40]]
+    for name, samples in (("chats", chats), ("texts", texts)):
+        (folder / f"data/{name}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    config = folder / "torture.yaml"
+    text, count = re.subn(r"^  sets:\n(    .*\n)+", MIX, config.read_text(), flags=re.M)
+    assert count == 1
+    config.write_text(text.replace("sequence_length: 128", "sequence_length: 256"))
+
+
 def flip(draw, data):
     data = bytearray(data)
     for _ in range(draw.choice((1, 1, 4, 64))):
@@ -226,7 +257,10 @@ class Torture:
         self.folder = Path(tempfile.mkdtemp(prefix="megatron_cpp_torture."))
         self.cleanups = contextlib.ExitStack()
         shutil.copy(CONFIG, self.folder / "torture.yaml")
-        make_data(self.folder / "data")
+        if arguments.pictures:
+            make_mix(self.folder, arguments.pictures)
+        else:
+            make_data(self.folder / "data")
         self.undisturbed = {}  # by layout: folder and seconds
         self.tried, self.longest = Counter(), {}
 
@@ -266,6 +300,9 @@ class Torture:
             require(self.start(self.command(layout, "run")).status == 0, "a second undisturbed run failed")
             self.undisturbed[layout] = (self.folder / run, time.monotonic() - begin)
             shutil.rmtree(self.folder / "run")
+            losses = [[line["loss"] for line in curve(folder)] for folder, _ in self.undisturbed.values()]
+            difference = max(abs(a / b - 1) for a, b in zip(losses[0], losses[-1]))
+            require(difference < 1e-3, f"the losses of {layout} and {next(iter(self.undisturbed))} differ by {difference}")
         return self.undisturbed[layout]
 
     def checkpoints(self, run):
@@ -628,6 +665,8 @@ class Torture:
         except Failure as failure:
             words = " ".join(str(word) for word in self.last_command)
             option = f"--ranks {self.arguments.ranks} --seconds {self.arguments.seconds}"
+            if self.arguments.pictures:
+                option += f" --pictures {self.arguments.pictures}"
             sys.exit(f"FAILED {kind}:{number}: {failure}\nthe last command, in {self.folder}, which stays:\n  {words}\n"
                      f"repeat it with\n  scripts/torture.sh --seed {self.arguments.seed} {option} --only {kind}:{number}")
         finally:
@@ -662,11 +701,16 @@ def main():
     for kind in Torture.KINDS:
         option = f"--{kind.replace('_', '-')}"
         parser.add_argument(option, type=int, default=defaults[kind], metavar="N", help=f"(default: {defaults[kind]})")
+    parser.add_argument("--pictures", type=Path, metavar="DIR",
+                        help="train on a mix of this folder of captioned PNG files and conversations about them")
     parser.add_argument("--ranks", type=int, choices=(2, 4), default=4, help="the most ranks of a run (default: 4)")
     parser.add_argument("--seconds", type=float, default=10.0, help="in which a job must end after a fault (default: 10)")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 32), help="what is drawn (default: at random)")
     parser.add_argument("--only", metavar="KIND:NUMBER", help="this case alone, such as kills:3")
-    Torture(parser.parse_args()).all()
+    arguments = parser.parse_args()
+    if arguments.pictures:
+        arguments.broken_data = 0  # it knows the files of make_data
+    Torture(arguments).all()
 
 
 if __name__ == "__main__":
