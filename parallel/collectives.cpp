@@ -13,6 +13,7 @@
 #include "parallel/activity.h"
 #include "parallel/c10d_calls.h"
 #include "parallel/errors.h"
+#include "parallel/named_range.h"
 #include "parallel/shard.h"
 
 namespace megatron_cpp::parallel {
@@ -42,6 +43,10 @@ auto named(const char* operation, const at::Tensor& tensor, const GroupPtr& grou
   const internal::InCollective record(group->getGroupName(), operation, tensor.defined() ? tensor.numel() : 0, sizes,
                                       number);
   number = record.number();
+  const NamedRange range([&] {
+    return c10::str(operation, " over ", group->getGroupName(),
+                    tensor.defined() ? c10::str(", ", tensor.numel(), " elements") : "");
+  });
   try {
     return call();
   } catch (const c10::DistBackendError&) {

@@ -12,6 +12,7 @@
 #include "megatron_cpp/tensor_parallel/to_device.h"
 #include "megatron_cpp/transformer/multi_token_prediction.h"
 #include "parallel/mappings.h"
+#include "parallel/named_range.h"
 #include "parallel/shard.h"
 
 namespace megatron_cpp::step37 {
@@ -126,7 +127,7 @@ void Step37ModelImpl::run_tower(std::vector<ImageForInsert>& images) {
     TORCH_CHECK_VALUE(
         !is_split || !is_held(group), "the group of start token ", group.insert_start_token,
         " has each picture on one rank (held): with mm_encoder_tp_mode weights every rank needs them all");
-    auto features = vision_model->forward(group.images);
+    auto features = parallel::in_range("vision tower", [&] { return vision_model->forward(group.images); });
     if (is_split && gradients_are_on_holders) {
       features = parallel::copy_to_tensor_model_parallel_region(features, tp_);
     }

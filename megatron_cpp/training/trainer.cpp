@@ -15,6 +15,7 @@
 #include "parallel/agree.h"
 #include "parallel/collectives.h"
 #include "parallel/host_name.h"
+#include "parallel/named_range.h"
 
 namespace megatron_cpp {
 namespace {
@@ -85,6 +86,7 @@ Trainer::Pass Trainer::run_pass(const Batch& batch, internal::NotFiniteSearch* s
   std::map<int64_t, at::Tensor> means;  // of micro-batches between their forward and backward pass
   for (const auto& [kind, micro_batch] : one_after_the_other(batch.num_micro_batches)) {
     if (kind == Action::Kind::kForward) {
+      const parallel::NamedRange range("forward");
       if (search != nullptr) search->begin_forward(micro_batch);
       const auto sums = batch.loss_sum(micro_batch);
       TORCH_CHECK_VALUE(sums.auxiliary.size() == names.size(), "a micro-batch has ", sums.auxiliary.size(),
@@ -99,14 +101,16 @@ Trainer::Pass Trainer::run_pass(const Batch& batch, internal::NotFiniteSearch* s
       means[micro_batch] = mean;
       if (search != nullptr) search->end_forward(losses);
     } else {
+      const parallel::NamedRange range("backward");
       const bool is_last = micro_batch == batch.num_micro_batches - 1;
       if (is_last && search == nullptr) gradients_.reduce_in_backward();
       means.extract(micro_batch).mapped().backward();
       if (search != nullptr) search->look_at_gradients(gradients_.parameters());
     }
   }
-  gradients_.reduce();
+  parallel::in_range("gradient reduction", [&] { gradients_.reduce(); });
   gradients_.finish_gather();  // of modules that no micro-batch has used
+  const parallel::NamedRange range("losses and norm");
   // The only wait for the device in a step; the work up to the norm is queued before it.
   const auto all_losses = parallel::all_reduce(losses, groups_.dp);
   // A loss that isn't finite on one rank, and its copies are, makes the norm so on all.
@@ -208,9 +212,11 @@ StepResult Trainer::step(const std::function<LossSum(int64_t)>& loss_sum, int64_
     // All replicas have the same bits, which one all-reduce has given them.
     if (const auto spike = spikes_.add(result.loss)) warn_of_spike(*spike, batch);
     if (options_.clip_grad_norm > 0 && result.grad_norm > options_.clip_grad_norm) {
+      const parallel::NamedRange range("clipping");
       gradients_.scale(options_.clip_grad_norm / result.grad_norm);
     }
     if (options_.before_update) options_.before_update();
+    const parallel::NamedRange range("optimizer");
     optimizer_.step(result.learning_rate);
     gradients_.gather_parameters();
     if (options_.expert_balance) options_.expert_balance->update_biases();

@@ -6,6 +6,7 @@
 #include <chrono>
 
 #include "parallel/activity.h"
+#include "parallel/named_range.h"
 
 namespace megatron_cpp {
 
@@ -35,11 +36,12 @@ int64_t run_training_loop(Trainer& trainer, const TrainingLoopOptions& options,
   while (step < options.steps) {
     ++step;
     parallel::set_step(step);
+    if (options.profile) options.profile->begin_step(step);
     const auto start = Clock::now();
     StepMetrics metrics;
     metrics.step = step;
     {
-      const auto batch = callbacks.next_batch();
+      const auto batch = parallel::in_range("data", callbacks.next_batch);
       metrics.result = trainer.step(batch.loss_sum, batch.num_micro_batches, batch.num_loss_tokens, batch.sample_names);
       metrics.counts = batch.counts;
       metrics.values = batch.values;
@@ -53,7 +55,9 @@ int64_t run_training_loop(Trainer& trainer, const TrainingLoopOptions& options,
     if (callbacks.report) callbacks.report(metrics);
     const bool saves = options.is_due(step, options.checkpoint_interval);
     if (saves && callbacks.save) callbacks.save(step);
-    if (!callbacks.stops || !callbacks.stops()) continue;
+    const bool stops = callbacks.stops && callbacks.stops();
+    if (options.profile) stops ? options.profile->finish() : options.profile->end_step(step);
+    if (!stops) continue;
     if (!saves && callbacks.save) callbacks.save(step);
     return step;
   }

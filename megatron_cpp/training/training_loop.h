@@ -5,11 +5,13 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "megatron_cpp/training/step_profile.h"
 #include "megatron_cpp/training/trainer.h"
 
 namespace megatron_cpp {
@@ -48,6 +50,8 @@ struct TrainingLoopOptions {
   int64_t steps = 0;                ///< of the whole run, also after resuming
   int64_t validation_interval = 0;  ///< steps between validations; 0: at the end only
   int64_t checkpoint_interval = 0;  ///< steps between checkpoints; 0: at the end only
+  /// Records its steps, from loading the batch to `stops`; null: nobody does. Ranks may have one or not.
+  std::shared_ptr<StepProfile> profile = nullptr;
 
   /// Every `interval` steps, and at the last step.
   bool is_due(int64_t step, int64_t interval) const;

@@ -10,6 +10,7 @@
 
 #include "megatron_cpp/transformer/flash_attention.h"
 #include "megatron_cpp/transformer/recompute.h"
+#include "parallel/named_range.h"
 #include "parallel/shard.h"
 
 namespace megatron_cpp {
@@ -155,16 +156,17 @@ at::Tensor SelfAttentionImpl::forward(const at::Tensor& input, const AttentionBa
                     attention.batch_size());
   const auto& tables = attention.tables(rotary_);
 
-  const auto fused = linear_qkv->forward(input);  // [S, B, q | k | v | g]
+  const auto fused = parallel::in_range("qkv", [&] { return linear_qkv->forward(input); });  // [S, B, q | k | v | g]
   const int64_t q_columns = num_heads_ * head_dim_;
   const int64_t kv_columns = num_groups_ * head_dim_;
   const auto parts = fused.split_with_sizes({q_columns, kv_columns, kv_columns, num_heads_}, -1);
   const auto heads = [&](const at::Tensor& part) { return part.unflatten(-1, {-1, head_dim_}); };
-  const auto normed = [&](RMSNorm& norm, const at::Tensor& part) {
-    return norm ? norm->forward(heads(part)) : heads(part);
+  const auto rotated = [&](RMSNorm& norm, const at::Tensor& part) {
+    const parallel::NamedRange range("norm and rotary");
+    return apply_rotary(norm ? norm->forward(heads(part)) : heads(part), tables);
   };
-  const auto q = apply_rotary(normed(q_norm, parts[0]), tables);
-  const auto k = apply_rotary(normed(k_norm, parts[1]), tables);
+  const auto q = rotated(q_norm, parts[0]);
+  const auto k = rotated(k_norm, parts[1]);
   const auto v = heads(parts[2]);
   const auto& sub_sequences = attention.sub_sequences();
   const auto attend = [&] {
@@ -175,9 +177,9 @@ at::Tensor SelfAttentionImpl::forward(const at::Tensor& input, const AttentionBa
     };
     return recompute(body, {q, k, v})[0];
   };
-  const auto output = attend();
-  const auto gated = output * at::sigmoid(parts[3]).unsqueeze(-1);
-  return linear_proj->forward(gated.flatten(2, 3));
+  const auto output = parallel::in_range("core attention", attend);
+  const auto gated = parallel::in_range("head gate", [&] { return output * at::sigmoid(parts[3]).unsqueeze(-1); });
+  return parallel::in_range("attention output", [&] { return linear_proj->forward(gated.flatten(2, 3)); });
 }
 
 }  // namespace megatron_cpp

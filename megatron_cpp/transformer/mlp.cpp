@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "megatron_cpp/transformer/recompute.h"
+#include "parallel/named_range.h"
 
 namespace megatron_cpp {
 
@@ -18,7 +19,9 @@ MLPImpl::MLPImpl(const TransformerConfig& config, int64_t ffn_hidden_size, doubl
 
 at::Tensor MLPImpl::forward(const at::Tensor& input) {
   const RecomputedBody compute = [fc1 = linear_fc1, fc2 = linear_fc2, limit = swiglu_limit_](const auto& inputs) {
-    return std::vector{fc2.ptr()->forward(clamped_swiglu(fc1.ptr()->forward(inputs[0]), limit))};
+    const auto gate_and_up = parallel::in_range("fc1", [&] { return fc1.ptr()->forward(inputs[0]); });
+    const auto activated = parallel::in_range("swiglu", [&] { return clamped_swiglu(gate_and_up, limit); });
+    return std::vector{parallel::in_range("fc2", [&] { return fc2.ptr()->forward(activated); })};
   };
   return (is_recomputed_ ? recompute(compute, {input}, parameters()) : compute({input}))[0];
 }

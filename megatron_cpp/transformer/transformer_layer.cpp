@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "megatron_cpp/transformer/recompute.h"
+#include "parallel/named_range.h"
 
 namespace megatron_cpp {
 
@@ -29,6 +30,7 @@ TransformerLayerImpl::TransformerLayerImpl(const TransformerConfig& config, int6
 
 std::vector<at::Tensor> TransformerLayerImpl::feed_forward(const at::Tensor& normed, RouterStatistics* statistics,
                                                            std::optional<TokenDispatcher>* dispatcher) {
+  const parallel::NamedRange range(moe ? "moe" : "mlp");
   if (!moe) return {mlp->forward(normed)};
   const auto output = moe->forward(normed, statistics, dispatcher);
   if (statistics == nullptr) return {output};
@@ -42,10 +44,14 @@ at::Tensor TransformerLayerImpl::compute(const at::Tensor& hidden_states, const 
   // order whether the layer is recomputed or not.
   const auto input = at::alias(hidden_states);
   const auto behind = [&](const RMSNorm& norm, const at::Tensor& x, const auto& consume) {
-    const auto produce = [norm = norm.ptr()](const at::Tensor& again) { return norm->forward(again); };
+    const auto produce = [norm = norm.ptr()](const at::Tensor& again) {
+      const parallel::NamedRange range("norm");
+      return norm->forward(again);
+    };
     return (recomputes_norms_ ? recompute_between(produce, x, consume) : consume(produce(x)))[0];
   };
   const auto attended = input + behind(input_layernorm, input, [&](const at::Tensor& normed) {
+                          const parallel::NamedRange range("self attention");
                           return std::vector{self_attention->forward(normed, attention, cache)};
                         });
   return attended + behind(pre_mlp_layernorm, attended,
@@ -79,6 +85,7 @@ at::Tensor TransformerLayerImpl::compute_twice(const at::Tensor& hidden_states, 
 
 at::Tensor TransformerLayerImpl::forward(const at::Tensor& hidden_states, const AttentionBatch& attention,
                                          KeyValueCache::Layer* cache, RouterStatistics* statistics) {
+  const parallel::NamedRange range("layer");
   // A cache goes without gradients, and without them there is nothing to keep.
   return is_recomputed_ && cache == nullptr ? compute_twice(hidden_states, attention, statistics)
                                             : compute(hidden_states, attention, cache, statistics, nullptr);

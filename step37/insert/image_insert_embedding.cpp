@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "parallel/agree.h"
+#include "parallel/named_range.h"
 #include "step37/insert/agreement.h"
 #include "step37/insert/delivery.h"
 #include "step37/insert/features.h"
@@ -46,7 +47,10 @@ at::Tensor ImageInsertEmbeddingImpl::forward(const at::Tensor& input_ids, const 
                                              const at::Tensor& position_ids) {
   if (images.empty() && !options_.checked()) return words_->forward(input_ids, position_ids);
   InsertPlan plan;
-  const auto make = [&] { plan = make_plan(input_ids, images); };
+  const auto make = [&] {
+    const parallel::NamedRange range("image insert: plan");
+    plan = make_plan(input_ids, images);
+  };
   options_.checked() ? parallel::agree_on(make, words_->tp()) : make();
   return forward(input_ids, images, plan, position_ids);
 }
@@ -81,13 +85,17 @@ at::Tensor ImageInsertEmbeddingImpl::forward(const at::Tensor& input_ids, const 
   const auto text = words_->partial(input_ids, at::tensor(at::ArrayRef<int64_t>(plan.embedding_rows()), at::kLong));
   internal::bring_features(features, plan, *request);
   align_projector->use_parameters();
-  const auto projected = align_projector->forward(features.rows, features.were_gathered).to(text.scalar_type());
+  const auto projected = parallel::in_range("image insert: projection", [&] {
+    return align_projector->forward(features.rows, features.were_gathered).to(text.scalar_type());
+  });
 
   const auto part = projected_part(options_.projector_sharding());
   const auto deliver = request->by_owners ? internal::deliver_in_place
                                           : internal::choose_delivery(options_.exchange(), words_->layout(), part);
   const internal::DeliverySetting setting{words_->word_embeddings, input_ids, part, features};
-  return words_->finish(deliver(text, projected, setting), position_ids);
+  const auto delivered =
+      parallel::in_range("image insert: exchange", [&] { return deliver(text, projected, setting); });
+  return words_->finish(delivered, position_ids);
 }
 
 bool ImageInsertEmbeddingImpl::owners_project(const std::vector<ImageForInsert>& images) const {

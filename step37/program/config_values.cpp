@@ -99,6 +99,11 @@ std::string write_value(const Recompute& value) {
   return text.empty() ? "none" : text;
 }
 
+std::string write_value(const StepRange& value) {
+  if (value.first == 0) return "none";
+  return value.first == value.last ? fmt::to_string(value.first) : fmt::format("{}-{}", value.first, value.last);
+}
+
 std::string read_value(const std::string& text, std::string& value) {
   value = text;
   return is_utf8(text) ? "" : "text in UTF-8";  // checkpoints keep settings as JSON
@@ -114,6 +119,15 @@ std::string read_value(const std::string& text, std::optional<int64_t>& value) {
 std::string read_value(const std::string& text, LossChunk& value) {
   if (text == "auto") return value.positions.reset(), "";
   return read_number(text, value.positions.emplace()) ? "" : "an integer or auto";
+}
+std::string read_value(const std::string& text, StepRange& value) {
+  constexpr char kWanted[] = "none, a step as 3, or steps as 3-5";
+  if (text == "none") return value = {}, "";
+  const auto dash = text.find('-');
+  const auto first = text.substr(0, dash);
+  const bool is_read = read_number(first, value.first) &&
+                       read_number(dash == std::string::npos ? first : text.substr(dash + 1), value.last);
+  return is_read && 0 < value.first && value.first <= value.last ? "" : kWanted;
 }
 std::string read_value(const std::string& text, ParameterScales& value) {
   value.clear();

@@ -47,6 +47,7 @@ std::string write_value(const std::optional<int64_t>& value);
 std::string write_value(const LossChunk& value);
 std::string write_value(const ParameterScales& value);
 std::string write_value(const Recompute& value);
+std::string write_value(const StepRange& value);
 std::string write_value(const DataSetSections& value);
 
 /// Reads `text` into `value`. Returns an empty text, or, if `text` is wrong, what it has to be: "an integer".
@@ -66,6 +67,7 @@ std::string read_value(const std::string& text, std::optional<int64_t>& value);
 std::string read_value(const std::string& text, LossChunk& value);
 std::string read_value(const std::string& text, ParameterScales& value);
 std::string read_value(const std::string& text, Recompute& value);
+std::string read_value(const std::string& text, StepRange& value);
 std::string read_value(const std::string& text, DataSetSections& value);
 
 }  // namespace megatron_cpp::step37

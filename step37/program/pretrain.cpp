@@ -410,6 +410,10 @@ class PretrainRun {
     options.steps = config_.training.steps;
     options.validation_interval = config_.validation.interval;
     options.checkpoint_interval = config_.checkpoint.interval;
+    if (config_.run.profile.first > 0) {
+      const auto file = files_.profiles() / fmt::format("rank-{:04}.json", runtime_.rank());
+      options.profile = std::make_shared<StepProfile>(config_.run.profile, file, runtime_.device());
+    }
     const int64_t last_step = run_training_loop(*trainer_, options, callbacks);
     saver_.finish(contents(last_step, data));
     parallel::agree_on(

@@ -47,7 +47,7 @@ void visit_keys(Config& config, const Visit& visit) {
   constexpr Rule kAtLeast1{.least = 1};
   constexpr int64_t kMaxLayers = 10000;  // more than any model has: a typing error mustn't use up all memory
   each(kAny, KEY(run, directory), KEY(run, fresh), KEY(run, device), KEY(run, share_gpus), KEY(run, master_address),
-       KEY(run, checked));
+       KEY(run, checked), KEY(run, profile));
   each(kAtLeast1, KEY(run, timeout_seconds));
   each(kAtLeast0, KEY(parallel, tp), KEY(parallel, dp));
   each(kAtLeast1, KEY(parallel, cp), KEY(parallel, pp), KEY(parallel, ep));
@@ -451,6 +451,8 @@ void validate(const RunConfig& config, int num_ranks) {
   TORCH_CHECK_VALUE(device == "auto" || device == "cpu" || device == "cuda", "run.device ", device,
                     " is not one of auto, cpu, cuda");
   check_no_tilde("run.directory", config.run.directory);
+  TORCH_CHECK_VALUE(config.run.profile.last <= config.training.steps, "run.profile ", write_value(config.run.profile),
+                    ": the run has ", config.training.steps, " steps (training.steps)");
   const auto& data = config.data;
   TORCH_CHECK_VALUE(data.directory.empty() != data.sets.empty(), "data.directory and data.sets are ",
                     data.directory.empty() ? "both empty" : "both given", ": a run needs one of them");

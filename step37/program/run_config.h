@@ -12,6 +12,7 @@
 #include "megatron_cpp/optimizer/adamw.h"
 #include "megatron_cpp/optimizer/gradient_buffer.h"
 #include "megatron_cpp/training/learning_rate.h"
+#include "megatron_cpp/training/step_profile.h"
 #include "megatron_cpp/training/trainer.h"
 #include "parallel/rank_grid.h"
 #include "step37/data/crop_plan.h"
@@ -34,6 +35,7 @@ struct RunSection {
   int64_t timeout_seconds = 600;        ///< how long a collective may wait for its peers
   std::string master_address;           ///< NCCL: address of the host of rank 0; empty: its host name
   bool checked = checked_by_default();  ///< ranks compare what must be equal before they exchange embeddings
+  StepRange profile;                    ///< steps to record (StepProfile), written 3 or 3-5; `none`
 };
 
 struct ParallelSection {

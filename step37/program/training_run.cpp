@@ -85,12 +85,15 @@ void remove_run_file(const std::filesystem::path& path) {
 
 void remove_earlier_run(const RunFiles& files) {
   remove_checkpoints(files.checkpoints());
-  std::error_code not_a_folder;
   for (const auto& path : {files.metrics(), files.report(), files.tokenizer(), files.published()}) {
     remove_run_file(path);
   }
-  for (const auto& file : std::filesystem::directory_iterator(files.tensorboard(), not_a_folder)) {
-    if (file.path().filename().string().starts_with("events.out.tfevents.")) std::filesystem::remove(file.path());
+  for (const auto& [folder, beginning] :
+       {std::pair(files.tensorboard(), "events.out.tfevents."), std::pair(files.profiles(), "rank-")}) {
+    std::error_code not_a_folder;
+    for (const auto& file : std::filesystem::directory_iterator(folder, not_a_folder)) {
+      if (file.path().filename().string().starts_with(beginning)) std::filesystem::remove(file.path());
+    }
   }
 }
 

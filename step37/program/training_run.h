@@ -33,6 +33,8 @@ struct RunFiles {
   /// PublishedForm::to_text() of the model that the run was started from, with model.from or model.config.
   std::filesystem::path published() const { return directory / "published.json"; }
   std::filesystem::path lock() const { return directory / "lock"; }
+  /// Traces, one a rank (RunSection::profile).
+  std::filesystem::path profiles() const { return directory / "profile"; }
   /// What the search of a data set's picture folder found, for the next start.
   std::filesystem::path picture_index(const std::string& data_set) const { return picture_file(data_set, ".index"); }
   /// The paths of that folder's pictures, in the order in which the run's samplers number them.

@@ -1,6 +1,7 @@
 #include "step37/program/run_config.h"
 
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -190,6 +191,25 @@ TEST_F(RunConfigTest, SettingsAreInOrderAndReadable) {
   EXPECT_TRUE(has("parallel.exchange", "fused"));
   EXPECT_TRUE(has("validation.packs", "all"));
   EXPECT_TRUE(has("run.fresh", "false"));
+}
+
+TEST_F(RunConfigTest, ProfileIsAStepOrARange) {
+  const std::string key = "run.profile";
+  const auto profile = [&](const std::string& value) { return smallest({key + "=" + value}).run.profile; };
+  const auto last = smallest({}).training.steps;
+  EXPECT_EQ(smallest({}).run.profile, StepRange{});
+  EXPECT_EQ(profile("none"), StepRange{});
+  EXPECT_EQ(profile("1"), (StepRange{1, 1}));
+  EXPECT_EQ(profile(fmt::format("1-{}", last)), (StepRange{1, last}));
+  EXPECT_EQ(settings(load(kSmallest, as_overrides(smallest({key + "=1-1"})))), settings(smallest({key + "=1"})));
+  for (const auto* wrong : {"some", "0", "2-1", "-1", "1-", "1-2-3"}) {
+    EXPECT_EQ(override_error(key + "=" + wrong),
+              fmt::format("{0} in the override {0}={1} must be none, a step as 3, or "
+                          "steps as 3-5, got {1}",
+                          key, wrong));
+  }
+  EXPECT_EQ(validation_error({fmt::format("{}={}", key, last + 1)}),
+            fmt::format("{0} {1}: the run has {2} steps (training.steps)", key, last + 1, last));
 }
 
 // The default makes chunks of what parallel.tp leaves a rank of a large vocabulary.

@@ -8,6 +8,7 @@
 
 #include "megatron_cpp/transformer/recompute.h"
 #include "parallel/mappings.h"
+#include "parallel/named_range.h"
 
 namespace megatron_cpp {
 
@@ -33,11 +34,14 @@ at::Tensor MoELayerImpl::routed_experts(const at::Tensor& tokens, int64_t begin,
                                         std::optional<TokenDispatcher>* dispatcher) {
   std::optional<TokenDispatcher> own;
   auto& ways = dispatcher == nullptr ? own : *dispatcher;
-  const auto routing = router->forward(tokens, ways ? ways->experts() : at::Tensor());
+  const auto routing =
+      parallel::in_range("router", [&] { return router->forward(tokens, ways ? ways->experts() : at::Tensor()); });
   if (statistics != nullptr) statistics->add(routing, config_, begin);
   if (!ways) ways.emplace(routing.experts, config_.num_experts, experts->experts(), groups_);
   const RecomputedBody compute = [taken = *ways, own_experts = experts.ptr()](const auto& inputs) {
-    return std::vector{taken.combine(own_experts->forward(taken.dispatch(inputs[0], inputs[1])))};
+    const auto dispatched = parallel::in_range("dispatch", [&] { return taken.dispatch(inputs[0], inputs[1]); });
+    const auto outputs = parallel::in_range("experts", [&] { return own_experts->forward(dispatched); });
+    return std::vector{parallel::in_range("combine", [&] { return taken.combine(outputs); })};
   };
   const std::vector<at::Tensor> inputs{tokens, routing.weights};
   return (recomputes_experts_ ? recompute(compute, inputs, experts->parameters()) : compute(inputs))[0];
