@@ -32,22 +32,6 @@ at::Tensor tensor_of(const Json& json, at::IntArrayRef shape, at::ScalarType dty
   return at::from_blob(const_cast<Value*>(values.data()), shape, dtype).clone();
 }
 
-Json to_json(const std::vector<PictureReference>& pictures) {
-  auto json = Json::array();
-  for (const auto& [path, width, height, bytes, modified, place] : pictures) {
-    json.push_back({path, width, height, bytes, modified, place.offset, place.bytes});
-  }
-  return json;
-}
-
-std::vector<PictureReference> pictures_from_json(const Json& json) {
-  std::vector<PictureReference> pictures;
-  for (const auto& picture : json) {
-    pictures.push_back({picture[0], picture[1], picture[2], picture[3], picture[4], {picture[5], picture[6]}});
-  }
-  return pictures;
-}
-
 Json to_json(const PicturePack& pack) {
   return {{"tokens", values_of<int64_t>(pack.packed.tokens)},
           {"labels", values_of<int64_t>(pack.packed.labels)},
@@ -55,7 +39,7 @@ Json to_json(const PicturePack& pack) {
           {"position_ids", values_of<int64_t>(pack.packed.position_ids)},
           {"cu_seqlens", values_of<int32_t>(pack.packed.cu_seqlens)},
           {"padding_mask", values_of<int64_t>(pack.packed.padding_mask)},
-          {"pictures", to_json(pack.pictures)},
+          {"pictures", pack.pictures},
           {"samples", pack.samples}};
 }
 
@@ -69,7 +53,7 @@ PicturePack pack_from_json(const Json& json) {
   const auto ends = static_cast<int64_t>(json.at("cu_seqlens").size());
   pack.packed.cu_seqlens = tensor_of<int32_t>(json.at("cu_seqlens"), {ends}, at::kInt);
   pack.packed.padding_mask = tensor_of<int64_t>(json.at("padding_mask"), {1, S}, at::kLong);
-  pack.pictures = pictures_from_json(json.at("pictures"));
+  pack.pictures = json.at("pictures").get<std::vector<PictureReference>>();
   pack.samples = json.at("samples").get<std::vector<std::string>>();
   return pack;
 }
@@ -148,12 +132,12 @@ uint64_t seed_of(uint64_t seed, const std::string& name) { return parallel::stab
 PictureSample broadcast_sample(const PictureSample& sample, const parallel::GroupPtr& tp) {
   if (tp->getSize() == 1) return sample;
   std::string bytes;
-  if (tp->getRank() == 0) Json::to_cbor({sample.tokens, sample.loss_mask, to_json(sample.pictures)}, bytes);
+  if (tp->getRank() == 0) Json::to_cbor({sample.tokens, sample.loss_mask, sample.pictures}, bytes);
   const auto json = Json::from_cbor(parallel::broadcast_text(bytes, 0, tp));
   PictureSample result;
   result.tokens = json[0].get<std::vector<int64_t>>();
   result.loss_mask = json[1].get<std::vector<uint8_t>>();
-  result.pictures = pictures_from_json(json[2]);
+  result.pictures = json[2].get<std::vector<PictureReference>>();
   return result;
 }
 
@@ -273,7 +257,7 @@ void BatchLoader::load_ahead() {
       auto images = load_pictures(pack.pictures, options_.format, options_.mm_encoder_tp_mode, groups_.tp, faults_,
                                   options_.num_decoding_threads);
       if (options_.device.is_cuda()) {
-        for (auto& group : images) group.images = group.images.pin_memory();
+        for_each_tensor(images, [](at::Tensor& tensor) { tensor = tensor.pin_memory(); });
       }
       loaded.images.push_back(std::move(images));
     }

@@ -17,10 +17,16 @@ std::vector<std::string> CaptionDataSet::texts(int64_t index) const {
   return {picture(index).caption};
 }
 
-PictureSample CaptionDataSet::sample(int64_t index, const SampleFormat& format) const {
+std::vector<PictureReference> CaptionDataSet::pictures(int64_t index, const SampleFormat& /*format*/) const {
   const auto& [path, caption, width, height, bytes, modified] = picture(index);
   if (caption.empty()) return {};
-  return chat_sample(caption_parts(caption), {{(folder_ / path).string(), width, height, bytes, modified}}, format);
+  return {{(folder_ / path).string(), width, height, bytes, modified}};
+}
+
+PictureSample CaptionDataSet::sample(int64_t index, const SampleFormat& format) const {
+  const auto& caption = picture(index).caption;
+  if (caption.empty()) return {};
+  return chat_sample(caption_parts(caption), pictures(index, format), format);
 }
 
 }  // namespace megatron_cpp::step37

@@ -22,6 +22,7 @@ class CaptionDataSet : public DataSet {
   int64_t num_samples() const override { return static_cast<int64_t>(pictures_.size()); }
   std::string name(int64_t index) const override;
   std::vector<std::string> texts(int64_t index) const override;
+  std::vector<PictureReference> pictures(int64_t index, const SampleFormat& format) const override;
   PictureSample sample(int64_t index, const SampleFormat& format) const override;
 
  private:

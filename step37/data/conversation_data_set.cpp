@@ -22,14 +22,18 @@ std::vector<std::string> ConversationDataSet::texts(int64_t index) const {
   return result;
 }
 
+std::vector<PictureReference> ConversationDataSet::pictures(int64_t index, const SampleFormat& format) const {
+  std::vector<PictureReference> result;
+  lines().with(index, [&](const auto& json) { result = references_to(conversation_in(json).pictures, format); });
+  return result;
+}
+
 PictureSample ConversationDataSet::sample(int64_t index, const SampleFormat& format) const {
   PictureSample result;
   lines().with(index, [&](const auto& json) {
     const auto conversation = conversation_in(json);
     const auto parts = options_.chat_template.render(conversation, options_.trained);
-    std::vector<PictureReference> pictures;
-    for (const auto& path : conversation.pictures) pictures.push_back(picture(path, format));
-    result = chat_sample(parts, std::move(pictures), format);
+    result = chat_sample(parts, references_to(conversation.pictures, format), format);
   });
   return result;
 }

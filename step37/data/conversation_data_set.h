@@ -27,6 +27,7 @@ class ConversationDataSet final : public JsonLinesDataSet {
 
   /// The texts that the template writes, those of the roles included.
   std::vector<std::string> texts(int64_t index) const override;
+  std::vector<PictureReference> pictures(int64_t index, const SampleFormat& format) const override;
   /// @throws also if the tokenizer lacks a symbol of the template, naming both.
   PictureSample sample(int64_t index, const SampleFormat& format) const override;
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <nlohmann/json_fwd.hpp>
 #include <optional>
 #include <string>
 #include <vector>
@@ -24,10 +25,16 @@ struct PictureReference {
   PicturePlace place = {};  ///< in the file
 };
 
+/// As a list, to send it. Paths may have any bytes, so CBOR, not text.
+void to_json(nlohmann::json& json, const PictureReference& picture);
+void from_json(const nlohmann::json& json, PictureReference& picture);
+
 /// A sample and its pictures, in the order of their tokens.
 struct PictureSample : Sample {
   std::vector<PictureReference> pictures;
 };
+
+class PictureFeatures;
 
 /// How text and pictures become token ids.
 struct SampleFormat {
@@ -36,6 +43,8 @@ struct SampleFormat {
   PictureTokenIds picture_ids{};
   std::optional<int64_t> begin_id;  ///< nullopt: a sample begins without one
   int64_t end_id = 0;
+  /// Takes the place of the pictures, which aren't opened then; outlives the format. Null: pictures are decoded.
+  const PictureFeatures* features = nullptr;
 };
 
 /// The format of samples for `tokenizer`, which outlives it: its begin, end and picture ids.
@@ -45,9 +54,11 @@ SampleFormat sample_format(const Tokenizer& tokenizer, const CropOptions& crops)
 /// The begin token and the tokens of the pictures, one behind the other.
 std::vector<int64_t> prompt_tokens(const std::vector<PictureReference>& pictures, const SampleFormat& format);
 
-/// Refers to a picture by width and height of its header; by a square of `side` if it can't be read (decoding will then
-/// give a black picture of that size, with a warning).
-PictureReference reference_to(const std::filesystem::path& file, int64_t side, const PicturePlace& place = {});
+/// Refers to a picture by width and height of its header; by a square of CropOptions::global_side if it can't be read
+/// (decoding will then give a black picture of that size, with a warning). The features of a format know the sizes of
+/// their pictures, so that no header is read.
+PictureReference reference_to(const std::filesystem::path& file, const SampleFormat& format,
+                              const PicturePlace& place = {});
 
 /// Samples that can be read in any order. Reading a sample doesn't change the data set, so that several threads may do
 /// it. Not collective: each rank that needs one opens it by itself.
@@ -63,6 +74,10 @@ class DataSet {
 
   /// The texts that a tokenizer is to be trained on; none in a data set of token ids.
   virtual std::vector<std::string> texts(int64_t index) const = 0;
+
+  /// The pictures of a sample, as sample() gives them; needs no tokenizer. One that sample() refuses may have some.
+  /// @throws c10::ValueError as sample() for a file that was changed or can't be read any more.
+  virtual std::vector<PictureReference> pictures(int64_t index, const SampleFormat& format) const = 0;
 
   /// One sample; with no tokens if there is nothing to train on, so that it is passed over.
   /// A broken picture is no error here: its reference gets the size of CropOptions::global_side.

@@ -20,6 +20,9 @@ class DataSetPart final : public DataSet {
   int64_t num_samples() const override { return static_cast<int64_t>(indices_.size()); }
   std::string name(int64_t index) const override { return whole_->name(index_in_whole(index)); }
   std::vector<std::string> texts(int64_t index) const override { return whole_->texts(index_in_whole(index)); }
+  std::vector<PictureReference> pictures(int64_t index, const SampleFormat& format) const override {
+    return whole_->pictures(index_in_whole(index), format);
+  }
   PictureSample sample(int64_t index, const SampleFormat& format) const override {
     return whole_->sample(index_in_whole(index), format);
   }

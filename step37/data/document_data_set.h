@@ -27,6 +27,9 @@ class DocumentDataSet final : public DataSet {
   /// "text document 12", and if it has several parts, "text document 12, part 2 of 3"; documents are counted from 0.
   std::string name(int64_t index) const override;
   std::vector<std::string> texts(int64_t index) const override;
+  std::vector<PictureReference> pictures(int64_t /*index*/, const SampleFormat& /*format*/) const override {
+    return {};
+  }
   /// @throws c10::ValueError naming the sample and the id, if the format has a tokenizer and the id isn't in its
   ///         vocabulary.
   PictureSample sample(int64_t index, const SampleFormat& format) const override;

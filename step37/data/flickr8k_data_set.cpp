@@ -130,10 +130,12 @@ std::vector<std::string> Flickr8kDataSet::texts(int64_t index) const {
   return texts_of(parts_of(rows_.at(static_cast<size_t>(index))));
 }
 
+std::vector<PictureReference> Flickr8kDataSet::pictures(int64_t index, const SampleFormat& format) const {
+  return {reference_to(options_.picture_folder / rows_.at(static_cast<size_t>(index)).picture, format)};
+}
+
 PictureSample Flickr8kDataSet::sample(int64_t index, const SampleFormat& format) const {
-  const auto& row = rows_.at(static_cast<size_t>(index));
-  return chat_sample(parts_of(row), {reference_to(options_.picture_folder / row.picture, format.crops.global_side)},
-                     format);
+  return chat_sample(parts_of(rows_.at(static_cast<size_t>(index))), pictures(index, format), format);
 }
 
 std::vector<std::string> Flickr8kDataSet::left_out() const { return sentences(left_out_, num_samples(), "rows"); }

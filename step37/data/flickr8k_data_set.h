@@ -39,6 +39,7 @@ class Flickr8kDataSet final : public DataSet {
   /// "metadata.csv row 12", with the file's path; rows are counted from 1, without the one of names.
   std::string name(int64_t index) const override;
   std::vector<std::string> texts(int64_t index) const override;
+  std::vector<PictureReference> pictures(int64_t index, const SampleFormat& format) const override;
   PictureSample sample(int64_t index, const SampleFormat& format) const override;
   std::vector<std::string> left_out() const override;
 

@@ -28,9 +28,11 @@ class JsonLinesDataSet : public DataSet {
 
   const JsonLines& lines() const { return lines_; }
 
-  /// Refers to the picture of a line, as reference_to.
-  PictureReference picture(const std::string& path, const SampleFormat& format) const {
-    return reference_to(picture_folder_ / path, format.crops.global_side);
+  /// Refers to the pictures of a line, as reference_to.
+  std::vector<PictureReference> references_to(const std::vector<std::string>& paths, const SampleFormat& format) const {
+    std::vector<PictureReference> pictures;
+    for (const auto& path : paths) pictures.push_back(reference_to(picture_folder_ / path, format));
+    return pictures;
   }
 
  private:

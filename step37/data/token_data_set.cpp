@@ -127,18 +127,24 @@ TokenDataSet::TokenDataSet(std::filesystem::path file, TokenOptions options)
 
 std::vector<std::string> TokenDataSet::texts(int64_t /*index*/) const { return {}; }
 
+std::vector<PictureReference> TokenDataSet::pictures(int64_t index, const SampleFormat& format) const {
+  std::vector<PictureReference> result;
+  lines().with(index, [&](const auto& json) { result = references_to(line_in(json, options_).images, format); });
+  return result;
+}
+
 PictureSample TokenDataSet::sample(int64_t index, const SampleFormat& format) const {
   PictureSample result;
   lines().with(index, [&](const auto& json) {
     auto line = line_in(json, options_);
     static_cast<Sample&>(result) = std::move(line.sample);
+    result.pictures = references_to(line.images, format);
     for (size_t i = 0; i < line.images.size(); ++i) {
-      auto reference = picture(line.images[i], format);
+      const auto& reference = result.pictures[i];
       const auto plan = plan_crops(reference.width, reference.height, format.crops);
       TORCH_CHECK_VALUE(line.pictures[i] == picture_tokens(plan, format.crops, format.picture_ids), "the tokens of ",
                         line.images[i], " are not those of a picture of ", reference.width, " x ", reference.height,
                         " pixels, which has ", plan.num_crops(), " crops");
-      result.pictures.push_back(std::move(reference));
     }
   });
   return result;

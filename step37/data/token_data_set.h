@@ -32,6 +32,7 @@ class TokenDataSet final : public JsonLinesDataSet {
   TokenDataSet(std::filesystem::path file, TokenOptions options);
 
   std::vector<std::string> texts(int64_t index) const override;
+  std::vector<PictureReference> pictures(int64_t index, const SampleFormat& format) const override;
   /// @throws also if the crops in the tokens aren't those of the picture, whose header is read.
   PictureSample sample(int64_t index, const SampleFormat& format) const override;
 

@@ -151,14 +151,22 @@ std::string WebDataSet::name(int64_t index) const { return name_of(entries_.at(s
 
 std::vector<std::string> WebDataSet::texts(int64_t index) const { return texts_of(content_at(index).parts); }
 
+std::vector<PictureReference> WebDataSet::references_to(const std::vector<TarMember>& pictures, int64_t index,
+                                                        const SampleFormat& format) const {
+  const auto& shard = shards_[entries_[static_cast<size_t>(index)].shard];
+  std::vector<PictureReference> references;
+  for (const auto& [member, offset, bytes] : pictures)
+    references.push_back(reference_to(shard, format, {offset, bytes}));
+  return references;
+}
+
+std::vector<PictureReference> WebDataSet::pictures(int64_t index, const SampleFormat& format) const {
+  return references_to(content_at(index).pictures, index, format);
+}
+
 PictureSample WebDataSet::sample(int64_t index, const SampleFormat& format) const {
   const auto content = content_at(index);
-  const auto& shard = shards_[entries_[static_cast<size_t>(index)].shard];
-  std::vector<PictureReference> pictures;
-  for (const auto& [member, offset, bytes] : content.pictures) {
-    pictures.push_back(reference_to(shard, format.crops.global_side, {offset, bytes}));
-  }
-  return chat_sample(content.parts, std::move(pictures), format);
+  return chat_sample(content.parts, references_to(content.pictures, index, format), format);
 }
 
 std::vector<std::string> WebDataSet::left_out() const {

@@ -36,6 +36,7 @@ class WebDataSet final : public DataSet {
   /// "shards/00001.tar: 000012", the member's path up to the dot.
   std::string name(int64_t index) const override;
   std::vector<std::string> texts(int64_t index) const override;
+  std::vector<PictureReference> pictures(int64_t index, const SampleFormat& format) const override;
   PictureSample sample(int64_t index, const SampleFormat& format) const override;
   /// Samples and archives.
   std::vector<std::string> left_out() const override;
@@ -55,6 +56,9 @@ class WebDataSet final : public DataSet {
   std::string name_of(const Entry& entry) const;
   Content content_of(const Entry& entry) const;
   Content content_at(int64_t index) const;
+  /// @param pictures  members of the archive that has sample `index`
+  std::vector<PictureReference> references_to(const std::vector<TarMember>& pictures, int64_t index,
+                                              const SampleFormat& format) const;
 
   std::vector<std::filesystem::path> shards_;
   ConversationOptions options_;

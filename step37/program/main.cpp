@@ -12,6 +12,7 @@
 #include "step37/program/check.h"
 #include "step37/program/convert.h"
 #include "step37/program/embed.h"
+#include "step37/program/features.h"
 #include "step37/program/forward.h"
 #include "step37/program/generate.h"
 #include "step37/program/plan.h"
@@ -74,6 +75,20 @@ void add_convert(CLI::App& app, Command& command) {
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true));
   convert->callback([arguments, &command] {
     command = [arguments](parallel::Runtime& runtime) { return step37::convert(runtime, *arguments); };
+  });
+}
+
+void add_features(CLI::App& app, Command& command) {
+  auto* features =
+      app.add_subcommand("features", "Write a frozen vision tower's features of all pictures, to train from them");
+  auto arguments = std::make_shared<step37::FeaturesArguments>();
+  features->add_option("--config", arguments->config, "Configuration of the run (YAML)")->required();
+  features
+      ->add_option("--output", arguments->output, "Folder to write, for data.features; one with features is added to")
+      ->required();
+  features->add_option("overrides", arguments->overrides, kOverridesHelp);
+  features->callback([arguments, &command] {
+    command = [arguments](parallel::Runtime& runtime) { return step37::features(runtime, *arguments); };
   });
 }
 
@@ -206,6 +221,7 @@ int main(int argc, char** argv) {
   add_check(app, command);
   add_convert(app, command);
   add_embed(app, command);
+  add_features(app, command);
   add_forward(app, command);
   try {
     app.parse(argc, argv);

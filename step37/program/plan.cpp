@@ -204,6 +204,7 @@ Plan make_plan(const RunConfig& config, int num_ranks, std::optional<int64_t> im
                 .micro_batch_size = config.training.micro_batch_size,
                 .global_batch_size = config.training.global_batch_size,
                 .images_per_pack = images,
+                .runs_tower = config.data.features.empty(),
                 .element_bytes = element_bytes(config.training),
                 .distributed_optimizer = config.training.distributed_optimizer,
                 .bucket_elements = config.training.bucket_elements};

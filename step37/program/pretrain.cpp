@@ -25,6 +25,7 @@
 #include "parallel/collectives.h"
 #include "parallel/runtime.h"
 #include "step37/checkpoint_names.h"
+#include "step37/data/picture_features.h"
 #include "step37/data/utf8.h"
 #include "step37/program/convert.h"
 #include "step37/program/open_data_set.h"
@@ -43,6 +44,8 @@
 
 namespace megatron_cpp::step37 {
 namespace {
+
+constexpr int64_t kSamplesLookedAt = 20'000;  // of millions, to look at all would take hours
 
 /// The path of this program, for a shell in the working directory.
 std::string this_program() {
@@ -70,6 +73,7 @@ class PretrainRun {
     if (!config_.run.fresh) resume_from_ = find_checkpoint();
     RunState state;
     if (resume_from_) state = read_state();
+    if (state.optimizer_steps < config_.training.steps) open_features();
     prepare_tokenizer(state);
     say_what_is_left_out();
     build_model();
@@ -85,6 +89,7 @@ class PretrainRun {
           },
           groups_.world);
     } else {
+      check_tower();
       check_export();
       keep_indices();
       if (train(state) != 0) return parallel::kInterruptedStatus;
@@ -178,6 +183,47 @@ class PretrainRun {
     return {};
   }
 
+  /// Refuses features that aren't this run's as early as can be known.
+  void open_features() {
+    if (config_.data.features.empty()) return;
+    const parallel::Phase phase("opening the features");
+    parallel::agree_on(
+        [&] { features_.emplace(config_.data.features, picture_names(config_), feature_source(config_)); },
+        groups_.world);
+    parallel::agree_on(
+        [&] {
+          const WaitForAll wait(runtime_);
+          if (is_main()) check_pictures_have_features();
+        },
+        groups_.world);
+  }
+
+  void check_pictures_have_features() const {
+    SampleFormat format;
+    format.crops = crop_options(config_);
+    format.features = &*features_;
+    int64_t num_pictures = 0;
+    LeftOut missing;
+    for (const auto* sets : {&data_.training, &data_.held_out}) {
+      for (const auto& [samples, index] : spread_samples(*sets, kSamplesLookedAt)) {
+        for (const auto& picture : samples->pictures(index, format)) {
+          ++num_pictures;
+          if (features_->find(picture) == nullptr) missing.add(features_->printable_name(picture));
+        }
+      }
+    }
+    TORCH_CHECK_VALUE(missing.count == 0, "data.features ", printable(config_.data.features), " lacks ", missing.count,
+                      " of the ", num_pictures, " pictures that were looked at (first: ", missing.first,
+                      "): ", features_->remedy());
+  }
+
+  /// Refuses features of a tower with other weights than the run's, which are loaded now.
+  void check_tower() const {
+    if (!features_) return;
+    const auto checksum = tower_checksum(*model_->vision_model, groups_.tp);
+    parallel::agree_on([&] { features_->check_tower(checksum); }, groups_.world);
+  }
+
   void prepare_tokenizer(const RunState& state) {
     const parallel::Phase phase("preparing the tokenizer");
     parallel::agree_on(
@@ -212,9 +258,10 @@ class PretrainRun {
     loader_options_.device = runtime_.device();
     loader_options_.max_unreadable = data_.max_unreadable;
     loader_options_.balance = config_.data.balance;
+    if (features_) loader_options_.format.features = &*features_;
     loader_options_.pack_cost = [model = model_config(config_, tokenizer_->vocab_size()), grid = groups_.grid,
-                                 crops = crop_options(config_)](const PicturePack& pack) {
-      return pack_flops(model, grid, pack, crops);
+                                 crops = crop_options(config_), runs_tower = !features_](const PicturePack& pack) {
+      return pack_flops(model, grid, pack, crops, runs_tower);
     };
   }
 
@@ -225,11 +272,10 @@ class PretrainRun {
           const WaitForAll wait(runtime_);
           if (!is_main()) return;
           if (config_.data.oversize == OversizePolicy::kExtend) return;
-          constexpr int64_t kSamples = 20'000;  // of millions, to look at all would take hours
           int64_t num_samples = 0;
           int64_t left_out = 0;
           for (const auto* sets : {&data_.training, &data_.held_out}) {
-            const auto samples = spread_samples(*sets, kSamples);
+            const auto samples = spread_samples(*sets, kSamplesLookedAt);
             num_samples += std::ssize(samples);
             left_out += num_too_long(samples, loader_options_);
           }
@@ -277,10 +323,8 @@ class PretrainRun {
         [&] {
           std::optional<PublishedCheckpoint> published;
           if (!resume_from_) published = published_weights(config_);
-          trainer_->optimizer().fill_parameters(parameters_, [&](const ParameterShard& shard) {
-            initialize_parameters({shard}, static_cast<uint64_t>(config_.training.seed));
-            if (published) published->load({shard});
-          });
+          trainer_->optimizer().fill_parameters(
+              parameters_, [&](const ParameterShard& shard) { begin_parameters({shard}, config_, published); });
         },
         groups_.world);
     const auto& grid = groups_.grid;
@@ -528,6 +572,7 @@ class PretrainRun {
   RunData data_;
   PictureFaults faults_;
   RunSaver saver_;
+  std::optional<PictureFeatures> features_;  ///< while training, if data.features says so
   std::optional<Tokenizer> tokenizer_;
   TokenizerMark tokenizer_mark_;
   BatchLoaderOptions loader_options_;

@@ -55,7 +55,8 @@ void visit_keys(Config& config, const Visit& visit) {
   each(kAny, KEY(parallel, sequence_parallel), KEY(parallel, embedding_sharding), KEY(parallel, projector_sharding),
        KEY(parallel, exchange), KEY(parallel, mm_encoder_tp_mode));
   each(kAny, KEY(data, directory), KEY(data, sets), KEY(data, tokenizer), KEY(data, oversize), KEY(data, balance));
-  each(kAny, KEY(data, held_out), KEY(data, max_unreadable), KEY(data, crops), KEY(data, crop_side));
+  each(kAny, KEY(data, held_out), KEY(data, max_unreadable), KEY(data, crops), KEY(data, crop_side),
+       KEY(data, features));
   each(kAtLeast1, KEY(data, max_side), KEY(data, vocabulary_size), KEY(data, decoding_threads));
   each(kAny, KEY(model, config), KEY(model, from), KEY(model, train_padding_row));
   each(kRequiredShape, KEY(model, hidden_size), KEY(model, head_dim), KEY(model, num_attention_heads),
@@ -457,6 +458,9 @@ void validate(const RunConfig& config, int num_ranks) {
   TORCH_CHECK_VALUE(data.directory.empty() != data.sets.empty(), "data.directory and data.sets are ",
                     data.directory.empty() ? "both empty" : "both given", ": a run needs one of them");
   check_no_tilde("data.directory", data.directory);
+  check_no_tilde("data.features", data.features);
+  TORCH_CHECK_VALUE(data.features.empty() || config.vision.freeze, "data.features ", data.features,
+                    " has features of a frozen vision tower, and vision.freeze is false");
   double weights = 0.0;
   for (const auto& [name, section] : data.sets) {
     check_no_tilde(fmt::format("the path of the data set {}", name), section.path);

@@ -66,6 +66,9 @@ struct DataSection {
   bool crops = false;              ///< cut large pictures into crops besides the global view
   int64_t crop_side = 504;         ///< pixels; ignored without crops
   int64_t max_side = 3024;         ///< pixels; larger pictures are scaled down
+  /// A folder of `step37 features`, which takes the place of pictures and frozen vision tower while training; relative
+  /// to the working directory. Empty: the tower runs.
+  std::string features;
   /// What becomes of samples that are longer than training.sequence_length: drop, or extend (a longer pack for each).
   OversizePolicy oversize = OversizePolicy::kDrop;
   bool balance = true;           ///< BatchLoaderOptions::pack_cost: replicas get packs of similar cost

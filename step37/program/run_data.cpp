@@ -116,6 +116,16 @@ DataSetSections data_sets_of(const DataSection& data) {
   return {{kDirectoryDataSet, {.kind = DataSetKind::kCaptions, .path = data.directory}}};
 }
 
+/// The folder of a data set's pictures.
+std::filesystem::path picture_folder(const DataSetSection& section) {
+  const std::filesystem::path path = section.path;
+  std::error_code unknown;
+  const bool is_folder = section.kind == DataSetKind::kCaptions || section.kind == DataSetKind::kFlickr8k ||
+                         std::filesystem::is_directory(path, unknown);
+  if (!section.pictures.empty()) return section.pictures;
+  return is_folder ? path : path.parent_path();
+}
+
 /// Adds the two parts of a data set to `data`.
 void add(const std::string& name, const DataSetSection& section, const DataSetSplit& split, RunData& data) {
   const auto draws = section.shuffle ? SampleOrder::kShuffled : SampleOrder::kSequential;
@@ -255,6 +265,16 @@ RunData open_data(const parallel::Runtime& runtime, const parallel::ProcessGroup
     open(runtime, groups, config, name, section, data);
   }
   return data;
+}
+
+PictureNames picture_names(const RunConfig& config) {
+  std::map<std::string, std::filesystem::path> folders;
+  for (const auto& [name, section] : data_sets_of(config.data)) folders[name] = picture_folder(section);
+  return PictureNames(std::move(folders));
+}
+
+FeatureSource feature_source(const RunConfig& config) {
+  return {config.vision, crop_options(config), config.training.precision};
 }
 
 std::vector<SampleReference> spread_samples(const std::vector<WeightedDataSet>& sets, int64_t count) {

@@ -10,6 +10,7 @@
 
 #include "parallel/process_groups.h"
 #include "step37/data/batch_loader.h"
+#include "step37/data/picture_features.h"
 #include "step37/data/tokenizer.h"
 #include "step37/program/run_config.h"
 
@@ -38,6 +39,12 @@ struct RunData {
 ///         without given_tokenizer; a host whose data set differs from that of rank 0 (the file sizes of a few
 ///         pictures, or the number of samples, are compared).
 RunData open_data(const parallel::Runtime& runtime, const parallel::ProcessGroups& groups, const RunConfig& config);
+
+/// What a folder of features calls the pictures of the data sets.
+PictureNames picture_names(const RunConfig& config);
+
+/// What the features of the run's pictures depend on.
+FeatureSource feature_source(const RunConfig& config);
 
 /// A sample of a data set, which outlives it.
 struct SampleReference {

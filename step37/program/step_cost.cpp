@@ -39,6 +39,7 @@ struct Sizes {
         trains_features(!config.freeze_vision_model),
         trains_projected(!config.freeze_projector || !config.freeze_vision_model),
         recomputes_tower(config.recompute_tower && trains_features),
+        runs_tower(shape.runs_tower),
         splits_tower(config.mm_encoder_tp_mode == MmEncoderTpMode::kWeights),
         tower_images(splits_tower ? images : (images + t - 1) / t) {}
 
@@ -62,7 +63,8 @@ struct Sizes {
   bool trains_features;
   bool trains_projected;
   bool recomputes_tower;
-  bool splits_tower;     ///< MmEncoderTpMode::kWeights
+  bool runs_tower;
+  bool splits_tower;     ///< MmEncoderTpMode::kWeights: every rank has all features
   int64_t tower_images;  ///< that the fullest rank's tower runs on
 };
 
@@ -278,7 +280,7 @@ void add_micro_batch(const Step37Config& config, const Sizes& n, const parallel:
     if ((again.layers || again.experts) && layer.has_experts) add_experts_again(n, *moe, grid, sum);
     if ((again.layers || again.mlp) && has_mlp) add_linear_pair_again(n, sp, sum);
   };
-  if (n.splits_tower) add_split_tower(config, n, sum);
+  if (n.splits_tower && n.runs_tower) add_split_tower(config, n, sum);
   add_insert(config, n, sum);
   for (const auto& layer : config.text.layers) add_layer(layer);
   if (moe && !router_loss_names(*moe).empty()) {
@@ -496,9 +498,9 @@ double text_work(const Step37Config& config, double S) {
   return S * (linear * (config.freeze_language_model ? 2 : 3) + attention * 3 + recomputed);
 }
 
-/// The same of a picture of `pixels` a side, in the tower and the projector. With MmEncoderTpMode::kWeights what isn't
-/// split of the tower counts once for each of `tp` ranks.
-double image_work(const Step37Config& config, int64_t pixels, int tp) {
+/// The same of a picture of `pixels` a side, in the projector and, if it runs, in the tower. With
+/// MmEncoderTpMode::kWeights what isn't split of the tower counts once for each of `tp` ranks.
+double image_work(const Step37Config& config, int64_t pixels, int tp, bool runs_tower) {
   const auto& vision = config.vision;
   const auto H = static_cast<double>(config.text.hidden_size);
   const auto W = static_cast<double>(vision.width);
@@ -514,9 +516,9 @@ double image_work(const Step37Config& config, int64_t pixels, int tp) {
   const bool trains_tower = !config.freeze_vision_model;
   const double ends = conv1 * (trains_tower ? 2 : 1) + downsamplers * (trains_tower ? 3 : 1);
   const bool on_every_rank = config.mm_encoder_tp_mode == MmEncoderTpMode::kWeights;
-  return ends * (on_every_rank ? tp : 1) +
-         static_cast<double>(vision.layers) * block * (trains_tower ? (config.recompute_tower ? 4 : 3) : 1) +
-         projector * (1 + (trains_tower ? 1 : 0) + (config.freeze_projector ? 0 : 1));
+  const double tower = ends * (on_every_rank ? tp : 1) + static_cast<double>(vision.layers) * block *
+                                                             (trains_tower ? (config.recompute_tower ? 4 : 3) : 1);
+  return (runs_tower ? tower : 0.0) + projector * (1 + (trains_tower ? 1 : 0) + (config.freeze_projector ? 0 : 1));
 }
 
 }  // namespace
@@ -568,14 +570,14 @@ std::vector<Traffic> step_traffic(const Step37Config& config, const parallel::Ra
 }
 
 int64_t step_flops(const Step37Config& config, const parallel::RankGrid& grid, const StepShape& shape) {
-  const double pack =
-      text_work(config, static_cast<double>(shape.sequence_length)) +
-      static_cast<double>(shape.images_per_pack) * image_work(config, config.vision.image_size, grid.tp);
+  const double pack = text_work(config, static_cast<double>(shape.sequence_length)) +
+                      static_cast<double>(shape.images_per_pack) *
+                          image_work(config, config.vision.image_size, grid.tp, shape.runs_tower);
   return static_cast<int64_t>(2 * pack * static_cast<double>(shape.global_batch_size));
 }
 
 int64_t pack_flops(const Step37Config& config, const parallel::RankGrid& grid, const PicturePack& pack,
-                   const CropOptions& crops) {
+                   const CropOptions& crops, bool runs_tower) {
   double work = 0.0;
   const auto* ends = pack.packed.cu_seqlens.const_data_ptr<int32_t>();
   for (int64_t i = 1; i < pack.packed.cu_seqlens.numel(); ++i) {
@@ -583,8 +585,9 @@ int64_t pack_flops(const Step37Config& config, const parallel::RankGrid& grid, c
   }
   int64_t num_crops = 0;
   for (const auto& picture : pack.pictures) num_crops += plan_crops(picture.width, picture.height, crops).num_crops();
-  work += static_cast<double>(pack.pictures.size()) * image_work(config, crops.global_side, grid.tp);
-  if (num_crops > 0) work += static_cast<double>(num_crops) * image_work(config, crops.crop_side, grid.tp);
+  const auto image = [&](int64_t side) { return image_work(config, side, grid.tp, runs_tower); };
+  work += static_cast<double>(pack.pictures.size()) * image(crops.global_side);
+  if (num_crops > 0) work += static_cast<double>(num_crops) * image(crops.crop_side);
   return static_cast<int64_t>(2 * work);
 }
 
@@ -628,7 +631,10 @@ MemoryBytes step_memory(const Step37Config& config, const parallel::RankGrid& gr
   const int64_t features = (projects_all ? n.images : (n.images + n.t - 1) / n.t) * rows_of_image * n.C * n.e;
   const auto tower = n.trains_features ? tower_bytes(config.vision, n) : TowerBytes{};
   const int64_t side = config.vision.image_size;
-  const int64_t pixels = n.tower_images * 3 * side * side * kFloat;
+  // Features come in bfloat16.
+  const int64_t input = n.runs_tower
+                            ? n.tower_images * 3 * side * side * kFloat
+                            : n.tower_images * rows_of_image * n.C * static_cast<int64_t>(sizeof(at::BFloat16));
   memory.activations = decoder + loss.kept + features + tower.kept;
 
   // The loss; a layer when those behind it are gone; the tower when the decoder's part is gone.
@@ -642,11 +648,11 @@ MemoryBytes step_memory(const Step37Config& config, const parallel::RankGrid& gr
   const int64_t mlp_width = config.vision.mlp_width / (n.splits_tower ? n.t : 1);
   // Backward through an mlp; of a tower without gradients forward: y, its sigmoid and their product, and the block's.
   const int64_t tower_temporary =
-      patches *
+      (n.runs_tower ? patches : 0) *
       (n.trains_features ? 2 * mlp_width + 2 * config.vision.width : 3 * mlp_width + 5 * config.vision.width) * n.e;
   const int64_t peak =
       std::max({loss.temporary, of_layers, tower_temporary + tower.recomputed + tower.kept - memory.activations});
-  memory.buffers = std::max(pixels + peak + n.S * 4 * kInt64, optimizer_temporary(buckets, each) - memory.activations);
+  memory.buffers = std::max(input + peak + n.S * 4 * kInt64, optimizer_temporary(buckets, each) - memory.activations);
   return memory;
 }
 

@@ -29,6 +29,7 @@ struct StepShape {
   int64_t micro_batch_size = 1;   ///< packs, one behind the other in one sequence
   int64_t global_batch_size = 1;  ///< packs of all replicas, divisible by micro_batch_size * dp
   int64_t images_per_pack = 0;
+  bool runs_tower = true;  ///< false: the pictures' features are given (data.features)
   ElementBytes element_bytes = {};
   bool distributed_optimizer = false;  ///< GradientBufferOptions::distributed_optimizer
   int64_t bucket_elements = 0;         ///< GradientBufferOptions::bucket_elements
@@ -63,8 +64,9 @@ std::vector<Traffic> step_traffic(const Step37Config& config, const parallel::Ra
 int64_t step_flops(const Step37Config& config, const parallel::RankGrid& grid, const StepShape& shape);
 
 /// The same of a pack with its own sub-sequences (the padding is one, and computed as the others are) and pictures.
+/// @param runs_tower  as StepShape's
 int64_t pack_flops(const Step37Config& config, const parallel::RankGrid& grid, const PicturePack& pack,
-                   const CropOptions& crops);
+                   const CropOptions& crops, bool runs_tower = true);
 
 /// Bytes on a rank at the peak of a step.
 struct MemoryBytes {

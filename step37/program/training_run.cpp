@@ -97,15 +97,17 @@ void remove_earlier_run(const RunFiles& files) {
   }
 }
 
-RunLock::RunLock(const std::filesystem::path& path) : file_(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
+RunLock::RunLock(const std::filesystem::path& path, std::string_view activity)
+    : file_(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
   const auto reason = [] { return std::generic_category().message(errno); };
   if (file_ < 0) throw WriteError(fmt::format("cannot write {}: {}", path.string(), reason()));
   if (flock(file_, LOCK_EX | LOCK_NB) == 0) return;
   if (errno == EWOULDBLOCK) {
     close(file_);
-    TORCH_CHECK_VALUE(false, "another process trains in ", path.parent_path().string(), ": it holds ", path.string());
+    TORCH_CHECK_VALUE(false, "another process ", activity, " in ", path.parent_path().string(), ": it holds ",
+                      path.string());
   }
-  TORCH_WARN("cannot lock ", path.string(), ": ", reason(), "; nothing keeps a second run out of this folder");
+  TORCH_WARN("cannot lock ", path.string(), ": ", reason(), "; nothing keeps a second process out of this folder");
 }
 
 RunLock::~RunLock() { close(file_); }
@@ -308,6 +310,12 @@ std::optional<PublishedCheckpoint> published_weights(const RunConfig& config) {
   PublishedCheckpoint checkpoint(config.model.from);
   if (!checkpoint.has_weights()) return std::nullopt;
   return checkpoint;
+}
+
+void begin_parameters(const std::vector<ParameterShard>& parameters, const RunConfig& config,
+                      const std::optional<PublishedCheckpoint>& published) {
+  initialize_parameters(parameters, static_cast<uint64_t>(config.training.seed));
+  if (published) published->load(parameters);
 }
 
 BatchLoaderOptions loader_options(const RunConfig& config, const Tokenizer& tokenizer, int tensor_parallel_size) {

@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "megatron_cpp/checkpoint/sharded_checkpoint.h"
@@ -55,8 +56,9 @@ std::string bytes_of_file(const std::filesystem::path& path);
 class RunLock {
  public:
   /// Warns if the file system has no locks.
+  /// @param activity  what a process with the lock does in the folder, for messages.
   /// @throws c10::ValueError naming the file if another process holds the lock, WriteError if it can't be created.
-  explicit RunLock(const std::filesystem::path& path);
+  explicit RunLock(const std::filesystem::path& path, std::string_view activity = "trains");
   ~RunLock();
   RunLock(const RunLock&) = delete;
   RunLock& operator=(const RunLock&) = delete;
@@ -154,6 +156,11 @@ int64_t padding_multiple(int tensor_parallel_size);
 /// The weights that training starts with: model.from, if that is given and has weights. Not collective.
 /// @throws c10::ValueError as PublishedCheckpoint does.
 std::optional<PublishedCheckpoint> published_weights(const RunConfig& config);
+
+/// Gives parameters the values that training starts with: those of `published`, which is published_weights(), or random
+/// ones by training.seed and their names. Not collective.
+void begin_parameters(const std::vector<ParameterShard>& parameters, const RunConfig& config,
+                      const std::optional<PublishedCheckpoint>& published);
 
 /// How the run's samples are packed and loaded: what its configuration says.
 BatchLoaderOptions loader_options(const RunConfig& config, const Tokenizer& tokenizer, int tensor_parallel_size);

@@ -32,6 +32,9 @@ class Numbers : public DataSet {
   int64_t num_samples() const override { return num_samples_; }
   std::string name(int64_t index) const override { return "number " + std::to_string(first_ + index); }
   std::vector<std::string> texts(int64_t /*index*/) const override { return {}; }
+  std::vector<PictureReference> pictures(int64_t /*index*/, const SampleFormat& /*format*/) const override {
+    return {};
+  }
   PictureSample sample(int64_t index, const SampleFormat& /*format*/) const override {
     TORCH_CHECK_VALUE(index != broken_, name(index), " can't be read");
     PictureSample result;

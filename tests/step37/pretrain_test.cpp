@@ -716,7 +716,7 @@ TEST_F(Pretrain, CaptionsAlikeAtEveryTensorParallelSize) {
     reader.load(sharded_tensors(parameter_shards(*model), published_name, groups(tp)), UnusedTensors::kAllow);
     auto options = captioner_options(state.config, tokenizer, tp);
     options.max_new_tokens = 6;
-    const auto reference = reference_to(pictures() / picture, state.config.vision.image_size);
+    const auto reference = reference_to(pictures() / picture, options.format);
     auto prompt = prompt_tokens({reference}, options.format);
     const auto begin = tokenizer.encode("The");
     prompt.insert(prompt.end(), begin.begin(), begin.end());
@@ -746,7 +746,7 @@ TEST_F(Pretrain, CaptionsAreTextOnly) {
   }
   auto options = captioner_options(state.config, tokenizer, 1);
   options.max_new_tokens = 3;
-  const auto reference = reference_to(pictures() / "picture3.png", state.config.vision.image_size);
+  const auto reference = reference_to(pictures() / "picture3.png", options.format);
   const auto prompt = prompt_tokens({reference}, options.format);
   std::vector<int64_t> ids;
   EXPECT_NO_THROW(ids = caption_ids(model, prompt, {reference}, options, groups(1).tp, runtime().device()));
