@@ -31,7 +31,7 @@ std::vector<std::pair<std::string, double>> data_values(const StepPacks& step, i
 
 /// Of the step's speed:
 ///   - tflops_per_rank: 10^12 floating-point operations a second of a rank, on average: products and attention of
-///     decoder and tower (pack_flops), forward and backward; recomputation isn't counted;
+///     decoder and tower, where that runs (pack_flops), forward and backward; recomputation isn't counted;
 ///   - peak_share: of them in `peak`, what product_rate measured;
 ///   - peak_memory_bytes: the most that rank 0 has used since its start: on a GPU what LibTorch has allocated there, on
 ///     a CPU the process's resident memory.

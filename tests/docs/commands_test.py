@@ -166,6 +166,7 @@ TREATMENTS = [
     (r"scripts/pretrain\.sh(?! --help)", as_small_run, "hundreds of steps, and pictures out of the network"),
     (r"mpirun .*step37 verify (?!.*--against)", on_small_pictures, "pictures out of the network"),
     (r"mpirun .*step37 verify .*--against", options_are_known, "gradients out of another program"),
+    (r"mpirun .*step37 features ", on_small_pictures, "pictures out of the network"),
     (r"mpirun .*step37 pretrain ", as_small_run, "hundreds of steps, and pictures out of the network"),
     (r"sbatch .*slurm_pretrain\.sh", under_a_stub_of_slurm, "there is no Slurm"),
     (r"(mpirun .*)?build/bin/benchmark_image_insert", options_are_known, "12 GB of memory and minutes"),

@@ -84,7 +84,7 @@ TEST(CaptionDataSet, BeginPictureCaptionEnd) {
   ASSERT_EQ(set.num_samples(), 2);
   EXPECT_EQ(set.name(1), "c\\x0a.png");
   EXPECT_EQ(set.texts(0), std::vector<std::string>{"A duck."});
-  const auto sample = set.sample(0, format);
+  const auto sample = sample_of(set, 0, format);
   const auto picture = tokens_of(56, 30, format);
   const auto caption = tokenizer().encode("A duck.");
   EXPECT_GT(picture.size(), tokens_of(28, 28, format).size());
@@ -123,7 +123,7 @@ TEST(ConversationDataSet, TwoPicturesASample) {
   const auto text = [](const char* of) { return tokenizer().encode(of); };
   for (const bool with_crops : {false, true}) {
     const auto format = small_format(with_crops);
-    const auto sample = set.sample(0, format);
+    const auto sample = sample_of(set, 0, format);
     EXPECT_EQ(sample.tokens, joined({{tokenizer().bos_id()},
                                      id("<|im_start|>"),
                                      text("user\n"),
@@ -148,7 +148,7 @@ TEST(ConversationDataSet, TwoPicturesASample) {
     EXPECT_EQ(sample.pictures[0].width, 60);
     EXPECT_EQ(sample.pictures[1].path, folder.path() / "sub/small.png");
     EXPECT_EQ(sample.pictures[1].height, 20);
-    const auto broken = set.sample(1, format);
+    const auto broken = sample_of(set, 1, format);
     ASSERT_EQ(broken.pictures.size(), 1U);
     EXPECT_EQ(broken.pictures[0].width, 28);
     EXPECT_EQ(broken.pictures[0].height, 28);

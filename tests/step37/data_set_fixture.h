@@ -1,8 +1,11 @@
 // A small tokenizer and format for tests of data sets.
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <cstdint>
+#include <nlohmann/json.hpp>
 #include <vector>
 
 #include "step37/data/chat_template.h"
@@ -37,6 +40,15 @@ inline Ids joined(const std::vector<Ids>& parts) {
   Ids all;
   for (const auto& part : parts) all.insert(all.end(), part.begin(), part.end());
   return all;
+}
+
+/// A sample. Its pictures are those that the data set lists without a tokenizer.
+inline step37::PictureSample sample_of(const step37::DataSet& set, int64_t index, const step37::SampleFormat& format) {
+  auto without_tokenizer = format;
+  without_tokenizer.tokenizer = nullptr;
+  auto sample = set.sample(index, format);
+  EXPECT_EQ(nlohmann::json(set.pictures(index, without_tokenizer)), nlohmann::json(sample.pictures));
+  return sample;
 }
 
 inline int64_t num_in_loss(const Sample& sample) {

@@ -7,7 +7,6 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
-#include <cstdio>
 #include <filesystem>
 #include <map>
 #include <string>
@@ -18,6 +17,7 @@
 #include "step37/data/picture.h"
 #include "step37/data/picture_features.h"
 #include "step37/program/run_config.h"
+#include "step37/program/run_data.h"
 #include "step37/step37_model.h"
 #include "tests/step37/pretrain_fixture.h"
 #include "tests/support/errors.h"
@@ -156,6 +156,127 @@ TEST_F(FeaturesOfARun, TrainAsTheTowerDoes) {
       }
     }
   }
+}
+
+TEST_F(FeaturesOfARun, GoOnWhereACommandWasKilled) {
+  features(kFrozen);
+  // As if more ranks had worked, one of which had finished nothing.
+  const auto kept = output() / "chunk-00000-rank-0009.safetensors";
+  const auto unfinished = output() / "chunk-00000-rank-0008.safetensors.1a2b.partial";
+  on_main([&] {
+    for (const auto& file : chunks()) {
+      if (file.filename() != "chunk-00000-rank-0000.safetensors") fs::remove(file);
+    }
+    fs::rename(output() / "chunk-00000-rank-0000.safetensors", kept);
+    write_file(unfinished, "half");
+  });
+  const auto there = static_cast<int64_t>(SafetensorsFile(kept).entries().size());
+  const auto printed = features(kFrozen);
+  EXPECT_TRUE(contains(printed, fmt::format("wrote the features of {} pictures: ", 12 - there)));
+  EXPECT_TRUE(contains(printed, fmt::format("; {} pictures were there already", there)));
+  EXPECT_FALSE(fs::exists(unfinished));
+  EXPECT_TRUE(contains(features(kFrozen), "wrote the features of 0 pictures: 0 rows, 0 bytes in "));
+  pretrain("run", runtime().size(), from_features(kFrozen));
+}
+
+// Conversations name their pictures, which are gone; those of captions are looked for when a run starts.
+TEST_F(FeaturesOfARun, NeedNoPictures) {
+  const int n = runtime().size();
+  const auto only_pairs = mix({fmt::format("data.sets={{pairs: {{kind: conversations, path: {}, pictures: {}}}}}",
+                                           pairs_file().string(), pictures().string())});
+  features(only_pairs);
+  pretrain("with", n, from_features(only_pairs));
+  on_main([&] { fs::rename(pictures(), folder_.path() / "gone"); });
+  pretrain("without", n, from_features(only_pairs));
+  expect_same_run(files("without"), files("with"), rounding());
+}
+
+TEST_F(FeaturesOfARun, MissingPicturesAreRefusedBeforeTraining) {
+  const int n = runtime().size();
+  features(kFrozen);
+  on_main([&] {
+    for (const std::string name : {"new1", "new2"}) {
+      write_picture(pictures() / (name + ".png"), 50, 60, 3);
+      write_file(pictures() / (name + ".txt"), "A new one.\n");
+    }
+  });
+  EXPECT_TRUE(contains(pretrain_error("run", n, from_features(kFrozen)),
+                       fmt::format("data.features {0} lacks 2 of the 14 pictures that were looked at (first: "
+                                   "directory:new1.png): `step37 features` with this configuration and --output {0} "
+                                   "adds what is missing",
+                                   output().string())));
+  EXPECT_FALSE(fs::exists(files("run").metrics()));
+  EXPECT_TRUE(contains(features(kFrozen), "wrote the features of 2 pictures: "));
+  pretrain("run", n, from_features(kFrozen));
+}
+
+TEST_F(FeaturesOfARun, AChangedPictureIsAWarningAndIsRenewed) {
+  const int n = runtime().size();
+  features(kFrozen);
+  const auto warns = [&](const std::string& run) {
+    testing::internal::CaptureStderr();
+    pretrain(run, n, from_features(with(kFrozen, {"data.held_out=0"})));
+    const auto warnings = parallel::broadcast_text(testing::internal::GetCapturedStderr(), 0, world_tp());
+    return contains(warnings, "picture3.png has changed since its features were computed, and others may have: ");
+  };
+  EXPECT_FALSE(warns("before"));
+  on_main([&] { write_picture(pictures() / "picture3.png", 61, 71, 100); });  // as large as before
+  EXPECT_TRUE(warns("changed"));
+  EXPECT_TRUE(contains(features(kFrozen), "wrote the features of 1 pictures: "));
+  EXPECT_FALSE(warns("after"));
+}
+
+TEST_F(FeaturesOfARun, ABrokenPictureHasThoseOfABlackOne) {
+  on_main([&] {
+    const auto broken = pictures() / "picture3.png";
+    write_file(broken, read_file(broken).substr(0, 60));  // its header is whole
+  });
+  EXPECT_TRUE(contains(features_error(with(kFrozen, {"data.max_unreadable=0"})),
+                       "more pictures can't be read, which is more than data.max_unreadable allows"));
+  on_main([&] { fs::remove_all(output()); });
+  testing::internal::CaptureStderr();
+  features(kFrozen);
+  const auto warnings = parallel::broadcast_text(testing::internal::GetCapturedStderr(), 0, world_tp());
+  EXPECT_TRUE(contains(warnings, "a black picture takes its place"));
+  const auto config = config_of(kFrozen);
+  const PictureFeatures all(output(), picture_names(config), feature_source(config));
+  const PictureReference picture{.path = (pictures() / "picture3.png").string(), .width = 61, .height = 71};
+  const auto crops = crop_options(config);
+  const auto num_crops = plan_crops(picture.width, picture.height, crops).num_crops();
+  const auto crop_features = at::zeros({num_crops, crops.crop_tokens(), all.channels()});
+  const auto global_view = at::zeros({crops.global_tokens(), all.channels()});
+  all.read(picture, crop_features, global_view);
+  Step37Model model(model_config(config, config.data.vocabulary_size), single());
+  initialize_parameters(parameter_shards(*model), static_cast<uint64_t>(config.training.seed));
+  const auto black = model->vision_model->forward(normalize(black_picture(56, 56).unsqueeze(0))).detach();
+  EXPECT_TRUE(at::allclose(global_view, black[0], 1.01 / 256, 1e-5));
+}
+
+TEST_F(FeaturesOfARun, OfAnotherTowerAreRefused) {
+  const int n = runtime().size();
+  EXPECT_TRUE(contains(features_error({}), "vision.freeze is false"));
+  EXPECT_TRUE(contains(pretrain_error("run", n, from_features({})), "vision.freeze is false"));
+  EXPECT_TRUE(contains(pretrain_error("run", n, from_features(kFrozen)), "has no features.json"));
+  features(kFrozen);
+  const auto refused = [&](const Overrides& other, const std::string& part) {
+    const auto overrides = with(kFrozen, other);
+    EXPECT_TRUE(contains(features_error(overrides), part));
+    EXPECT_TRUE(contains(pretrain_error("run", n, from_features(overrides)), part));
+    EXPECT_FALSE(fs::exists(files("run").metrics()));
+  };
+  refused({"vision.layers=2"}, "vision.layers is 1 there, here 2");
+  refused({"data.crops=false"}, "data.crops is true there, here false");
+  refused({"training.seed=5"}, "are of a vision tower with other weights: their checksum is ");
+  refused({"training.seed=5", "parallel.mm_encoder_tp_mode=weights"},
+          "are of a vision tower with other weights: their checksum is ");
+  // A run that began with the tower goes on with its features, and with no others.
+  pretrain("resumed", n, with(kFrozen, {"training.steps=1"}));
+  pretrain("resumed", n, from_features(kFrozen));
+  pretrain("other", n, with(kFrozen, {"training.steps=1", "training.seed=5"}));
+  EXPECT_TRUE(contains(pretrain_error("other", n, from_features(with(kFrozen, {"training.seed=5"}))),
+                       "are of a vision tower with other weights"));
+  on_main([&] { fs::remove_all(output()); });
+  pretrain("resumed", n, from_features(kFrozen));  // nothing is left to train
 }
 
 // There the tower's output is of bfloat16 anyway: the folder changes no bit. (But for which replica gets which pack:

@@ -49,7 +49,7 @@ TEST(Flickr8kDataSet, AsTheReferenceReadsIt) {
                                                      " row 2: it has no caption)"});
   for (const bool with_crops : {false, true}) {
     const auto format = small_format(with_crops);
-    const auto sample = set.sample(0, format);
+    const auto sample = sample_of(set, 0, format);
     const auto lines = folder.write(
         "chats.jsonl",
         R"({"conversations": [{"role": "user", "content": "<image>\nDescribe this image in one sentence."}, {"role": "assistant", "content": "A duck."}], "images": ["a.jpg"]})");

@@ -73,7 +73,11 @@ Step37Batch batch_of(const RunConfig& config, const StepShape& shape, const para
     group.held = HeldImages{at::full({images}, rows, at::kLong), at::arange(images, at::kLong).remainder(t)};
     own = (images - tp->getRank() + t - 1) / t;
   }
-  group.images = at::ones({own, 3, config.vision.image_size, config.vision.image_size});
+  if (shape.runs_tower) {
+    group.images = at::ones({own, 3, config.vision.image_size, config.vision.image_size});
+  } else {
+    group.image_features = at::ones({own, rows, config.vision.output_dim()}, at::kBFloat16);
+  }
   batch.images = {group};
   return batch;
 }
@@ -166,6 +170,7 @@ std::string refusal(const std::function<void()>& body) {
 }  // namespace
 
 const Overrides kBfloat16 = {"training.precision=bfloat16"};
+const Overrides kFeatures = {"vision.freeze=true", "data.features=somewhere"};
 const Overrides kZero1 = {"training.precision=bfloat16", "training.distributed_optimizer=true"};
 
 void expect_a_real_steps_parameters_and_bytes(const std::vector<Overrides>& variants) {
@@ -192,6 +197,7 @@ TEST(Plan, ParametersAndBytesAreThoseOfARealStep) {
        {"model.freeze_language_model=true"},
        {"vision.freeze=true"},
        {"vision.freeze=true", "model.freeze_projector=true", "parallel.sequence_parallel=false"},
+       kFeatures,
        {"model.mtp_num_layers=2"},
        {"model.mtp_num_layers=2", "model.mtp_loss_scaling_factor=0.3"},
        {"model.mtp_num_layers=1", "model.mtp_loss_scaling_factor=0.3", "parallel.sequence_parallel=false"},
@@ -218,6 +224,8 @@ TEST(Plan, ParametersAndBytesOfASplitTowerAreThoseOfARealStep) {
                                      {"parallel.embedding_sharding=hidden"},
                                      {"parallel.exchange=all-gather"},
                                      {"vision.freeze=true"},
+                                     kFeatures,
+                                     with(kFeatures, {"parallel.projector_sharding=column"}),
                                      {"vision.freeze=true", "model.freeze_language_model=true"}};
   for (auto& variant : variants) variant = with(kSplitTower, variant);
   expect_a_real_steps_parameters_and_bytes(variants);
@@ -341,6 +349,8 @@ TEST(Plan, MemoryIsThePeakOfLiveTensors) {
       {"model.num_layers=1", "vision.layers=6", "vision.mlp_width=512"},
       {"vision.freeze=true"},
       {"vision.freeze=true", "data.vocabulary_size=10000", "training.loss_chunk=32", "model.num_layers=1"},
+      kFeatures,
+      with(kFeatures, {"data.vocabulary_size=10000", "training.loss_chunk=32", "model.num_layers=1"}),
       {"training.distributed_optimizer=true"},
       kSplitTower,
       with(kSplitTower, {"parallel.projector_sharding=column"}),
@@ -466,6 +476,11 @@ TEST(Plan, FlopsAreThoseOfTheModelsMatrices) {
   EXPECT_DOUBLE_EQ(static_cast<double>(with_picture.flops - plan.flops), 8 * picture);
   const auto frozen = make_plan(load({"model.sliding_window=4096", "vision.layers=1", "vision.freeze=true"}), 1, 1);
   EXPECT_LT(frozen.flops, with_picture.flops);
+  // Of given features only the projector's product and the gradient of its weight are left.
+  const auto given = make_plan(load(with(kFeatures, {"model.sliding_window=4096", "vision.layers=1"})), 1, 1);
+  const double projector =
+      2 * 2 * 4 * static_cast<double>(model->image_insert_embedding->align_projector->weight.numel());
+  EXPECT_DOUBLE_EQ(static_cast<double>(given.flops - plan.flops), 8 * projector);
 }
 
 // The blocks are shared out; patches and downsamplers are computed on every rank.

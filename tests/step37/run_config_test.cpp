@@ -698,6 +698,8 @@ TEST_F(RunConfigTest, WhatDoesntFitIsRefusedWithTheNumbers) {
             "training.global_batch_size 6 is not divisible by training.micro_batch_size 4 x data-parallel size 1");
   EXPECT_EQ(validation_error({"training.micro_batch_size=0"}), "training.micro_batch_size 0 is below 1");
   EXPECT_EQ(validation_error({"data.held_out=1"}), "data.held_out 1 is not in [0, 1)");
+  EXPECT_EQ(validation_error({"data.features=somewhere"}),
+            "data.features somewhere has features of a frozen vision tower, and vision.freeze is false");
   EXPECT_EQ(validation_error({"data.directory="}),
             "data.directory and data.sets are both empty: a run needs one of them");
   EXPECT_EQ(validation_error({"training.steps=0"}), "training.steps 0 is below 1");

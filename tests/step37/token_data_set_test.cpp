@@ -77,7 +77,7 @@ TEST(TokenDataSet, TokensMasksAndPictures) {
     EXPECT_EQ(set.left_out().size(), 1U);
     EXPECT_EQ(set.sample(0, format).loss_mask, (Mask{0, 1, 1}));
     EXPECT_EQ(set.sample(2, format).loss_mask, (Mask{1, 0}));
-    const auto sample = set.sample(1, format);
+    const auto sample = sample_of(set, 1, format);
     EXPECT_EQ(sample.tokens, with_picture);
     ASSERT_EQ(sample.pictures.size(), 1U);
     EXPECT_EQ(sample.pictures[0].path, folder.path() / "wide.png");

@@ -185,7 +185,7 @@ TEST(WebDataSet, CaptionsAndConversations) {
   for (const bool with_crops : {false, true}) {
     const auto format = small_format(with_crops);
     const auto caption = tokenizer().encode("A duck.");
-    const auto captioned = set.sample(0, format);
+    const auto captioned = sample_of(set, 0, format);
     EXPECT_EQ(captioned.tokens,
               joined({{tokenizer().bos_id()}, tokens_of(60, 30, format), caption, {tokenizer().eos_id()}}));
     EXPECT_EQ(num_in_loss(captioned), static_cast<int64_t>(caption.size()) + 1);
@@ -195,7 +195,7 @@ TEST(WebDataSet, CaptionsAndConversations) {
     // The order of the pictures is that of the placeholders, and their bytes are in the archive.
     for (const auto& [index, pictures] : std::vector<std::pair<int64_t, std::vector<std::string>>>{
              {0, {wide}}, {1, {wide, small}}, {2, {wide, small}}}) {
-      const auto sample = set.sample(index, format);
+      const auto sample = sample_of(set, index, format);
       ASSERT_EQ(sample.pictures.size(), pictures.size());
       for (size_t i = 0; i < pictures.size(); ++i) {
         const auto& [path, width, height, bytes, modified, place] = sample.pictures[i];
