@@ -35,7 +35,7 @@ namespace {
 
 using Json = nlohmann::json;
 
-constexpr int64_t kBytesOfChunk = int64_t{1} << 28;    // what a killed command may lose, of each rank
+constexpr int64_t kBytesOfChunk = int64_t{1} << 30;    // a file that has more takes no further picture
 constexpr size_t kPicturesOfBatch = 16;                // that are decoded together
 constexpr int64_t kPatchesOfBatch = int64_t{1} << 15;  // that the tower runs on at a time
 
@@ -101,11 +101,12 @@ class TowerQueue {
 class FeaturesRun {
  public:
   FeaturesRun(parallel::Runtime& runtime, const parallel::ProcessGroups& groups, RunConfig config,
-              std::filesystem::path output)
+              std::filesystem::path output, size_t pictures_of_chunk)
       : runtime_(runtime),
         groups_(groups),
         config_(std::move(config)),
         folder_(std::move(output)),
+        pictures_of_chunk_(pictures_of_chunk),
         names_(picture_names(config_)),
         source_(feature_source(config_)),
         device_(runtime.device()),
@@ -213,10 +214,10 @@ class FeaturesRun {
     num_there_ = json[2];
     num_pictures_ = static_cast<int64_t>(left.size());
     const auto ranks = assign_pictures(left, format_.crops, runtime_.size());
-    int64_t bytes_of_last = kBytesOfChunk;
+    int64_t bytes_of_last = 0;
     for (size_t i = 0; i < left.size(); ++i) {
       if (ranks[i] != runtime_.rank()) continue;
-      if (bytes_of_last >= kBytesOfChunk) {
+      if (chunks_.empty() || chunks_.back().size() >= pictures_of_chunk_ || bytes_of_last >= kBytesOfChunk) {
         chunks_.emplace_back();
         bytes_of_last = 0;
       }
@@ -282,6 +283,7 @@ class FeaturesRun {
   parallel::ProcessGroups groups_;
   RunConfig config_;
   std::filesystem::path folder_;
+  size_t pictures_of_chunk_;
   PictureNames names_;
   FeatureSource source_;
   at::Device device_;
@@ -328,7 +330,8 @@ int features(parallel::Runtime& runtime, const FeaturesArguments& arguments) {
   std::vector<parallel::NamedText> values;
   for (const auto& [key, value] : settings(config)) values.push_back({key, value});
   parallel::check_equal_texts(values, groups.world);
-  const int status = FeaturesRun(runtime, groups, std::move(config), arguments.output).run();
+  const int status =
+      FeaturesRun(runtime, groups, std::move(config), arguments.output, arguments.pictures_of_chunk).run();
   parallel::destroy_process_groups(runtime, groups);
   return status;
 }

@@ -1,6 +1,7 @@
 // `step37 features`: writes what a frozen vision tower makes of the pictures, once, for training from it.
 #pragma once
 
+#include <cstddef>
 #include <filesystem>
 #include <string>
 #include <vector>
@@ -16,6 +17,7 @@ struct FeaturesArguments {
   std::filesystem::path config;
   std::filesystem::path output;        ///< for data.features
   std::vector<std::string> overrides;  ///< "section.key=value"
+  size_t pictures_of_chunk = 1024;     ///< at most, in a file: what a killed command may lose of each rank's work
 };
 
 /// Writes the features of each picture of all data sets of the configuration, trained on or held out, into a folder for
