@@ -25,6 +25,7 @@
 #include "parallel/collectives.h"
 #include "parallel/runtime.h"
 #include "step37/checkpoint_names.h"
+#include "step37/data/captioned_pictures.h"
 #include "step37/data/picture_features.h"
 #include "step37/data/utf8.h"
 #include "step37/program/convert.h"
