@@ -22,7 +22,7 @@ struct StepRange {
 
 /// What a thread recorded: operators of LibTorch in forward and backward, parallel::NamedRange, and what a GPU ran.
 struct ProfiledEvent {
-  std::string name;          ///< such as aten::mm, or the range's
+  std::string name;         ///< such as aten::mm, or the range's
   bool is_range = false;    ///< a NamedRange
   uint64_t thread = 0;      ///< tells threads apart
   int64_t begin = 0;        ///< in nanoseconds

@@ -95,6 +95,8 @@ class TarReader {
     refuse_compressed();
     while (result_.damage.empty() && at_ < size_ && next_member()) {
     }
+    // The end of a member is no other place to be cut at than any other.
+    if (result_.damage.empty() && at_ >= size_) result_.damage = "it has no end mark, so it may be cut";
     return std::move(result_);
   }
 

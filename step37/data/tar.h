@@ -23,8 +23,8 @@ struct TarListing {
 };
 
 /// Reads the headers of an archive: those of POSIX (ustar and pax) and GNU (long names, large files). Links, folders
-/// and devices are passed over. The archive ends with the first block of zeros, or with the file. (libarchive doesn't
-/// tell where a member's bytes are.)
+/// and devices are passed over. The archive ends with the first block of zeros; without one it is read to the end of
+/// the file, and may be cut there. (libarchive doesn't tell where a member's bytes are.)
 /// @throws c10::ValueError naming the file if it can't be read, is compressed (naming the program), or doesn't begin
 ///         with a header.
 TarListing list_tar(const std::filesystem::path& file);
