@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstddef>
 #include <cstdio>
@@ -34,21 +35,20 @@ void StoppedPeerWatch::run() {
   std::unique_lock lock(mutex_);
   while (!changed_.wait_for(lock, kPause, [this] { return ends_; })) {
     int speaker = own_rank_;
-    int most = -1;
     for (size_t rank = 0; rank < processes_.size(); ++rank) {
       const auto state = state_of(processes_[rank]);
       stopped[rank] = state == 'T' ? stopped[rank] + 1 : 0;  // 't' has a debugger
-      if (most < 0 || stopped[rank] > stopped[static_cast<size_t>(most)]) most = static_cast<int>(rank);
       const bool may_speak = state && stopped[rank] == 0 && *state != 'Z' && *state != 'X';
       if (may_speak && static_cast<int>(rank) < speaker) speaker = static_cast<int>(rank);
     }
-    const int looks = stopped[static_cast<size_t>(most)];
+    const auto longest = std::ranges::max_element(stopped);
+    const int looks = *longest;
     if (looks < kPatience) continue;
     if (speaker != own_rank_ && looks < kPatience + kPatienceForTheSpeaker) continue;
     if (speaker == own_rank_) {
       std::fputs(
           fmt::format("error: rank {} of {} on {}: rank {} is stopped by a signal, and MPI can't end without it\n",
-                      own_rank_, processes_.size(), host_name(), most)
+                      own_rank_, processes_.size(), host_name(), longest - stopped.begin())
               .c_str(),
           stderr);
       std::fflush(stderr);

@@ -88,10 +88,13 @@ def caption(draw):
                                                      ("duck", "boat", "tree", "house"), ("here", "there", "outside")))
 
 
-def conversation(draw, images):
-    messages = [{"role": "user", "content": "<image>" * len(images) + f"\nwhat about {caption(draw)}?"},
-                {"role": "assistant", "content": caption(draw)}]
+def conversation(question, answer, images=()):
+    messages = [{"role": "user", "content": "<image>" * len(images) + question}, {"role": "assistant", "content": answer}]
     return {"messages": messages, **({"images": images} if images else {})}
+
+
+def small_talk(draw, images):
+    return conversation(f"\nwhat about {caption(draw)}?", caption(draw), images)
 
 
 def make_data(folder):
@@ -107,14 +110,14 @@ def make_data(folder):
         path.with_suffix(".txt").write_text(caption(draw) + "\n")
     for i in range(4):
         (folder / f"chat{i}.png").write_bytes(png(draw))
-    lines = [conversation(draw, [f"chat{(i + k) % 4}.png" for k in range(i % 3)]) for i in range(8)]
+    lines = [small_talk(draw, [f"chat{(i + k) % 4}.png" for k in range(i % 3)]) for i in range(8)]
     (folder / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "shards").mkdir()
     for shard in "ab":
         with tarfile.open(folder / f"shards/{shard}.tar", "w") as archive:
             for i in range(4):
                 name, text = ((f"{i}.txt", caption(draw)) if i % 2 else
-                              (f"{i}.json", json.dumps(conversation(draw, [f"{i}.png"]))))
+                              (f"{i}.json", json.dumps(small_talk(draw, [f"{i}.png"]))))
                 for name, data in ((f"{i}.png", png(draw)), (name, text.encode())):
                     member = tarfile.TarInfo(name)
                     member.size = len(data)
@@ -136,14 +139,10 @@ def make_mix(folder, pictures):
     captions = {str(path.relative_to(pictures)): path.with_suffix(".txt").read_text(errors="replace").splitlines()[0]
                 for path in sorted(pictures.rglob("*.png")) if path.with_suffix(".txt").exists()}
 
-    def sample(question, answer, images=()):
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        return {"messages": messages, **({"images": [f"pictures/{image}" for image in images]} if images else {})}
-
     pairs = [draw.sample(sorted(captions), 2) for _ in range(60)]
-    chats = [sample("<image><image>\nwhat is on them?", " ".join(captions[name] for name in pair), pair)
-             for pair in pairs]
-    texts = [sample(f"spell backwards: {captions[a]}", captions[a][::-1]) for a, _ in pairs[:40]]
+    chats = [conversation("\nwhat is on them?", " ".join(captions[name] for name in pair),
+                          [f"pictures/{name}" for name in pair]) for pair in pairs]
+    texts = [conversation(f"spell backwards: {captions[a]}", captions[a][::-1]) for a, _ in pairs[:40]]
     for name, samples in (("chats", chats), ("texts", texts)):
         (folder / f"data/{name}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     config = folder / "torture.yaml"
