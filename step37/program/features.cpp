@@ -27,6 +27,7 @@
 #include "step37/program/run_config.h"
 #include "step37/program/run_data.h"
 #include "step37/program/shell_text.h"
+#include "step37/program/start_run.h"
 #include "step37/program/training_run.h"
 #include "step37/vision/vision_tower.h"
 
@@ -311,25 +312,15 @@ RunConfig with_ranks_of_their_own(RunConfig config, int num_ranks) {
 }  // namespace
 
 int features(parallel::Runtime& runtime, const FeaturesArguments& arguments) {
-  check_no_tilde("--config", arguments.config);
   check_no_tilde("--output", arguments.output);
-  auto config = load_run_config(arguments.config, arguments.overrides);
-  for (const auto& warning : config.warnings) {
-    if (runtime.rank() == 0) std::fputs(fmt::format("warning: {}\n", warning).c_str(), stderr);
-  }
+  auto config = read_run_config(arguments.config, arguments.overrides, /*warns=*/runtime.rank() == 0);
   TORCH_CHECK_VALUE(config.vision.freeze,
                     "vision.freeze is false: a tower that is trained gives other features after each step");
   config = with_ranks_of_their_own(std::move(config), runtime.size());
   validate(config, runtime.size());
   runtime.choose_device({.device = config.run.device, .share_devices = config.run.share_gpus});
-  parallel::ProcessGroupsOptions options;
-  options.timeout = std::chrono::seconds(config.run.timeout_seconds);
-  options.master_address = config.run.master_address;
-  const auto groups = parallel::make_process_groups(runtime, rank_grid(config, runtime.size()), options);
-  // Every rank has read the configuration file on its own host.
-  std::vector<parallel::NamedText> values;
-  for (const auto& [key, value] : settings(config)) values.push_back({key, value});
-  parallel::check_equal_texts(values, groups.world);
+  const auto groups = make_run_groups(runtime, config);
+  check_equal_settings(config, groups.world);
   const int status =
       FeaturesRun(runtime, groups, std::move(config), arguments.output, arguments.pictures_of_chunk).run();
   parallel::destroy_process_groups(runtime, groups);

@@ -10,7 +10,7 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
-#include "step37/program/shell_text.h"
+#include "step37/program/start_run.h"
 
 namespace megatron_cpp::step37 {
 namespace {
@@ -266,9 +266,7 @@ std::vector<Plan> best_layouts(const RunConfig& config, const PlanArguments& arg
 }
 
 int plan(const PlanArguments& arguments) {
-  check_no_tilde("--config", arguments.config);
-  const auto config = load_run_config(arguments.config, arguments.overrides);
-  for (const auto& warning : config.warnings) std::fputs(fmt::format("warning: {}\n", warning).c_str(), stderr);
+  const auto config = read_run_config(arguments.config, arguments.overrides, /*warns=*/true);
   std::string text;
   Plan chosen;
   if (arguments.gpus > 0) {

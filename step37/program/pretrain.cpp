@@ -38,6 +38,7 @@
 #include "step37/program/run_records.h"
 #include "step37/program/run_saver.h"
 #include "step37/program/shell_text.h"
+#include "step37/program/start_run.h"
 #include "step37/program/step_cost.h"
 #include "step37/program/stop_signals.h"
 #include "step37/program/training_run.h"
@@ -587,22 +588,11 @@ class PretrainRun {
 }  // namespace
 
 int pretrain(parallel::Runtime& runtime, const PretrainArguments& arguments) {
-  check_no_tilde("--config", arguments.config);
-  const auto config = parallel::in_phase("reading the configuration",
-                                         [&] { return load_run_config(arguments.config, arguments.overrides); });
-  for (const auto& warning : config.warnings) {
-    if (runtime.rank() == 0) std::fputs(fmt::format("warning: {}\n", warning).c_str(), stderr);
-  }
+  const auto config = read_run_config(arguments.config, arguments.overrides, /*warns=*/runtime.rank() == 0);
   validate(config, runtime.size());
   runtime.choose_device({.device = config.run.device, .share_devices = config.run.share_gpus});
-  parallel::ProcessGroupsOptions options;
-  options.timeout = std::chrono::seconds(config.run.timeout_seconds);
-  options.master_address = config.run.master_address;
-  const auto groups = parallel::make_process_groups(runtime, rank_grid(config, runtime.size()), options);
-  // Every rank has read the configuration file on its own host.
-  std::vector<parallel::NamedText> values;
-  for (const auto& [key, value] : settings(config)) values.push_back({key, value});
-  parallel::check_equal_texts(values, groups.world);
+  const auto groups = make_run_groups(runtime, config);
+  check_equal_settings(config, groups.world);
   const int status = PretrainRun(runtime, groups, config, arguments.progress).run();
   parallel::destroy_process_groups(runtime, groups);
   return status;

@@ -6,7 +6,6 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <limits>
@@ -25,6 +24,7 @@
 #include "step37/program/forward_batch.h"
 #include "step37/program/run_data.h"
 #include "step37/program/shell_text.h"
+#include "step37/program/start_run.h"
 #include "step37/program/training_run.h"
 
 namespace megatron_cpp::step37 {
@@ -121,22 +121,12 @@ class Verification {
     return config;
   }
 
-  parallel::ProcessGroups make_groups(const RunConfig& config) const {
-    parallel::ProcessGroupsOptions options;
-    options.timeout = std::chrono::seconds(config.run.timeout_seconds);
-    options.master_address = config.run.master_address;
-    return parallel::make_process_groups(runtime_, rank_grid(config, runtime_.size()), options);
-  }
-
   /// Those of the reference: every rank is a replica of its own.
   void make_groups_of_one() {
-    world_ = make_groups(alone(config_));
+    world_ = make_run_groups(runtime_, alone(config_));
     const auto& one = world_.tp;
     one_ = {{}, one, one, one, one, one, one, one, one};
-    // Every rank has read the configuration file on its own host.
-    std::vector<parallel::NamedText> values;
-    for (const auto& [key, value] : settings(config_)) values.push_back({key, value});
-    parallel::check_equal_texts(values, world_.world);
+    check_equal_settings(config_, world_.world);
   }
 
   /// On every rank the whole batch: that of the file with the gradients, or the first global batch of training.
@@ -384,7 +374,7 @@ class Verification {
   }
 
   void check_layout(const std::string& name, const RunConfig& config) {
-    const auto made = make_groups(config);
+    const auto made = make_run_groups(runtime_, config);
     {
       int64_t bytes_sent = 0;
       const auto groups =
@@ -528,12 +518,8 @@ std::string GradientRelation::likely_cause(int tp, int dp) const {
 }
 
 int verify(parallel::Runtime& runtime, const VerifyArguments& arguments, const VerifyParts& parts) {
-  check_no_tilde("--config", arguments.config);
   check_no_tilde("--against", arguments.against);
-  auto config = load_run_config(arguments.config, arguments.overrides);
-  for (const auto& warning : config.warnings) {
-    if (runtime.rank() == 0) std::fputs(fmt::format("warning: {}\n", warning).c_str(), stderr);
-  }
+  auto config = read_run_config(arguments.config, arguments.overrides, /*warns=*/runtime.rank() == 0);
   runtime.choose_device({.device = config.run.device, .share_devices = config.run.share_gpus});
   return Verification(runtime, arguments, parts, std::move(config)).run();
 }
